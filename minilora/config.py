@@ -1,0 +1,247 @@
+"""Every configuration, as frozen dataclasses: what a Mistral is, and what a run of minilora is told.
+
+`ModelConfig` carries the names of Mistral's own `params.json`. `RunConfig` is the TOML file: its sections are
+`[model] [lora] [data] [train] [eval]`, and every key can be given on the command line as `--section.key value`.
+Nothing here imports torch, so the command line can print help and check a file at once.
+"""
+
+from dataclasses import dataclass, field, fields
+from math import inf, isfinite
+from typing import Any, Literal
+
+from minilora.errors import UserError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a Mistral decoder, named as in `params.json`.
+
+    `sliding_window` is W in "token i sees token j iff 0 <= i - j < W"; None means that it sees all before it.
+    """
+
+    dim: int
+    n_layers: int
+    head_dim: int
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    sliding_window: int | None = None
+    tied_embeddings: bool = False
+    max_seq_len: int = 32_768
+
+    def __post_init__(self) -> None:
+        sizes = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise UserError(f"{name} is {value!r}, but must be a whole number from 1 to 2^31 - 1")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not (isfinite(value) and value > 0):
+                raise UserError(f"{name} is {value!r}, but must be a positive finite number")
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+            raise UserError(f"sliding_window is {window!r}, but must be a whole number above 0, or null for none")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs of numbers")
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights, a tied head counted once."""
+        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
+        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        heads = 1 if self.tied_embeddings else 2
+        return self.n_layers * block + heads * self.vocab_size * self.dim + self.dim
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The base model of a run: the `[model]` section.
+
+    path: folder of a checkpoint, HF layout or Mistral's own; "demo" is the tiny Mistral that ships in the package
+    tokenizer: file or folder of the tokenizer, where it does not lie with the model
+    quantize: the linear layers' storage; "auto" is "nf4" for the strategy qlora and "none" for the others
+    double_quant: also store each NF4 block's absmax in 8 bits
+    dtype: what is computed in; "auto" is bfloat16 where the device has it, else float16 on a GPU and float32 on a CPU
+    device: "auto" is the GPU if there is one
+    """
+
+    path: str = "demo"
+    tokenizer: str | None = None
+    quantize: Literal["auto", "nf4", "none"] = "auto"
+    double_quant: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: y = W x + scale * B (A dropout(x)), scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+
+    rank: columns of B and rows of A
+    alpha: numerator of the scale
+    dropout: probability of zeroing an input of A while training
+    targets: names of the linear layers that get an adapter
+    rslora: divide alpha by sqrt(rank) (https://arxiv.org/abs/2312.03732)
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = PROJECTIONS
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.rank > 0, f"lora.rank is {self.rank}, but must be above 0")
+        _check(isfinite(self.alpha) and self.alpha > 0, f"lora.alpha is {self.alpha}, but must be positive and finite")
+        _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}, but must be at least 0 and below 1")
+        _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
+
+    @property
+    def scale(self) -> float:
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on and measured on: JSONL files of messages or of raw text.
+
+    train, validation, test: files; without a validation file nothing is watched, the test file is read once, at the end
+    max_seq_len: tokens in a packed row
+    too_long: what to do with a conversation of more than max_seq_len tokens; raw text is cut into pieces
+    """
+
+    train: str = ""
+    validation: str | None = None
+    test: str | None = None
+    max_seq_len: int = 2048
+    too_long: Literal["fail", "skip"] = "fail"
+
+    def __post_init__(self) -> None:
+        _check(self.max_seq_len > 1, f"data.max_seq_len is {self.max_seq_len}, but must be at least 2")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    output: the run folder
+    strategy: which weights learn: "qlora" and "lora" the adapters, "full" every weight
+    max_steps: optimizer steps; None means as many as `epochs` needs
+    epochs: passes over the training file
+    batch_size: packed rows in one forward pass
+    accumulate: forward passes in one optimizer step; the loss is the mean over all their target tokens
+    lr, schedule, warmup_steps, min_lr_ratio: the learning rate rises to lr in warmup_steps, then falls to
+        min_lr_ratio * lr at the last step
+    clip_norm: longest gradient allowed; 0 does not clip
+    activation_checkpointing: keep only each block's input and compute the block again in backward
+    checkpoint_every, keep_checkpoints: steps between saved states, and how many of them to keep
+    max_bad_steps: stop after this many steps in a row whose loss or gradient is not finite
+    """
+
+    output: str = "runs/train"
+    strategy: Literal["qlora", "lora", "full"] = "qlora"
+    seed: int = 0
+    max_steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 1
+    accumulate: int = 1
+    lr: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 10
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    activation_checkpointing: bool = False
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    max_bad_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+            _check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be above 0")
+        steps = self.max_steps
+        _check(steps is None or steps > 0, f"train.max_steps is {steps}, but must be above 0")
+        _check(0 < self.epochs < inf, f"train.epochs is {self.epochs}, but must be above 0")
+        _check(0 < self.lr < inf, f"train.lr is {self.lr}, but must be above 0")
+        _check(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}, but must not be negative")
+        _check(0 <= self.min_lr_ratio <= 1, f"train.min_lr_ratio is {self.min_lr_ratio}, but must be from 0 to 1")
+        _check(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}, but must not be negative")
+        _check(self.clip_norm >= 0, f"train.clip_norm is {self.clip_norm}, but must not be negative")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"train.{name} is {value}, but must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured while training and after it.
+
+    every: steps between validations
+    patience: stop after this many validations without a new best; 0 never stops early
+    batch_size: rows or prompts in one forward pass
+    samples: validation prompts answered before and after training, side by side in samples.md
+    max_new_tokens: longest answer generated
+    """
+
+    every: int = 50
+    patience: int = 0
+    batch_size: int = 8
+    samples: int = 5
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch_size", "max_new_tokens"):
+            _check(getattr(self, name) > 0, f"eval.{name} is {getattr(self, name)}, but must be above 0")
+        for name in ("patience", "samples"):
+            _check(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}, but must not be negative")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One fine-tuning run: what config.toml holds."""
+
+    model: BaseConfig = field(default_factory=BaseConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.strategy == "qlora" and self.model.quantize == "none":
+            raise UserError('train.strategy "qlora" needs model.quantize "auto"; "lora" trains on a plain base')
+        if self.train.strategy == "full" and self.model.quantize == "nf4":
+            raise UserError('train.strategy "full" cannot train NF4 weights; set model.quantize to "none" or "auto"')
+
+    @property
+    def quantize(self) -> Literal["nf4"] | None:
+        """`model.quantize` with "auto" resolved by the strategy."""
+        if self.model.quantize == "auto":
+            return "nf4" if self.train.strategy == "qlora" else None
+        return "nf4" if self.model.quantize == "nf4" else None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A (nested) dataclass as plain TOML values: None is left out, a tuple becomes a list."""
+    out: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if hasattr(value, "__dataclass_fields__"):
+            out[f.name] = to_dict(value)
+        elif value is not None:
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)

@@ -1,0 +1,160 @@
+"""The Mistral decoder (https://arxiv.org/abs/2310.06825), in plain nn.Linear: it knows neither NF4 nor LoRA.
+
+    h = embed(tokens)
+    h = h + attention(norm(h));  h = h + mlp(norm(h))        n_layers times
+    logits = head(norm(h))
+
+Parameters are named as in Hugging Face's files, without their leading "model.".
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
+
+from minilora.attention import attend, visible
+from minilora.config import ModelConfig
+from minilora.kv_cache import KVCache
+from minilora.norm import RMSNorm
+from minilora.rope import apply_rope, rope_cos_sin
+
+
+class Context:
+    """What all blocks of one forward pass share: the rotation of each position, who sees whom, and the cache."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        positions: Tensor,
+        segments: Tensor | None,
+        cache: KVCache | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.positions, self.cache = positions, cache
+        self.cos, self.sin = rope_cos_sin(positions, config.head_dim, config.rope_theta, dtype)
+        k_positions = positions if cache is None else torch.cat([cache.positions, positions], dim=1)
+        self.mask = visible(positions, k_positions, config.sliding_window, segments, segments)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over (B, T, D): Hq query heads share Hkv key and value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, Hq, Dh)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, Hkv, Dh)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, Hkv, Dh)
+        q = apply_rope(q, context.cos, context.sin)
+        k = apply_rope(k, context.cos, context.sin)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v, context.positions)
+        y: Tensor = self.o_proj(attend(q, k, v, context.mask).flatten(-2))  # (B, T, Hq * Dh) -> (B, T, D)
+        return y
+
+
+class MLP(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202): down(silu(gate(x)) * up(x)), (B, T, D) -> (B, T, F) -> (B, T, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Block(nn.Module):
+    """One layer, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y
+
+
+class Mistral(nn.Module):
+    """The decoder: tokens (B, T) int64 -> logits (B, T, V).
+
+    `activation_checkpointing` keeps only each block's input while training and computes the block again in backward.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def init_weights(self, seed: int) -> None:
+        """Random weights to train from: N(0, 0.02), the layers that write to the residual stream 1/sqrt(2L) of that."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
+            else:
+                nn.init.ones_(weight)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The normalised last hidden state, (B, T, D): what the head turns into logits.
+
+        positions: (B, T) int64, 0, 1, 2, ... if None; negative ones are padding
+        segments: (B, T), the sample that each token of a packed row belongs to
+        cache: what was seen before; the new tokens are added to it
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        x = self.embed_tokens(tokens)
+        context = Context(self.config, positions, segments, cache, x.dtype)
+        for block in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
+        if cache is not None:
+            cache.advance(positions)
+        y: Tensor = self.norm(x)
+        return y
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V); the arguments are those of `hidden`."""
+        logits: Tensor = self.lm_head(self.hidden(tokens, positions, segments, cache))
+        return logits

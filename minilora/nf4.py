@@ -1,0 +1,219 @@
+"""NF4, the 4-bit NormalFloat of QLoRA (https://arxiv.org/abs/2305.14314), in plain torch: the definition.
+
+A weight is cut into blocks of 64 numbers. Each block keeps its largest magnitude, absmax, and every number becomes
+the nearest of 16 fixed levels times that absmax:
+
+    code[i] = number of thresholds strictly below w[i] / absmax[i // 64]
+    w'[i]   = LEVELS[code[i]] * absmax[i // 64]
+
+The levels are quantiles of the normal distribution, so that normally distributed weights use them about equally often.
+Double quantization stores the absmax themselves in 8 bits: their mean is taken off, and blocks of 256 of them are
+coded on a 256-level map that is fine near zero and coarse far from it:
+
+    absmax[b] = MAP[absmax_code[b]] * nested_absmax[b // 256] + nested_offset
+
+Layout in memory, the bytes of bitsandbytes 0.50: the weight is flattened row by row, blocks run on across row ends, the
+last one may be short. Two codes make a byte, the first in the high nibble; an odd last byte is filled with the code of
+zero. bits per weight: 4 + 32/64 = 4.5, or with double quantization 4 + 8/64 + 32/(64 * 256) = 4.127.
+
+What differs from bitsandbytes: numbers that are not finite are refused; a block of zeros has code 7 (zero) and absmax 0
+in every position (its CUDA code writes code 0, its CPU code an absmax of 1e-38 in a short last block); 8-bit codes go
+to the nearest level (its CPU code rounds through a 65536-entry table and is one level off in 0.3 % of cases).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+from minilora.errors import UserError
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+_CODE_OF_ZERO = 7
+_CHUNK = 1 << 20  # numbers in work at a time: the temporaries of a chunk stay in the cache, whatever the weight's size
+
+CPU = torch.device("cpu")
+
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def derive_levels() -> Tensor:
+    """The 16 levels from their derivation, (16,) float32: quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
+
+    Eight quantiles lie above zero and seven below (paper, section 3). The outermost probability, which keeps them
+    finite, is ((1 - 1/30) + (1 - 1/32)) / 2, rounded to seven digits as in bitsandbytes' `create_normal_map`.
+    """
+    offset = 0.9677083
+    above = torch.special.ndtri(torch.linspace(offset, 0.5, 9)[:-1].double())
+    below = -torch.special.ndtri(torch.linspace(offset, 0.5, 8)[:-1].double())
+    quantiles = torch.cat([above, below, torch.zeros(1, dtype=torch.float64)]).sort().values.float()
+    return quantiles / quantiles.max()
+
+
+@cache
+def levels(device: torch.device = CPU) -> Tensor:
+    """LEVELS as a tensor, (16,) float32."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+@cache
+def thresholds(device: torch.device = CPU) -> Tensor:
+    """Midpoints between neighbouring levels, (15,) float32: where one code ends and the next begins."""
+    return (levels(device)[:-1] + levels(device)[1:]) / 2
+
+
+@cache
+def _level_pairs(device: torch.device) -> Tensor:
+    """Both levels of every byte, (256, 2) float32: one look-up decodes two weights."""
+    byte = torch.arange(256, device=device)
+    return levels(device)[torch.stack([byte >> 4, byte & 15], dim=1)]
+
+
+@cache
+def dynamic_map(device: torch.device = CPU) -> Tensor:
+    """The signed 8-bit map of double quantization, (256,) float32, rising: 0, 1 and +-127 midpoints.
+
+    Decade i of seven (10^-6 .. 10^0) holds 2^i even intervals of [0.1, 1]; their midpoints are the levels
+    (https://arxiv.org/abs/1511.04561; bitsandbytes' `create_dynamic_map`).
+    """
+    positive = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        positive.append((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6))
+    magnitudes = torch.cat(positive)
+    return torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+
+
+@dataclass(frozen=True)
+class NF4Tensor:
+    """A weight in NF4.
+
+    packed: (ceil(n/2),) uint8, two codes a byte
+    absmax: (ceil(n/64),) float32; with double quantization their uint8 codes
+    nested_absmax, nested_offset: (ceil(n/64/256),) and () float32, with double quantization only
+    shape, dtype: of the weight that was quantized; block_size: numbers that share an absmax
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block_size: int = BLOCK_SIZE
+    nested_absmax: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+        parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
+        return sum(p.nbytes for p in parts if p is not None)
+
+    def codes(self) -> Tensor:
+        """The 4-bit codes one by one, (n,) uint8."""
+        return unpack(self.packed, self.n)
+
+    def block_absmax(self) -> Tensor:
+        """Each block's absmax, (ceil(n/64),) float32, decoded if it is stored in 8 bits."""
+        if self.nested_absmax is None or self.nested_offset is None:
+            return self.absmax
+        scaled = dynamic_map(self.absmax.device)[self.absmax.int()]
+        nested = self.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: scaled.numel()]
+        return scaled * nested + self.nested_offset
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """LEVELS[code] * absmax, computed in float32 and rounded once to `dtype` (the original one if None)."""
+        absmax = self.block_absmax()
+        out = torch.empty(self.n, dtype=dtype or self.dtype, device=self.packed.device)
+        chunk = _CHUNK // self.block_size * self.block_size
+        for start in range(0, self.n, chunk):
+            stop = min(start + chunk, self.n)
+            values = _level_pairs(self.packed.device).index_select(0, self.packed[start // 2 : (stop + 1) // 2].int())
+            blocks = _blocks(values.view(-1)[: stop - start], self.block_size)
+            scaled = blocks.mul_(absmax[start // self.block_size :][: len(blocks), None])
+            out[start:stop] = scaled.view(-1)[: stop - start]
+        return out.view(self.shape)
+
+
+def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = True) -> NF4Tensor:
+    """Quantize a floating-point tensor of any shape.
+
+    block_size: a power of two from 32 to 4096, as bitsandbytes has it
+    Raises UserError for numbers that are not finite, ValueError for what is no weight or no block size.
+    """
+    if not weight.is_floating_point() or weight.numel() == 0:
+        raise ValueError(f"cannot quantize a {weight.dtype} tensor of shape {tuple(weight.shape)}")
+    if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise ValueError(f"block_size is {block_size}, but must be a power of two from 32 to 4096")
+    flat = weight.detach().reshape(-1)
+    packed, absmax = [], []
+    for chunk in flat.split(_CHUNK):
+        codes, chunk_absmax = _quantize_blocks(chunk.float(), block_size)
+        packed.append(pack(codes))
+        absmax.append(chunk_absmax)
+    tensor = NF4Tensor(torch.cat(packed), torch.cat(absmax), tuple(weight.shape), weight.dtype, block_size)
+    bad = (~tensor.absmax.isfinite()).nonzero()  # a NaN or infinity anywhere in a block shows in its absmax
+    if len(bad):
+        first = int(bad[0]) * block_size
+        index = first + int((~flat[first : first + block_size].isfinite()).nonzero()[0])
+        raise UserError(f"element {index} (counted flat) is {flat[index].item()}; NF4 cannot hold it")
+    return _double_quantize(tensor) if double_quant else tensor
+
+
+def _quantize_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes (n,) uint8 and absmax (ceil(n/block_size),) of float32 `values` (n,)."""
+    blocks = _blocks(values, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    # Below 1e-38 the reciprocal would be infinite; a block of zeros stays zeros.
+    scaled = blocks * absmax.clamp(min=1e-38).reciprocal()[:, None]
+    codes = torch.bucketize(scaled, thresholds(values.device), out_int32=True)
+    return codes.to(torch.uint8).view(-1)[: values.numel()], absmax
+
+
+def _blocks(values: Tensor, block_size: int) -> Tensor:
+    """(n,) -> (ceil(n/block_size), block_size), the last row filled with zeros, which change no absmax."""
+    short = -values.numel() % block_size
+    return (torch.nn.functional.pad(values, (0, short)) if short else values).view(-1, block_size)
+
+
+def _double_quantize(tensor: NF4Tensor) -> NF4Tensor:
+    """The same weight with its absmax in 8 bits."""
+    offset = tensor.absmax.mean()
+    blocks = _blocks(tensor.absmax - offset, NESTED_BLOCK_SIZE)
+    nested_absmax = blocks.abs().amax(dim=1)
+    scaled = blocks / nested_absmax.clamp(min=1e-38)[:, None]
+    levels_8bit = dynamic_map(tensor.absmax.device)
+    codes = torch.bucketize(scaled, (levels_8bit[:-1] + levels_8bit[1:]) / 2).to(torch.uint8)
+    return NF4Tensor(
+        tensor.packed,
+        codes.view(-1)[: tensor.absmax.numel()].clone(),
+        tensor.shape,
+        tensor.dtype,
+        tensor.block_size,
+        nested_absmax,
+        offset,
+    )
+
+
+def pack(codes: Tensor) -> Tensor:
+    """(n,) uint8 codes -> (ceil(n/2),) bytes, the first of two in the high nibble."""
+    if codes.numel() % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=_CODE_OF_ZERO)
+    pairs = codes.view(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """(ceil(n/2),) bytes -> (n,) uint8 codes."""
+    return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
