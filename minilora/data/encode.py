@@ -1,0 +1,124 @@
+"""Records as samples: token ids, and the mask that says which of them are learned.
+
+    text           <s> E(text) </s>          all but <s> are targets; cut into pieces that fit a row
+    conversation   `Tokenizer.encode_chat`   the assistant's words and the </s> after them are targets; never cut
+
+A sample of n tokens takes n - 1 positions of a row: the last token is only ever a target.
+
+With tools a conversation becomes one sample for each assistant message, which ends there and learns that message alone:
+the template shows the tools before the last user message, so only the last answers have them in sight. Calls that end a
+conversation lose their ids, which nobody could predict. Both follow mistral-finetune (`finetune/data/tokenize.py`).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minilora.data.records import ChatRecord, Record
+from minilora.errors import UserError
+from minilora.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """tokens (n,) int32; target_mask (n,) bool, True for what is predicted, never at 0; where: "file:line"."""
+
+    tokens: NDArray[np.int32]
+    target_mask: NDArray[np.bool_]
+    where: str
+
+    @property
+    def length(self) -> int:
+        """Positions of a row that it takes: n - 1."""
+        return len(self.tokens) - 1
+
+    @property
+    def n_targets(self) -> int:
+        return int(self.target_mask.sum())
+
+
+def encode_records(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    too_long: Literal["fail", "skip"] = "fail",
+) -> tuple[list[Sample], list[str]]:
+    """(samples in the order of the file, "file:line" of each conversation skipped for being too long).
+
+    Raises UserError with "file:line" for a conversation that the tokenizer refuses or, unless too_long is "skip", that
+    takes more than max_seq_len positions; and if no sample is left.
+    """
+    samples: list[Sample] = []
+    skipped: list[str] = []
+    for record in records:
+        try:
+            new = _samples_of(record, tokenizer, max_seq_len)
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        longest = max(sample.length for sample in new)
+        if longest <= max_seq_len:
+            samples += new
+        elif too_long == "skip":
+            skipped.append(record.where)
+        else:
+            raise UserError(
+                f"{record.where}: the conversation takes {longest} positions, but data.max_seq_len is {max_seq_len}; "
+                'raise it, shorten the conversation, or set data.too_long to "skip"'
+            )
+    if not samples:
+        raise UserError(f"nothing to train on: all {len(skipped)} conversations take more than {max_seq_len} positions")
+    return samples, skipped
+
+
+def check_vocab(samples: Iterable[Sample], vocab_size: int) -> None:
+    """Raises UserError if a token id is not one of the model's, 0 to vocab_size - 1: the tokenizer is another's."""
+    for sample in samples:
+        if (largest := int(sample.tokens.max())) >= vocab_size:
+            raise UserError(
+                f"{sample.where}: token id {largest} is outside of the model's vocabulary of {vocab_size}; "
+                "take the tokenizer that came with the model"
+            )
+
+
+def _samples_of(record: Record, tokenizer: Tokenizer, max_seq_len: int) -> list[Sample]:
+    if isinstance(record, ChatRecord):
+        return list(_chat_samples(record, tokenizer))
+    return list(_text_samples(tokenizer.encode_text(record.text), max_seq_len, record.where))
+
+
+def _text_samples(ids: Sequence[int], max_seq_len: int, where: str) -> Iterator[Sample]:
+    """Pieces of at most max_seq_len positions. A piece begins with the token that the one before ends with, so every
+    token but <s> is a target once."""
+    for start in range(0, len(ids) - 1, max_seq_len):
+        tokens = np.array(ids[start : start + max_seq_len + 1], np.int32)
+        yield Sample(tokens, np.arange(len(tokens)) > 0, where)
+
+
+def _chat_samples(record: ChatRecord, tokenizer: Tokenizer) -> Iterator[Sample]:
+    messages = record.messages
+    for end in _answer_ends(messages) if record.tools else [len(messages)]:
+        ids, targets = tokenizer.encode_chat([*messages[: end - 1], _without_call_ids(messages[end - 1])], record.tools)
+        mask = np.array(targets)
+        if record.tools:
+            mask[: np.flatnonzero(~mask)[-1]] = False  # all but the last answer
+        yield Sample(np.array(ids, np.int32), mask, record.where)
+
+
+def _answer_ends(messages: Sequence[Mapping[str, Any]]) -> Iterator[int]:
+    """How many messages there are up to each answer that is trained on; those that the tokenizer joins are one."""
+    for end, message in enumerate(messages, 1):
+        if message["role"] != "assistant" or message.get("weight") == 0:
+            continue
+        following = messages[end] if end < len(messages) else {"role": None}
+        if (following["role"], following.get("weight")) != ("assistant", message.get("weight")):
+            yield end
+
+
+def _without_call_ids(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return message
+    return {**message, "tool_calls": [{key: call[key] for key in call if key != "id"} for call in calls]}

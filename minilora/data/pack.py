@@ -1,0 +1,132 @@
+"""Samples packed into rows of one length: hardly any compute goes to padding, and no sample sees another.
+
+    tokens t[0..n] of a sample -> inputs t[0..n-1], labels t[1..n] (IGNORE where t is no target)
+    a row                      -> samples side by side; positions begin at 0, and segments count up, with each of them
+
+Attention allows only equal segments, so a packed row gives what its samples give alone. What is left of a row is a
+segment of its own, without labels.
+
+Which samples share a row: best fit, long ones first, within windows of a shuffled order. The order is a function of
+(seed, epoch) alone, so a run is resumed from two numbers.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.data.encode import Sample
+from minilora.errors import UserError
+from minilora.loss import IGNORE
+
+WINDOW = 1024  # samples packed together: enough to fill rows, few enough that every epoch mixes them anew
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """tokens, labels, positions (B, T) int64, segments (B, T) int32; labels are IGNORE where nothing is predicted."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    segments: Tensor
+
+    @property
+    def n_targets(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        moved = (x.to(device) for x in (self.tokens, self.labels, self.positions, self.segments))
+        return PackedBatch(*moved)
+
+
+def epoch_rows(
+    lengths: Sequence[int], max_seq_len: int, seed: int, epoch: int, shuffle: bool = True
+) -> list[list[int]]:
+    """Rows of sample indices, each sample once, lengths in a row at most max_seq_len together.
+
+    lengths: the `Sample.length` of each sample, none above max_seq_len
+    shuffle: False packs the samples as they come, the same in every epoch
+    """
+    if max(lengths) > max_seq_len:
+        raise ValueError(f"a sample of {max(lengths)} positions does not fit rows of {max_seq_len}")
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    rows: list[list[int]] = []
+    for start in range(0, len(order), WINDOW):
+        rows += _best_fit(order[start : start + WINDOW].tolist(), lengths, max_seq_len)
+    return [rows[i] for i in random.permutation(len(rows))] if shuffle else rows
+
+
+def _best_fit(samples: list[int], lengths: Sequence[int], max_seq_len: int) -> list[list[int]]:
+    """Each sample, long ones first, goes to the fullest row that still has space for it."""
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (positions left, row), sorted
+    for i in sorted(samples, key=lambda i: -lengths[i]):
+        fit = bisect_left(spaces, (lengths[i], -1))
+        space, row = spaces.pop(fit) if fit < len(spaces) else (max_seq_len, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        insort(spaces, (space - lengths[i], row))
+    return rows
+
+
+def make_batch(
+    samples: Sequence[Sample], rows: Sequence[Sequence[int]], max_seq_len: int, trim: bool = False
+) -> PackedBatch:
+    """One batch row for each row of sample indices; T is max_seq_len or, with trim, what the longest row takes."""
+    taken = max(sum(samples[i].length for i in row) for row in rows)
+    shape = (len(rows), taken if trim else max_seq_len)
+    tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    labels, segments = np.full(shape, IGNORE, np.int64), np.zeros(shape, np.int32)
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, i in enumerate(row):
+            sample = samples[i]
+            here = (b, slice(start, start + sample.length))
+            tokens[here] = sample.tokens[:-1]
+            labels[here] = np.where(sample.target_mask[1:], sample.tokens[1:], IGNORE)
+            positions[here] = np.arange(sample.length)
+            segments[here] = segment
+            start += sample.length
+        positions[b, start:] = np.arange(shape[1] - start)
+        segments[b, start:] = len(row)
+    return PackedBatch(*map(torch.from_numpy, (tokens, labels, positions, segments)))
+
+
+class RowSampler:
+    """Hands out rows, epoch after epoch; its state is the epoch and the number of its rows already handed out."""
+
+    def __init__(self, lengths: Sequence[int], max_seq_len: int, seed: int, shuffle: bool = True) -> None:
+        self._settings = lengths, max_seq_len, seed, shuffle
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        lengths, max_seq_len, seed, shuffle = self._settings
+        self.epoch, self.row = epoch, 0
+        self.rows = epoch_rows(lengths, max_seq_len, seed, epoch, shuffle)
+
+    def take(self, n: int) -> list[list[int]]:
+        """The next n rows; where an epoch ends, the next begins."""
+        taken: list[list[int]] = []
+        while len(taken) < n:
+            if self.row == len(self.rows):
+                self._begin(self.epoch + 1)
+            new = self.rows[self.row : self.row + n - len(taken)]
+            self.row += len(new)
+            taken += new
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "row": self.row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was taken. Raises UserError if that place is not in this data."""
+        self._begin(state["epoch"])
+        self.row = state["row"]
+        if not 0 <= self.row <= len(self.rows):
+            raise UserError(f"row {self.row} of epoch {self.epoch} does not exist: the data are not those of the run")

@@ -1,0 +1,127 @@
+"""Samples: which tokens they hold, which of them are targets, and what does not fit."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import numpy as np
+import pytest
+
+from minilora.data.encode import Sample, check_vocab, encode_records
+from minilora.data.records import ChatRecord, TextRecord
+from minilora.errors import UserError
+from minilora.tokenizer import Tokenizer, load_tokenizer
+
+V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(V3)
+
+
+def chat(*contents: str, where: str = "f:1", **more: Any) -> ChatRecord:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return ChatRecord(messages, more.get("tools"), where)
+
+
+def learned(sample: Sample) -> str:
+    return tokenizer().decode(sample.tokens[sample.target_mask])
+
+
+def test_a_conversation_is_encode_chat() -> None:
+    record = chat("What is 2+2?", "4", "And 3+3?", "6")
+    samples, skipped = encode_records([record], tokenizer(), 100)
+    ids, targets = tokenizer().encode_chat(record.messages)
+    assert (samples[0].tokens.tolist(), samples[0].target_mask.tolist()) == (ids, targets)
+    assert (samples[0].length, samples[0].n_targets) == (len(ids) - 1, sum(targets))
+    assert (samples[0].where, skipped) == ("f:1", [])
+    assert samples[0].tokens.dtype == np.int32
+    assert samples[0].target_mask.dtype == np.bool_
+
+
+@pytest.mark.parametrize("max_seq_len", [2, 3, 7, 16, 17, 18, 100])
+def test_text_is_cut_so_that_every_token_is_a_target_once(max_seq_len: int) -> None:
+    text = "The quick brown fox.\nJumps over 12 dogs."
+    ids = tokenizer().encode_text(text)
+    assert len(ids) == 17
+    samples, _ = encode_records([TextRecord(text, "f:9")], tokenizer(), max_seq_len)
+    targets = [i for sample in samples for i in sample.tokens[sample.target_mask].tolist()]
+    assert targets == ids[1:]
+    assert [sample.tokens[0] for sample in samples] == ids[:-1][::max_seq_len]
+    assert not any(sample.target_mask[0] for sample in samples)
+    assert all(sample.length == max_seq_len for sample in samples[:-1])
+    assert 1 <= samples[-1].length <= max_seq_len
+
+
+def test_a_conversation_that_just_fits_and_one_that_does_not() -> None:
+    record = chat("Hello", "Hi there!", where="data.jsonl:7")
+    length = len(tokenizer().encode_chat(record.messages)[0]) - 1
+    assert len(encode_records([record], tokenizer(), length)[0]) == 1
+    with pytest.raises(UserError, match=rf"data.jsonl:7: .* takes {length} positions, .* is {length - 1};"):
+        encode_records([record], tokenizer(), length - 1)
+
+
+def test_skipped_conversations_are_named() -> None:
+    records = [chat("a", "b" * 60 * n, where=f"f:{n}") for n in range(1, 5)]
+    samples, skipped = encode_records(records, tokenizer(), 80, too_long="skip")
+    assert [sample.where for sample in samples] + skipped == ["f:1", "f:2", "f:3", "f:4"]
+    assert samples
+    assert skipped
+    with pytest.raises(UserError, match="all 4 conversations take more than 3 positions"):
+        encode_records(records, tokenizer(), 3, too_long="skip")
+
+
+def test_what_the_tokenizer_refuses_has_its_line() -> None:
+    records = [chat("a", "b"), ChatRecord([{"role": "tool", "content": "x"}] * 2, None, "data.jsonl:2")]
+    with pytest.raises(UserError, match=r"^data.jsonl:2: message 2: a tool result"):
+        encode_records(records, tokenizer(), 100)
+    with pytest.raises(UserError, match=r"^data.jsonl:3: .*surrogate"):
+        encode_records([TextRecord("\ud800", "data.jsonl:3")], tokenizer(), 100)
+
+
+def test_with_tools_every_answer_is_a_sample_of_its_own() -> None:
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1", "weight": 0},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "abcdefgh1"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "assistant", "content": "again"},
+    ]
+    samples, _ = encode_records([ChatRecord(messages, [TOOL], "f:1")], tokenizer(), 200)
+    assert [learned(sample) for sample in samples] == ['[{"name": "f", "arguments": {}}]', "Two\n\nagain"]
+    whole, _ = tokenizer().encode_chat(messages, [TOOL])
+    assert samples[-1].tokens.tolist() == whole
+    assert all((sample.tokens == 6).sum() == 1 for sample in samples), "each has [AVAILABLE_TOOLS]"
+    without, _ = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(), 200)
+    assert [sample.n_targets for sample in without] == [sum(tokenizer().encode_chat(messages)[1])]
+
+
+def test_the_ids_of_last_calls_are_not_learned() -> None:
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
+    record = chat("Go")
+    record.messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+    samples, _ = encode_records([record], tokenizer(), 200)
+    assert learned(samples[0]) == '[{"name": "f", "arguments": {}}]'
+
+
+def test_an_answer_of_weight_0_at_the_end() -> None:
+    record = chat("One?", "1", tools=[TOOL])
+    record.messages.append({"role": "assistant", "content": "2", "weight": 0})
+    samples, _ = encode_records([record], tokenizer(), 200)
+    assert [learned(sample) for sample in samples] == ["1"]
+
+
+def test_ids_of_another_model() -> None:
+    samples, _ = encode_records([chat("a", "b", where="f:1"), chat("日本", "b", where="f:2")], tokenizer(), 100)
+    largest = int(max(samples[1].tokens))
+    assert largest > max(samples[0].tokens)
+    check_vocab(samples, largest + 1)
+    with pytest.raises(UserError, match=f"f:2: token id {largest} is outside of the model's vocabulary of {largest};"):
+        check_vocab(samples, largest)
