@@ -65,12 +65,13 @@ class ModelConfig:
 class BaseConfig:
     """The base model of a run: the `[model]` section.
 
-    path: folder of a checkpoint, HF layout or Mistral's own; "demo" is the tiny Mistral that ships in the package
-    tokenizer: file or folder of the tokenizer, where it does not lie with the model
-    quantize: the linear layers' storage; "auto" is "nf4" for the strategy qlora and "none" for the others
-    double_quant: also store each NF4 block's absmax in 8 bits
-    dtype: what is computed in; "auto" is bfloat16 where the device has it, else float16 on a GPU and float32 on a CPU
-    device: "auto" is the GPU if there is one
+    Args:
+        path: folder of a checkpoint, HF layout or Mistral's own; "demo" is the tiny Mistral that ships in the package
+        tokenizer: file or folder of the tokenizer, where it does not lie with the model
+        quantize: the linear layers' storage; "auto" is "nf4" for the strategy qlora and "none" for the others
+        double_quant: also store each NF4 block's absmax in 8 bits
+        dtype: what is computed in; "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU
+        device: "auto" is the GPU if there is one
     """
 
     path: str = "demo"
@@ -85,11 +86,12 @@ class BaseConfig:
 class LoraConfig:
     """Low-rank adapters: y = W x + scale * B (A dropout(x)), scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
-    rank: columns of B and rows of A
-    alpha: numerator of the scale
-    dropout: probability of zeroing an input of A while training
-    targets: names of the linear layers that get an adapter
-    rslora: divide alpha by sqrt(rank) (https://arxiv.org/abs/2312.03732)
+    Args:
+        rank: columns of B and rows of A
+        alpha: numerator of the scale
+        dropout: probability of zeroing an input of A while training
+        targets: names of the linear layers that get an adapter
+        rslora: divide alpha by sqrt(rank) (https://arxiv.org/abs/2312.03732)
     """
 
     rank: int = 16
@@ -113,9 +115,12 @@ class LoraConfig:
 class DataConfig:
     """What is trained on and measured on: JSONL files of messages or of raw text.
 
-    train, validation, test: files; without a validation file nothing is watched, the test file is read once, at the end
-    max_seq_len: tokens in a packed row
-    too_long: what to do with a conversation of more than max_seq_len tokens; raw text is cut into pieces
+    Args:
+        train: what is learnt
+        validation: what is watched while training; without it nothing is
+        test: what is measured once, at the end
+        max_seq_len: tokens in a packed row
+        too_long: what to do with a conversation of more than max_seq_len tokens; raw text is cut into pieces
     """
 
     train: str = ""
@@ -132,18 +137,26 @@ class DataConfig:
 class TrainConfig:
     """The training loop.
 
-    output: the run folder
-    strategy: which weights learn: "qlora" and "lora" the adapters, "full" every weight
-    max_steps: optimizer steps; None means as many as `epochs` needs
-    epochs: passes over the training file
-    batch_size: packed rows in one forward pass
-    accumulate: forward passes in one optimizer step; the loss is the mean over all their target tokens
-    lr, schedule, warmup_steps, min_lr_ratio: the learning rate rises to lr in warmup_steps, then falls to
-        min_lr_ratio * lr at the last step
-    clip_norm: longest gradient allowed; 0 does not clip
-    activation_checkpointing: keep only each block's input and compute the block again in backward
-    checkpoint_every, keep_checkpoints: steps between saved states, and how many of them to keep
-    max_bad_steps: stop after this many steps in a row whose loss or gradient is not finite
+    Args:
+        output: the run folder
+        strategy: which weights learn: "qlora" and "lora" the adapters, "full" every weight
+        seed: of new adapters, dropout and the order of the data
+        max_steps: optimizer steps; None means as many as `epochs` needs
+        epochs: passes over the training file
+        batch_size: packed rows in one forward pass
+        accumulate: forward passes in one optimizer step; the loss is the mean over all their target tokens
+        lr: the highest learning rate
+        schedule: how the learning rate falls after the warm-up
+        warmup_steps: updates in which it rises to lr
+        min_lr_ratio: the last learning rate, as a share of lr
+        weight_decay: AdamW's pull of the matrices towards zero, as a share of lr
+        beta1: AdamW's memory of the gradient
+        beta2: AdamW's memory of its square
+        clip_norm: longest gradient allowed; 0 does not clip
+        activation_checkpointing: keep only each block's input and compute the block again in backward
+        checkpoint_every: steps between saved states
+        keep_checkpoints: how many of them to keep
+        max_bad_steps: stop after this many steps in a row whose loss or gradient is not finite
     """
 
     output: str = "runs/train"
@@ -175,8 +188,9 @@ class TrainConfig:
         _check(0 < self.lr < inf, f"train.lr is {self.lr}, but must be above 0")
         _check(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}, but must not be negative")
         _check(0 <= self.min_lr_ratio <= 1, f"train.min_lr_ratio is {self.min_lr_ratio}, but must be from 0 to 1")
-        _check(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}, but must not be negative")
+        _check(0 <= self.weight_decay < inf, f"train.weight_decay is {self.weight_decay}, but must not be negative")
         _check(self.clip_norm >= 0, f"train.clip_norm is {self.clip_norm}, but must not be negative")
+        _check(self.seed >= 0, f"train.seed is {self.seed}, but must not be negative")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"train.{name} is {value}, but must be at least 0 and below 1")
@@ -186,23 +200,26 @@ class TrainConfig:
 class EvalConfig:
     """What is measured while training and after it.
 
-    every: steps between validations
-    patience: stop after this many validations without a new best; 0 never stops early
-    batch_size: rows or prompts in one forward pass
-    samples: validation prompts answered before and after training, side by side in samples.md
-    max_new_tokens: longest answer generated
+    Args:
+        every: steps between validations
+        patience: stop after this many validations without a new best; 0 never stops early
+        batch_size: rows or prompts in one forward pass
+        answers: conversations of the validation and of the test file that are answered and compared (exact match)
+        samples: validation prompts answered before and after training, side by side in samples.md
+        max_new_tokens: longest answer generated
     """
 
     every: int = 50
     patience: int = 0
     batch_size: int = 8
+    answers: int = 64
     samples: int = 5
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "max_new_tokens"):
             _check(getattr(self, name) > 0, f"eval.{name} is {getattr(self, name)}, but must be above 0")
-        for name in ("patience", "samples"):
+        for name in ("patience", "answers", "samples"):
             _check(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}, but must not be negative")
 
 

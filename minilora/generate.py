@@ -25,7 +25,8 @@ def choose(
     """The next token (B,) int64 from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # no overflow, however cold
     ranked, tokens = probabilities.sort(-1, descending=True)
     ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps every token that begins below top_p, so always the first
     if top_k is not None:
@@ -56,8 +57,11 @@ def stream(
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be (B, T) with T >= 1, not {tuple(tokens.shape)}")
-    if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 1")
+    if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1) or max_new_tokens < 0:
+        raise ValueError(
+            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 1, "
+            f"max_new_tokens {max_new_tokens} >= 0"
+        )
     B, T = tokens.shape
     tokens = tokens.to(model.device)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)

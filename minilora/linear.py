@@ -4,7 +4,8 @@ The weight is decoded for the product and thrown away; backward decodes it again
 between the two. W' gets no gradient: only dL/dx = dL/dy W' is needed to train what lies before and beside it.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _NF4Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()` and its kin do to the buffers: they move but keep their dtypes: no rounded absmax."""
+
+        def move(buffer: Tensor) -> Tensor:
+            moved = fn(buffer)
+            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def extra_repr(self) -> str:
         double_quant = self.nested_absmax is not None

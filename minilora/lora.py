@@ -7,6 +7,7 @@ once per use; W may be an `nn.Linear` or an `NF4Linear`: with the latter this is
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import sqrt
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear | NF4Linear, config: LoraConfig) -> None:
         super().__init__()
         self.base = base
-        self.scale, self.dropout = config.scale, config.dropout
+        self.scale, self.dropout, self.enabled = config.scale, config.dropout, True
         device = next(iter([*base.parameters(), *base.buffers()])).device
         self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
@@ -35,8 +36,10 @@ class LoRALinear(nn.Module):
         nn.init.uniform_(self.lora_A, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        reduced = linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
         y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
+        reduced = linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
         return y + self.scale * linear(reduced, self.lora_B.to(x.dtype))
 
     def delta(self) -> Tensor:
@@ -61,9 +64,22 @@ def add_lora(model: Model, config: LoraConfig) -> Model:
     for name, layer in linears.items():
         parent, _, child = name.rpartition(".")
         if child in config.targets:
-            setattr(model.get_submodule(parent), child, LoRALinear(layer, config))
+            setattr(model.get_submodule(parent), child, LoRALinear(layer, config).train(layer.training))
     model.lora_config = config  # type: ignore[assignment]
     return model
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """While entered, the model is its base."""
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -22,6 +22,8 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """
     targets = labels.reshape(-1) != IGNORE
     rows = hidden.reshape(-1, hidden.shape[-1])[targets]
+    if not torch.is_grad_enabled():
+        head = head.detach()  # else a head that learns would have its gradient made in validation too
     loss: Tensor = _ChunkedCrossEntropy.apply(rows, head, labels.reshape(-1)[targets])  # type: ignore[no-untyped-call]
     return loss
 

@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from minilora.attention import attend, visible
-from minilora.config import ModelConfig
+from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
 from minilora.norm import RMSNorm
 from minilora.rope import apply_rope, rope_cos_sin
@@ -99,6 +99,8 @@ class Mistral(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.base_fingerprint: str | None = None  # of the files that the weights came from
+        self.lora_config: LoraConfig | None = None  # once it has adapters
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)

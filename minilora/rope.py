@@ -23,7 +23,7 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the half-split pairs of x (B, T, H, Dh) by cos, sin (B, T, Dh/2)."""
     cos, sin = cos[:, :, None], sin[:, :, None]  # (B, T, 1, Dh/2)
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.unflatten(-1, (2, -1)).unbind(-2)  # not chunk: its backward fills two tensors of x's size with zeros
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 

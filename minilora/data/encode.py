@@ -69,7 +69,10 @@ def encode_records(
                 'raise it, shorten the conversation, or set data.too_long to "skip"'
             )
     if not samples:
-        raise UserError(f"nothing to train on: all {len(skipped)} conversations take more than {max_seq_len} positions")
+        raise UserError(
+            f"nothing to train on: all {len(skipped)} conversations take more than {max_seq_len} positions"
+            + "".join(f", the first at {where}" for where in skipped[:1])
+        )
     return samples, skipped
 
 

@@ -1,0 +1,33 @@
+"""What a device can do, as pure functions: which one is used, and what it computes in."""
+
+import torch
+
+from minilora.errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device; "auto" is the first GPU if there is one, else the CPU. Raises UserError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"model.device {name!r} cannot be used: {str(error).partition('. ')[0]}") from error
+    return device
+
+
+def pick_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
+    """The compute dtype and, in a few words, why.
+
+    "auto" is bfloat16 on GPUs that multiply matrices in it (since Ampere), float16 with loss scaling on older ones,
+    float32 on a CPU.
+    """
+    if name != "auto":
+        return getattr(torch, name), "asked for"
+    if device.type != "cuda":
+        return torch.float32, "a CPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return torch.bfloat16, f"compute capability {major}.{minor} multiplies in bfloat16"
+    return torch.float16, f"compute capability {major}.{minor} has no bfloat16 product; the loss is scaled"

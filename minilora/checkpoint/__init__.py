@@ -1,0 +1,13 @@
+"""Files to models and back. Nothing is imported here; each module has one idea:
+
+json_file         JSON from strangers, within limits
+safetensors_file  one .safetensors file: its header checked, its tensors read lazily or streamed out
+layout            which files of a folder are the model: Hugging Face's layout or Mistral's own
+names             the one table of tensor names and shapes in both layouts
+config_files      config.json and params.json <-> ModelConfig
+open              all headers of a folder against its config, before any memory is taken; the fingerprint of a base
+load              tensor by tensor into a model, quantized to NF4 on the way
+write             crash-safe files and folders: temporary name, fsync, rename
+save              a model as a folder, in both layouts
+adapter           LoRA adapters in PEFT's layout
+"""

@@ -1,0 +1,239 @@
+"""config.json and params.json <-> ModelConfig.
+
+What the decoder cannot do is refused by name, never skipped: a model read wrongly still prints fluent nonsense. What a
+file leaves out means what its owner's class takes it to mean (transformers' MistralConfig, mistral-inference's
+ModelArgs), and a choice made for the reader is logged.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minilora.checkpoint.json_file import read_json, short
+from minilora.checkpoint.layout import CONFIG_NAMES, find_layout
+from minilora.config import ModelConfig
+from minilora.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What these keys may say; absent and null always pass. An empty tuple: the feature is not supported at all.
+_HF_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("mistral",),
+    "architectures": (["MistralForCausalLM"],),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "num_local_experts": (),
+    "vision_config": (),
+    "text_config": (),
+    "quantization_config": (),  # weights that are quantized already
+}
+_PARAMS_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("transformer",),
+    "causal": (True,),
+    "use_biases": (False,),
+    "moe": (),
+    "vision_encoder": (),
+    "multimodal": (),
+    "yarn": (),
+    "llama_4_scaling": (),
+    "rope_scaling": (),
+    "quantization": (),
+}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The sizes of the checkpoint in `folder`, from the config file of its layout.
+
+    Raises UserError that names file and key for a missing file, a bad value, or a model that is no plain Mistral.
+    """
+    layout = find_layout(folder)
+    file = folder / CONFIG_NAMES[layout]
+    fields = _Fields(file, read_json(file))
+    values = _from_hf(fields) if layout == "hf" else _from_params(fields)
+    try:
+        return ModelConfig(**values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json for `config`, in the keys that every version of transformers reads. dtype: such as "bfloat16"."""
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "sliding_window": config.sliding_window,
+        "tie_word_embeddings": config.tied_embeddings,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": dtype,
+    }
+
+
+def config_to_params(config: ModelConfig) -> dict[str, Any]:
+    """params.json for `config`."""
+    names = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
+    params = {name: getattr(config, name) for name in (*names, "rope_theta", "max_seq_len")}
+    if config.sliding_window is not None:
+        params["sliding_window"] = config.sliding_window
+    if config.tied_embeddings:
+        params["tied_embeddings"] = True
+    return params
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The object in a config file, read key by key; each error names file and key."""
+
+    file: Path
+    values: dict[str, Any]
+
+    def error(self, key: str, problem: str) -> UserError:
+        return UserError(f"{self.file}: {key} {problem}")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = default if self.values.get(key) is None else self.values[key]
+        if value is None:
+            raise self.error(key, "is missing")
+        if type(value) is not int or value < 1:
+            raise self.error(key, f"is {short(value)}, but must be a whole number above 0")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = default if self.values.get(key) is None else self.values[key]
+        if value is None:
+            raise self.error(key, "is missing")
+        if type(value) not in (int, float) or not 0 < value < 1e30:  # false for NaN, too
+            raise self.error(key, f"is {short(value)}, but must be a positive finite number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key)
+        if value not in (None, True, False) or type(value) is int:
+            raise self.error(key, f"is {short(value)}, but must be true or false")
+        return bool(value)
+
+    def refuse_other_than(self, fixed: dict[str, tuple[Any, ...]]) -> None:
+        for key, allowed in fixed.items():
+            value = self.values.get(key)
+            if value is not None and value not in allowed:
+                raise self.error(
+                    key, f"is {short(value)}; supported is {short(allowed[0]) if allowed else 'only null'}"
+                )
+
+
+def _from_hf(fields: _Fields) -> dict[str, Any]:
+    """ModelConfig's arguments from config.json, as transformers 4 and 5 write it."""
+    fields.refuse_other_than(_HF_FIXED)
+    if fields.values.get("model_type") is None:
+        raise fields.error("model_type", "is missing; mistral was expected")
+    n_layers, n_heads = fields.whole("num_hidden_layers"), fields.whole("num_attention_heads")
+    dim = fields.whole("hidden_size")
+    if fields.values.get("head_dim") is None and dim % n_heads:
+        raise fields.error("head_dim", f"is not given, and {n_heads} heads do not divide hidden_size {dim}")
+    return {
+        "dim": dim,
+        "n_layers": n_layers,
+        "head_dim": fields.whole("head_dim", dim // n_heads),
+        "hidden_dim": fields.whole("intermediate_size"),
+        "n_heads": n_heads,
+        "n_kv_heads": fields.whole("num_key_value_heads", n_heads),
+        "vocab_size": fields.whole("vocab_size"),
+        "norm_eps": fields.real("rms_norm_eps", 1e-6),
+        "rope_theta": _hf_rope_theta(fields),
+        "sliding_window": _hf_window(fields, n_layers),
+        "tied_embeddings": fields.flag("tie_word_embeddings"),
+        "max_seq_len": fields.whole("max_position_embeddings", 32_768),
+    }
+
+
+def _hf_rope_theta(fields: _Fields) -> float:
+    """transformers 5 writes rope_parameters, 4 wrote rope_theta and, for stretched positions, rope_scaling."""
+    theta = fields.real("rope_theta", 10_000.0)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = fields.values.get(key)
+        if rope is None:
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default" or not isinstance(rope, dict):
+            raise fields.error(key, f"is of type {short(kind)}, but only the default rotary embedding is supported")
+        if other := sorted(set(rope) - {"rope_theta", "rope_type", "type"}):
+            raise fields.error(key, f"holds {short(other[0])}, which is not supported")
+        theta = _Fields(fields.file, rope).real("rope_theta", theta)
+    return theta
+
+
+def _hf_window(fields: _Fields, n_layers: int) -> int | None:
+    """sliding_window; transformers 4 left out what equals its class default, so absence means 4096, null means none."""
+    kinds = fields.values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != kinds[0] for kind in kinds)):
+        raise fields.error("layer_types", "has layers of different kinds, which is not supported")
+    if kinds and kinds[0] not in ("full_attention", "sliding_attention"):
+        raise fields.error("layer_types", f"is {short(kinds[0])}, which is not supported")
+    if kinds and kinds[0] == "full_attention":
+        return None
+    if "sliding_window" not in fields.values:
+        log.warning("%s: no sliding_window; 4096 is taken, the default of its class", fields.file)
+        return 4096
+    return _window(fields, "sliding_window", n_layers)
+
+
+def _from_params(fields: _Fields) -> dict[str, Any]:
+    """ModelConfig's arguments from params.json."""
+    fields.refuse_other_than(_PARAMS_FIXED)
+    n_layers, n_heads = fields.whole("n_layers"), fields.whole("n_heads")
+    windows = {_window(fields, key, n_layers) for key in ("sliding_window", "_sliding_window") if key in fields.values}
+    if len(windows) > 1:
+        raise fields.error("sliding_window", "and _sliding_window differ")
+    window = windows.pop() if windows else None
+    if fields.values.get("rope_theta") is None:
+        # The original code took 10000 for models with a window, which are the ones from before the key existed.
+        theta = 1e6 if window is None else 1e4
+        log.warning("%s: no rope_theta; %g is taken, since sliding_window is %s", fields.file, theta, window)
+    else:
+        theta = fields.real("rope_theta")
+    return {
+        "dim": fields.whole("dim"),
+        "n_layers": n_layers,
+        "head_dim": fields.whole("head_dim"),
+        "hidden_dim": fields.whole("hidden_dim"),
+        "n_heads": n_heads,
+        "n_kv_heads": fields.whole("n_kv_heads", n_heads),
+        "vocab_size": fields.whole("vocab_size"),
+        "norm_eps": fields.real("norm_eps"),
+        "rope_theta": theta,
+        "sliding_window": window,
+        "tied_embeddings": fields.flag("tied_embeddings"),
+        "max_seq_len": fields.whole("max_seq_len", fields.whole("max_position_embeddings", 32_768)),
+    }
+
+
+def _window(fields: _Fields, key: str, n_layers: int) -> int | None:
+    """W, which files hold as a number, as a string of digits, or as a pattern that is repeated over the layers."""
+    value = fields.values[key]
+    if isinstance(value, list):
+        if not value or n_layers % len(value):
+            raise fields.error(key, f"has {len(value)} entries, which cannot be repeated over {n_layers} layers")
+        if any(window != value[0] for window in value):
+            raise fields.error(key, f"is {short(value)}: windows that differ by layer are not supported")
+        value = value[0]
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
+        value = int(value)
+    if value is not None and (type(value) is not int or value < 1):
+        raise fields.error(key, f"is {short(value)}, but must be a whole number above 0, or null")
+    return value

@@ -1,0 +1,50 @@
+"""JSON that a stranger wrote: read within limits, and refused in one line that names the file."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import UserError
+
+MAX_BYTES = 100_000_000  # safetensors' own limit for a header
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that `file` holds. Raises UserError if it is missing, too large, or no JSON object."""
+    if not file.is_file():  # a pipe or a device would block the reader or never end
+        raise UserError(f"{file}: no such file")
+    try:
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes, more than the {MAX_BYTES:,} that are read")
+        return parse_object(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable JSON file: {error}") from None
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`. Raises ValueError for all else, keys that stand twice included.
+
+    NaN and Infinity pass, as in Python's parser: whoever reads a number checks it and can name its key.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object was expected, not a {type(value).__name__}")
+    return value
+
+
+def short(value: object) -> str:
+    """A value from a file as it is put into a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {short(twice)} stands twice")
+    return made

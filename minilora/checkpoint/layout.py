@@ -1,0 +1,90 @@
+"""Which files of a folder are the model. A repository may hold the same weights twice; "all *.safetensors" is wrong.
+
+    hf        config.json   model.safetensors.index.json, or model.safetensors
+    mistral   params.json   consolidated.safetensors.index.json, or consolidated.safetensors
+
+The first that is complete is taken, so a folder of Mistral 7B v0.3, which has both, is read in Hugging Face's layout.
+An index names shards. What it names must be a plain file name, and the file must lie in the folder, links resolved:
+a downloaded index must not make us read elsewhere.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from minilora.checkpoint.json_file import read_json, short
+from minilora.checkpoint.safetensors_file import TensorEntry, read_header
+from minilora.errors import UserError
+
+Layout = Literal["hf", "mistral"]
+CONFIG_NAMES: dict[Layout, str] = {"hf": "config.json", "mistral": "params.json"}
+WEIGHTS_NAMES: dict[Layout, str] = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
+
+
+def find_layout(folder: Path) -> Layout:
+    """The layout that `folder` is read in. Raises UserError if it holds no complete checkpoint."""
+    if not os.path.exists(folder):  # false, where Path.exists would raise, for a name that is too long
+        raise UserError(f"{folder}: no such folder; name a local checkpoint folder, or demo")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; name the folder that holds the checkpoint")
+    weights = [
+        layout for layout in WEIGHTS_NAMES if _index(folder, layout).exists() or _single(folder, layout).exists()
+    ]
+    for layout in weights:
+        if (folder / CONFIG_NAMES[layout]).exists():
+            return layout
+    if weights:
+        raise UserError(f"{folder}: holds {WEIGHTS_NAMES[weights[0]]} but no {CONFIG_NAMES[weights[0]]}")
+    for pattern in _PICKLES:
+        for file in sorted(folder.glob(pattern)):
+            raise UserError(f"{file}: pickle files can run code and are not read; convert it to safetensors")
+    raise UserError(f"{folder}: no checkpoint here; model.safetensors or consolidated.safetensors was looked for")
+
+
+def read_entries(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
+    """All tensors of the checkpoint by the key they have in the files, from the headers alone. Raises UserError."""
+    index = _index(folder, layout)
+    if not index.exists():
+        return read_header(_inside(folder, WEIGHTS_NAMES[layout], index))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map must be an object of tensor: file, and not empty")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
+            raise UserError(f"{index}: tensor {short(key)} lies in {short(name)}, which is not a plain file name")
+    entries: dict[str, TensorEntry] = {}
+    for name in sorted(set(weight_map.values())):
+        entries |= _shard(_inside(folder, name, index), name, weight_map, index)
+    return entries
+
+
+def _shard(file: Path, name: str, weight_map: dict[str, str], index: Path) -> dict[str, TensorEntry]:
+    """The tensors of one shard: just those that the index says lie there."""
+    held = read_header(file)
+    for key in weight_map:
+        if weight_map[key] == name and key not in held:
+            raise UserError(f"{file}: lacks the tensor {short(key)}, which {index.name} says is there")
+    for key in held:
+        if weight_map.get(key) != name:
+            raise UserError(f"{file}: holds the tensor {short(key)}, which {index.name} does not say is there")
+    return held
+
+
+def _inside(folder: Path, name: str, index: Path) -> Path:
+    """folder / name, if that is where it leads. Hugging Face's cache links from snapshots/X to blobs beside it."""
+    file, root = folder / name, Path(os.path.realpath(folder))
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(Path(os.path.realpath(file)).is_relative_to(home) for home in homes):
+        raise UserError(f"{file}: a link out of the folder is not followed; put the file itself there")
+    if not file.is_file() and index.exists():
+        raise UserError(f"{file}: no such file, but {index.name} names it; the checkpoint is not complete")
+    return file
+
+
+def _index(folder: Path, layout: Layout) -> Path:
+    return folder / f"{WEIGHTS_NAMES[layout]}.index.json"
+
+
+def _single(folder: Path, layout: Layout) -> Path:
+    return folder / WEIGHTS_NAMES[layout]

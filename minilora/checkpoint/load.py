@@ -1,0 +1,77 @@
+"""A folder to a model, tensor by tensor: what is needed beyond the model itself is one tensor.
+
+The module is built without memory (on torch's meta device) and filled from memory-mapped files. With quantize="nf4"
+each linear layer of the blocks is quantized as it comes, from the file's own precision; embedding, norms and head stay
+dense.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from minilora.checkpoint.names import TensorSpec
+from minilora.checkpoint.open import open_checkpoint
+from minilora.errors import UserError
+from minilora.linear import NF4Linear
+from minilora.model import Mistral
+from minilora.nf4 import NF4Tensor, quantize_nf4
+
+
+def load_model(
+    path: str | Path,
+    *,
+    quantize: Literal["nf4"] | None = None,
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Mistral:
+    """Load a Mistral for inference: eval mode, no parameter requires a gradient (a training strategy turns them on).
+
+    path: a folder in Hugging Face's or Mistral's layout, or "demo", the model that ships with minilora
+    quantize, double_quant: "nf4" stores the blocks' linear layers in NF4, their absmax in 8 bits with double_quant
+    dtype: of the dense weights, and so of what is computed: float32, bfloat16 or float16
+    device: None is torch's default device
+    progress: called after each tensor with the tensors loaded and the tensors in all
+
+    All headers are checked first (`open_checkpoint`). Raises UserError for what is wrong with the files, and for a
+    number that NF4 cannot hold, by tensor and index.
+    """
+    if quantize not in (None, "nf4"):
+        raise ValueError(f'quantize is {quantize!r}, but must be "nf4" or None')
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype}, but must be float32, bfloat16 or float16")
+    device = torch.get_default_device() if device is None else torch.device(device)
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_tied_head()
+    with torch.device("meta"):
+        model = Mistral(checkpoint.config)
+    specs = list(checkpoint.tensors())
+    for done, spec in enumerate(specs, start=1):
+        weight = checkpoint.read(spec).to(device)
+        if quantize and spec.is_projection:
+            parent, _, child = spec.module.rpartition(".")
+            setattr(model.get_submodule(parent), child, NF4Linear(_quantize(weight, spec, double_quant)))
+        else:
+            # A copy even of equal dtype: what is mapped would change with the file.
+            _set_weight(model.get_submodule(spec.module), weight.to(dtype, copy=True))
+        if progress:
+            progress(done, len(specs))
+    if checkpoint.config.tied_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.base_fingerprint = checkpoint.fingerprint()
+    return model.requires_grad_(False).eval()
+
+
+def _set_weight(layer: nn.Module, weight: Tensor) -> None:
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+
+def _quantize(weight: Tensor, spec: TensorSpec, double_quant: bool) -> NF4Tensor:
+    try:
+        return quantize_nf4(weight, double_quant=double_quant)
+    except UserError as error:
+        raise UserError(f"{spec.name}: {error}") from None

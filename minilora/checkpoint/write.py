@@ -1,0 +1,211 @@
+"""Crash-safe writing: a reader finds the old file or folder, or the new one, and never a part of either.
+
+    write NAME.tmp-PID beside the target -> manifest.json -> fsync each file -> fsync the folder -> rename -> fsync the
+    parent folder
+
+A rename within a file system is atomic; the fsyncs order it after the data. An error removes the temporary files and
+leaves the target as it was; what a killed process left behind, `sweep_stale` puts right. A full disk, a file-size
+limit or a folder that cannot be written to becomes a UserError with the remedy.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minilora.checkpoint.json_file import read_json, short
+from minilora.errors import UserError
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>[0-9]{1,9})")
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "the file would exceed the largest size allowed; raise the limit (ulimit -f) or choose another disk",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "no permission to write there; choose another folder",
+    errno.EPERM: "no permission to write there; choose another folder",
+    errno.ENOTDIR: "a part of that path is a file; choose another folder",
+}
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write one file, replacing what was there. Raises UserError if it cannot be written."""
+    path = Path(os.path.abspath(path))
+    temp = _beside(path, "tmp")
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temp.write_bytes(data.encode() if isinstance(data, str) else data)
+            _fsync(temp)
+            temp.replace(path)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        _fsync(path.parent)
+
+
+@contextmanager
+def atomic_folder(
+    path: str | Path, *, overwrite: bool = False, manifest: Mapping[str, Any] | None = None, needed_bytes: int = 0
+) -> Iterator[Path]:
+    """Yield an empty folder to write into, which becomes `path` when the block ends without an error.
+
+    overwrite: replace what is at `path`; without it, anything but an empty folder there is refused
+    manifest: also write manifest.json with each file's sha256 and size and these keys, see `verify_manifest`
+    needed_bytes: checked against the free space beforehand
+
+    Raises UserError if the target stands, the space is short, or writing fails, in the block as well.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path}: is a link or a file; choose another name for the folder")
+    if not overwrite and path.exists() and not _is_empty_folder(path):
+        raise UserError(f"{path}: exists already; choose another name, or ask to overwrite it")
+    check_space(path.parent, needed_bytes)
+    temp = _beside(path, "tmp")
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temp, ignore_errors=True)  # of a dead process that had our number
+            temp.mkdir()
+            yield temp
+            if manifest is not None:
+                _write_manifest(temp, manifest)
+            for file in [*temp.rglob("*"), temp]:
+                _fsync(file)
+            _swap(temp, path)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raise UserError if fewer than `needed_bytes` are free where `folder` is or will be."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if (free := shutil.disk_usage(there).free) < needed_bytes:
+        need, have = needed_bytes / 1e9, free / 1e9
+        raise UserError(
+            f"{folder}: {need:.3g} GB are needed, {have:.3g} GB are free; free some or choose another folder"
+        )
+
+
+def sweep_stale(folder: str | Path) -> list[Path]:
+    """Put right what killed processes left in `folder`; returns the leftovers that were found.
+
+    A NAME.tmp-PID is deleted. A NAME.old-PID was set aside for a new NAME: it goes back if NAME never came. Leftovers
+    of processes that are alive on this machine stay.
+    """
+    found = []
+    for leftover in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
+        match = _LEFTOVER.fullmatch(leftover.name)
+        if not match or _alive(int(match["pid"])):
+            continue
+        found.append(leftover)
+        target = leftover.with_name(match["name"])
+        if match["kind"] == "old" and not target.exists():
+            leftover.rename(target)
+        elif leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    return found
+
+
+def verify_manifest(folder: str | Path) -> dict[str, Any]:
+    """Hold the files of `folder` against its manifest.json; returns the manifest.
+
+    Raises UserError that names the file which is missing or altered. Files that are not listed are not looked at.
+    """
+    folder = Path(folder)
+    manifest = read_json(folder / MANIFEST)
+    version, listed = manifest.get("format_version"), manifest.get("files")
+    if version != MANIFEST_VERSION:
+        raise UserError(
+            f"{folder / MANIFEST}: format_version is {short(version)}; this minilora knows {MANIFEST_VERSION}"
+        )
+    if not isinstance(listed, dict):
+        raise UserError(f"{folder / MANIFEST}: files must be an object")
+    for name, facts in listed.items():
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not os.path.isfile(file):
+            raise UserError(f"{file}: missing, but {MANIFEST} lists it; the folder is not complete")
+        if facts != _facts(file):
+            raise UserError(f"{file}: altered since it was written; if that was intended, delete {MANIFEST} beside it")
+    return manifest
+
+
+def _write_manifest(folder: Path, extra: Mapping[str, Any]) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    listed = {file.relative_to(folder).as_posix(): _facts(file) for file in files}
+    manifest = {**extra, "format_version": MANIFEST_VERSION, "files": listed}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"sha256": hashlib.file_digest(opened, "sha256").hexdigest(), "bytes": file.stat().st_size}
+
+
+def _swap(temp: Path, path: Path) -> None:
+    """Rename `temp` to `path`. A folder that is there is set aside first and deleted last."""
+    old = _beside(path, "old")
+    replaces = path.exists() and not _is_empty_folder(path)  # onto an empty folder, rename is atomic
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    try:
+        temp.rename(path)
+    except BaseException:
+        if replaces:
+            old.rename(path)
+        raise
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no fsync for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
+        raise UserError(f"{path}: could not be written: {reason}") from error
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name}.{kind}-{os.getpid()}")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

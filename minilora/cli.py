@@ -1,0 +1,334 @@
+"""The command line: `minilora VERB`. Thin: each verb reads its arguments, calls one function, prints what it gives.
+
+Exit status: 0 done, 1 failed with one line that says what to mend, 2 wrong usage, 130 or 143 stopped by a signal.
+Heavy modules are imported inside the verbs, so that help and usage errors come at once.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
+from rich.console import Console
+
+from minilora.config import BaseConfig, RunConfig
+from minilora.errors import UserError
+
+if TYPE_CHECKING:
+    from minilora.model import Mistral
+    from minilora.tokenizer import Tokenizer
+
+_Share = restricted_number_type("_Share", float, [(">", 0), ("<=", 1)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if args else 2
+    verb = VERBS.get(args[0])
+    if verb is None:
+        print(f"minilora: there is no verb {args[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    from minilora.train.signals import Stopped
+
+    try:
+        verb(args[1:])
+    except UserError as error:
+        print(f"minilora {args[0]}: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stop:
+        print(f"minilora {args[0]}: {stop}", file=sys.stderr)
+        return stop.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `minilora ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _overview() -> str:
+    lines = [f"  {name:10} {_summary(function)}" for name, function in VERBS.items()]
+    return "\n".join(["usage: minilora VERB ...   (minilora VERB --help explains each)", "", *lines])
+
+
+def _summary(function: Callable[[list[str]], None]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
+def _parser(verb: Callable[[list[str]], None]) -> ArgumentParser:
+    name = verb.__name__.strip("_")
+    return ArgumentParser(
+        prog=f"minilora {name}", description=verb.__doc__, exit_on_error=False, parser_mode="toml", print_config=None
+    )
+
+
+def _parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """The parsed arguments; what is wrong with them is one line on stderr and exit status 2."""
+    try:
+        parsed: Namespace = parser.instantiate(parser.parse_args(args))
+        return parsed
+    except ArgumentError as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}; see {parser.prog} --help", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def train(args: list[str]) -> None:
+    """Fine-tune a model as a TOML file says: minilora train CONFIG.toml [--section.key value ...]"""
+    parser = _parser(train)
+    parser.usage = "minilora train [CONFIG.toml] [--section.key value ...] [--resume | --overwrite] [--dry-run]"
+    parser.add_argument("--config", action=ActionConfigFile, help="a TOML file; the word after `train` is the same")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    parser.add_argument("--print-config", action="store_true", help="print the complete TOML file and exit")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in train.output, exactly")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="config, data, shapes, one step, save, reload, generate; keeps nothing"
+    )
+    if args and not args[0].startswith("-"):
+        _check_toml(args[0])
+        args = ["--config", *args]
+    parsed = _parse(parser, args)
+    sections = {name: getattr(parsed, name) for name in ("model", "lora", "data", "train", "eval")}
+    config = RunConfig(**sections)
+    if parsed.print_config:
+        from minilora.train.run_folder import config_toml
+
+        print(config_toml(config), end="")
+    elif parsed.dry_run:
+        _dry_run(config)
+    else:
+        _train(config, parsed.resume, parsed.overwrite)
+
+
+def _check_toml(path: str) -> None:
+    """Read the file alone first, so that what is wrong in it is said with its name. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; `minilora train --print-config > {path}` writes one to start from")
+    parser = ArgumentParser(exit_on_error=False, parser_mode="toml")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    try:
+        parser.instantiate(parser.parse_path(path))
+    except (ArgumentError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    from minilora.report.page import write_report
+    from minilora.train.loop import fine_tune
+    from minilora.train.progress import ConsoleReporter
+
+    console = Console()
+    run = fine_tune(config, ConsoleReporter(console), resume, overwrite)
+    report = write_report(run.folder.path)
+    summary = run.folder.read_json("summary.json")
+    for name in ("before", "after", "test"):
+        if summary[name]:
+            figures = "  ".join(f"{key} {value:.4g}" for key, value in summary[name].items() if value is not None)
+            console.print(f"{name:7}{figures}", highlight=False, soft_wrap=True)
+    console.print(f"done: {run.stopped_because}; report in {report}", highlight=False, soft_wrap=True)
+
+
+def _dry_run(config: RunConfig) -> None:
+    """The whole road in a folder that is thrown away: config, data, shapes, one step, save, reload, generate."""
+    import torch
+
+    from minilora.evaluate.answers import answer_samples, has_prompt
+    from minilora.train.loop import fine_tune
+    from minilora.train.progress import ConsoleReporter
+
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(
+            config,
+            train=replace(config.train, output=folder, max_steps=1),
+            eval=replace(config.eval, answers=0, samples=0),
+        )
+        run = fine_tune(short, ConsoleReporter(console), overwrite=True)
+        if config.train.strategy == "full":
+            model, _ = _load_base(replace(config.model, path=f"{folder}/model", dtype="float32"), None)
+        else:
+            model, _ = _load_base(config.model, f"{folder}/adapter")
+        batch = torch.tensor([run.train[0].tokens[:-1].tolist()])
+        with torch.no_grad():
+            trained, reloaded = run.model(batch.to(run.model.device)), model(batch.to(model.device))
+        if not torch.equal(trained, reloaded):
+            difference = float((trained - reloaded).abs().max())
+            raise UserError(f"the reloaded model's logits differ by up to {difference:.3g}: please report this bug")
+        chats = [sample for sample in run.train if has_prompt(sample)][:1]
+        for answer in answer_samples(model, run.tokenizer, chats, max_new_tokens=16):
+            console.print(f"{answer.prompt!r} is answered {answer.given!r}", markup=False, highlight=False)
+    console.print("dry run: config, data, shapes, one step, save, reload and generate all work; nothing was kept")
+
+
+def _base_arguments(parser: ArgumentParser) -> None:
+    parser.add_class_arguments(BaseConfig, "model")
+    parser.add_argument("--adapter", help="folder of an adapter; unless --model.path is given, it names its base")
+
+
+def _load_base(config: BaseConfig, adapter: str | None) -> "tuple[Mistral, Tokenizer]":
+    """The model of `--model.*` with the adapter, and its tokenizer."""
+    from minilora.backend import pick_device, pick_dtype
+    from minilora.checkpoint.adapter import load_adapter, read_provenance
+    from minilora.checkpoint.load import load_model
+    from minilora.checkpoint.open import open_checkpoint
+    from minilora.tokenizer import load_tokenizer
+
+    quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
+    if adapter is not None:
+        made_on = read_provenance(adapter)
+        if config.path == BaseConfig.path and "base_path" in made_on:
+            config = replace(config, path=made_on["base_path"])
+        if config.quantize == "auto":
+            quantize = "nf4" if made_on.get("quantize") else None
+            config = replace(config, double_quant=made_on.get("double_quant", config.double_quant))
+    base = open_checkpoint(config.path).folder
+    tokenizer = load_tokenizer(config.tokenizer or base)
+    device = pick_device(config.device)
+    dtype, _ = pick_dtype(device, config.dtype)
+    model = load_model(base, quantize=quantize, double_quant=config.double_quant, dtype=dtype, device=device)
+    return (load_adapter(model, adapter) if adapter is not None else model).eval(), tokenizer
+
+
+def evaluate(args: list[str]) -> None:
+    """Perplexity and exact match on a JSONL file: minilora evaluate FILE [--adapter FOLDER] [--model.path FOLDER]"""
+    parser = _parser(evaluate)
+    parser.add_argument("file", help="JSONL of messages or text")
+    parser.add_argument(
+        "--answers", type=NonNegativeInt, default=64, help="conversations to answer and compare; 0 for none"
+    )
+    parser.add_argument("--max_seq_len", type=PositiveInt, default=2048)
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=128)
+    parser.add_argument("--batch_size", type=PositiveInt, default=8)
+    _base_arguments(parser)
+    parsed = _parse(parser, args)
+
+    from minilora.data.encode import check_vocab, encode_records
+    from minilora.data.records import read_records
+    from minilora.evaluate.answers import answer_samples, exact_match, has_prompt
+    from minilora.evaluate.perplexity import mean_loss, perplexity
+
+    model, tokenizer = _load_base(parsed.model, parsed.adapter)
+    samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.max_seq_len)
+    check_vocab(samples, model.config.vocab_size)
+    loss, n_targets = mean_loss(model, samples, parsed.max_seq_len, parsed.batch_size)
+    result: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "target_tokens": n_targets}
+    chats = [s for s in samples if has_prompt(s)][: parsed.answers]
+    if chats:
+        answers = answer_samples(model, tokenizer, chats, parsed.max_new_tokens, parsed.batch_size)
+        result |= {"exact_match": exact_match(answers), "answers": len(answers)}
+    print(json.dumps(result, indent=1))
+
+
+def generate(args: list[str]) -> None:
+    """Answer a prompt: minilora generate PROMPT [--adapter FOLDER] [--model.path FOLDER]"""
+    parser = _parser(generate)
+    parser.add_argument("prompt")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=128)
+    parser.add_argument("--temperature", type=NonNegativeFloat, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=PositiveInt, help="draw among the k likeliest tokens only")
+    parser.add_argument("--top_p", type=_Share, default=1.0, help="draw among the smallest set that holds this share")
+    parser.add_argument("--seed", type=int, help="of the draws")
+    _base_arguments(parser)
+    parsed = _parse(parser, args)
+
+    import torch
+
+    from minilora.generate import stream
+
+    model, tokenizer = _load_base(parsed.model, parsed.adapter)
+    ids = [tokenizer.bos_id, *tokenizer.encode(parsed.prompt)]
+    if not parsed.raw:
+        ids, _ = tokenizer.encode_chat([{"role": "user", "content": parsed.prompt}])
+    given: list[int] = []
+    shown = ""
+    options = {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    for token in stream(model, torch.tensor([ids]), parsed.max_new_tokens, eos_id=tokenizer.eos_id, **options):
+        if int(token) == tokenizer.eos_id:
+            break
+        given.append(int(token))
+        text = tokenizer.decode(given)
+        if not text.endswith("\ufffd"):  # half a character, until the bytes that follow
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def merge(args: list[str]) -> None:
+    """Write base plus adapter as one bf16 model, once an audit passed: minilora merge ADAPTER OUT --text FILE"""
+    parser = _parser(merge)
+    parser.add_argument("adapter_folder", metavar="ADAPTER")
+    parser.add_argument("out", metavar="OUT", help="the new folder, in Hugging Face's layout")
+    parser.add_argument("--text", help="held-out JSONL to compare on; by default the run's own validation file")
+    parser.add_argument("--max_seq_len", type=PositiveInt, default=2048)
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_class_arguments(BaseConfig, "model")
+    parsed = _parse(parser, args)
+
+    from minilora.checkpoint.adapter import read_provenance
+    from minilora.data.encode import encode_records
+    from minilora.data.records import read_records
+    from minilora.evaluate.merge_audit import merge_with_audit
+
+    text = parsed.text or read_provenance(parsed.adapter_folder).get("validation_path")
+    if not text:
+        raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
+    model, tokenizer = _load_base(parsed.model, parsed.adapter_folder)
+    samples, _ = encode_records(read_records(text), tokenizer, parsed.max_seq_len)
+    audit = merge_with_audit(model, Path(parsed.out), samples, parsed.max_seq_len, tokenizer.path, parsed.overwrite)
+    print(audit.text())
+    print(f"written to {parsed.out}")
+
+
+def explain(args: list[str]) -> None:
+    """One block of weights through NF4 and one layer through QLoRA, in numbers, by the code that trains."""
+    parser = _parser(explain)
+    parser.add_argument("--weights", type=list[float], help="the numbers of the block, such as [0.1,-0.2]")
+    parser.add_argument("--tensor", help="take the block from this tensor of --model.path, such as model.norm.weight")
+    parser.add_argument("--block", type=int, default=0, help="which block of the tensor")
+    parser.add_argument("--seed", type=int, default=0, help="of the random block, where neither of them is given")
+    parser.add_argument("--model.path", default="demo")
+    parsed = _parse(parser, args)
+
+    import torch
+
+    from minilora.checkpoint.open import open_checkpoint
+    from minilora.report.explain import explain as show
+
+    weight, name = None, "random"
+    if parsed.weights:
+        weight, name = torch.tensor(parsed.weights), "given"
+    elif parsed.tensor:
+        checkpoint = open_checkpoint(parsed.model.path)
+        specs = {spec.name: spec for spec in checkpoint.tensors()}
+        name = parsed.tensor.removeprefix("model.")
+        if name not in specs:
+            raise UserError(f"{checkpoint.folder}: no tensor {name!r}; there is {next(iter(specs))}, and others")
+        weight = checkpoint.read(specs[name])
+    show(weight, name=name, block=parsed.block, seed=parsed.seed, console=Console())
+
+
+def demo(args: list[str]) -> None:
+    """The whole story with nothing downloaded: base, QLoRA, before and after, forgetting, report, merge check."""
+    parser = _parser(demo)
+    parser.add_argument("--output", default="runs/demo", help="the run folder; an old demo there is replaced")
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = _parse(parser, args)
+
+    from minilora.demo.story import tell
+
+    tell(Path(parsed.output), parsed.seed, Console())
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    f.__name__: f for f in (demo, train, evaluate, generate, merge, explain)
+}

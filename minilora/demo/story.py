@@ -1,0 +1,193 @@
+"""The demo: a tiny Mistral that has read how words sound is taught by QLoRA to answer questions about it.
+
+    ledger -> what the base can -> QLoRA on 2,000 chats -> what the tuned model can -> what it forgot -> merge -> report
+
+The base has read raw lines such as `"mistral" ˈmɪstɹəl` and has never seen a chat. The chats ask only about words that
+it has read, so they bring out what it knows; the 300 test words stand in neither. The ceiling is what the base itself
+can on them when it is asked in its own raw form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.open import open_checkpoint
+from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.data.encode import Sample, encode_records
+from minilora.data.records import ChatRecord, read_records
+from minilora.demo.dictionary import DATA, phoneme_errors, raw_prompt
+from minilora.evaluate.answers import Answer, answer_samples, exact_match
+from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit
+from minilora.evaluate.perplexity import mean_loss, perplexity
+from minilora.generate import answer
+from minilora.memory import DenseDtype, Storage, predict
+from minilora.model import Mistral
+from minilora.report.page import write_report
+from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.train.loop import Run, fine_tune
+from minilora.train.progress import ConsoleReporter
+
+LONGEST_ANSWER = 32  # tokens; the longest word of the test has 22
+BATCH = 100
+MISTRAL_7B = ModelConfig(
+    dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=32768, rope_theta=1e6
+)
+
+
+def demo_config(output: Path, seed: int) -> RunConfig:
+    """The run of the demo; its config.toml runs again with `minilora train`."""
+    return RunConfig(
+        model=BaseConfig(path="demo", dtype="float32"),
+        lora=LoraConfig(rank=16, alpha=32),
+        data=DataConfig(str(DATA / "chat_train.jsonl"), str(DATA / "chat_validation.jsonl"), max_seq_len=256),
+        train=TrainConfig(
+            output=str(output), seed=seed, epochs=3, batch_size=8, lr=3e-3, warmup_steps=10, checkpoint_every=50
+        ),
+        eval=EvalConfig(every=25, batch_size=BATCH, answers=0, samples=5, max_new_tokens=LONGEST_ANSWER),
+    )
+
+
+@dataclass(frozen=True)
+class Score:
+    """Answers to the test words: the share that is right, and edits per expected phoneme."""
+
+    exact_match: float
+    phoneme_error_rate: float
+
+
+@dataclass(frozen=True)
+class Figures(Score):
+    """A score, and how well the model still predicts the base's own kind of text: what it forgot."""
+
+    own_text_perplexity: float
+
+
+def tell(output: Path, seed: int, console: Console) -> None:
+    """Run the demo into the folder `output`; an old demo there is replaced."""
+    config = demo_config(output, seed)
+    base = open_checkpoint("demo")
+    tokenizer = load_tokenizer(base.folder)
+    chats = _samples("chat_test.jsonl", tokenizer)
+    raw = _samples("heldout.jsonl", tokenizer)
+    console.rule("Memory at rest")
+    console.print(memory_table(base.config, config.lora))
+
+    console.rule("The base, before")
+    model = load_model("demo", quantize="nf4", dtype=torch.float32)
+    before = measure(model, tokenizer, chats, raw)
+    ceiling = {
+        "nf4": score(ask_raw(model, tokenizer)),
+        "bfloat16": score(ask_raw(load_model("demo", dtype=torch.float32), tokenizer)),
+    }
+    console.print(
+        f"Asked in chat, it answers {before.exact_match:.1%} of {len(chats)} test words; asked in its own raw form, "
+        f"{ceiling['nf4'].exact_match:.1%} ({ceiling['bfloat16'].exact_match:.1%} before it was quantized)."
+    )
+
+    console.rule("QLoRA")
+    run = fine_tune(config, ConsoleReporter(console), overwrite=True)
+
+    console.rule("After")
+    after = measure(run.model, tokenizer, chats, raw)
+    audit = merge_with_audit(
+        run.model, output / "merged", run.validation, config.data.max_seq_len, tokenizer.path, overwrite=True
+    )
+    write_summary(run, before, after, ceiling, audit)
+    report = write_report(output)
+    console.print(result_table(before, after, ceiling["nf4"]))
+    console.print(samples_table(run))
+    console.print(f"Merge check: {audit.text()}", highlight=False)
+    places = {
+        "adapter (PEFT layout)": output / "adapter",
+        "merged model": output / "merged",
+        "all figures": output / "summary.json",
+        "report": report,
+    }
+    for what, where in places.items():
+        console.print(f"{what:22} {where}", highlight=False, soft_wrap=True)
+
+
+def _samples(name: str, tokenizer: Tokenizer) -> list[Sample]:
+    samples, _ = encode_records(read_records(DATA / name), tokenizer, max_seq_len=256)
+    return samples
+
+
+def measure(model: Mistral, tokenizer: Tokenizer, chats: Sequence[Sample], raw: Sequence[Sample]) -> Figures:
+    """Ask the model about the test words, and read it the base's own held-out lines."""
+    asked = score(answer_samples(model, tokenizer, chats, LONGEST_ANSWER, BATCH))
+    loss, _ = mean_loss(model, raw, max_seq_len=256)
+    return Figures(asked.exact_match, asked.phoneme_error_rate, perplexity(loss))
+
+
+def score(answers: Sequence[Answer]) -> Score:
+    """The score of IPA answers."""
+    edits, phonemes = zip(*(phoneme_errors(a.given.strip(), a.expected) for a in answers), strict=True)
+    return Score(exact_match(answers), sum(edits) / sum(phonemes))
+
+
+def ask_raw(model: Mistral, tokenizer: Tokenizer) -> list[Answer]:
+    """The test words in the base's own form: it goes on with the line that begins `"word" `."""
+    turns = [record.messages for record in read_records(DATA / "chat_test.jsonl") if isinstance(record, ChatRecord)]
+    prompts = [raw_prompt(question["content"].split('"')[1]) for question, _ in turns]
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    given = [tokenizer.decode(row) for row in answer(model, ids, LONGEST_ANSWER, tokenizer.eos_id, BATCH)]
+    expected = [reply["content"] for _, reply in turns]
+    return [Answer(*row) for row in zip(prompts, expected, given, strict=True)]
+
+
+def write_summary(run: Run, before: Figures, after: Figures, ceiling: dict[str, Score], audit: MergeAudit) -> None:
+    """Put the demo's figures into the run's summary.json, beside the loop's own."""
+    summary = run.folder.read_json("summary.json")
+    summary["before"] |= vars(before)
+    summary["after"] |= vars(after)
+    summary["ceiling"] = {name: vars(value) for name, value in ceiling.items()}
+    summary["share_of_ceiling"] = after.exact_match / ceiling["nf4"].exact_match
+    summary["merge"] = {"merged": vars(audit.merged), "base": vars(audit.base)}
+    run.folder.write_json("summary.json", summary)
+
+
+def memory_table(small: ModelConfig, lora: LoraConfig) -> Table:
+    """Predicted bytes of the weights, and of what training adapters adds, for the demo's base and for a real one."""
+    table = Table("storage of the linear layers", "demo: weights", "+ adapters", "Mistral 7B: weights", "+ adapters")
+    storages: tuple[tuple[Storage, DenseDtype], ...] = (
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("nf4", "bfloat16"),
+        ("nf4 double-quantized", "bfloat16"),
+    )
+    for storage, dense in storages:
+        cells = []
+        for config, unit, name in ((small, 1e6, "MB"), (MISTRAL_7B, 1e9, "GB")):
+            weights = sum(predict(config, storage, dense, None).values())
+            adapters = sum(predict(config, storage, dense, lora).values()) - weights
+            cells += [f"{weights / unit:.2f} {name}", f"{adapters / unit:.2f} {name}"]
+        table.add_row(storage, *cells)
+    return table
+
+
+def result_table(before: Figures, after: Figures, ceiling: Score) -> Table:
+    """Before, after, and the ceiling."""
+    table = Table("", "before", "after", "ceiling: the base asked in its raw form")
+    table.add_row(
+        "exact match, test words", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}", f"{ceiling.exact_match:.1%}"
+    )
+    rates = (f"{x.phoneme_error_rate:.1%}" for x in (before, after, ceiling))
+    table.add_row("phoneme error rate", *rates)
+    table.add_row(
+        "perplexity of its own text", f"{before.own_text_perplexity:.3f}", f"{after.own_text_perplexity:.3f}", ""
+    )
+    return table
+
+
+def samples_table(run: Run) -> Table:
+    """Five prompts before and after."""
+    table = Table("prompt", "expected", "before", "after")
+    for a, b in zip(run.after, run.before["samples"], strict=True):
+        table.add_row(*(escape(text.strip()[:40]) for text in (a.prompt, a.expected, b["given"], a.given)))
+    return table

@@ -1,0 +1,1 @@
+"""What a model can do, measured: perplexity, answers to prompts, and the distance between two models."""

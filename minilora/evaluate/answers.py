@@ -1,0 +1,52 @@
+"""Answers to the prompts of held-out conversations, compared with what was said there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minilora.data.encode import Sample
+from minilora.generate import answer
+from minilora.model import Mistral
+from minilora.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question: the prompt's text, what the data says, and what the model says."""
+
+    prompt: str
+    expected: str
+    given: str
+
+    @property
+    def exact(self) -> bool:
+        return self.given.strip() == self.expected.strip()
+
+
+def has_prompt(sample: Sample) -> bool:
+    """Whether something in the sample is no target: a question, where raw text is targets throughout."""
+    return not sample.target_mask[1:].all()
+
+
+def split_last_turn(sample: Sample) -> tuple[list[int], list[int]]:
+    """A conversation as (prompt ids, ids of its last answer without eos)."""
+    tokens, mask = list(sample.tokens), list(sample.target_mask)
+    stop = max(i for i, is_target in enumerate(mask) if is_target) + 1
+    start = stop
+    while start > 0 and mask[start - 1]:
+        start -= 1
+    return tokens[:start], tokens[start : stop - 1]
+
+
+def answer_samples(
+    model: Mistral, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 8
+) -> list[Answer]:
+    """The model's likeliest answer to the last turn of each sample."""
+    prompts, expected = zip(*map(split_last_turn, samples), strict=True) if samples else ((), ())
+    given = answer(model, prompts, max_new_tokens, tokenizer.eos_id, batch_size)
+    decode = tokenizer.decode
+    return [Answer(decode(p), decode(e), decode(g)) for p, e, g in zip(prompts, expected, given, strict=True)]
+
+
+def exact_match(answers: Sequence[Answer]) -> float:
+    """Share of answers that are, but for white space at the ends, what the data says."""
+    return sum(a.exact for a in answers) / len(answers)

@@ -1,0 +1,1 @@
+"""What a person looks at: a block and a layer in numbers (explain), a run's plots, and its page."""

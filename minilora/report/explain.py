@@ -1,0 +1,305 @@
+"""QLoRA in numbers: one block of weights through NF4, and one layer through a forward and a backward pass.
+
+Everything printed is computed by the functions that train, `nf4.quantize_nf4`, `NF4Linear` and `LoRALinear`; this file
+only chooses what to show and lays it out, in at most 80 columns, with colour where the output is a terminal.
+"""
+
+from math import floor, log10
+from typing import Literal
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.nn.functional import linear
+
+from minilora.config import LoraConfig
+from minilora.errors import UserError
+from minilora.linear import NF4Linear
+from minilora.lora import LoRALinear
+from minilora.nf4 import LEVELS, NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels, quantize_nf4, thresholds
+
+WIDTH = 80
+SHOWN_BLOCKS = 8  # of those that share a nested absmax
+LONGEST_BAR = 24
+OUT, IN, RANK, ALPHA = 4, 6, 2, 4.0  # the small layer
+LARGE_NESTED_ERROR = 0.02  # of an absmax, for colour: double quantization's mean error is some 0.2 %
+WIDEST_STEP = 1 + LEVELS[1]  # between the two levels that lie furthest apart, -1 and -0.696
+
+
+def explain(weight: Tensor | None, *, name: str, block: int, seed: int, console: Console) -> None:
+    """Print both stories.
+
+    weight: any shape; None is a random (64, 64) matrix with the spread of a trained one, drawn from `seed`
+    name: what to call it; block: which of its blocks of 64 to show
+    Raises UserError if the weight has no such block, or holds a number that is not finite.
+    """
+    if weight is None:
+        weight = 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+    explain_block(weight, name=name, block=block, console=console)
+    explain_layer(seed=seed, console=console)
+
+
+def explain_block(weight: Tensor, *, name: str, block: int, console: Console) -> None:
+    """One block of `weight` through quantization, packing, dequantization and double quantization."""
+    plain, nested = quantize_nf4(weight, double_quant=False), quantize_nf4(weight)
+    n_blocks = len(plain.absmax)
+    if not 0 <= block < n_blocks:
+        raise UserError(f"there is no block {block} in {name}: it has {n_blocks}, numbered from 0")
+    start = block * plain.block_size
+    values = weight.detach().reshape(-1)[start : start + plain.block_size].float()
+    _heading(console, f"{name}: block {block} of {n_blocks} through NF4")
+    _say(
+        console,
+        f"{name} has shape {tuple(weight.shape)} and dtype {str(weight.dtype).removeprefix('torch.')}. Flattened row "
+        f"by row and cut into blocks of {plain.block_size}, its block {block} holds numbers {start} to "
+        f"{start + len(values) - 1}.",
+    )
+    codes = plain.codes()[start : start + len(values)]
+    _absmax(console, values, plain.absmax[block])
+    _levels(console, codes)
+    _bytes(console, values, plain, block)
+    _double_quantization(console, plain, nested, block)
+    _storage(console, plain, nested)
+
+
+# Layout
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, width=min(console.width, WIDTH), markup=False, highlight=False)
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print()
+    console.print(Rule(Text(text, style="bold"), align="left", characters="─"), width=min(console.width, WIDTH))
+
+
+def _step(console: Console, text: str) -> None:
+    console.print()
+    console.print(Text(text, style="bold cyan"), width=min(console.width, WIDTH))
+
+
+def _table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
+    """A table without lines but the one below its head; columns are (title, side that the text keeps to)."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", show_edge=False)
+    for title, side in columns:
+        table.add_column(title, justify=side, no_wrap=True)
+    return table
+
+
+def _level_style(scaled: float) -> str:
+    """Blue below zero, orange above it, the stronger the further away; grey at zero."""
+    grey, strong = (140, 140, 140), (60, 130, 255) if scaled < 0 else (255, 130, 30)
+    share = min(1.0, abs(scaled)) ** 0.5
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(grey, strong, strict=True))
+    return f"rgb({red},{green},{blue})"
+
+
+def _error_style(error: float, largest: float) -> str:
+    share = abs(error) / largest if largest else 0.0
+    return "green" if share < 1 / 4 else "yellow" if share < 1 / 2 else "red"
+
+
+def _unit(absmax: float) -> float:
+    """What the numbers of a block are printed in: 1, or the power of ten below an absmax that is far from 1."""
+    return 1.0 if absmax == 0 or 1e-2 <= absmax < 1e3 else float(10.0 ** floor(log10(absmax)))
+
+
+def _number(value: float, absmax: float) -> str:
+    """8 characters for numbers up to absmax < 1000, which has been divided by its unit."""
+    return f"{value:+.{5 if absmax < 10 else 4 if absmax < 100 else 3}f}"
+
+
+# The block
+
+
+def _absmax(console: Console, values: Tensor, absmax: Tensor) -> None:
+    at = int(values.abs().argmax())
+    _step(console, "1  absmax: the block's largest magnitude, kept beside it")
+    _say(console, f"absmax = |w[{at}]| = {absmax:.8g}. Divided by it, every number lies from -1 to 1.")
+
+
+def _levels(console: Console, codes: Tensor) -> None:
+    _step(console, "2  16 levels: quantiles of the normal distribution, and zero")
+    _say(console, "code = number of thresholds strictly below w / absmax; thresholds lie midway between levels.")
+    counts = codes.int().bincount(minlength=16).tolist()
+    table = _table(
+        ("code", "right"), ("bits", "left"), ("above", "right"), ("level", "right"), ("in this block", "left")
+    )
+    lower_ends = ["", *(f"{t:+.6f}" for t in thresholds().tolist())]
+    for code, (low, level, count) in enumerate(zip(lower_ends, levels().tolist(), counts, strict=True)):
+        bar = Text(f"{count:3} ") + Text("█" * round(LONGEST_BAR * count / max(counts)), style=_level_style(level))
+        table.add_row(f"{code}", f"{code:04b}", low, Text(f"{level:+.6f}", style=_level_style(level)), bar)
+    console.print(table)
+
+
+def _bytes(console: Console, values: Tensor, plain: NF4Tensor, block: int) -> None:
+    """Two numbers a row, as they share a byte."""
+    start, stop = block * plain.block_size, block * plain.block_size + len(values)
+    codes, packed = plain.codes()[start:stop], plain.packed[start // 2 : (stop + 1) // 2]
+    decoded = plain.dequantize(torch.float32).view(-1)[start:stop]
+    absmax = float(plain.absmax[block])
+    _step(console, "3  codes, packed two a byte, the first in the high nibble; and decoded again")
+    unit = _unit(absmax)
+    in_units = f" w and w' are in units of {unit:g}." if unit != 1 else ""
+    _say(console, f"w' = LEVELS[code] * absmax; error = w' - w, in % of absmax.{in_units}")
+    titles = ("", "w", "w / absmax", "code", "hex", "w'", "error")
+    table = _table(*((title, "left" if title else "right") for title in titles))
+    rows = zip(values.tolist(), codes.tolist(), decoded.tolist(), strict=True)
+    cells = [_number_cells(w, code, back, absmax or 1.0, unit) for w, code, back in rows]
+    for i, byte in enumerate(packed.tolist()):
+        first, second = [*cells, [Text("")] * 5][2 * i : 2 * i + 2]
+        w, scaled, code, back, error = (Text(" ").join(pair) for pair in zip(first, second, strict=True))
+        table.add_row(f"{2 * i}", w, scaled, code, Text(f"{byte:02x}", style="bold"), back, error)
+    console.print(table)
+    if len(values) % 2:
+        _say(console, f"The last byte's low nibble has no number; it holds {packed[-1] & 15}, the code of zero.")
+    _error(console, values, decoded)
+
+
+def _number_cells(w: float, code: int, back: float, absmax: float, unit: float) -> list[Text]:
+    """w, w / absmax, code, w', error: one number's share of a row."""
+    error = (back - w) / absmax
+    return [
+        Text(_number(w / unit, absmax / unit)),
+        Text(f"{w / absmax:+.3f}", style=_level_style(w / absmax)),
+        Text(f"{code:2}", style=_level_style(LEVELS[code])),
+        Text(_number(back / unit, absmax / unit), style=_level_style(back / absmax)),
+        Text(f"{100 * error:+5.1f}", style=_error_style(error, WIDEST_STEP / 2)),
+    ]
+
+
+def _error(console: Console, values: Tensor, decoded: Tensor) -> None:
+    error = (decoded - values).abs()
+    share = float(error.mean() / values.abs().mean()) if values.any() else 0.0
+    _say(
+        console,
+        f"mean |error| = {error.mean():.4g}, {share:.1%} of the mean |w|; largest {error.max():.4g}. It can be "
+        f"{50 * WIDEST_STEP:.1f} % of absmax at most, half the step from -1 to -0.696; green is below a quarter of "
+        "that, red above half of it.",
+    )
+
+
+def _double_quantization(console: Console, plain: NF4Tensor, nested: NF4Tensor, block: int) -> None:
+    assert nested.nested_absmax is not None
+    assert nested.nested_offset is not None
+    group = block // NESTED_BLOCK_SIZE
+    first = max(group * NESTED_BLOCK_SIZE, min(block - SHOWN_BLOCKS // 2, len(plain.absmax) - SHOWN_BLOCKS))
+    shown = range(first, min(first + SHOWN_BLOCKS, (group + 1) * NESTED_BLOCK_SIZE, len(plain.absmax)))
+    offset, scale = float(nested.nested_offset), float(nested.nested_absmax[group])
+    rebuilt = nested.block_absmax()
+    _step(console, "4  double quantization: the absmax themselves in 8 bits")
+    _say(
+        console,
+        f"offset, the mean of all {len(plain.absmax)} absmax = {offset:.8g}. What is left is cut into blocks of "
+        f"{NESTED_BLOCK_SIZE}; the largest magnitude in this one, its nested absmax = {scale:.8g}. "
+        "absmax' = level * nested absmax + offset.",
+    )
+    titles = ("block", "absmax", "- offset", "code", "level", "absmax'", "error")
+    table = _table(*((title, "right") for title in titles))
+    for b in shown:
+        absmax, code, back = float(plain.absmax[b]), int(nested.absmax[b]), float(rebuilt[b])
+        level = float(dynamic_map()[code])
+        error = back / absmax - 1 if absmax else back
+        table.add_row(
+            *(f"{b}", f"{absmax:.6g}", f"{absmax - offset:+.6g}", f"{code}"),
+            *(Text(f"{level:+.6f}", style=_level_style(level)), f"{back:.6g}"),
+            Text(f"{error:+.3%}", style=_error_style(error, LARGE_NESTED_ERROR)),
+            style="bold" if b == block else "",
+        )
+    console.print(table)
+
+
+def _storage(console: Console, plain: NF4Tensor, nested: NF4Tensor) -> None:
+    _step(console, "5  what is stored")
+    table = _table(("", "left"), ("bytes", "right"), ("bits a weight", "right"))
+    in_bf16 = 2 * plain.n
+    for label, n_bytes in (("bfloat16", in_bf16), ("NF4", plain.nbytes), ("NF4, double quantization", nested.nbytes)):
+        table.add_row(label, f"{n_bytes:,}", f"{8 * n_bytes / plain.n:.3f}")
+    console.print(table)
+
+
+# The layer
+
+
+def explain_layer(*, seed: int, console: Console) -> None:
+    """A forward and a backward pass of one small QLoRA layer."""
+    layer, x = _small_layer(seed)
+    y = layer(x)
+    loss = y.pow(2).sum() / 2
+    loss.backward()
+    _heading(console, "One layer through QLoRA")
+    _say(
+        console,
+        f"W is {OUT} by {IN}, frozen, in NF4; A is {RANK} by {IN} and B {OUT} by {RANK}, float32, and they learn. B "
+        "starts at zero, so that training starts from the base's outputs; here it has moved a little.",
+    )
+    _forward(console, layer, x, y)
+    _backward(console, layer, x, y, loss)
+
+
+def _small_layer(seed: int) -> tuple[LoRALinear, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight, a, b, x = (
+        torch.randn(*shape, generator=generator) for shape in ((OUT, IN), (RANK, IN), (OUT, RANK), (IN,))
+    )
+    layer = LoRALinear(NF4Linear(quantize_nf4(weight)), LoraConfig(rank=RANK, alpha=ALPHA))
+    layer.lora_A.data, layer.lora_B.data = a / IN**0.5, 0.1 * b
+    return layer, x.requires_grad_()
+
+
+def _forward(console: Console, layer: LoRALinear, x: Tensor, y: Tensor) -> None:
+    assert isinstance(layer.base, NF4Linear)
+    weight = layer.base.weight
+    with torch.no_grad():
+        reduced = linear(x, layer.lora_A)
+        rows = [
+            ("x", x, f"{IN} activations"),
+            ("W'", weight.dequantize(), f"from {weight.packed.nbytes} bytes of codes"),
+            ("W'x", layer.base(x), "NF4Linear"),
+            ("A", layer.lora_A, "learns"),
+            ("Ax", reduced, "rank numbers"),
+            ("B", layer.lora_B, "learns"),
+            ("B(Ax)", linear(reduced, layer.lora_B), ""),
+            ("y", y, "LoRALinear"),
+        ]
+    _step(console, f"6  forward: y = W'x + scale * B(Ax), scale = alpha/rank = {ALPHA:g}/{RANK} = {layer.scale:g}")
+    _matrices(console, rows)
+
+
+def _backward(console: Console, layer: LoRALinear, x: Tensor, y: Tensor, loss: Tensor) -> None:
+    assert isinstance(layer.base, NF4Linear)
+    assert x.grad is not None
+    assert layer.lora_A.grad is not None
+    assert layer.lora_B.grad is not None
+    rows = [
+        ("dL/dy", y, "= y for this loss"),
+        ("dL/dB", layer.lora_B.grad, "scale dL/dy (Ax)^T"),
+        ("dL/dA", layer.lora_A.grad, "scale B^T dL/dy x^T"),
+        ("dL/dx", x.grad, "(W' + scale BA)^T dL/dy"),
+    ]
+    _step(console, f"7  backward: L = |y|^2 / 2 = {loss.item():.4f}; W' is decoded once more, for dL/dx")
+    _matrices(console, rows)
+    packed = layer.base.packed
+    _say(
+        console,
+        f"dL/dW' is never computed: W has no gradient and no optimizer state, only {packed.numel()} bytes of "
+        f"{str(packed.dtype).removeprefix('torch.')} codes (requires_grad = {packed.requires_grad}) and their absmax.",
+    )
+
+
+def _matrices(console: Console, rows: list[tuple[str, Tensor, str]]) -> None:
+    """One line a matrix row, a vector as one line."""
+    table = _table(("", "left"), ("", "left"), ("", "left"))
+    table.show_header = False
+    for label, tensor, note in rows:
+        for i, row in enumerate(tensor.detach().view(-1, tensor.shape[-1]).tolist()):
+            numbers = Text(" ").join(Text(f"{v:+7.3f}", style=_level_style(v)) for v in row)
+            table.add_row(
+                Text(label if i == 0 else "", style="bold"), numbers, Text(note if i == 0 else "", style="dim")
+            )
+    console.print(table)

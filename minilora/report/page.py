@@ -1,0 +1,320 @@
+"""The run's page, report.html: one file that holds all of it, and three plots beside it.
+
+What the run's files hold is text here, never markup: every word of it is escaped. A run that was cut off, that had no
+validation or took one step only, has a page too; what is not there is left out.
+"""
+
+import json
+import re
+import tomllib
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from minilora.checkpoint.write import atomic_write
+from minilora.errors import UserError
+from minilora.report.plots import draw
+
+LOWER_IS_BETTER, HIGHER_IS_BETTER = ("loss", "perplexity"), ("exact_match", "accuracy", "bleu", "rouge", "f1")
+PEAKS = {"device_allocated": "peak GPU memory", "private": "peak private memory"}  # the first that was measured
+CAPTIONS = {
+    "loss.png": "Training loss step by step, and validation loss where it was measured.",
+    "learning_rate.png": "The learning rate, and how long the gradient was before it was clipped.",
+    "speed.png": "Tokens a second, and memory in use after each step.",
+}
+CONTENTS = {
+    "config.toml": "every setting; minilora train config.toml runs it again",
+    "metrics.jsonl": "a line a step: loss, learning rate, gradient norm, tokens",
+    "timing.jsonl": "a line a step: seconds, tokens a second, memory",
+    "summary.json": "the figures of this page",
+    "samples.md": "the same prompts answered before and after",
+    "before.json": "what was measured before the first step",
+    "bad_steps.jsonl": "steps whose loss or gradient was not finite",
+    "adapter": "the trained adapter, in PEFT's layout",
+    "model": "the trained model, in Hugging Face's layout",
+    "checkpoints": "states to resume from",
+}
+
+
+def write_report(run_folder: Path) -> Path:
+    """Draw loss.png, learning_rate.png and speed.png into the folder of a run, write its report.html, and return that.
+
+    Raises UserError if the folder holds no metrics.jsonl, or a file in it cannot be read.
+    """
+    if not (run_folder / "metrics.jsonl").is_file():
+        raise UserError(f"{run_folder}: no run lies here (no metrics.jsonl)")
+    metrics, timing = _read_jsonl(run_folder / "metrics.jsonl"), _read_jsonl(run_folder / "timing.jsonl")
+    config, summary = _read_config(run_folder / "config.toml"), _read_summary(run_folder / "summary.json")
+    plots = draw(metrics, timing, float(config.get("train", {}).get("clip_norm", 0.0)))
+    for name, png in plots.items():
+        atomic_write(run_folder / name, png)
+    sections = [
+        _header(run_folder, config, summary, metrics),
+        _section("Before and after", _before_after(summary)),
+        _section("The run", _figures(summary)),
+        _section("Plots", "".join(_plot(name, png) for name, png in plots.items())),
+        _section("Samples", _samples(run_folder / "samples.md")),
+        _section("Settings", _settings(config)),
+        _section("Files", _files(run_folder)),
+    ]
+    report = run_folder / "report.html"
+    atomic_write(report, _page(run_folder, "\n".join(filter(None, sections))))
+    return report
+
+
+# Reading
+
+
+def _read(path: Path) -> str:
+    """The text of a file, "" if it is not there."""
+    try:
+        return path.read_text("utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, a line each. Half a line at its end, of a run that was killed, is passed over."""
+    *whole, rest = _read(path).split("\n")
+    records = []
+    for number, line in enumerate([*whole, rest] if _is_record(rest) else whole, 1):
+        if not _is_record(line):
+            raise UserError(f"{path} line {number}: not a JSON object with a step; remove the line")
+        records.append(json.loads(line))
+    return records
+
+
+def _is_record(line: str) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get("step"), int)
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(_read(path) or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return summary
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+
+
+# Sections
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """Cells are HTML already. numbers: all columns but the first are figures. An empty head is left out."""
+    titles = "".join(f"<th>{cell}</th>" for cell in head)
+    top = f"<thead><tr>{titles}</tr></thead>\n" if titles else ""
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    kind = ' class="numbers"' if numbers else ""
+    return f'<div class="scroll"><table{kind}>\n{top}<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _header(run_folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Sequence[Any]) -> str:
+    model, train = config.get("model", {}), config.get("train", {})
+    lora = config.get("lora", {})
+    n_steps = summary.get("steps", metrics[-1]["step"] if metrics else 0)
+    facts = [f"{n_steps:,} step{'' if n_steps == 1 else 's'}"]
+    if train.get("strategy"):
+        facts.append(f"strategy {train['strategy']}")
+    if lora.get("rank") and train.get("strategy") != "full":
+        facts.append(f"rank {lora['rank']}")
+    if model.get("path"):
+        facts.append(f"base {model['path']}")
+    if not summary:
+        facts.append("not finished")
+    title = escape(run_folder.resolve().name)
+    return f"<header>\n<h1>{title}</h1>\n<p>{escape(' · '.join(facts))}</p>\n{_tiles(summary)}</header>"
+
+
+def _tiles(summary: Mapping[str, Any]) -> str:
+    """What one looks for first, in large figures."""
+    before, after = _flat(summary.get("before")), _flat(summary.get("after"))
+    tiles: list[tuple[str, str]] = [
+        (name, f"{_figure(before[name])} → {_figure(after[name])}")
+        for name in ("loss", "exact_match")
+        if name in before and name in after
+    ]
+    if isinstance(summary.get("tok_per_s"), int | float):
+        tiles.append(("tokens a second", f"{summary['tok_per_s']:,.0f}"))
+    peaks = _flat(summary.get("peak_memory_bytes"))
+    kind = next((kind for kind in PEAKS if isinstance(peaks.get(kind), int | float)), None)
+    if kind is not None:
+        tiles.append((PEAKS[kind], f"{peaks[kind] / 1e9:.2f} GB"))
+    boxes = (f"<div><b>{escape(value)}</b><span>{escape(_words(name))}</span></div>" for name, value in tiles)
+    return f'<div class="tiles">{"".join(boxes)}</div>\n' if tiles else ""
+
+
+def _before_after(summary: Mapping[str, Any]) -> str:
+    columns = {name: _flat(summary.get(name)) for name in ("before", "after", "test")}
+    before, after = columns["before"], columns["after"]
+    head = [name for name, values in columns.items() if values]
+    rows = []
+    for key in dict.fromkeys([*before, *after, *columns["test"]]):
+        cells = [escape(_figure(columns[name][key])) if key in columns[name] else "" for name in head]
+        rows.append([escape(_words(key)), *cells, _change(key, before.get(key), after.get(key))])
+    return _table(["", *map(_words, head), "change"], rows) if rows else ""
+
+
+def _change(key: str, before: Any, after: Any) -> str:
+    """After less before, green where that is better and red where it is worse."""
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (before, after)):
+        return ""
+    change = after - before
+    better = -change if key.endswith(LOWER_IS_BETTER) else change if key.endswith(HIGHER_IS_BETTER) else 0
+    kind = "good" if better > 0 else "bad" if better < 0 else "same"
+    return f'<span class="{kind}">{escape(_figure(change, "+"))}</span>'
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in summary.items() if key not in ("before", "after", "test")}
+    rows = []
+    for key, value in _flat(rest).items():
+        text = f"{value / 1e9:.3f} GB" if "bytes" in key and isinstance(value, int | float) else _figure(value)
+        rows.append([escape(_words(key.replace("_bytes", ""))), escape(text)])
+    return _table([], rows) if rows else ""
+
+
+def _plot(name: str, png: bytes) -> str:
+    data = b64encode(png).decode()
+    caption = escape(CAPTIONS[name])
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _samples(path: Path) -> str:
+    """The table of samples.md; whatever else may stand there as it is."""
+    lines = [line for line in _read(path).splitlines() if line.strip() and not line.startswith("# ")]
+    rows = [_cells(line) for line in lines if line.startswith("|")]
+    if len(rows) < 3 or len(rows) != len(lines) or len({len(row) for row in rows}) != 1:
+        return f"<pre>{escape(chr(10).join(lines))}</pre>" if lines else ""
+    return _table(rows[0], rows[2:], numbers=False)  # rows[1] is Markdown's rule of dashes
+
+
+def _cells(line: str) -> list[str]:
+    """A row of a Markdown table as HTML; `\\|` in it is a bar, `<br>` a new line."""
+    inside = line.strip().removeprefix("|").removesuffix("|")
+    cells = (cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", inside))
+    return [escape(cell).replace("&lt;br&gt;", "<br>") for cell in cells]
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    rows = [
+        [f"<code>{escape(f'{section}.{key}')}</code>", f"<code>{escape(json.dumps(value, ensure_ascii=False))}</code>"]
+        for section, values in config.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    ]
+    table = _table(["key", "value"], rows, numbers=False)
+    return f"<details>\n<summary>{len(rows)} settings</summary>\n{table}\n</details>" if rows else ""
+
+
+def _files(run_folder: Path) -> str:
+    rows = []
+    for name, what in CONTENTS.items():
+        path = run_folder / name
+        if path.exists():
+            files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+            shown = f"{name}/" if path.is_dir() else name
+            n_bytes = sum(f.stat().st_size for f in files)
+            rows.append([f'<a href="{quote(shown)}">{escape(shown)}</a>', escape(what), f"{n_bytes:,} bytes"])
+    where = f"<p>In <code>{escape(str(run_folder.resolve()))}</code></p>\n"
+    return where + _table(["file", "what it is", "size"], rows, numbers=False)
+
+
+# Words and figures
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested object as one level, "a b": value."""
+    return dict(_flat_items(values, prefix)) if isinstance(values, dict) else {}
+
+
+def _flat_items(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat_items(value, f"{prefix}{key} ")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _words(key: str) -> str:
+    return key.replace("tok_per_s", "tokens per second").replace("_", " ")
+
+
+def _figure(value: Any, sign: str = "") -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–" if value is None else str(value)
+    return f"{value:{sign},}" if isinstance(value, int) else f"{value:{sign},.4g}"
+
+
+def _page(run_folder: Path, body: str) -> str:
+    title = escape(f"{run_folder.resolve().name} – minilora")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{CSS}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+CSS = """
+:root { color-scheme: light dark; --page: #f8fafc; --card: #fff; --text: #0f172a; --quiet: #64748b; --line: #e2e8f0;
+  --link: #2563eb; --good: #047857; --bad: #b91c1c; }
+@media (prefers-color-scheme: dark) { :root { --page: #0b1120; --card: #151e2e; --text: #e2e8f0; --quiet: #94a3b8;
+  --line: #2a374b; --link: #93c5fd; --good: #34d399; --bad: #fca5a5; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { margin: 0; font-size: 2rem; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin: 0 0 1rem; font-size: 1.15rem; }
+header p { margin: .4rem 0 0; color: var(--quiet); overflow-wrap: anywhere; }
+section, .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+section { margin-top: 1.25rem; padding: 1.25rem 1.5rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1.5rem; }
+.tiles div { flex: 1 1 10rem; padding: .9rem 1.2rem; }
+.tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.tiles span { color: var(--quiet); font-size: .85rem; }
+.scroll { overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; font-size: .92rem; }
+th, td { padding: .45rem .8rem .45rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { color: var(--quiet); font-weight: 600; }
+tbody tr:last-child td { border-bottom: 0; }
+.numbers td + td, .numbers th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.good { color: var(--good); } .bad { color: var(--bad); } .same { color: var(--quiet); }
+figure { margin: 0 0 1.5rem; } figure:last-child { margin-bottom: 0; }
+img { display: block; width: 100%; height: auto; padding: .5rem; border-radius: 8px; background: #fff; }
+figcaption { margin-top: .4rem; color: var(--quiet); font-size: .85rem; }
+code, pre { font: .88em/1.5 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+pre { margin: 0; overflow-x: auto; white-space: pre-wrap; }
+a { color: var(--link); }
+summary { cursor: pointer; color: var(--quiet); } details[open] summary { margin-bottom: .8rem; }
+"""

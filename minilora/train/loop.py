@@ -1,0 +1,386 @@
+"""A fine-tuning run: set up, step, validate, save, finish.
+
+base -> NF4 -> adapters;  data -> samples -> packed rows
+measure; then until done: take rows, step, now and then validate and save; then measure again
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from math import ceil, inf
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minilora.backend import pick_device, pick_dtype
+from minilora.checkpoint.adapter import save_adapter
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.save import save_hf
+from minilora.checkpoint.write import atomic_write
+from minilora.config import RunConfig, to_dict
+from minilora.data.encode import Sample, check_vocab, encode_records
+from minilora.data.pack import RowSampler, epoch_rows, make_batch
+from minilora.data.records import data_fingerprint, read_records
+from minilora.errors import UserError
+from minilora.evaluate.answers import Answer, answer_samples, exact_match, has_prompt
+from minilora.evaluate.perplexity import mean_loss, perplexity
+from minilora.memory import PeakMemory
+from minilora.model import Mistral
+from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.train.run_folder import RunFolder
+from minilora.train.schedule import lr_at
+from minilora.train.signals import StopRequest
+from minilora.train.state import RunState, load_weights, versions
+from minilora.train.step import LossScale, train_step
+from minilora.train.strategies import MovementCheck, apply_strategy, trainable
+
+
+class Reporter(Protocol):
+    """Where a run tells how it goes; `progress.py` has the one with the bar."""
+
+    def say(self, text: str) -> None: ...
+    def begin(self, step: int, n_steps: int) -> None: ...
+    def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass
+class Run:
+    """All that the steps of a run share."""
+
+    config: RunConfig
+    folder: RunFolder
+    model: Mistral
+    tokenizer: Tokenizer
+    train: list[Sample]
+    validation: list[Sample]
+    test: list[Sample]
+    state: RunState
+    n_steps: int
+    reporter: Reporter
+    memory: PeakMemory
+    before: dict[str, Any] = field(default_factory=dict)
+    after: list[Answer] = field(default_factory=list)
+    stopped_because: str = "all steps done"
+
+
+def fine_tune(config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Run:
+    """Train as configured and leave the run folder complete but for the report. The model comes back in eval mode.
+
+    Raises UserError for what the user can mend, and Stopped (from signals.py) once a signal was followed.
+    """
+    folder = RunFolder.open(config, resume, overwrite)
+    try:
+        run = set_up(config, folder, reporter)
+        go_on_or_begin(run, resume)
+        run_steps(run)
+        finish(run)
+        return run
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory: {str(error).partition('. ')[0]}; set train.activation_checkpointing, or lower "
+            "data.max_seq_len, train.batch_size (train.accumulate makes up for it) or eval.batch_size"
+        ) from error
+    finally:
+        reporter.end()
+        folder.close()
+
+
+def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
+    """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
+    base = open_checkpoint(config.model.path).folder
+    tokenizer = load_tokenizer(config.model.tokenizer or base)
+    files = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
+    if not files["train"]:
+        raise UserError("data.train is empty; name a JSONL file of messages or text")
+    samples = {name: read_samples(path, tokenizer, config, reporter) if path else [] for name, path in files.items()}
+
+    device = pick_device(config.model.device)
+    dtype, why = pick_dtype(device, config.model.dtype)
+    if config.train.strategy == "full":
+        if config.model.dtype not in ("auto", "float32"):
+            raise UserError(
+                f'train.strategy "full" trains float32 weights; model.dtype {config.model.dtype!r} is not one'
+            )
+        dtype, why = torch.float32, "every weight learns"
+    reporter.say(f"{device} computes in {str(dtype)[6:]} ({why}); norms, softmax and loss in float32")
+    model = load_model(
+        base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
+    )
+    for part in samples.values():
+        check_vocab(part, model.config.vocab_size)
+    torch.manual_seed(config.train.seed)
+    apply_strategy(model, config)
+
+    weights = trainable(model)
+    sampler = RowSampler([s.length for s in samples["train"]], config.data.max_seq_len, config.train.seed)
+    origin = {
+        "config": _what_must_stay(config),
+        "base": model.base_fingerprint,
+        "data": {name: data_fingerprint(path) for name, path in files.items() if path},
+        "device": device.type,
+        "dtype": str(dtype)[6:],
+    }
+    train = config.train
+    n_rows = train.batch_size * train.accumulate
+    n_steps = train.max_steps or ceil(_rows_of_epochs(samples["train"], config) / n_rows)
+    reporter.say(
+        f"{train.strategy}: {sum(p.numel() for p in weights.values()):,} weights learn, the base has "
+        f"{model.config.n_parameters:,}; "
+        f"{len(samples['train']):,} samples in {len(sampler.rows):,} rows of {config.data.max_seq_len}, "
+        f"{n_steps:,} steps of {n_rows} rows"
+    )
+    return Run(
+        config, folder, model, tokenizer, samples["train"], samples["validation"], samples["test"],
+        RunState(weights, _optimizer(weights, config), sampler, LossScale(dtype == torch.float16), origin),
+        n_steps, reporter, PeakMemory(device),
+    )  # fmt: skip
+
+
+def read_samples(path: str, tokenizer: Tokenizer, config: RunConfig, reporter: Reporter) -> list[Sample]:
+    """The samples of a data file; how many were too long is told."""
+    samples, skipped = encode_records(read_records(path), tokenizer, config.data.max_seq_len, config.data.too_long)
+    if skipped:
+        reporter.say(f"left out {len(skipped)} conversations longer than data.max_seq_len, the first at {skipped[0]}")
+    return samples
+
+
+def _rows_of_epochs(samples: list[Sample], config: RunConfig) -> float:
+    """Rows in `train.epochs` passes over the data: each epoch packs anew, into a few rows more or less."""
+
+    def rows(epoch: int) -> int:
+        return len(epoch_rows([s.length for s in samples], config.data.max_seq_len, config.train.seed, epoch))
+
+    whole = int(config.train.epochs)
+    return sum(map(rows, range(whole))) + (config.train.epochs - whole) * rows(whole)
+
+
+def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay pulls at matrices only, not at norms."""
+    matrices = [p for p in weights.values() if p.dim() > 1]
+    vectors = [p for p in weights.values() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (config.train.beta1, config.train.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.train.lr, betas=betas, fused=True)
+
+
+def _what_must_stay(config: RunConfig) -> dict[str, Any]:
+    """The settings that an exact resume depends on: all but where things lie and how often the state is saved."""
+    may_change = {
+        "model": ("path", "tokenizer"),
+        "data": ("train", "validation", "test"),
+        "train": ("output", "checkpoint_every", "keep_checkpoints"),
+    }
+    settings = to_dict(config)
+    for section, keys in may_change.items():
+        for key in keys:
+            settings[section].pop(key, None)
+    return settings
+
+
+def go_on_or_begin(run: Run, resume: bool) -> None:
+    """Load the last checkpoint, or measure the untrained model. A run without one begins again: it ends the same.
+
+    Only here does a new run change what the folder holds: a mistake in the configuration or the data has shown by now.
+    """
+    latest = run.folder.latest() if resume else None
+    if latest is not None:
+        written_by = run.state.load(latest)
+        changed = [f"{k} {old} -> {versions()[k]}" for k, old in written_by.items() if versions()[k] != old]
+        if changed:
+            run.reporter.say(f"warning: {', '.join(changed)} since {latest.name}; the last bits may differ")
+        run.reporter.say(f"going on after step {run.state.counters.step}")
+        run.before = run.folder.read_json("before.json")
+    else:
+        if not resume:
+            run.folder.begin(run.config)
+        metrics, answers = measure(run, run.validation)
+        run.before = {"metrics": metrics, "samples": [vars(a) for a in answers[: run.config.eval.samples]]}
+        run.folder.write_json("before.json", run.before)
+    run.folder.metrics.cut(run.state.counters.metrics_bytes)
+    run.folder.timing.cut(run.state.counters.timing_bytes)
+
+
+def measure(run: Run, samples: list[Sample]) -> tuple[dict[str, float], list[Answer]]:
+    """Loss and perplexity of all samples, and exact match of the first `eval.answers` that end in an answer."""
+    if not samples:
+        return {}, []
+    limits = run.config.eval
+    loss, _ = mean_loss(run.model, samples, run.config.data.max_seq_len, limits.batch_size)
+    metrics = {"loss": loss, "perplexity": perplexity(loss)}
+    chats = [s for s in samples if has_prompt(s)][: max(limits.answers, limits.samples)]
+    answers = answer_samples(run.model, run.tokenizer, chats, limits.max_new_tokens, limits.batch_size)
+    if answers[: limits.answers]:
+        metrics["exact_match"] = exact_match(answers[: limits.answers])
+    return metrics, answers
+
+
+def run_steps(run: Run) -> None:
+    """Step until the last step, no more progress, or a signal."""
+    counters = run.state.counters
+    check: MovementCheck | None = MovementCheck(run.state.weights) if counters.updates < 2 else None
+    run.model.train()
+    run.memory.start()
+    run.reporter.begin(counters.step, run.n_steps)
+    with StopRequest() as stop:
+        while counters.step < run.n_steps and not _out_of_patience(run):
+            metrics, timing = one_step(run)
+            if check is not None and "skipped" not in metrics:
+                _refuse_still_weights(check, counters.updates, metrics["lr"])
+                check = check if counters.updates < 2 else None
+            if run.validation and (counters.step % run.config.eval.every == 0 or counters.step == run.n_steps):
+                metrics |= validate(run)
+            for log, record in ((run.folder.metrics, metrics), (run.folder.timing, timing)):
+                if trouble := log.append(record):
+                    run.reporter.say(f"warning: {trouble}")
+            run.reporter.step(metrics, timing)
+            _refuse_bad_steps(run)
+            if stop.requested or counters.step % run.config.train.checkpoint_every == 0 or counters.step == run.n_steps:
+                save(run)
+            stop.follow(f"{run.folder.path}: stopped after step {counters.step}, saved; go on with --resume")
+    run.model.eval()
+
+
+def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take the next rows, train on them, count; the step's lines for metrics.jsonl and timing.jsonl."""
+    train, counters, began = run.config.train, run.state.counters, time.perf_counter()
+    rows = run.state.sampler.take(train.batch_size * train.accumulate)
+    batches = [
+        make_batch(run.train, rows[i : i + train.batch_size], run.config.data.max_seq_len)
+        for i in range(0, len(rows), train.batch_size)
+    ]
+    lr = lr_at(counters.updates, run.n_steps, train)
+    result = train_step(
+        run.model, run.state.optimizer, batches, lr, train.clip_norm, run.state.loss_scale, run.memory.note
+    )
+    n_tokens = sum(run.train[i].length for row in rows for i in row)
+    counters.step += 1
+    counters.tokens += n_tokens
+    counters.target_tokens += sum(batch.n_targets for batch in batches)
+    metrics: dict[str, Any] = {"step": counters.step, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+    metrics |= {"tokens": counters.tokens, "target_tokens": counters.target_tokens}
+    if result.updated:
+        counters.updates += 1
+        counters.bad_in_a_row = 0
+    else:
+        counters.bad_in_a_row += 1
+        metrics |= {"skipped": True, "samples": [run.train[i].where for row in rows for i in row]}
+    seconds = time.perf_counter() - began
+    timing = {"step": counters.step, "seconds": seconds, "tok_per_s": n_tokens / seconds}
+    return metrics, timing | {"memory_bytes": run.memory.now_bytes()}
+
+
+def _refuse_bad_steps(run: Run) -> None:
+    """A step whose loss or gradient was not finite left everything as it was; too many in a row end the run."""
+    counters, limit = run.state.counters, run.config.train.max_bad_steps
+    if counters.bad_in_a_row >= limit and not run.state.loss_scale.shrinking:
+        raise UserError(
+            f"{run.folder.path}: loss or gradient was not finite {counters.bad_in_a_row} times in a row, up to step "
+            f"{counters.step}; "
+            "their samples stand in metrics.jsonl; lower train.lr, or look at those samples"
+        )
+
+
+def _refuse_still_weights(check: MovementCheck, updates: int, lr: float) -> None:
+    if still := check.still(updates, lr):
+        raise UserError(
+            f"after update {updates}, {len(still)} of {len(check.parameters)} trained tensors stand still, "
+            f"the first: {still[0]}; they would learn nothing, so the run stops here"
+        )
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Loss on the validation file; a new best is saved, and the validations since it are counted."""
+    counters = run.state.counters
+    loss, _ = mean_loss(run.model, run.validation, run.config.data.max_seq_len, run.config.eval.batch_size)
+    if loss < (inf if counters.best_loss is None else counters.best_loss):  # never true of NaN
+        counters.best_loss, counters.best_step, counters.validations_since_best = loss, counters.step, 0
+        run.state.save(run.folder.checkpoint("best", counters.step), weights_only=True)
+    else:
+        counters.validations_since_best += 1
+    return {"val_loss": loss, "val_perplexity": perplexity(loss)}
+
+
+def _out_of_patience(run: Run) -> bool:
+    patience, counters = run.config.eval.patience, run.state.counters
+    if patience == 0 or counters.validations_since_best < patience:
+        return False
+    run.stopped_because = f"no better validation in {patience} since step {counters.best_step}"
+    return True
+
+
+def save(run: Run) -> None:
+    """A checkpoint to go on from; then the ones it replaces are deleted."""
+    counters, folder = run.state.counters, run.folder
+    counters.metrics_bytes, counters.timing_bytes = folder.metrics.size, folder.timing.size
+    run.state.save(folder.checkpoint("step", counters.step))
+    folder.prune(run.config.train.keep_checkpoints, {counters.best_step})
+
+
+def finish(run: Run) -> None:
+    """Put the best weights back, write what was trained, measure again, open the test file."""
+    counters, folder = run.state.counters, run.folder
+    if counters.best_loss is not None and counters.best_step != counters.step:
+        load_weights(run.state.weights, folder.checkpoint("best", counters.best_step))
+    if run.config.train.strategy == "full":
+        save_hf(run.model, folder.path / "model", dtype=torch.float32, tokenizer=run.tokenizer.path, overwrite=True)
+    else:
+        provenance = {k: run.state.origin[k] for k in ("base", "data", "dtype")} | {
+            "base_path": _absolute(run.config.model.path),
+            "validation_path": run.config.data.validation and _absolute(run.config.data.validation),
+            "validation_path": run.config.data.validation,
+            "quantize": run.config.quantize,
+            "double_quant": run.config.model.double_quant,
+            "tokenizer": data_fingerprint(run.tokenizer.path),
+            "template": run.tokenizer.version,
+            "versions": versions(),
+        }
+        save_adapter(run.model, folder.path / "adapter", provenance=provenance, overwrite=True)
+    after, answers = measure(run, run.validation)
+    test, _ = measure(run, run.test)
+    run.after = answers[: run.config.eval.samples]
+    _write_samples(run)
+    summary = {
+        "before": run.before["metrics"],
+        "after": after,
+        "test": test,
+        "peak_memory_bytes": run.memory.summary(),
+        "tok_per_s": _median_speed(folder.path / "timing.jsonl"),
+        "steps": counters.step,
+        "updates": counters.updates,
+        "best_step": counters.best_step,
+        "stopped_because": run.stopped_because,
+        "trainable_parameters": sum(p.numel() for p in run.state.weights.values()),
+    }
+    folder.write_json("summary.json", summary)
+
+
+def _absolute(path: str) -> str:
+    """The path as it is found from everywhere; "demo" is a name."""
+    return path if path == "demo" else str(Path(path).expanduser().resolve())
+
+
+def _write_samples(run: Run) -> None:
+    """samples.md: the same prompts before and after, side by side."""
+    rows = [
+        f"| {_cell(a.prompt)} | {_cell(a.expected)} | {_cell(before['given'])} | {_cell(a.given)} |"
+        for a, before in zip(run.after, run.before["samples"], strict=True)
+    ]
+    head = ["| prompt | expected | before | after |", "|---|---|---|---|"]
+    atomic_write(run.folder.path / "samples.md", "\n".join(["# Samples", "", *head, *rows, ""]))
+
+
+def _cell(text: str) -> str:
+    return text.strip().replace("|", "\\|").replace("\n", "<br>")
+
+
+def _median_speed(timing: Path) -> float | None:
+    """None if the disk was too full to note any."""
+    lines = timing.read_text().splitlines() if timing.exists() else []
+    return statistics.median(json.loads(line)["tok_per_s"] for line in lines) if lines else None

@@ -1,0 +1,165 @@
+"""The files of a run, and who may write them.
+
+config.toml     complete and re-runnable          metrics.jsonl   a line a step, the same in every run of a seed
+before.json     measured before the first step    timing.jsonl    a line a step: seconds, tokens/s, memory
+checkpoints/    step-00000100/, best-00000050/    summary.json, samples.md, adapter/, report.html, *.png at the end
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from minilora.checkpoint.write import atomic_write, sweep_stale
+from minilora.config import RunConfig, to_dict
+from minilora.errors import UserError
+
+LOCK = ".lock"
+FOLDERS = ("checkpoints", "adapter", "model")
+FILES = (
+    "config.toml", "before.json", "metrics.jsonl", "timing.jsonl", "summary.json", "samples.md",
+    "report.html", "loss.png", "learning_rate.png", "speed.png",
+)  # fmt: skip
+
+
+def to_json(document: Any, indent: int | None = None) -> str:
+    """JSON as its standard has it: a number that is not finite becomes null."""
+    return json.dumps(_finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+class LineLog:
+    """A JSONL file that grows by lines. A full disk must not end training: they wait until they can be written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting = path, b""
+        self.size = path.stat().st_size if path.exists() else 0
+
+    def append(self, record: dict[str, Any]) -> str | None:
+        """Write the record and all that waits; what went wrong, if it did for the first time."""
+        in_trouble = bool(self.waiting)
+        self.waiting += to_json(record).encode() + b"\n"
+        try:
+            with self.path.open("ab") as file:
+                whole = min(self.size, file.tell())
+                file.truncate(whole)  # half a line, from a write that failed
+                file.write(self.waiting)
+        except OSError as error:
+            return None if in_trouble else f"{self.path}: {error.strerror}; training goes on, its lines wait in memory"
+        self.size = whole + len(self.waiting)
+        self.waiting = b""
+        return None
+
+    def cut(self, size: int) -> None:
+        """Back to the first `size` bytes: the lines up to the checkpoint that a run goes on from."""
+        there = self.path.stat().st_size if self.path.exists() else 0  # less, if lines could never be written
+        self.size, self.waiting = min(size, there), b""
+        if self.size < there:
+            os.truncate(self.path, self.size)
+
+
+class RunFolder:
+    """A run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics, self.timing = LineLog(path / "metrics.jsonl"), LineLog(path / "timing.jsonl")
+
+    @classmethod
+    def open(cls, config: RunConfig, resume: bool, overwrite: bool) -> "RunFolder":
+        """Make the folder or go on in it; what it holds stays. Raises UserError if it is taken, in use, or no run's."""
+        path = Path(config.train.output)
+        if resume and overwrite:
+            raise UserError("--resume goes on and --overwrite begins anew; give one of them")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; name a folder with --train.output")
+        begun = (path / "config.toml").exists()
+        if resume and not begun:
+            raise UserError(f"{path}: no run to resume here; leave --resume out to begin one")
+        if begun and not resume and not overwrite:
+            raise UserError(f"{path} holds a run; add --resume to go on, --overwrite to begin anew, or --train.output")
+        if not begun and path.exists() and {child.name for child in path.iterdir()} - {LOCK}:
+            raise UserError(f"{path} is not empty, and holds no run; name another folder with --train.output")
+        folder = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder._lock()
+            sweep_stale(path)
+            sweep_stale(folder.checkpoints)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot write here: {error.strerror}; name another folder with --train.output"
+            ) from error
+        return folder
+
+    def begin(self, config: RunConfig) -> None:
+        """Delete what an earlier run wrote, and write the configuration: now the folder is the new run's."""
+        _remove_run(self.path)
+        atomic_write(self.path / "config.toml", config_toml(config))
+
+    def _lock(self) -> None:
+        self._lock_file = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise UserError(
+                f"{self.path}: another run writes here; wait for it, or name another --train.output"
+            ) from error
+
+    def close(self) -> None:
+        """Let others write here."""
+        self._lock_file.close()
+
+    def checkpoint(self, kind: str, step: int) -> Path:
+        """The folder of the "step" or "best" checkpoint of a step."""
+        return self.checkpoints / f"{kind}-{step:08d}"
+
+    def latest(self) -> Path | None:
+        """The last "step" checkpoint, if there is one."""
+        return max(self.checkpoints.glob("step-????????"), default=None)
+
+    def prune(self, keep: int, best: set[int]) -> None:
+        """Delete all but the last `keep` "step" checkpoints and the "best" ones of the given steps."""
+        for old in sorted(self.checkpoints.glob("step-????????"))[:-keep]:
+            shutil.rmtree(old)
+        for old in self.checkpoints.glob("best-????????"):
+            if int(old.name[5:]) not in best:
+                shutil.rmtree(old)
+
+    def write_json(self, name: str, document: dict[str, Any]) -> None:
+        atomic_write(self.path / name, to_json(document, indent=1) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.path / name).read_text())
+        return document
+
+
+def _remove_run(path: Path) -> None:
+    """Delete what a run wrote, and nothing that somebody else put there."""
+    for name in FOLDERS:
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+
+
+def config_toml(config: RunConfig) -> str:
+    """The complete configuration as TOML; a key that is None is left out, which means the same."""
+    lines: list[str] = []
+    for section, values in to_dict(config).items():
+        lines.append(f"[{section}]")
+        # A TOML string, number, list and true/false are written as JSON writes them.
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)

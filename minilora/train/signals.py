@@ -1,0 +1,39 @@
+"""SIGINT and SIGTERM ask a run to stop after the step at hand; a second one ends it at once."""
+
+import signal
+from types import FrameType
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A run followed a signal: all is saved. The exit status is 128 + the signal's number, as a shell has it."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signum
+
+
+class StopRequest:
+    """While entered, remembers the first signal; handlers are put back as they were at the end."""
+
+    signum: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
+
+    def follow(self, message: str) -> None:
+        """Raise Stopped if a signal has come."""
+        if self.signum is not None:
+            raise Stopped(message, self.signum)
+
+    def __enter__(self) -> "StopRequest":
+        self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)

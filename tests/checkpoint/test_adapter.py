@@ -1,0 +1,245 @@
+"""Adapters against PEFT, both ways, and everything that makes one be refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_checkpoints import edit_json, edit_tensors, hf_model, tokens
+
+from minilora.checkpoint.adapter import load_adapter, read_provenance, save_adapter
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.save import save_hf
+from minilora.config import PROJECTIONS, LoraConfig
+from minilora.errors import UserError
+from minilora.lora import add_lora, lora_layers
+from minilora.model import Mistral
+
+F32 = torch.float32
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+pytestmark = pytest.mark.filterwarnings(
+    # peft 0.21 asks transformers 5.23 for the old name of a flag.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Adapters as after training: B is not zero any more."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def assert_same_logits(ours: Mistral, theirs: torch.nn.Module, base: Mistral) -> None:
+    with torch.no_grad():
+        logits = ours(tokens())
+        torch.testing.assert_close(logits, theirs(tokens()).logits, atol=2e-5, rtol=1e-5)
+        assert (logits - base(tokens())).abs().max() > 0.1  # the adapter does something
+
+
+def adapted(originals: Path, **settings: Any) -> Mistral:
+    model = add_lora(load_model(originals / "hf", dtype=F32), LoraConfig(**{"rank": 4, "alpha": 6.0, **settings}))
+    randomize(model)
+    return model
+
+
+@pytest.fixture
+def adapter(originals: Path, tmp_path: Path) -> Path:
+    """Our adapter without manifest and provenance, to spoil."""
+    save_adapter(adapted(originals, targets=("q_proj", "down_proj")), tmp_path / "adapter")
+    (tmp_path / "adapter" / "manifest.json").unlink()
+    (tmp_path / "adapter" / "minilora.json").unlink()
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("v_proj", "q_proj")])
+def test_peft_loads_ours(originals: Path, tmp_path: Path, rslora: bool, targets: tuple[str, ...]) -> None:
+    model = adapted(originals, rslora=rslora, targets=targets)
+    save_adapter(model, tmp_path / "a")
+    theirs = PeftModel.from_pretrained(hf_model(), tmp_path / "a").eval()
+    assert_same_logits(model, theirs, load_model(originals / "hf", dtype=F32))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", [list(PROJECTIONS), ["q_proj", "v_proj"]])
+def test_we_load_pefts(originals: Path, tmp_path: Path, rslora: bool, targets: list[str]) -> None:
+    settings = PeftLoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, lora_dropout=0.5, task_type="CAUSAL_LM"
+    )
+    theirs = get_peft_model(hf_model(), settings).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    base = load_model(originals / "hf", dtype=F32)
+    ours = load_adapter(load_model(originals / "hf", dtype=F32), tmp_path)
+    assert_same_logits(ours, theirs, base)  # in eval mode, so without the dropout
+    assert ours.lora_config == LoraConfig(4, 6.0, 0.5, tuple(n for n in PROJECTIONS if n in targets), rslora)
+    trainable = {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in ours.named_parameters() if "lora_" in name}
+
+
+def test_an_adapter_on_nf4_equals_pefts_on_the_dequantized_base(originals: Path, tmp_path: Path) -> None:
+    base = load_model(originals / "hf", quantize="nf4", dtype=F32)
+    save_hf(base, tmp_path / "dense", dtype=F32)
+    model = add_lora(load_model(originals / "hf", quantize="nf4", dtype=F32), LoraConfig(rank=4, alpha=6.0))
+    randomize(model)
+    save_adapter(model, tmp_path / "a")
+    dense = type(hf_model()).from_pretrained(tmp_path / "dense", dtype=F32, attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(dense, tmp_path / "a").eval()
+    assert_same_logits(model, theirs, base)
+
+
+def test_round_trip_is_exact_and_float32(originals: Path, tmp_path: Path) -> None:
+    model = adapted(originals, targets=("k_proj",), dropout=0.25)
+    save_adapter(model, tmp_path / "a", provenance={"base_path": "somewhere", "step": 3})
+    assert {t.dtype for t in load_file(tmp_path / "a" / "adapter_model.safetensors").values()} == {F32}
+    again = load_adapter(load_model(originals / "hf"), tmp_path / "a")
+    assert again.lora_config == model.lora_config
+    for (name, ours), (_, theirs) in zip(lora_layers(again), lora_layers(model), strict=True):
+        assert torch.equal(ours.lora_A, theirs.lora_A), name
+        assert torch.equal(ours.lora_B, theirs.lora_B), name
+    told = read_provenance(tmp_path / "a")
+    assert (told["step"], told["base_fingerprint"]) == (3, model.base_fingerprint)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "somewhere"
+
+
+def assert_refused(originals: Path, folder: Path, message: str) -> None:
+    """Refused with `message`, and the model is as it was."""
+    model = load_model(originals / "hf", dtype=F32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(UserError, match=message) as caught:
+        load_adapter(model, folder)
+    assert str(folder) in str(caught.value)
+    assert [(name, type(module)) for name, module in model.named_modules()] == layers
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.lora_config is None
+
+
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'; only LORA"),
+    ({"peft_type": ...}, "peft_type is None"),
+    ({"r": 0}, "r is 0, but must be a whole number above 0"),
+    ({"r": "4"}, "r is '4'"),
+    ({"r": True}, "r is True"),
+    ({"r": ...}, "r is missing"),
+    ({"r": 2**40}, r"q_proj\.lora_A\.weight has shape \(4, 128\)"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+    ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+    ({"lora_alpha": ...}, "lora_alpha is missing"),
+    ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+    ({"lora_dropout": float("nan")}, "lora_dropout is nan"),
+    ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+    ({"use_dora": True}, "use_dora is True, which is not supported"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], which is not supported"),
+    ({"bias": "lora_only"}, "bias is 'lora_only'"),
+    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
+    ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern is"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+    ({"layers_to_transform": [0]}, r"layers_to_transform is \[0\]"),
+    ({"a_feature_of_tomorrow": {"x": 1}}, "a_feature_of_tomorrow is"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
+    ({"target_modules": "all-linear"}, "target_modules is 'all-linear'; only a list"),
+    ({"target_modules": r".*\.q_proj"}, "target_modules is .*; only a list"),
+    ({"target_modules": None}, "target_modules is None"),
+    ({"target_modules": []}, r"target_modules is \[\]"),
+    ({"target_modules": ["q_proj", "c_attn"]}, "target_modules names 'c_attn'"),
+    ({"target_modules": ["lm_head"]}, "target_modules names 'lm_head'"),
+    ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, "target_modules names 'model.layers.0"),
+    ({"target_modules": [["q_proj"]]}, "target_modules names"),
+    ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, r"lacks .*layers\.0\.self_attn\.v_proj\.lora_A\.weight"),
+    ({"target_modules": ["q_proj"]}, r"holds .*layers\.0\.mlp\.down_proj\.lora_[AB]\.weight"),
+    ({"r": 8}, r"q_proj\.lora_A\.weight has shape \(4, 128\); rank and base want \(8, 128\)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONFIGS)
+def test_configs_that_are_refused(originals: Path, adapter: Path, changes: dict[str, Any], message: str) -> None:
+    edit_json(adapter / "adapter_config.json", **changes)
+    assert_refused(originals, adapter, message)
+
+
+TENSORS: list[tuple[str, torch.Tensor | None, str]] = [
+    (f"{Q0}.lora_A.weight", None, r"lacks .*layers\.0\.self_attn\.q_proj\.lora_A\.weight"),
+    (f"{Q0}.lora_B.weight", None, r"lacks .*q_proj\.lora_B\.weight"),
+    (f"{Q0}.lora_magnitude_vector", torch.ones(256), r"holds '.*lora_magnitude_vector'"),
+    ("base_model.model.lm_head.weight", torch.ones(320, 128), r"holds 'base_model\.model\.lm_head\.weight'"),
+    (Q0.replace("s.0", "s.2") + ".lora_A.weight", torch.ones(4, 128), r"holds '.*layers\.2\."),
+    (f"{Q0}.lora_A.weight", torch.ones(4, 64), r"lora_A\.weight has shape \(4, 64\).*want \(4, 128\)"),
+    (f"{Q0}.lora_A.weight", torch.ones(128, 4), r"lora_A\.weight has shape \(128, 4\)"),
+    (f"{Q0}.lora_A.weight", torch.ones(4, 128, dtype=torch.int8), r"lora_A\.weight is stored as I8"),
+    (f"{Q0}.lora_A.weight", torch.ones(4, 128, dtype=torch.float64), r"lora_A\.weight is stored as F64"),
+    (f"{Q0}.lora_B.weight", torch.full((256, 4), float("nan")), r"lora_B\.weight holds a number that is not finite"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "message"), TENSORS)
+def test_tensors_that_are_refused(
+    originals: Path, adapter: Path, name: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    edit_tensors(adapter / "adapter_model.safetensors", **{name.replace(".", "__"): tensor})
+    assert_refused(originals, adapter, rf"adapter_model\.safetensors: .*{message}")
+
+
+def test_damaged_and_missing_files_are_refused(originals: Path, adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    assert_refused(originals, adapter, "corrupt safetensors: .*truncated")
+    weights.unlink()
+    assert_refused(originals, adapter, r"adapter_model\.safetensors: no such file")
+    (adapter / "adapter_model.bin").write_bytes(content)
+    assert_refused(originals, adapter, r"adapter_model\.bin: pickle files can run code")
+    (adapter / "adapter_config.json").write_text("{")
+    assert_refused(originals, adapter, r"adapter_config\.json: not a readable JSON file")
+    shutil.rmtree(adapter)
+    assert_refused(originals, adapter, r"adapter_config\.json: no such file")
+
+
+def test_an_adapter_for_another_base_is_refused(originals: Path, tmp_path: Path) -> None:
+    save_adapter(adapted(originals), tmp_path / "a")
+    hf_model(99).save_pretrained(tmp_path / "other")
+    os.symlink(tmp_path / "other", tmp_path / "hf")
+    assert_refused(tmp_path, tmp_path / "a", "trained on another base: fingerprint")
+
+
+def test_a_newer_provenance_is_refused(originals: Path, adapter: Path) -> None:
+    (adapter / "minilora.json").write_text('{"format_version": 2}')
+    assert_refused(originals, adapter, r"minilora\.json: format_version is 2")
+
+
+def test_a_flipped_bit_in_our_own_adapter_is_found(originals: Path, tmp_path: Path) -> None:
+    save_adapter(adapted(originals), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert_refused(originals, tmp_path / "a", r"adapter_model\.safetensors: altered since it was written")
+
+
+def test_a_second_adapter_is_refused(originals: Path, adapter: Path) -> None:
+    model = load_adapter(load_model(originals / "hf"), adapter)
+    with pytest.raises(UserError, match="has adapters already"):
+        load_adapter(model, adapter)
+
+
+def test_saving_needs_adapters_that_are_finite(originals: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the model has no adapters to save"):
+        save_adapter(load_model(originals / "hf"), tmp_path / "a")
+    model = adapted(originals)
+    next(layer for _, layer in lora_layers(model)).lora_B.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match=rf"{Q0}\.lora_B\.weight holds a number that is not finite"):
+        save_adapter(model, tmp_path / "a")
+    assert not os.listdir(tmp_path)

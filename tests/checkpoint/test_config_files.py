@@ -1,0 +1,211 @@
+"""config.json and params.json: what is read, what a missing key means, what is refused and how."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_checkpoints import edit_json, write_json
+from transformers import MistralConfig
+
+from minilora.checkpoint.config_files import config_to_hf, config_to_params, read_config
+from minilora.config import ModelConfig
+from minilora.errors import UserError
+
+TINY = ModelConfig(
+    dim=128,
+    n_layers=2,
+    head_dim=64,
+    hidden_dim=192,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=320,
+    norm_eps=1e-5,
+    rope_theta=5e4,
+    sliding_window=7,
+    max_seq_len=64,
+)
+
+
+@pytest.mark.parametrize("layout", ["hf", "mistral"])
+def test_both_files_say_the_same(originals: Path, layout: str) -> None:
+    assert read_config(originals / layout) == TINY
+
+
+HF_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"head_dim": ...}, {"head_dim": 32}),
+    ({"head_dim": None}, {"head_dim": 32}),
+    ({"num_key_value_heads": None}, {"n_kv_heads": 4}),
+    ({"sliding_window": None}, {"sliding_window": None}),
+    ({"sliding_window": ...}, {"sliding_window": 4096}),
+    ({"rms_norm_eps": ...}, {"norm_eps": 1e-6}),
+    ({"rope_parameters": ...}, {"rope_theta": 1e4}),
+    ({"rope_parameters": ..., "rope_theta": 1_000_000}, {"rope_theta": 1e6}),
+    ({"rope_parameters": ..., "rope_theta": 1e6, "rope_scaling": {"type": "default"}}, {"rope_theta": 1e6}),
+    ({"rope_parameters": ..., "rope_theta": 1e6, "rope_scaling": None}, {"rope_theta": 1e6}),
+    ({"tie_word_embeddings": True}, {"tied_embeddings": True}),
+    ({"tie_word_embeddings": ...}, {}),
+    ({"architectures": None, "eos_token_id": [2, 3], "some_new_key": 1}, {}),
+    ({"layer_types": ["full_attention"] * 2}, {"sliding_window": None}),
+    ({"layer_types": ["sliding_attention"] * 2}, {}),
+]
+
+
+@pytest.mark.parametrize(("changes", "result"), HF_READ)
+def test_config_json_reads(hf_folder: Path, changes: dict[str, Any], result: dict[str, Any]) -> None:
+    edit_json(hf_folder / "config.json", **changes)
+    assert asdict(read_config(hf_folder)) == {**asdict(TINY), **result}
+
+
+PARAMS_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"rope_theta": ...}, {"rope_theta": 1e4}),
+    ({"rope_theta": ..., "sliding_window": ...}, {"rope_theta": 1e6, "sliding_window": None}),
+    ({"rope_theta": ..., "sliding_window": None}, {"rope_theta": 1e6, "sliding_window": None}),
+    ({"sliding_window": "4096"}, {"sliding_window": 4096}),
+    ({"sliding_window": ..., "_sliding_window": "4096"}, {"sliding_window": 4096}),
+    ({"sliding_window": [5, 5]}, {"sliding_window": 5}),
+    ({"sliding_window": [None]}, {"sliding_window": None}),
+    ({"n_kv_heads": None}, {"n_kv_heads": 4}),
+    ({"max_seq_len": ...}, {"max_seq_len": 32768}),
+    ({"tied_embeddings": True}, {"tied_embeddings": True}),
+    ({"moe": None, "model_type": "transformer", "causal": True}, {}),
+]
+
+
+@pytest.mark.parametrize(("changes", "result"), PARAMS_READ)
+def test_params_json_reads(mistral_folder: Path, changes: dict[str, Any], result: dict[str, Any]) -> None:
+    edit_json(mistral_folder / "params.json", **changes)
+    assert asdict(read_config(mistral_folder)) == {**asdict(TINY), **result}
+
+
+def test_a_chosen_theta_is_reported(mistral_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        read_config(mistral_folder)
+        assert not caplog.records
+        edit_json(mistral_folder / "params.json", rope_theta=...)
+        read_config(mistral_folder)
+    assert "params.json: no rope_theta; 10000 is taken, since sliding_window is 7" in caplog.text
+
+
+NAN, INF = float("nan"), float("inf")
+HF_REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
+    ({"model_type": "ministral"}, "model_type is 'ministral'"),
+    ({"model_type": ...}, "model_type is missing"),
+    ({"architectures": ["MistralForSequenceClassification"]}, "architectures is"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+    ({"num_local_experts": 8}, "num_local_experts is 8"),
+    ({"vision_config": {"hidden_size": 1}}, "vision_config is"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is of type 'linear'"),
+    ({"rope_scaling": "default"}, "rope_scaling is of type 'default'"),
+    ({"rope_scaling": "yarn"}, "rope_scaling is of type 'yarn'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters is of type 'yarn'"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters holds 'full_attention'"),
+    ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6'"),
+    ({"rope_parameters": {"rope_theta": NAN}}, "rope_theta is nan"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has layers of different kinds"),
+    ({"layer_types": ["linear_attention"] * 2}, "layer_types is 'linear_attention'"),
+    ({"sliding_window": [4, 8]}, r"sliding_window is \[4, 8\]: windows that differ by layer"),
+    ({"sliding_window": 0}, "sliding_window is 0"),
+    ({"sliding_window": True}, "sliding_window is True"),
+    ({"sliding_window": 7.5}, "sliding_window is 7.5"),
+    ({"num_attention_heads": 3, "num_key_value_heads": 2}, "n_heads 3 is not a multiple of n_kv_heads 2"),
+    ({"head_dim": None, "num_attention_heads": 3}, "head_dim is not given, and 3 heads do not divide hidden_size 128"),
+    ({"head_dim": 63}, "head_dim 63 is odd"),
+    ({"hidden_size": "128"}, "hidden_size is '128'"),
+    ({"hidden_size": 128.0}, "hidden_size is 128.0"),
+    ({"hidden_size": ...}, "hidden_size is missing"),
+    ({"vocab_size": -1}, "vocab_size is -1"),
+    ({"vocab_size": 2**40}, "vocab_size is 1099511627776"),
+    ({"vocab_size": True}, "vocab_size is True"),
+    ({"rms_norm_eps": NAN}, "rms_norm_eps is nan"),
+    ({"rms_norm_eps": INF}, "rms_norm_eps is inf"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), HF_REFUSED)
+def test_config_json_refuses(hf_folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit_json(hf_folder / "config.json", **changes)
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
+        read_config(hf_folder)
+
+
+PARAMS_REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"moe": {"num_experts": 8}}, "moe is"),
+    ({"yarn": {"beta": 32}}, "yarn is"),
+    ({"vision_encoder": {"hidden_size": 1}}, "vision_encoder is"),
+    ({"model_type": "mamba"}, "model_type is 'mamba'"),
+    ({"causal": False}, "causal is False"),
+    ({"sliding_window": "wide"}, "sliding_window is 'wide'"),
+    ({"sliding_window": [4, 4, 4]}, "sliding_window has 3 entries, which cannot be repeated over 2 layers"),
+    ({"sliding_window": []}, "sliding_window has 0 entries"),
+    ({"sliding_window": [None, 8]}, "sliding_window is .*windows that differ by layer"),
+    ({"_sliding_window": 9}, "sliding_window and _sliding_window differ"),
+    ({"rope_theta": NAN}, "rope_theta is nan"),
+    ({"head_dim": ...}, "head_dim is missing"),
+    ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), PARAMS_REFUSED)
+def test_params_json_refuses(mistral_folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit_json(mistral_folder / "params.json", **changes)
+    with pytest.raises(UserError, match=rf"params\.json: {message}"):
+        read_config(mistral_folder)
+
+
+DAMAGED: list[tuple[bytes, str]] = [
+    (b"[" * 100_000, "nested too deeply"),
+    (b"[1]", "a JSON object was expected, not a list"),
+    (b"{", "Expecting property name"),
+    (b"", "Expecting value"),
+    (b"\xff\xfe{}", "utf-8"),
+    (b'{"hidden_size": 1, "hidden_size": 2}', "the key 'hidden_size' stands twice"),
+    (b'{"vocab_size": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED)
+def test_damaged_json_is_one_line(hf_folder: Path, content: bytes, message: str) -> None:
+    (hf_folder / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"config\.json: not a readable JSON file: .*{message}") as caught:
+        read_config(hf_folder)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_huge_config_is_not_parsed(hf_folder: Path) -> None:
+    with (hf_folder / "config.json").open("wb") as file:
+        file.truncate(101_000_000)  # sparse: takes no space
+    with pytest.raises(UserError, match=r"config\.json: .*101,000,000 bytes, more than"):
+        read_config(hf_folder)
+
+
+def test_a_long_value_does_not_flood_the_terminal(hf_folder: Path) -> None:
+    edit_json(hf_folder / "config.json", model_type="x" * 100_000)
+    with pytest.raises(UserError, match="model_type is 'xxx") as caught:
+        read_config(hf_folder)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("tied", [False, True])
+def test_written_configs_read_back(hf_folder: Path, mistral_folder: Path, window: int | None, tied: bool) -> None:
+    config = ModelConfig(**{**asdict(TINY), "sliding_window": window, "tied_embeddings": tied})
+    write_json(hf_folder / "config.json", config_to_hf(config, "bfloat16"))
+    write_json(mistral_folder / "params.json", config_to_params(config))
+    assert read_config(hf_folder) == config
+    assert read_config(mistral_folder) == config
+
+
+def test_transformers_reads_our_config(hf_folder: Path) -> None:
+    write_json(hf_folder / "config.json", config_to_hf(TINY, "bfloat16"))
+    theirs = MistralConfig.from_pretrained(hf_folder)
+    assert theirs.rope_parameters == {"rope_theta": 5e4, "rope_type": "default"}
+    assert (theirs.sliding_window, theirs.head_dim, theirs.rms_norm_eps) == (7, 64, 1e-5)
+    assert str(theirs.dtype) == "torch.bfloat16"

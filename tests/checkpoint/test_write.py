@@ -1,0 +1,290 @@
+"""Crash-safe writing under full disks, size limits, kills and targets that are in the way."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from minilora.checkpoint import write
+from minilora.checkpoint.write import atomic_folder, atomic_write, check_space, sweep_stale, verify_manifest
+from minilora.errors import UserError
+
+
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_atomic_write_makes_folders_and_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b.txt"
+    atomic_write(file, "one \N{SNOWMAN}")
+    atomic_write(file, b"two")
+    assert file.read_bytes() == b"two"
+    assert os.listdir(file.parent) == ["b.txt"]
+
+
+def test_atomic_write_over_the_size_limit_keeps_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.json"
+    atomic_write(file, "old")
+    with largest_file(1000), pytest.raises(UserError, match=rf"{file}: could not be written: .*ulimit -f"):
+        atomic_write(file, "x" * 2000)
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_atomic_folder_appears_whole_and_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "step-1"
+    with atomic_folder(target) as folder:
+        assert folder.parent == target.parent
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_bytes(b"w")
+        assert not target.exists()
+    assert (target / "sub" / "weights").read_bytes() == b"w"
+    assert os.listdir(target.parent) == ["step-1"]
+
+
+def test_every_file_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real_rename, real_fsync = Path.rename, write._fsync
+    monkeypatch.setattr(write, "_fsync", lambda path: (events.append(f"sync {path.name}"), real_fsync(path))[1])
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), real_rename(self, to))[1])
+    with atomic_folder(tmp_path / "new", manifest={}) as folder:
+        (folder / "a").mkdir()
+        (folder / "a" / "b").touch()
+    assert set(events[:4]) == {"sync a", "sync b", "sync manifest.json", f"sync new.tmp-{os.getpid()}"}
+    assert events[4:] == ["rename", f"sync {tmp_path.name}"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), UserError("bad tensor")])
+def test_an_error_inside_leaves_nothing_and_passes_through(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "old").touch()
+
+    def fail_half_way() -> None:
+        with atomic_folder(tmp_path / "new", overwrite=True) as folder:
+            (folder / "half").touch()
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail_half_way()
+    assert caught.value is error
+    assert os.listdir(tmp_path) == ["new"]
+    assert os.listdir(tmp_path / "new") == ["old"]
+
+
+def test_an_existing_target_is_refused_unless_asked(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    target.mkdir()
+    with atomic_folder(target) as folder:  # empty: nothing to lose
+        (folder / "one").touch()
+    with pytest.raises(UserError, match=rf"{target}: exists already"), atomic_folder(target):
+        pytest.fail("entered")
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "two").touch()
+        assert os.listdir(target) == ["one"]
+    assert os.listdir(target) == ["two"]
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_a_file_or_link_as_target_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with (
+            pytest.raises(UserError, match=rf"{name}: is a link or a file"),
+            atomic_folder(tmp_path / name, overwrite=True),
+        ):
+            pytest.fail("entered")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "x"
+    target.mkdir()
+    (target / "old").touch()
+    real_rename = Path.rename
+
+    def fail(self: Path, to: Path) -> Path:
+        if ".tmp-" in self.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real_rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with (
+        pytest.raises(UserError, match=r"x: could not be written: Input/output error"),
+        atomic_folder(target, overwrite=True),
+    ):
+        pass
+    assert os.listdir(tmp_path) == ["x"]
+    assert os.listdir(target) == ["old"]
+
+
+def test_size_limit_inside_the_folder(tmp_path: Path) -> None:
+    with (
+        largest_file(1000),
+        pytest.raises(UserError, match=r"new: could not be written: .*ulimit -f"),
+        atomic_folder(tmp_path / "new") as folder,
+    ):
+        (folder / "weights").write_bytes(b"x" * 2000)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only; choose another folder"),
+        (errno.EACCES, "no permission to write there; choose another folder"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_errors_of_the_disk_become_one_line(tmp_path: Path, code: int, remedy: str) -> None:
+    with pytest.raises(UserError, match=rf"new: could not be written: .*{remedy}"), atomic_folder(tmp_path / "new"):
+        raise OSError(code, os.strerror(code))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, where the machine lets us mount one."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
+def test_a_full_disk(small_disk: Path) -> None:
+    with atomic_folder(small_disk / "x") as folder:
+        (folder / "old").write_bytes(b"o")
+    with (
+        pytest.raises(UserError, match="x: could not be written: the disk is full"),
+        atomic_folder(small_disk / "x", overwrite=True) as folder,
+    ):
+        (folder / "weights").write_bytes(b"x" * 2_000_000)
+    with pytest.raises(UserError, match="the disk is full"):
+        atomic_write(small_disk / "metrics", b"x" * 2_000_000)
+    with pytest.raises(UserError, match="GB are needed"), atomic_folder(small_disk / "y", needed_bytes=2_000_000):
+        pytest.fail("entered")
+    assert os.listdir(small_disk) == ["x"]
+    assert (small_disk / "x" / "old").read_bytes() == b"o"
+
+
+def test_space_is_checked_first(tmp_path: Path) -> None:
+    check_space(tmp_path / "not" / "there" / "yet", 1)
+    with pytest.raises(UserError, match=r"yet: 1e\+09 GB are needed, .* GB are free"):
+        check_space(tmp_path / "not" / "there" / "yet", 10**18)
+
+
+def test_a_path_through_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="could not be written"):
+        atomic_write(tmp_path / "file" / "x", "")
+    with pytest.raises(UserError, match="could not be written"), atomic_folder(tmp_path / "file" / "x"):
+        pytest.fail("entered")
+
+
+def test_manifest_finds_what_was_altered_or_lost(tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    with atomic_folder(target, manifest={"step": 7}) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_bytes(b"0123")
+        (folder / "note").write_bytes(b"n")
+    assert verify_manifest(target)["step"] == 7
+    (target / "extra").touch()
+    verify_manifest(target)
+    (target / "sub" / "weights").write_bytes(b"0124")  # one bit
+    with pytest.raises(UserError, match=r"sub/weights: altered since it was written"):
+        verify_manifest(target)
+    (target / "sub" / "weights").unlink()
+    with pytest.raises(UserError, match=r"sub/weights: missing, but manifest\.json lists it"):
+        verify_manifest(target)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ({"format_version": 2, "files": {}}, "format_version is 2; this minilora knows 1"),
+        ({"files": {}}, "format_version is None"),
+        ({"format_version": 1}, "files must be an object"),
+        ({"format_version": 1, "files": {"../secret": {}}}, "secret: missing"),
+        ({"format_version": 1, "files": {"/etc/passwd": {}}}, "passwd: missing"),
+        ({"format_version": 1, "files": {"x" * 300: {}}}, "xxx: missing"),
+    ],
+)
+def test_a_manifest_that_is_none(tmp_path: Path, manifest: dict[str, object], message: str) -> None:
+    (tmp_path / "secret").touch()
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        verify_manifest(folder)
+
+
+def test_sweep_removes_the_dead_and_keeps_the_living(tmp_path: Path) -> None:
+    dead = dead_pid()
+    for name in (f"a.tmp-{dead}", f"b.old-{dead}", "b", f"c.old-{dead}", f"d.tmp-{os.getppid()}", "e.tmp-x", "f"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    (tmp_path / f"g.json.tmp-{dead}").touch()
+    found = sweep_stale(tmp_path)
+    assert {path.name for path in found} == {f"a.tmp-{dead}", f"b.old-{dead}", f"c.old-{dead}", f"g.json.tmp-{dead}"}
+    assert set(os.listdir(tmp_path)) == {"b", "c", f"d.tmp-{os.getppid()}", "e.tmp-x", "f"}
+    assert (tmp_path / "b" / "content").read_text() == "b"
+    assert (tmp_path / "c" / "content").read_text() == f"c.old-{dead}"  # set aside, and never replaced
+    assert sweep_stale(tmp_path / "nowhere") == []
+
+
+WRITER = """
+import sys
+from minilora.checkpoint.write import atomic_folder
+n = 0
+while True:
+    n += 1
+    with atomic_folder(sys.argv[1], overwrite=True, manifest={}) as folder:
+        for i in range(4):
+            (folder / f"part-{i}").write_bytes(b"%09d" % n * 20_000)
+    if n == 1:
+        print("ready", flush=True)
+"""
+
+
+def test_killed_at_any_moment_the_folder_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "latest"
+    for round_ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        with process, process.stdout:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.003 * round_)
+            process.send_signal(signal.SIGKILL)
+        sweep_stale(tmp_path)
+        assert os.listdir(tmp_path) == ["latest"]
+        verify_manifest(target)
+        parts = {(target / f"part-{i}").read_bytes() for i in range(4)}
+        assert len(parts) == 1

@@ -1,0 +1,115 @@
+"""Tiny Mistrals on the disk, written by transformers or byte by byte, for the tests of minilora.checkpoint."""
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+from transformers import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+# Every size differs from every other one, and n_heads * head_dim (256) from dim (128), so that a mix-up shows.
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "sliding_window": 7,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+}
+THETA = 5e4
+
+
+def hf_model(seed: int = 0, attention: str = "eager", **changes: Any) -> MistralForCausalLM:
+    """A random float32 Mistral in eval mode; its norms and logits are far from trivial."""
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": THETA}
+    config = MistralConfig(**{**SIZES, **changes}, rope_parameters=rope, attn_implementation=attention)
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0, 0.3) if "norm" in name else weight.normal_(0.0, 0.1)
+    return model
+
+
+def tokens(seed: int = 1) -> Tensor:
+    """(2, 20): longer than the window."""
+    return torch.randint(0, SIZES["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def params_json() -> dict[str, Any]:
+    return {
+        "dim": 128,
+        "n_layers": 2,
+        "head_dim": 64,
+        "hidden_dim": 192,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "norm_eps": 1e-5,
+        "vocab_size": 320,
+        "rope_theta": THETA,
+        "sliding_window": 7,
+        "max_seq_len": 64,
+    }
+
+
+def write_mistral(model: MistralForCausalLM, folder: Path, **changes: Any) -> Path:
+    """The weights of `model` in Mistral's layout. Names and rows by this file's own code, not by the package's."""
+    parts = {
+        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "embed_tokens": "tok_embeddings", "lm_head": "output",
+    }  # fmt: skip
+    made = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if match := re.search(r"[qk]_proj", name):
+            heads = SIZES["num_attention_heads" if match[0] == "q_proj" else "num_key_value_heads"]
+            half = SIZES["head_dim"] // 2
+            weight = torch.stack(
+                [weight[h * 2 * half + p + b * half] for h in range(heads) for p in range(half) for b in (0, 1)]
+            )
+        theirs = name.removeprefix("model.")
+        for ours, mistral in parts.items():
+            theirs = theirs.replace(ours, mistral)
+        made[theirs] = weight.contiguous().clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(made, folder / "consolidated.safetensors")
+    write_json(folder / "params.json", {**params_json(), **changes})
+    return folder
+
+
+def write_json(file: Path, values: Any) -> None:
+    file.write_text(json.dumps(values))
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Set keys of a JSON object; a value of ... deletes the key."""
+    values = {**json.loads(file.read_text()), **changes}
+    write_json(file, {key: value for key, value in values.items() if value is not ...})
+
+
+def edit_tensors(file: Path, **changes: Tensor | None) -> None:
+    """Set or (None) delete tensors of a safetensors file; the names' dots are written as __."""
+    held: dict[str, Any] = load_file(file)
+    for name, tensor in changes.items():
+        held[name.replace("__", ".")] = tensor
+    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, file, {"format": "pt"})
+
+
+def raw_safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file of the format made by hand, so that everything in it can be wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data

@@ -1,0 +1,123 @@
+"""A tiny random Mistral with the demo's tokenizer, small files of chats and text, and the configuration of a short run."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minilora.checkpoint.save import save_hf
+from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.model import Mistral
+
+TOKENIZER = Path(__file__).parents[1] / "minilora" / "demo" / "base" / "tokenizer.model"
+TINY = ModelConfig(
+    dim=32, n_layers=2, head_dim=16, hidden_dim=48, n_heads=4, n_kv_heads=2, vocab_size=458, sliding_window=12
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tensors this small are faster without the threads' hand-shakes."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> Mistral:
+    """Random float32 weights, large enough that the logits are far from uniform."""
+    model = Mistral(config)
+    model.init_weights(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(6)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder in float32. Do not change it."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    save_hf(tiny_model(), folder, dtype=torch.float32, tokenizer=TOKENIZER)
+    return folder
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl (60 chats of unlike lengths), validation.jsonl (6), text.jsonl (4 texts). Do not change them."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def words(n: int) -> str:
+        return " ".join("".join(draw.choices("aeimnorst", k=draw.randint(1, 5))) for _ in range(n))
+
+    for name, n in (("train", 60), ("validation", 6)):
+        chats = [chat(*(words(draw.randint(1, 3)) for _ in range(draw.choice([2, 2, 4])))) for _ in range(n)]
+        write_jsonl(folder / f"{name}.jsonl", chats)
+    write_jsonl(folder / "text.jsonl", [{"text": words(12)} for _ in range(4)])
+    return folder
+
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(tiny_base: Path, data_folder: Path, tmp_path: Path) -> MakeConfig:
+    """make_config(train__lr=..., ...) -> a run of 4 steps into tmp_path / "run", but for the keys that are given."""
+    default = RunConfig(
+        model=BaseConfig(path=str(tiny_base), device="cpu"),
+        lora=LoraConfig(rank=4, alpha=8),
+        data=DataConfig(str(data_folder / "train.jsonl"), str(data_folder / "validation.jsonl"), max_seq_len=64),
+        train=TrainConfig(output=str(tmp_path / "run"), max_steps=4, batch_size=2, lr=1e-2, warmup_steps=1),
+        eval=EvalConfig(every=2, answers=2, samples=2, max_new_tokens=4),
+    )
+
+    def make(config: RunConfig = default, **changes: Any) -> RunConfig:
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        return config
+
+    return make
+
+
+class Quiet:
+    """A `Reporter` that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.steps: list[dict[str, Any]] = []
+        self.ended = False
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def begin(self, step: int, n_steps: int) -> None:
+        self.began = step, n_steps
+
+    def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        assert timing["seconds"] > 0
+        self.steps.append(metrics)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def quiet() -> Quiet:
+    return Quiet()

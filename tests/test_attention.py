@@ -1,0 +1,122 @@
+"""Who sees whom, against a loop over all pairs; and attention, against a softmax written out in float64."""
+
+from itertools import product
+from math import exp
+
+import pytest
+import torch
+from torch import Tensor
+
+from minilora.attention import attend, visible
+
+
+def sees(q: int, k: int, window: int | None, same_segment: bool) -> bool:
+    """The rule in words: a key is seen from its own position on, for `window` tokens, within its segment."""
+    if q == k and same_segment:
+        return window is None or window > 0
+    return k >= 0 and k <= q and same_segment and (window is None or k > q - window)
+
+
+def loop(
+    q_positions: Tensor, k_positions: Tensor, window: int | None, q_segments: Tensor, k_segments: Tensor
+) -> Tensor:
+    B, Tq, Tk = *q_positions.shape, k_positions.shape[1]
+    mask = torch.zeros(B, 1, Tq, Tk, dtype=torch.bool)
+    for b, i, j in product(range(B), range(Tq), range(Tk)):
+        same = bool(q_segments[b, i] == k_segments[b, j])
+        mask[b, 0, i, j] = sees(int(q_positions[b, i]), int(k_positions[b, j]), window, same)
+    return mask
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 100])
+def test_visible_equals_a_loop_over_all_pairs(window: int | None) -> None:
+    positions = torch.tensor(
+        [
+            [0, 1, 2, 3, 4, 5, 6, 7],  # one sample
+            [0, 1, 2, 0, 1, 2, 3, 0],  # three, packed
+            [-3, -2, -1, 0, 1, 2, 3, 4],  # one, filled from the left
+        ]
+    )
+    segments = torch.tensor([[0] * 8, [0, 0, 0, 1, 1, 1, 1, 2], [0] * 8])
+    expected = loop(positions, positions, window, segments, segments)
+    assert torch.equal(visible(positions, positions, window, segments, segments), expected)
+    assert expected.any(-1).all()  # no row is empty: softmax over nothing is NaN
+    one_segment = torch.zeros_like(segments)
+    without = loop(positions, positions, window, one_segment, one_segment)
+    assert torch.equal(visible(positions, positions, window), without)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 4])
+def test_visible_with_keys_of_a_rolling_buffer(window: int | None) -> None:
+    """Keys out of order, empty slots, and more keys than queries."""
+    q = torch.tensor([[5, 6], [0, 1]])
+    k = torch.tensor([[3, 4, 2, 5, 6], [-(2**31), -(2**31), -1, 0, 1]])
+    nothing = torch.zeros(2, 2), torch.zeros(2, 5)
+    assert torch.equal(visible(q, k, window), loop(q, k, window, *nothing))
+
+
+def test_a_window_of_w_is_w_tokens_with_oneself() -> None:
+    positions = torch.arange(6)[None]
+    assert visible(positions, positions, 3)[0, 0].sum(-1).tolist() == [1, 2, 3, 3, 3, 3]
+
+
+def softmax_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """One query, one head at a time, in Python floats."""
+    B, Tq, Hq, Dh = q.shape
+    y = torch.zeros(B, Tq, Hq, Dh, dtype=torch.float64)
+    for b, i, h in product(range(B), range(Tq), range(Hq)):
+        kv_head = h // (Hq // k.shape[2])
+        seen = [j for j in range(k.shape[1]) if mask[b, 0, i, j]]
+        weights = [exp(float(q[b, i, h].double() @ k[b, j, kv_head].double()) / Dh**0.5) for j in seen]
+        for j, weight in zip(seen, weights, strict=True):
+            y[b, i, h] += weight / sum(weights) * v[b, j, kv_head].double()
+    return y
+
+
+def random_heads(Hq: int, Hkv: int, T: int, Dh: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(Hq + Hkv)
+    q, k, v = (torch.randn(2, T, H, Dh, generator=generator) for H in (Hq, Hkv, Hkv))
+    return q, k, v
+
+
+@pytest.mark.parametrize(("Hq", "Hkv"), [(2, 2), (4, 1), (8, 2), (8, 1), (16, 2)])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attend_equals_a_softmax_by_hand(Hq: int, Hkv: int, window: int | None) -> None:
+    q, k, v = random_heads(Hq, Hkv, T=7, Dh=6)
+    positions = torch.stack([torch.arange(7), torch.arange(7) - 2])
+    mask = visible(positions, positions, window)
+    y = attend(q, k, v, mask)
+    assert y.shape == q.shape
+    torch.testing.assert_close(y.double(), softmax_by_hand(q, k, v, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_attend_with_more_keys_than_queries() -> None:
+    q, k, v = random_heads(8, 2, T=7, Dh=6)
+    positions = torch.arange(7).expand(2, 7)
+    mask = visible(positions[:, 5:], positions, 4)
+    torch.testing.assert_close(
+        attend(q[:, 5:], k, v, mask), attend(q, k, v, visible(positions, positions, 4))[:, 5:], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_unseen_token_changes_nothing_and_gets_no_gradient() -> None:
+    q, k, v = random_heads(4, 1, T=6, Dh=8)
+    positions = torch.arange(6).expand(2, 6)
+    mask = visible(positions, positions, 2)
+    k, v = k.requires_grad_(), v.requires_grad_()
+    attend(q, k, v, mask)[:, 4].sum().backward()  # token 4 sees tokens 3 and 4
+    for gradient in (k.grad, v.grad):
+        assert gradient is not None
+        assert (gradient[:, [0, 1, 2, 5]] == 0).all()
+        assert (gradient[:, [3, 4]] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_error_is_of_its_rounding(dtype: torch.dtype) -> None:
+    """Outputs are means of numbers below 4: two roundings (weights, output) of 2^-8 or 2^-11 each."""
+    q, k, v = random_heads(8, 2, T=7, Dh=6)
+    positions = torch.arange(7).expand(2, 7)
+    mask = visible(positions, positions, 3)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    error = attend(q, k, v, mask).double() - softmax_by_hand(q, k, v, mask)
+    assert error.abs().max() <= 4 * 2 * torch.finfo(dtype).eps

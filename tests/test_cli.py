@@ -1,0 +1,323 @@
+"""The command line: exit codes, one line for what is wrong, and nothing heavy before it is needed."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOKENIZER, MakeConfig, tiny_model
+from transformers import MistralForCausalLM
+
+from minilora.checkpoint.save import save_hf
+from minilora.cli import VERBS, main
+from minilora.config import RunConfig, to_dict
+from minilora.train import loop
+from minilora.train.run_folder import config_toml
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("train", "x.toml", ...) -> (exit status, stdout, stderr); argparse's own exits count as well."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as leave:
+            status = int(leave.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def refused(result: tuple[int, str, str], status: int, *words: str) -> None:
+    """The exit status, and one line on stderr that has these words in it."""
+    got, out, err = result
+    assert got == status, (out, err)
+    assert err.count("\n") == 1, err
+    assert len(err) < 400, err
+    for word in words:
+        assert word in err
+
+
+@pytest.fixture
+def toml(make_config: MakeConfig, tmp_path: Path) -> Path:
+    """A configuration of a run of 4 steps."""
+    path = tmp_path / "run.toml"
+    path.write_text(config_toml(make_config()))
+    return path
+
+
+# --- Usage ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_are_listed(run: Run) -> None:
+    status, out, err = run("--help")
+    assert (status, err) == (0, "")
+    for verb in VERBS:
+        assert re.search(rf"^  {verb} +[A-Z]", out, re.MULTILINE), verb
+    assert run()[0] == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(run: Run, verb: str) -> None:
+    status, out, err = run(verb, "--help")
+    assert (status, err) == (0, "")
+    assert f"minilora {verb}" in out
+    assert (VERBS[verb].__doc__ or "").split(":")[0].split()[0] in out
+
+
+def test_an_unknown_verb(run: Run) -> None:
+    refused(run("tarin"), 2, "no verb 'tarin'", "train")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unknown_flag(run: Run, verb: str, toml: Path) -> None:
+    needed = {"train": [toml], "evaluate": ["f"], "generate": ["p"], "merge": ["a", "b"]}.get(verb, [])
+    refused(run(verb, *needed, "--nonsense", "3"), 2, f"minilora {verb}:", "nonsense", "--help")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora.rnak", "3"], ["lora.rnak"]),
+        (["--lora.rank", "many"], ["rank"]),
+        (["--train.strategy", "magic"], ["strategy", "qlora"]),
+        (["--train.lr"], ["lr"]),
+    ],
+)
+def test_a_wrong_flag_of_train(run: Run, toml: Path, flags: list[str], words: list[str]) -> None:
+    refused(run("train", toml, *flags), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora.rank", "0"], ["lora.rank is 0"]),
+        (["--train.seed", "-1"], ["train.seed is -1"]),
+        (["--train.lr", "-1"], ["train.lr is -1"]),
+        (["--data.max_seq_len", "1"], ["data.max_seq_len is 1"]),
+        (["--train.strategy", "full", "--model.quantize", "nf4"], ["train.strategy", "model.quantize"]),
+    ],
+)
+def test_a_value_out_of_range(run: Run, toml: Path, flags: list[str], words: list[str]) -> None:
+    got = run("train", toml, *flags)
+    refused(got, got[0], *words)
+    assert got[0] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[lora]\nrnak = 3\n", ["rnak"]),
+        ("[lroa]\nrank = 3\n", ["lroa"]),
+        ("rank = 3\n", ["rank"]),
+        ('[lora]\nrank = "many"\n', ["rank"]),
+        ("[lora]\nrank = 0\n", ["lora.rank is 0"]),
+        ("[lora\n", []),
+        ("[lora]\nrank = 3\nrank = 4\n", []),
+        ("\x00", []),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_key(run: Run, tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    refused(run("train", path), 1, "wrong.toml", *words)
+
+
+def test_a_missing_file_says_how_to_get_one(run: Run, tmp_path: Path) -> None:
+    refused(run("train", tmp_path / "no.toml"), 1, "no.toml: no such file", "--print-config")
+    refused(run("evaluate", tmp_path / "no.jsonl", "--model.path", tmp_path), 1, str(tmp_path))
+
+
+def test_help_and_usage_errors_import_no_torch() -> None:
+    code = """
+import sys
+from minilora.cli import main
+for args in (["--help"], ["train", "--help"], ["train", "--nonsense"], ["train", "--print-config"], ["no"], ["train", "no.toml"],
+             ["evaluate", "--help"], ["generate", "--help"], ["merge"], ["demo", "--help"]):
+    try:
+        main(args)
+    except SystemExit:
+        pass
+    assert not {"torch", "numpy", "matplotlib"} & sys.modules.keys(), args
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_python_m_minilora_exits_with_the_status() -> None:
+    command = [sys.executable, "-m", "minilora"]
+    assert subprocess.run([*command, "--help"], capture_output=True, timeout=60, check=False).returncode == 0
+    done = subprocess.run([*command, "nonsense"], capture_output=True, timeout=60, check=False, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+# --- Configuration --------------------------------------------------------------------------------------------------
+
+
+def test_the_printed_configuration_is_complete_and_reads_back(run: Run, tmp_path: Path) -> None:
+    flag = "--print-config"
+    status, out, err = run("train", flag)
+    assert status == 0, err
+    assert tomllib.loads(out) == to_dict(RunConfig())
+    path = tmp_path / "printed.toml"
+    path.write_text(out)
+    status, again, err = run("train", path, flag)
+    assert (status, again) == (0, out), err
+
+
+def test_flags_win_over_the_file_and_are_printed(run: Run, toml: Path) -> None:
+    status, out, _ = run("train", toml, "--train.lr", "0.5", "--lora.targets", '["q_proj"]', "--print-config")
+    assert status == 0
+    printed = tomllib.loads(out)
+    assert (printed["train"]["lr"], printed["lora"]["targets"], printed["train"]["max_steps"]) == (0.5, ["q_proj"], 4)
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"root": tmp_path_factory.mktemp("trained")}
+
+
+@pytest.fixture
+def finished(trained: dict[str, Path], make_config: MakeConfig, run: Run) -> Path:
+    """The folder of a finished run, made once by `minilora train`. Do not change it."""
+    if "run" not in trained:
+        folder = trained["root"] / "run"
+        toml = folder.with_suffix(".toml")
+        toml.write_text(config_toml(make_config(train__output=str(folder), train__max_steps=12, train__lr=2e-2)))
+        status, out, err = run("train", toml)
+        assert (status, err) == (0, "")
+        assert re.search(r"^before +loss .*\nafter +loss ", out, re.MULTILINE), out
+        assert re.search(r"done: all steps done; report in .*report.html", out), out
+        trained["run"] = folder
+    return trained["run"]
+
+
+def test_train_writes_the_run_folder(finished: Path) -> None:
+    assert {c.name for c in finished.iterdir()} >= {
+        "config.toml", "metrics.jsonl", "timing.jsonl", "summary.json", "report.html", "adapter", "checkpoints",
+        "samples.md", "loss.png",
+    }  # fmt: skip
+
+
+def test_config_toml_of_a_run_runs_again(run: Run, finished: Path, tmp_path: Path) -> None:
+    status, _, err = run("train", finished / "config.toml", "--train.output", tmp_path / "again")
+    assert (status, err) == (0, "")
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_folder_that_holds_a_run(run: Run, finished: Path) -> None:
+    refused(run("train", finished / "config.toml"), 1, str(finished), "--resume", "--overwrite")
+    refused(run("train", finished / "config.toml", "--resume", "--overwrite"), 1, "give one of them")
+    status, _, err = run("train", finished / "config.toml", "--resume")
+    assert (status, err) == (0, "")
+
+
+def test_a_dry_run_goes_the_whole_way_and_keeps_nothing(run: Run, toml: Path, tmp_path: Path) -> None:
+    for flags in ([], ["--train.strategy", "lora"], ["--train.strategy", "full"]):
+        before = sorted(tmp_path.rglob("*"))
+        status, out, err = run("train", toml, "--dry-run", *flags)
+        assert (status, err) == (0, ""), flags
+        assert "nothing was kept" in out
+        assert "is answered" in out
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_data_that_cannot_be_trained_on(run: Run, toml: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{oops\n')
+    refused(run("train", toml, "--data.train", bad), 1, "bad.jsonl:2", "not JSON")
+    refused(run("train", toml, "--data.train", tmp_path / "no.jsonl"), 1, "no.jsonl: cannot be read")
+    refused(run("train", toml, "--data.max_seq_len", 2), 1, "train.jsonl:1", "max_seq_len")
+    assert run("train", toml)[0] == 0, "the folder is as free as it was"
+
+
+def test_ctrl_c_before_the_first_step(run: Run, toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "set_up", interrupt)
+    status, _, err = run("train", toml)
+    assert status == 130
+    assert "Traceback" not in err
+
+
+# --- Using what was trained -----------------------------------------------------------------------------------------
+
+
+def test_evaluate_agrees_with_the_run(run: Run, finished: Path, data_folder: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    file, adapter = data_folder / "validation.jsonl", finished / "adapter"
+    flags = ["--max_seq_len", 64, "--answers", 2, "--max_new_tokens", 4]
+    status, out, err = run("evaluate", file, "--adapter", adapter, *flags)
+    assert (status, err) == (0, "")
+    after = json.loads(out)
+    assert {k: after[k] for k in ("loss", "perplexity", "exact_match")} == summary["after"]
+    base = tomllib.loads((finished / "config.toml").read_text())["model"]["path"]
+    status, out, _ = run("evaluate", file, "--model.path", base, "--model.quantize", "nf4", *flags)
+    assert json.loads(out)["loss"] == summary["before"]["loss"]
+    assert after["loss"] < json.loads(out)["loss"]
+
+
+def test_generate_answers(run: Run, finished: Path) -> None:
+    adapter = finished / "adapter"
+    status, out, err = run("generate", "a in", "--adapter", adapter, "--max_new_tokens", 5)
+    assert (status, err) == (0, "")
+    assert run("generate", "a in", "--adapter", adapter, "--max_new_tokens", 5)[1] == out
+    drawn = [
+        run("generate", "a in", "--adapter", adapter, "--temperature", 2, "--seed", seed, "--raw")[1] for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_merge_writes_what_transformers_reads(run: Run, finished: Path, tmp_path: Path) -> None:
+    status, out, err = run("merge", finished / "adapter", tmp_path / "merged")
+    assert (status, err) == (0, ""), "the run's own validation file is the text to compare on"
+    assert "merged against trained" in out
+    assert MistralForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 458
+    refused(run("merge", finished / "adapter", tmp_path / "merged"), 1, "merged: exists already")
+    assert run("merge", finished / "adapter", tmp_path / "merged", "--overwrite")[0] == 0
+
+
+def test_an_adapter_of_another_base(run: Run, finished: Path, tmp_path: Path) -> None:
+    save_hf(tiny_model(seed=5), tmp_path / "other", dtype=torch.float32, tokenizer=TOKENIZER)
+    flags = ["--adapter", finished / "adapter", "--model.path", tmp_path / "other"]
+    refused(run("generate", "a", *flags), 1, "trained on another base")
+    refused(run("evaluate", tmp_path / "no.jsonl", *flags), 1, "another base")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["generate", "a", "--temperature", "-1"], ["temperature"]),
+        (["generate", "a", "--top_p", "2"], ["top_p"]),
+        (["generate", "a", "--top_k", "0"], ["top_k"]),
+        (["generate", "a", "--max_new_tokens", "-1"], ["max_new_tokens"]),
+        (["generate", "a", "--adapter", "nowhere"], ["nowhere"]),
+        (["generate", "a", "--model.device", "nonsense"], ["nonsense"]),
+        (["evaluate", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["evaluate", "VALIDATION", "--batch_size", "0"], ["batch_size"]),
+        (["evaluate", "VALIDATION", "--max_seq_len", "0"], ["max_seq_len"]),
+        (["evaluate", "VALIDATION", "--max_seq_len", "2"], ["validation.jsonl:1", "max_seq_len"]),
+        (["evaluate", "VALIDATION", "--answers", "-1"], ["answers"]),
+        (["merge", "nowhere", "out"], ["nowhere"]),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    run: Run, tiny_base: Path, data_folder: Path, args: list[str], words: list[str]
+) -> None:
+    args = [str(data_folder / "validation.jsonl") if arg == "VALIDATION" else arg for arg in args]
+    got = run(*args, "--model.path", tiny_base)
+    assert got[0] in (1, 2)
+    refused(got, got[0], *words)

@@ -1,0 +1,148 @@
+"""The rule of the house (docs/architecture.md): imports point down, without circles, heavy ones only where they may.
+
+Every import statement counts, those inside functions too; only `minilora/__init__.py`, whose names are loaded at their
+first use, is left out.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (
+    ("errors", "config", "nf4", "kv_cache"),
+    ("kernels",),
+    ("backend",),
+    ("norm", "rope", "attention", "loss", "linear", "lora"),
+    ("model", "fused"),
+    ("memory", "generate", "conversation", "tokenizer", "checkpoint", "data"),
+    ("evaluate", "report"),
+    ("train",),
+    ("serve", "demo"),
+    ("cli",),
+    ("__main__",),
+)
+LAYER_OF = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
+NEEDED_ANYWHERE = {"torch", "numpy", "safetensors", "sentencepiece"}
+FOR_OUTPUT = {"rich", "matplotlib", "jsonargparse"}
+MAY_OUTPUT = ("minilora.cli", "minilora.report", "minilora.train.progress")
+ORACLES = {"transformers", "peft", "bitsandbytes", "accelerate", "mistral_common"}
+MAX_LINES = 8_000
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by name; kernels/ lies beside minilora/ and is linked into it."""
+    found = {}
+    for folder, prefix in ((ROOT / "minilora", "minilora"), (ROOT / "kernels", "minilora.kernels")):
+        for path in folder.rglob("*.py"):
+            inside = path.relative_to(folder).with_suffix("").parts
+            if prefix == "minilora" and inside[0] == "kernels":
+                continue  # seen through the link
+            found[".".join((prefix, *inside)).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+CHECKED = sorted(MODULES.keys() - {"minilora"})
+
+
+def imported(name: str) -> Iterator[str]:
+    """Dotted names of all that a module imports: a module where it is one, else the module it is taken from."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} line {node.lineno}: write the whole name, minilora.x"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES or node.module == "minilora" else str(node.module)
+
+
+def ours(name: str) -> set[str]:
+    return {target for target in imported(name) if target.split(".")[0] == "minilora"}
+
+
+def layer(name: str) -> int:
+    return LAYER_OF[name.split(".")[1]]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_the_module_has_a_layer(name: str) -> None:
+    assert name.split(".")[1] in LAYER_OF, f"say in tests/test_imports.py and docs/architecture.md where {name} belongs"
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_imports_point_down(name: str) -> None:
+    for target in ours(name):
+        assert target in MODULES, f"{name} imports {target}, which is no module; name the module that defines it"
+        assert layer(target) <= layer(name), f"{name} imports {target} from a higher layer"
+
+
+def test_there_are_no_circles() -> None:
+    """Neither between modules, nor between the parts of the package that share a layer."""
+    TopologicalSorter({name: ours(name) for name in CHECKED}).prepare()
+    between_parts: dict[str, set[str]] = {}
+    for name in CHECKED:
+        part = name.split(".")[1]
+        between_parts.setdefault(part, set()).update({t.split(".")[1] for t in ours(name)} - {part})
+    TopologicalSorter(between_parts).prepare()
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_third_parties_stand_where_they_may(name: str) -> None:
+    allowed = set(NEEDED_ANYWHERE)
+    if name.startswith(MAY_OUTPUT):
+        allowed |= FOR_OUTPUT
+    if name.startswith("minilora.kernels."):
+        allowed |= {"triton"}
+    third_parties = {target.split(".")[0] for target in imported(name)} - sys.stdlib_module_names - {"minilora"}
+    assert third_parties <= allowed
+
+
+def test_the_package_knows_no_oracle() -> None:
+    """Also not by a name that importlib is given, which the syntax tree would not show."""
+    for name, path in MODULES.items():
+        assert not {target.split(".")[0] for target in imported(name)} & ORACLES
+        source = path.read_text("utf-8")
+        for oracle in ORACLES:
+            assert f'import_module("{oracle}' not in source, name
+            assert f'__import__("{oracle}' not in source, name
+
+
+def run(code: str) -> str:
+    """What the code prints in a fresh interpreter; warnings there are errors too."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_minilora_imports_no_torch() -> None:
+    heavy = run(
+        "import minilora, minilora.config, sys; print(sorted({'torch', 'numpy', 'triton'} & sys.modules.keys()))"
+    )
+    assert heavy.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    assert "done" in run("import minilora; [getattr(minilora, name) for name in minilora.__all__]; print('done')")
+    assert "True" in run("import minilora; print(set(minilora.__all__) == set(dir(minilora)))")
+    assert "refused" in run("import minilora\ntry: minilora.nonsense\nexcept AttributeError: print('refused')")
+
+
+def test_what_computes_also_runs_where_no_output_library_is_installed() -> None:
+    names = [n for n in CHECKED if not n.startswith((*MAY_OUTPUT, "minilora.kernels", "minilora.__main__"))]
+    names = [n for n in names if layer(n) < LAYER_OF["train"]]
+    absent = sorted(FOR_OUTPUT | ORACLES)
+    block = f"import importlib, sys; sys.modules.update(dict.fromkeys({absent}))"
+    run(f"{block}\nfor name in {names}: importlib.import_module(name)")
+
+
+def test_the_package_stays_short_enough_to_be_read() -> None:
+    lines = {name: len(path.read_text("utf-8").splitlines()) for name, path in MODULES.items()}
+    assert sum(lines.values()) < MAX_LINES, sorted(lines.items(), key=lambda item: -item[1])[:10]

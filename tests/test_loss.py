@@ -1,0 +1,162 @@
+"""The chunked cross entropy against torch's: value, gradients, chunk borders, ignored rows, and what it allocates."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minilora import loss as loss_module
+from minilora.loss import IGNORE, cross_entropy_sum
+
+N, D, V = 37, 16, 101
+
+
+def problem(dtype: torch.dtype = torch.float32, ignored: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, D), head (V, D), labels (N,) of which `ignored` are no targets."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[torch.randperm(N, generator=generator)[:ignored]] = IGNORE
+    return hidden.to(dtype), head.to(dtype), labels
+
+
+def value_and_gradients(function: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    value = function(hidden, head, labels)
+    value.backward()
+    assert hidden.grad is not None
+    assert head.grad is not None
+    return value.detach(), hidden.grad, head.grad
+
+
+def plain(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy((hidden @ head.T).float(), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def set_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * V * rows)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 27, 28, 29, 1000])
+@pytest.mark.parametrize("ignored", [0, 9])
+def test_value_and_gradients_equal_torch_wherever_the_chunks_end(
+    rows: int, ignored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_rows(monkeypatch, rows)
+    ours = value_and_gradients(cross_entropy_sum, *problem(ignored=ignored))
+    for mine, theirs in zip(ours, value_and_gradients(plain, *problem(ignored=ignored)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_chunk_holds_at_least_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(cross_entropy_sum(*problem()), plain(*problem()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_at_most_twice_as_much_as_torch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_rows(monkeypatch, 5)
+    hidden, head, labels = problem(dtype)
+    exact = value_and_gradients(plain_float64, hidden.double(), head.double(), labels)
+    ours = value_and_gradients(cross_entropy_sum, hidden, head, labels)
+    theirs = value_and_gradients(plain, hidden, head, labels)
+    assert [t.dtype for t in ours] == [torch.float32, dtype, dtype]
+    for mine, peer, true in zip(ours, theirs, exact, strict=True):
+        assert (mine.double() - true).norm() <= 2 * (peer.double() - true).norm() + 1e-6 * true.norm()
+
+
+def plain_float64(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(hidden @ head.T, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def test_ignored_rows_get_no_gradient_and_may_hold_anything() -> None:
+    hidden, head, labels = problem()
+    _, clean, _ = value_and_gradients(cross_entropy_sum, hidden, head, labels)
+    hidden[labels == IGNORE] = float("nan")
+    value, gradient, head_gradient = value_and_gradients(cross_entropy_sum, hidden, head, labels)
+    assert (gradient[labels == IGNORE] == 0).all()
+    assert torch.equal(gradient, clean)
+    assert value.isfinite()
+    assert head_gradient.isfinite().all()
+
+
+def test_no_targets_is_a_loss_of_zero_with_zero_gradients() -> None:
+    value, *gradients = value_and_gradients(cross_entropy_sum, *problem(ignored=N))
+    assert value == 0
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_batches_are_flattened_and_the_upstream_gradient_scales() -> None:
+    hidden, head, labels = problem()
+    flat = value_and_gradients(cross_entropy_sum, hidden[:36], head, labels[:36])
+
+    def scaled(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy_sum(h.view(3, 12, D), w, y.view(3, 12)) / 7
+
+    value, *gradients = value_and_gradients(scaled, hidden[:36], head, labels[:36])
+    torch.testing.assert_close(value * 7, flat[0])
+    for gradient, whole in zip(gradients, flat[1:], strict=True):
+        torch.testing.assert_close(gradient * 7, whole)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, head, labels = problem()
+    torch.testing.assert_close(
+        cross_entropy_sum(1000 * hidden, head, labels), plain(1000 * hidden, head, labels), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_only_what_is_asked_for_gets_a_gradient(needs: tuple[bool, bool]) -> None:
+    hidden, head, labels = problem()
+    cross_entropy_sum(hidden.requires_grad_(needs[0]), head.requires_grad_(needs[1]), labels).backward()
+    assert (hidden.grad is not None, head.grad is not None) == needs
+
+
+def test_a_label_beyond_the_vocabulary_is_an_error() -> None:
+    hidden, head, labels = problem()
+    labels[3] = V
+    with pytest.raises((RuntimeError, IndexError)):
+        cross_entropy_sum(hidden, head, labels)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes; views make none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
+        return out
+
+
+def largest_tensor(function: Any) -> int:
+    with LargestTensor() as largest:
+        value_and_gradients(function, *problem(ignored=0))
+    return largest.numel
+
+
+def test_the_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_rows(monkeypatch, 8)
+    assert largest_tensor(plain) == N * V  # the measure sees them where they are
+    assert largest_tensor(cross_entropy_sum) == max(8 * V, V * D)
+
+
+def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation makes no (V, D) gradient of a head that learns."""
+    set_rows(monkeypatch, 4)
+    hidden, head, labels = problem()
+    head.requires_grad_()
+    with torch.no_grad(), LargestTensor() as largest:
+        cross_entropy_sum(hidden, head, labels)
+    assert largest.numel < V * D

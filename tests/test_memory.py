@@ -1,0 +1,99 @@
+"""The ledger: what is predicted from a configuration is what a model takes, byte for byte."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, TOKENIZER, tiny_model
+
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.save import save_hf
+from minilora.config import PROJECTIONS, LoraConfig, ModelConfig
+from minilora.lora import add_lora, lora_layers
+from minilora.memory import PeakMemory, max_rss_bytes, measure, predict, private_bytes, projection_shapes
+from minilora.model import Mistral
+
+ODD = dataclasses.replace(TINY, dim=36, hidden_dim=52)  # blocks that end in the middle
+KINDS: list[tuple[Any, dict[str, Any]]] = [
+    ("nf4", {"quantize": "nf4", "double_quant": False}),
+    ("nf4 double-quantized", {"quantize": "nf4", "double_quant": True}),
+    ("float32", {}),
+]
+
+
+def load(folder: Path, config: ModelConfig, **options: Any) -> Mistral:
+    save_hf(tiny_model(config=config), folder, dtype=torch.float32, tokenizer=TOKENIZER)
+    return load_model(folder, **options)
+
+
+@pytest.mark.parametrize(("storage", "options"), KINDS)
+@pytest.mark.parametrize("config", [TINY, ODD, dataclasses.replace(TINY, tied_embeddings=True)])
+@pytest.mark.parametrize("dense", ["float32", "bfloat16", "float16"])
+def test_a_model_takes_what_was_predicted(
+    tmp_path: Path, storage: Any, options: dict[str, Any], config: ModelConfig, dense: Any
+) -> None:
+    storage = dense if storage == "float32" else storage
+    model = load(tmp_path / "m", config, dtype=getattr(torch, dense), **options)
+    assert measure(model) == predict(config, storage, dense, None)
+
+
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("k_proj", "down_proj")])
+@pytest.mark.parametrize(("storage", "options"), KINDS)
+def test_adapters_and_their_gradients(
+    tmp_path: Path, storage: Any, options: dict[str, Any], targets: tuple[str, ...]
+) -> None:
+    lora = LoraConfig(rank=3, targets=targets)
+    model = add_lora(load(tmp_path / "m", ODD, dtype=torch.float32, **options), lora)
+    expected = predict(ODD, storage, "float32", lora)
+    optimizer_bytes = expected.pop("optimizer")
+    assert measure(model) == {owner: n for owner, n in expected.items() if owner != "gradients"}
+    model(torch.tensor([[5, 6, 7]])).sum().backward()
+    assert measure(model) == expected
+
+    learned = [p for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)]
+    adam = torch.optim.AdamW(learned)
+    adam.step()
+    assert optimizer_bytes == sum(s[m].nbytes for s in adam.state.values() for m in ("exp_avg", "exp_avg_sq"))
+
+
+def test_nothing_else_takes_memory(tmp_path: Path) -> None:
+    """Every parameter and buffer of a QLoRA model has an owner."""
+    model = add_lora(load(tmp_path / "m", TINY, quantize="nf4", dtype=torch.bfloat16), LoraConfig(rank=2))
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    assert sum(measure(model).values()) == sum(tensors.values())
+
+
+def test_a_7b_by_hand() -> None:
+    """Mistral 7B v0.3: 6.98e9 weights in blocks, NF4 with double quantization 0.5 + 1/64 + 4/(64 * 256) bytes each."""
+    config = ModelConfig(
+        dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=32768
+    )
+    weights = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    assert sum(out * in_ for out, in_ in projection_shapes(config).values()) * 32 == weights == 6_979_321_856
+    nf4 = predict(config, "nf4 double-quantized", "bfloat16", LoraConfig(rank=16))
+    assert nf4["packed weights"] == weights // 2
+    assert nf4["absmax"] == weights // 64 + weights // (64 * 256) * 4 + 32 * 7 * 4
+    assert nf4["embeddings, head, norms"] == 2 * (2 * 32768 * 4096 + 65 * 4096)
+    assert nf4["adapters"] == 4 * 41_943_040  # the 42 M that PEFT prints
+    assert (nf4["gradients"], nf4["optimizer"]) == (nf4["adapters"], 2 * nf4["adapters"])
+    assert predict(config, "bfloat16", "bfloat16", None)["linear weights"] == 2 * weights
+
+
+def test_peak_memory_keeps_the_largest_note() -> None:
+    peak = PeakMemory(torch.device("cpu"))
+    peak.start()
+    peak.note()
+    before = peak.private
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    peak.note()
+    with_it = peak.private
+    del held
+    peak.note()
+    assert before > 0
+    assert with_it >= before + (60 << 20)
+    assert peak.private == with_it == peak.summary()["private"]
+    assert peak.summary().keys() == {"private", "max_rss"}
+    assert peak.now_bytes() < with_it - (30 << 20)
+    assert max_rss_bytes() >= private_bytes() > 1 << 20

@@ -1,0 +1,333 @@
+"""The decoder against transformers' MistralForCausalLM; packing, cache, padding and checkpointing against itself."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+
+from minilora.config import LoraConfig, ModelConfig
+from minilora.kv_cache import KVCache
+from minilora.linear import NF4Linear
+from minilora.lora import add_lora
+from minilora.model import Mistral
+from minilora.nf4 import quantize_nf4
+
+CONFIGS = {
+    "window 7, heads 8:1": ModelConfig(
+        dim=64, n_layers=3, head_dim=16, hidden_dim=96, n_heads=8, n_kv_heads=1, vocab_size=71, sliding_window=7
+    ),
+    "no window, heads 4:1, tied": ModelConfig(
+        dim=48, n_layers=2, head_dim=24, hidden_dim=80, n_heads=4, n_kv_heads=1, vocab_size=90, tied_embeddings=True
+    ),
+    "window 1, heads 4:1, theta 1e6": ModelConfig(
+        dim=32, n_layers=2, head_dim=10, hidden_dim=40, n_heads=8, n_kv_heads=2, vocab_size=33, sliding_window=1,
+        rope_theta=1e6, norm_eps=1e-3,
+    ),
+    "window 13, heads 16:2, heads wider than dim, tied": ModelConfig(
+        dim=40, n_layers=2, head_dim=8, hidden_dim=72, n_heads=16, n_kv_heads=2, vocab_size=101, sliding_window=13,
+        tied_embeddings=True,
+    ),
+    "window longer than the text, heads 2:2": ModelConfig(
+        dim=36, n_layers=2, head_dim=12, hidden_dim=50, n_heads=2, n_kv_heads=2, vocab_size=40, sliding_window=64
+    ),
+}  # fmt: skip
+WINDOW = CONFIGS["window 7, heads 8:1"]
+T = 37
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are several times slower on more threads, which wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def mistral(config: ModelConfig, seed: int = 0) -> Mistral:
+    """Random weights that keep the residual stream and the logits near unit size: an error of 1e-5 is one of 1e-5."""
+    model, generator = Mistral(config), torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.dim() == 1:
+            weight.data = 1 + 0.2 * noise
+        else:
+            weight.data = noise / (1 if name == "embed_tokens.weight" else weight.shape[1]) ** 0.5
+    return model
+
+
+def transformers_twin(model: Mistral, attention: str) -> Any:
+    config = model.config
+    twin = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
+            num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            sliding_window=config.sliding_window, tie_word_embeddings=config.tied_embeddings,
+            attn_implementation=attention,
+        )
+    )  # fmt: skip
+    weights = {n if n.startswith("lm_head") else f"model.{n}": w for n, w in model.state_dict().items()}
+    twin.load_state_dict(weights)
+    assert twin.config._attn_implementation == attention
+    return twin.to(model.embed_tokens.weight.dtype)
+
+
+def some_tokens(config: ModelConfig, batch: int = 2, length: int = T, seed: int = 1) -> Tensor:
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    """float32 sums in another order: 1e-5 of the largest number (formats.md, section 6)."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers(name: str, attention: str) -> None:
+    config = CONFIGS[name]
+    model = mistral(config)
+    twin = transformers_twin(model, attention)
+    with torch.no_grad():
+        for length in (1, 6, T):
+            tokens = some_tokens(config, length=length)
+            logits = model(tokens)
+            assert logits.shape == (2, length, config.vocab_size)
+            assert logits.std() > 0.5
+            assert_near(logits, twin(tokens).logits)
+
+
+def test_another_window_is_another_model() -> None:
+    """What the parity above could not see, it would not hold: one token more or less in the window."""
+    model, tokens = mistral(WINDOW), some_tokens(WINDOW)
+    for window in (6, 8, None):
+        other = mistral(replace(WINDOW, sliding_window=window))
+        with torch.no_grad():
+            assert (model(tokens) - other(tokens)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["window 7, heads 8:1", "no window, heads 4:1, tied"])
+def test_gradients_equal_transformers(name: str) -> None:
+    config = CONFIGS[name]
+    model = mistral(config)
+    twin = transformers_twin(model, "sdpa")
+    tokens = some_tokens(config)
+    for m in (model, twin):
+        out = m(tokens)
+        getattr(out, "logits", out).logsumexp(-1).mean().backward()
+    theirs = {n.removeprefix("model."): p.grad for n, p in twin.named_parameters()}
+    ours = {n: p.grad for n, p in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for parameter, gradient in ours.items():
+        peer = theirs[parameter]
+        assert gradient is not None
+        torch.testing.assert_close(gradient, peer, rtol=0, atol=1e-5 * float(peer.abs().max()), msg=parameter)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["window 7, heads 8:1", "no window, heads 4:1, tied"])
+def test_bfloat16_is_as_near_to_transformers_as_two_orders_of_sums_are(name: str, attention: str) -> None:
+    """formats.md, section 6: 2 % of the largest logit, and a cosine of 0.999."""
+    model = mistral(CONFIGS[name]).bfloat16()
+    tokens = some_tokens(CONFIGS[name])
+    with torch.no_grad():
+        logits, theirs = model(tokens), transformers_twin(model, attention)(tokens).logits
+    assert logits.dtype == torch.bfloat16
+    logits, theirs = logits.double(), theirs.double()
+    assert (logits - theirs).abs().max() <= 2e-2 * theirs.abs().max()
+    assert torch.nn.functional.cosine_similarity(logits.flatten(), theirs.flatten(), dim=0) > 0.999
+
+
+def test_positions_are_absolute_numbers_that_may_start_anywhere() -> None:
+    model, tokens = mistral(WINDOW), some_tokens(WINDOW)
+    positions = torch.arange(500, 500 + T).expand(2, T)
+    with torch.no_grad():
+        theirs = transformers_twin(model, "sdpa")(tokens, position_ids=positions, use_cache=False).logits
+        # float32 angles near 500 are off by 3e-5 radians, so the order of their computation shows there
+        torch.testing.assert_close(model(tokens, positions), theirs, rtol=0, atol=1e-4)
+
+
+# Packed rows
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_samples_do_not_see_each_other(name: str) -> None:
+    config = CONFIGS[name]
+    model, lengths = mistral(config), (5, 1, 19, 12)
+    tokens = some_tokens(config, batch=1, length=sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    with torch.no_grad():
+        packed = model(tokens, positions, segments)
+        separate = torch.cat([model(sample) for sample in tokens.split(lengths, dim=1)], dim=1)
+        assert_near(packed, separate)
+        assert (model(tokens) - separate).abs().max() > 0.1 or config.sliding_window == 1
+
+
+# The cache
+
+
+def with_cache(model: Mistral, tokens: Tensor, ends: list[int], max_len: int) -> Tensor:
+    """Logits of `tokens`, given to the model in chunks that end at `ends`."""
+    cache = KVCache(model.config, len(tokens), max_len, torch.float32, torch.device("cpu"))
+    logits = []
+    for start, stop in pairwise([0, *ends]):
+        positions = torch.arange(start, stop).expand(len(tokens), -1)
+        logits.append(model(tokens[:, start:stop], positions, cache=cache))
+    return torch.cat(logits, dim=1)
+
+
+CHUNKS = {
+    "token by token": list(range(1, T + 1)),
+    "a prompt, then token by token": list(range(11, T + 1)),
+    "chunks shorter, longer and as long as the window": [3, 10, 11, 12, 26, 33, T],
+    "at once": [T],
+}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_cache_changes_nothing(name: str, chunks: str) -> None:
+    config = CONFIGS[name]
+    model, tokens = mistral(config), some_tokens(config)
+    with torch.no_grad():
+        expected = model(tokens)
+        for max_len in (T, T + 20):
+            assert_near(with_cache(model, tokens, CHUNKS[chunks], max_len), expected)
+
+
+def test_the_cache_is_of_the_windows_size() -> None:
+    cache = KVCache(WINDOW, 2, 1000, torch.bfloat16, torch.device("cpu"))
+    assert cache.keys.shape == (3, 2, 7, 1, 16)
+    assert cache.nbytes == 2 * cache.keys.numel() * 2 + 2 * 7 * 8
+    assert KVCache(WINDOW, 2, 5, torch.bfloat16, torch.device("cpu")).size == 5
+    unbounded = replace(WINDOW, sliding_window=None)
+    assert KVCache(unbounded, 2, 1000, torch.bfloat16, torch.device("cpu")).size == 1000
+
+
+def test_slots_of_the_worked_example() -> None:
+    config = replace(WINDOW, sliding_window=3, n_layers=1)
+    cache = KVCache(config, 1, 10, torch.float32, torch.device("cpu"))
+    seen = []
+    for start, stop in ((0, 3), (3, 4), (4, 5)):
+        positions = torch.arange(start, stop)[None]
+        k = positions[..., None, None].float().expand(1, -1, 1, 16)
+        cache.append(0, k, k, positions)
+        cache.advance(positions)
+        seen.append((cache.keys[0, 0, :, 0, 0].int().tolist(), cache.positions[0].tolist()))
+    assert seen == [([0, 1, 2], [0, 1, 2]), ([3, 1, 2], [3, 1, 2]), ([3, 4, 2], [3, 4, 2])]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_filled_from_the_left_are_answered_as_if_alone(name: str) -> None:
+    config = CONFIGS[name]
+    model, lengths, new = mistral(config), (1, 4, 9, 15), 12
+    longest = max(lengths)
+    texts = some_tokens(config, batch=len(lengths), length=longest + new)
+    rows = torch.zeros(len(lengths), longest, dtype=torch.int64)
+    for row, text, n in zip(rows, texts, lengths, strict=True):
+        row[longest - n :] = text[:n]
+    first = torch.tensor(lengths)[:, None] - longest  # position of each row's first slot, 0 or negative
+    cache = KVCache(config, len(lengths), longest + new, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        logits = [model(rows, first + torch.arange(longest), cache=cache)[:, -1:]]
+        for step in range(new):
+            following = torch.stack([text[n + step] for text, n in zip(texts, lengths, strict=True)])[:, None]
+            logits.append(model(following, first + longest + step, cache=cache))
+        batch = torch.cat(logits, dim=1)
+        assert batch.isfinite().all()
+        for b, n in enumerate(lengths):
+            assert_near(batch[b], model(texts[b : b + 1, : n + new])[0, n - 1 :])
+
+
+# Training
+
+
+def qlora(config: ModelConfig) -> Mistral:
+    model = mistral(config)
+    for block in model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, layer in list(parent.named_children()):
+                setattr(parent, name, NF4Linear(quantize_nf4(layer.weight)))
+    torch.manual_seed(2)
+    model = add_lora(model, LoraConfig(rank=3, dropout=0.2)).train()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def gradients(model: Mistral, checkpointing: bool) -> tuple[dict[str, Tensor], int]:
+    """Gradients of the learning parameters, and how many blocks were computed."""
+    model.zero_grad()
+    model.activation_checkpointing = checkpointing
+    calls = []
+    handles = [block.register_forward_pre_hook(lambda *_: calls.append(1)) for block in model.layers]
+    torch.manual_seed(4)
+    model(some_tokens(model.config)).logsumexp(-1).mean().backward()
+    for handle in handles:
+        handle.remove()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(calls)
+
+
+@pytest.mark.parametrize("make", [mistral, qlora])
+def test_activation_checkpointing_gives_equal_gradients(make: Any) -> None:
+    model = make(WINDOW)
+    plain, calls = gradients(model, checkpointing=False)
+    assert calls == WINDOW.n_layers
+    again, calls = gradients(model, checkpointing=True)
+    assert calls == 2 * WINDOW.n_layers  # once more in backward
+    assert plain.keys() == again.keys()
+    assert plain
+    for name, gradient in plain.items():
+        assert torch.equal(again[name], gradient), name
+
+
+def test_every_weight_learns() -> None:
+    found, _ = gradients(mistral(WINDOW), checkpointing=False)
+    assert found.keys() == dict(mistral(WINDOW).named_parameters()).keys()
+    assert all(g.abs().max() > 0 for g in found.values())
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_count_of_parameters_is_the_modules(name: str) -> None:
+    config = CONFIGS[name]
+    model = Mistral(config)
+    assert sum(p.numel() for p in model.parameters()) == config.n_parameters
+    assert (model.lm_head.weight is model.embed_tokens.weight) == config.tied_embeddings
+
+
+@pytest.mark.parametrize(("vocab_size", "published"), [(32000, 7_241_732_096), (32768, 7_248_023_552)])
+def test_the_7b_models_have_their_published_size(vocab_size: int, published: int) -> None:
+    config = ModelConfig(
+        dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=vocab_size
+    )
+    with torch.device("meta"):
+        model = Mistral(config)
+    assert sum(p.numel() for p in model.parameters()) == config.n_parameters == published
+
+
+def test_init_weights_is_a_function_of_the_seed() -> None:
+    config = replace(WINDOW, dim=256)
+    first, second, other = Mistral(config), Mistral(config), Mistral(config)
+    for model, seed in ((first, 3), (second, 3), (other, 4)):
+        model.init_weights(seed)
+    for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dim() == 1 or not torch.equal(a, c)
+        if a.dim() == 2:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            expected = 0.02 / (6**0.5 if into_residual else 1)
+            assert float(a.detach().std()) == pytest.approx(expected, rel=4 / (2 * a.numel()) ** 0.5)

@@ -1,0 +1,84 @@
+"""The README's commands run as they stand (its first two by .ci/run), in a folder that has what they speak of."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minilora
+from minilora.checkpoint.save import save_hf
+from minilora.lora import lora_layers
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TWO_LINES = re.compile(r"<!-- two lines -->.*?<!-- end -->", re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TWO_LINES.sub("", README), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a Mistral folder, two data files, an adapter where the demo leaves it, and the checkout's package."""
+    home = tmp_path_factory.mktemp("readme")
+    (home / "minilora").symlink_to(ROOT / "minilora")
+    model = minilora.load_model("demo", quantize="nf4", dtype=torch.float32)
+    save_hf(model, home / "Mistral-7B-v0.3", tokenizer=ROOT / "minilora/demo/base/tokenizer.model")
+    minilora.add_lora(model, minilora.LoraConfig(rank=2))
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    validation = str(ROOT / "minilora/demo/data/chat_validation.jsonl")
+    provenance = {"base_path": "demo", "quantize": "nf4", "double_quant": True, "validation_path": validation}
+    minilora.save_adapter(model, home / "runs/demo/adapter", provenance=provenance)
+    lines = Path(validation).read_text().splitlines(keepends=True)
+    (home / "chats.jsonl").write_text("".join(lines[:30]))
+    (home / "held_out.jsonl").write_text("".join(lines[30:40]))
+    return home
+
+
+@pytest.mark.slow
+def test_every_shell_command_of_the_readme_runs(folder: Path) -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line]
+    assert len(lines) >= 7
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    assert shutil.which("minilora", path=path), "the package is not installed beside this Python"
+    env = os.environ | {"HOME": str(folder), "PATH": path, "OMP_NUM_THREADS": "1"}
+    for line in lines:
+        done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_python_of_the_readme_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    [block] = blocks("python")
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert isinstance(names["answer"], torch.Tensor)
+
+
+def test_the_two_lines_are_two() -> None:
+    [two] = TWO_LINES.findall(README)
+    commands = [line for line in two.splitlines() if line and not line.startswith(("<!--", "```"))]
+    assert len(commands) == 2
+    assert commands[0].endswith("minilora demo")
+    assert "pytest" in commands[1]
+
+
+def test_every_verb_stands_in_the_readme() -> None:
+    from minilora.cli import VERBS
+
+    assert set(re.findall(r"\| `minilora (\w+)", README)) == set(VERBS)
+
+
+def test_every_file_named_in_the_readme_exists() -> None:
+    rows = re.findall(r"^\| ((?:`[\w/]+(?:\.py|/)` ?)+)\|", README, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert len(named) >= 15
+    missing = [name for name in named if not (ROOT / "minilora" / name).exists()]
+    assert missing == []

@@ -1,0 +1,531 @@
+"""Whole runs in this process: their files, early stopping, the best weights, what stops a run and what does not."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
+from safetensors.torch import load_file
+
+from minilora.checkpoint.adapter import load_adapter, read_provenance
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.save import save_hf
+from minilora.config import RunConfig
+from minilora.data import pack
+from minilora.data.pack import epoch_rows
+from minilora.errors import UserError
+from minilora.evaluate.perplexity import mean_loss
+from minilora.lora import LoRALinear
+from minilora.train import loop
+from minilora.train.loop import Run, fine_tune
+from minilora.train.run_folder import LineLog
+from minilora.train.signals import Stopped
+from minilora.train.step import StepResult
+
+Steps = list[dict[str, Any]]
+
+
+def read_lines(path: Path) -> Steps:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def adapter_bytes(run: Run) -> bytes:
+    return (run.folder.path / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_and_its_files(make_config: MakeConfig, quiet: Quiet) -> None:
+    config = make_config(train__checkpoint_every=2, data__test=make_config().data.validation)
+    run = fine_tune(config, quiet)
+    path = run.folder.path
+    assert {c.name for c in path.iterdir()} == {
+        ".lock", "config.toml", "before.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "adapter",
+        "summary.json", "samples.md",
+    }  # fmt: skip
+    assert quiet.began == (0, 4)
+    assert quiet.ended
+    assert not run.model.training
+
+    metrics, timing = read_lines(path / "metrics.jsonl"), read_lines(path / "timing.jsonl")
+    assert [m["step"] for m in metrics] == [t["step"] for t in timing] == [1, 2, 3, 4]
+    assert [m.keys() >= {"val_loss", "val_perplexity"} for m in metrics] == [False, True, False, True]
+    assert all(m.keys() >= {"loss", "lr", "grad_norm", "tokens", "target_tokens"} for m in metrics)
+    assert all(t["tok_per_s"] > 0 and t["memory_bytes"] > 0 for t in timing)
+    assert metrics[-1]["tokens"] == run.state.counters.tokens
+
+    summary = run.folder.read_json("summary.json")
+    assert summary["steps"] == summary["updates"] == 4
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    assert summary["after"].keys() == {"loss", "perplexity", "exact_match"} == summary["test"].keys()
+    assert summary["after"]["perplexity"] == pytest.approx(math.exp(summary["after"]["loss"]))
+    assert summary["after"] == summary["test"]
+    assert summary["trainable_parameters"] == sum(p.numel() for p in run.state.weights.values())
+    assert (path / "samples.md").read_text().count("\n| ") == 3  # head and two samples
+
+    provenance = read_provenance(path / "adapter")
+    assert provenance["base_path"] == config.model.path
+    assert provenance["validation_path"] == config.data.validation
+    assert (provenance["quantize"], provenance["double_quant"]) == ("nf4", True)
+
+
+def test_the_adapter_is_the_model_that_was_measured(make_config: MakeConfig, quiet: Quiet, tiny_base: Path) -> None:
+    run = fine_tune(make_config(), quiet)
+    loaded = load_model(tiny_base, quantize="nf4", dtype=torch.float32)
+    load_adapter(loaded, run.folder.path / "adapter")
+    loss, _ = mean_loss(loaded, run.validation, 64)
+    assert loss == run.folder.read_json("summary.json")["after"]["loss"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path
+) -> None:
+    config = make_config(lora__dropout=0.1, eval__answers=0, eval__samples=0)
+    runs = [
+        fine_tune(make_config(config, train__output=str(tmp_path / name), train__seed=seed), quiet)
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    metrics = [(run.folder.path / "metrics.jsonl").read_bytes() for run in runs]
+    assert metrics[0] == metrics[1] != metrics[2]
+    assert adapter_bytes(runs[0]) == adapter_bytes(runs[1]) != adapter_bytes(runs[2])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype"), [("lora", "float32"), ("lora", "bfloat16"), ("qlora", "float16"), ("full", "auto")]
+)
+def test_every_strategy_and_dtype_learns(make_config: MakeConfig, quiet: Quiet, strategy: Any, dtype: Any) -> None:
+    lr = 1e-3 if strategy == "full" else 1e-2
+    config = make_config(
+        train__strategy=strategy, model__dtype=dtype, train__lr=lr, train__max_steps=8, eval__every=8, eval__answers=0,
+        eval__samples=0,
+    )  # fmt: skip
+    run = fine_tune(config, quiet)
+    summary = run.folder.read_json("summary.json")
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.2
+    assert all(p.dtype == torch.float32 for p in run.state.weights.values())
+    if dtype == "float16":
+        assert run.state.loss_scale.enabled
+        assert any("float16" in said for said in quiet.said)
+    if strategy == "full":
+        reloaded = load_model(run.folder.path / "model", dtype=torch.float32)
+        assert all(p.equal(reloaded.get_parameter(name)) for name, p in run.state.weights.items())
+
+
+def test_full_training_in_16_bits_is_refused(make_config: MakeConfig, quiet: Quiet) -> None:
+    with pytest.raises(UserError, match='"full" trains float32 weights; model.dtype \'bfloat16\''):
+        fine_tune(make_config(train__strategy="full", model__dtype="bfloat16"), quiet)
+
+
+def test_what_is_seen_is_every_sample_once_an_epoch(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of an epoch come and go with the order; the steps are those of the rows of all epochs."""
+    seen: list[int] = []
+    make_batch = loop.make_batch
+
+    def remember(samples: Any, rows: list[list[int]], *args: Any) -> Any:
+        seen.extend(i for row in rows for i in row)
+        return make_batch(samples, rows, *args)
+
+    monkeypatch.setattr(loop, "make_batch", remember)
+    monkeypatch.setattr(pack, "WINDOW", 8)  # with all samples in one window the number of rows would not change
+    config = make_config(
+        train__max_steps=None, train__epochs=3.0, train__batch_size=1, data__validation=None, data__max_seq_len=50
+    )
+    run = fine_tune(config, quiet)
+    lengths = [s.length for s in run.train]
+    rows = [len(epoch_rows(lengths, 50, 0, epoch)) for epoch in range(3)]
+    assert len(set(rows)) > 1, "else a multiple of the first epoch's rows would pass"
+    assert run.n_steps == sum(rows)
+    assert sorted(seen) == sorted(list(range(len(lengths))) * 3)
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(0.5, 0.5), (1.0, 1.0), (1e-6, 0.0)])
+def test_part_of_an_epoch(make_config: MakeConfig, quiet: Quiet, epochs: float, share: float) -> None:
+    config = make_config(train__max_steps=None, train__epochs=epochs, train__accumulate=2)
+    folder = loop.RunFolder.open(config, resume=False, overwrite=False)
+    run = loop.set_up(config, folder, quiet)
+    folder.close()
+    assert run.n_steps == max(1, math.ceil(share * len(run.state.sampler.rows) / 4))
+
+
+# --- Validation -----------------------------------------------------------------------------------------------------
+
+
+def with_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[Callable[[], dict[str, torch.Tensor]]]:
+    """Let the validations while training give these losses; the weights of each, once they are known."""
+    seen: list[Any] = []
+    real, left = loop.mean_loss, list(losses)
+
+    def fake(model: Any, *args: Any) -> tuple[float, int]:
+        loss, n = real(model, *args)
+        if model.training and left:  # before and after the run it is in eval mode
+            seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+            return left.pop(0), n
+        return loss, n
+
+    monkeypatch.setattr(loop, "mean_loss", fake)
+    return seen
+
+
+def test_the_best_weights_are_put_back(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = with_validation(monkeypatch, [3.0, 2.0, 2.5, 2.0])
+    run = fine_tune(make_config(eval__every=1, train__checkpoint_every=1, train__keep_checkpoints=1), quiet)
+    assert run.state.counters.best_step == run.folder.read_json("summary.json")["best_step"] == 2
+    assert run.stopped_because == "all steps done"
+    names = {c.name for c in run.folder.checkpoints.iterdir()}
+    assert names == {"best-00000002", "step-00000004"}
+    saved = load_file(run.folder.path / "adapter" / "adapter_model.safetensors")
+    for name, weight in seen[1].items():
+        assert run.state.weights[name].equal(weight)
+        assert saved[f"base_model.model.model.{name}.weight"].equal(weight)
+    assert not all(weight.equal(seen[1][name]) for name, weight in seen[3].items())
+
+
+def test_it_stops_out_of_patience(make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_validation(monkeypatch, [3.0, 2.0, 2.5, 1.0, 1.5, 1.25, 0.5])
+    run = fine_tune(make_config(eval__every=1, eval__patience=2, train__max_steps=9), quiet)
+    assert len(quiet.steps) == 6
+    assert run.stopped_because == "no better validation in 2 since step 4"
+    again = fine_tune(run.config, Quiet(), resume=True)  # from the start: the last checkpoint was never reached
+    assert again.folder.path == run.folder.path
+
+
+def test_without_patience_it_never_stops_early(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_validation(monkeypatch, [1.0, 2.0, 3.0, 4.0])
+    assert fine_tune(make_config(eval__every=1), quiet).state.counters.step == 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_validation_that_is_not_a_number_is_no_best(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    with_validation(monkeypatch, [bad, 2.0, bad, 1.0])
+    run = fine_tune(make_config(eval__every=1), quiet)
+    assert run.state.counters.best_step == 4
+    metrics = read_lines(run.folder.path / "metrics.jsonl")
+    assert [m["val_loss"] for m in metrics] == [None, 2.0, None, 1.0]
+
+
+def test_a_model_that_has_learnt_by_heart_is_measured_where_it_was_best(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path
+) -> None:
+    """Without a trick: two chats only, until the validation gets worse."""
+    few = write_jsonl(tmp_path / "few.jsonl", [chat("a", "emit it"), chat("some more", "name t")])
+    config = make_config(
+        data__train=str(few), train__lr=5e-2, eval__every=1, train__max_steps=12, train__schedule="constant"
+    )
+    run = fine_tune(config, quiet)
+    losses = [m["val_loss"] for m in quiet.steps]
+    assert losses.index(min(losses)) + 1 == run.state.counters.best_step < 12
+    assert run.folder.read_json("summary.json")["after"]["loss"] == min(losses)
+
+
+# --- What stops a run -----------------------------------------------------------------------------------------------
+
+
+def test_a_forgotten_adapter_stops_the_run_by_name(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LoRALinear.forward
+
+    def forgetful(self: LoRALinear, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) if self.base.in_features == TINY.hidden_dim else forward(self, x)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(LoRALinear, "forward", forgetful)
+    with pytest.raises(UserError, match=r"after update 1, 4 of 28 .*layers.0.mlp.down_proj.lora_A \(got no gradient\)"):
+        fine_tune(make_config(), quiet)
+    assert quiet.ended
+    assert not list((Path(make_config().train.output) / "checkpoints").glob("step-*"))
+
+
+def test_an_adapter_that_the_optimizer_forgot_stops_the_run(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = loop._optimizer
+    monkeypatch.setattr(
+        loop, "_optimizer", lambda weights, config: optimizer(dict(list(weights.items())[1:]), config)
+    )
+    with pytest.raises(UserError, match=r"after update 2, 1 of 28 .* layers.0.self_attn.q_proj.lora_A \(did not move"):
+        fine_tune(make_config(), quiet)
+
+
+def spoil_steps(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """Let the losses of these steps (from 1) be NaN."""
+    train_step, calls = loop.train_step, iter(range(1, 1000))
+    loss_sum = train_step.__globals__["loss_sum"]
+
+    def step(*args: Any) -> StepResult:
+        factor = math.nan if next(calls) in bad else 1.0
+        monkeypatch.setitem(train_step.__globals__, "loss_sum", lambda *a: loss_sum(*a) * factor)
+        return train_step(*args)
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+def test_bad_steps_are_skipped_and_told(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch, data_folder: Path
+) -> None:
+    spoil_steps(monkeypatch, {1, 3, 4})
+    run = fine_tune(make_config(train__max_steps=6, train__max_bad_steps=3), quiet)
+    metrics = read_lines(run.folder.path / "metrics.jsonl")
+    assert [m.get("skipped", False) for m in metrics] == [True, False, True, True, False, False]
+    assert [m["loss"] is None for m in metrics] == [True, False, True, True, False, False]
+    assert run.state.counters.updates == 3
+    good = [m["lr"] for m in metrics if not m.get("skipped")]
+    assert good == [loop.lr_at(i, 6, run.config.train) for i in range(3)], "the schedule waits"
+    named = metrics[0]["samples"]
+    assert named
+    assert all(where.startswith(f"{data_folder / 'train.jsonl'}:") for where in named)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_too_many_bad_steps_stop_the_run_with_all_of_them_told(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    spoil_steps(monkeypatch, set(range(2, 100)))
+    with pytest.raises(UserError, match=rf"not finite {limit} times in a row, up to step {limit + 1}; .*metrics.jsonl"):
+        fine_tune(make_config(train__max_steps=50, train__max_bad_steps=limit), quiet)
+    metrics = read_lines(Path(make_config().train.output) / "metrics.jsonl")
+    assert len(metrics) == limit + 1
+    assert all(m["samples"] for m in metrics[1:])
+
+
+def test_float16_overflows_do_not_count_until_the_scale_is_at_its_least(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_steps(monkeypatch, set(range(1, 9)))
+    run = fine_tune(make_config(model__dtype="float16", train__max_steps=10, train__max_bad_steps=2), quiet)
+    assert run.state.counters.updates == 2
+    assert run.state.loss_scale.scale == 2.0**8
+
+
+def test_out_of_memory_says_what_to_turn(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_args: Any) -> StepResult:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(loop, "train_step", too_much)
+    with pytest.raises(UserError, match=r"out of GPU memory: .*activation_checkpointing.*max_seq_len.*batch_size"):
+        fine_tune(make_config(), quiet)
+
+
+# --- What does not --------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_for_the_logs_does_not_end_training(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = LineLog.append
+
+    def full(self: LineLog, record: dict[str, Any]) -> str | None:
+        path, self.path = self.path, Path("/dev/full" if record["step"] < 4 else self.path)
+        try:
+            return append(self, record)
+        finally:
+            self.path = path
+
+    monkeypatch.setattr(LineLog, "append", full)
+    run = fine_tune(make_config(), quiet)
+    assert [m["step"] for m in read_lines(run.folder.path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert sum("training goes on" in said for said in quiet.said) == 2  # once a file
+    assert (run.folder.path / "adapter").exists()
+
+
+def test_a_run_without_any_log_still_ends_well(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LineLog, "append", lambda *_: None)
+    summary = fine_tune(make_config(), quiet).folder.read_json("summary.json")
+    assert summary["tok_per_s"] is None
+
+
+def test_a_failed_start_leaves_nothing_in_the_way(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.jsonl: cannot be read"):
+        fine_tune(make_config(data__train=str(tmp_path / "nowhere.jsonl")), quiet)
+    fine_tune(make_config(train__max_steps=2), Quiet())
+    with pytest.raises(UserError, match="nowhere.jsonl: cannot be read"):
+        fine_tune(make_config(data__train=str(tmp_path / "nowhere.jsonl")), quiet, overwrite=True)
+    assert (tmp_path / "run" / "adapter").exists(), "an old run is deleted only once the new one can begin"
+
+
+# --- Resuming within this process (tests/train/test_resume.py kills real ones) --------------------------------------
+
+
+def stop_after(step: int, quiet: Quiet, signum: int = signal.SIGTERM) -> Quiet:
+    report = quiet.step
+
+    def and_then(metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        report(metrics, timing)
+        if metrics["step"] == step:
+            os.kill(os.getpid(), signum)
+
+    quiet.step = and_then  # type: ignore[method-assign]
+    return quiet
+
+
+def test_a_signal_saves_and_puts_the_old_handlers_back(make_config: MakeConfig, quiet: Quiet) -> None:
+    old = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped after step 2, saved; go on with --resume") as stopped:
+        fine_tune(make_config(), stop_after(2, quiet))
+    assert stopped.value.exit_status == 143
+    assert signal.getsignal(signal.SIGTERM) is old
+    again = Quiet()
+    run = fine_tune(make_config(), again, resume=True)
+    assert again.began == (2, 4)
+    assert [m["step"] for m in again.steps] == [3, 4]
+    assert [m["step"] for m in read_lines(run.folder.path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def interrupted(make_config: MakeConfig, **changes: Any) -> RunConfig:
+    config = make_config(**changes)
+    with pytest.raises(Stopped):
+        fine_tune(config, stop_after(2, Quiet()))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lora__rank": 8}, "config.lora.rank was 4 when the run began and is 8 now"),
+        ({"train__seed": 1}, "config.train.seed was 0"),
+        ({"train__max_steps": 5}, "config.train.max_steps was 4"),
+        ({"model__double_quant": False}, "config.model.double_quant was True"),
+        ({"data__max_seq_len": 65}, "config.data.max_seq_len was 64"),
+    ],
+)
+def test_another_configuration_is_not_gone_on_with(
+    make_config: MakeConfig, quiet: Quiet, change: dict[str, Any], named: str
+) -> None:
+    interrupted(make_config)
+    with pytest.raises(UserError, match=named):
+        fine_tune(make_config(**change), quiet, resume=True)
+    assert len(read_lines(Path(make_config().train.output) / "metrics.jsonl")) == 2
+
+
+def test_changed_data_are_refused_and_moved_data_are_not(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path, data_folder: Path
+) -> None:
+    here = tmp_path / "here.jsonl"
+    here.write_bytes((data_folder / "train.jsonl").read_bytes())
+    interrupted(make_config, data__train=str(here))
+    moved = here.rename(tmp_path / "there.jsonl")
+    moved.write_bytes(moved.read_bytes() + b"\n")
+    with pytest.raises(UserError, match="data.train was '[0-9a-f]{64}' when the run began"):
+        fine_tune(make_config(data__train=str(moved)), quiet, resume=True)
+    moved.write_bytes(moved.read_bytes()[:-1])
+    config = make_config(data__train=str(moved), train__checkpoint_every=1, train__keep_checkpoints=5)
+    assert fine_tune(config, quiet, resume=True).state.counters.step == 4
+
+
+def test_another_base_is_refused(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
+    save_hf(tiny_model(seed=7), tmp_path / "other", dtype=torch.float32, tokenizer=TOKENIZER)
+    interrupted(make_config)
+    with pytest.raises(UserError, match="base was '[0-9a-f]{64}' when the run began"):
+        fine_tune(make_config(model__path=str(tmp_path / "other")), quiet, resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path
+) -> None:
+    straight = fine_tune(make_config(train__output=str(tmp_path / "straight")), Quiet())
+    interrupted(make_config, train__checkpoint_every=1)
+    last = tmp_path / "run" / "checkpoints" / "step-00000002"
+    file = last / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="step-00000002 is damaged; delete it"):
+        fine_tune(make_config(), quiet, resume=True)
+    for part in last.iterdir():
+        part.unlink()
+    last.rmdir()
+    run = fine_tune(make_config(), quiet, resume=True)
+    assert adapter_bytes(run) == adapter_bytes(straight)
+
+
+def test_other_versions_are_told(make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(make_config)
+    monkeypatch.setattr(loop, "versions", lambda: {"minilora": "9", "torch": torch.__version__, "threads": 1})
+    fine_tune(make_config(), quiet, resume=True)
+    assert any(said.startswith("warning: minilora 0.1.0 -> 9 since step-00000002") for said in quiet.said)
+
+
+def test_a_finished_run_resumed_is_the_same(make_config: MakeConfig, quiet: Quiet) -> None:
+    run = fine_tune(make_config(), quiet)
+    before = adapter_bytes(run), (run.folder.path / "metrics.jsonl").read_bytes()
+    again = fine_tune(make_config(), Quiet(), resume=True)
+    assert (adapter_bytes(again), (again.folder.path / "metrics.jsonl").read_bytes()) == before
+
+
+def test_a_run_that_was_cut_off_before_its_first_checkpoint_begins_again(make_config: MakeConfig, quiet: Quiet) -> None:
+    path = fine_tune(make_config(), quiet).folder.path
+    metrics = (path / "metrics.jsonl").read_bytes()
+    for folder in (path / "checkpoints").iterdir():
+        for part in folder.iterdir():
+            part.unlink()
+        folder.rmdir()
+    again = Quiet()
+    fine_tune(make_config(), again, resume=True)
+    assert again.began == (0, 4)
+    assert (path / "metrics.jsonl").read_bytes() == metrics
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_sample_is_enough(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", [chat("a", "b")])
+    config = make_config(
+        data__train=str(one), data__validation=None, train__max_steps=None, train__accumulate=3, train__epochs=1.0
+    )
+    run = fine_tune(config, quiet)
+    assert run.n_steps == 1
+    assert run.state.counters.target_tokens == 6 * run.train[0].n_targets, "the row is taken again to fill the step"
+
+
+def test_text_is_trained_on_too(make_config: MakeConfig, quiet: Quiet, data_folder: Path) -> None:
+    text = str(data_folder / "text.jsonl")
+    run = fine_tune(make_config(data__train=text, data__validation=text, data__max_seq_len=2), quiet)
+    assert "exact_match" not in run.before["metrics"]
+    assert "| prompt" in (run.folder.path / "samples.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data__train": ""}, "data.train is empty"),
+        ({"data__max_seq_len": 2}, r"train.jsonl:1: the conversation takes \d+ positions, but data.max_seq_len is 2"),
+        ({"data__max_seq_len": 2, "data__too_long": "skip"}, "all 60 conversations take more than 2"),
+        ({"model__path": "/nowhere"}, "/nowhere"),
+        ({"model__tokenizer": "/nowhere"}, "/nowhere"),
+        ({"model__device": "nonsense"}, "model.device 'nonsense' cannot be used"),
+        ({"lora__targets": ("lm_head",)}, "lora.targets names 'lm_head'"),
+    ],
+)
+def test_what_the_user_can_mend(make_config: MakeConfig, quiet: Quiet, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        fine_tune(make_config(**changes), quiet)
+
+
+@pytest.mark.parametrize("which", ["train", "validation", "test"])
+def test_an_empty_file_is_named(make_config: MakeConfig, quiet: Quiet, tmp_path: Path, which: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="empty.jsonl: the file holds no records"):
+        fine_tune(make_config(**{f"data__{which}": str(tmp_path / "empty.jsonl")}), quiet)
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    small = tiny_model(config=replace(TINY, vocab_size=400))
+    save_hf(small, tmp_path / "small", dtype=torch.float32, tokenizer=TOKENIZER)
+    with pytest.raises(UserError, match=r"train.jsonl:\d+: token id \d+ is outside of the model's vocabulary of 400"):
+        fine_tune(make_config(model__path=str(tmp_path / "small")), quiet)

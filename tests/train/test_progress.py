@@ -1,0 +1,90 @@
+"""What is shown: a line now and then in a file, a bar on a terminal, and a guess of the time left that is no last step."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from minilora.train import progress
+from minilora.train.progress import ConsoleReporter
+
+
+def metrics(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 2.0, **more}
+
+
+def timing(seconds: float, tokens: int = 100) -> dict[str, Any]:
+    return {"seconds": seconds, "tok_per_s": tokens / seconds, "memory_bytes": 3e9}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the reporter sees; set clock[0]."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def plain() -> tuple[ConsoleReporter, io.StringIO]:
+    out = io.StringIO()
+    return ConsoleReporter(Console(file=out, width=200)), out
+
+
+def test_a_file_gets_twenty_lines_and_the_last(clock: list[float]) -> None:
+    reporter, out = plain()
+    reporter.begin(0, 205)
+    for step in range(1, 206):
+        clock[0] += 0.5
+        reporter.step(metrics(step), timing(0.4))
+    reporter.end()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 21
+    assert lines[0] == "step 10/205  loss 2.000  250 tok/s  3.00 GB  ETA 98 s"
+    assert lines[-1].startswith("step 205/205")
+
+
+def test_one_slow_step_does_not_spoil_the_guess(clock: list[float]) -> None:
+    reporter, out = plain()
+    reporter.begin(100, 200)
+    for step in range(101, 121):
+        clock[0] += 41 if step == 120 else 1
+        reporter.step(metrics(step), timing(1.0))
+    left = re.findall(r"step 120/200 .* ETA (\d+) s", out.getvalue())
+    assert left == ["240"], "80 steps of (19 + 41) / 20 seconds: validation and saving count as well"
+
+
+def test_the_last_validation_stays_in_sight(clock: list[float]) -> None:
+    reporter, out = plain()
+    reporter.begin(0, 2)
+    clock[0] += 1
+    reporter.step(metrics(1, val_loss=1.25), timing(1.0))
+    reporter.step(metrics(2), timing(1.0))
+    assert out.getvalue().count("val 1.250") == 2
+
+
+def test_a_loss_that_is_no_number_is_shown(clock: list[float]) -> None:
+    reporter, out = plain()
+    reporter.begin(0, 1)
+    clock[0] += 1
+    reporter.step(metrics(1, loss=float("nan")), timing(1.0))
+    assert "loss nan" in out.getvalue()
+
+
+def test_text_is_no_markup() -> None:
+    reporter, out = plain()
+    reporter.say("[INST] [red]x[/red]")
+    assert out.getvalue() == "[INST] [red]x[/red]\n"
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    out = io.StringIO()
+    reporter = ConsoleReporter(Console(file=out, force_terminal=True, width=100))
+    reporter.begin(3, 10)
+    reporter.step(metrics(4), timing(1.0))
+    reporter.say("warning: something")
+    reporter.end()
+    reporter.end()
+    assert "4/10" in out.getvalue()
+    assert "loss 2.000" in out.getvalue()

@@ -1,0 +1,242 @@
+"""The run folder: whose it is, what may be deleted, and logs that survive a full disk."""
+
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import MakeConfig
+
+from minilora.config import RunConfig, to_dict
+from minilora.errors import UserError
+from minilora.train.run_folder import FILES, FOLDERS, LineLog, RunFolder, config_toml, to_json
+
+
+def open_folder(config: RunConfig, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    return RunFolder.open(config, resume, overwrite)
+
+
+@pytest.fixture
+def a_run(make_config: MakeConfig, tmp_path: Path) -> Path:
+    """What a finished run leaves, and a file and a folder of somebody else."""
+    path = tmp_path / "run"
+    for name in (*FOLDERS, "merged"):
+        (path / name).mkdir(parents=True)
+        (path / name / "file").write_text(name)
+    for name in (*FILES, "notes.txt", "my.png"):
+        (path / name).write_text(name)
+    (path / "config.toml").write_text(config_toml(make_config()))
+    return path
+
+
+def test_a_new_folder_is_made_with_its_parents(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(train__output=str(tmp_path / "a" / "b"))
+    folder = open_folder(config)
+    folder.begin(config)
+    folder.close()
+    assert tomllib.loads((tmp_path / "a" / "b" / "config.toml").read_text())["train"]["lr"] == config.train.lr
+
+
+def test_an_empty_folder_is_as_good(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    open_folder(make_config()).close()
+    open_folder(make_config()).close()  # what a start that failed leaves is nothing
+
+
+def test_a_run_is_not_begun_again_unasked(make_config: MakeConfig, a_run: Path) -> None:
+    with pytest.raises(UserError, match=r"run holds a run; add --resume .*, --overwrite"):
+        open_folder(make_config())
+    assert (a_run / "metrics.jsonl").read_text() == "metrics.jsonl"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_somebody_else_s_folder_is_refused_in_any_case(
+    make_config: MakeConfig, tmp_path: Path, overwrite: bool
+) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(UserError, match="is not empty, and holds no run"):
+        open_folder(make_config(), overwrite=overwrite)
+    assert (tmp_path / "run" / "adapter").exists()
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(make_config: MakeConfig, a_run: Path) -> None:
+    config = make_config(train__lr=0.5)
+    folder = open_folder(config, overwrite=True)
+    assert (a_run / "adapter" / "file").exists(), "nothing goes before the new run is set up"
+    folder.begin(config)
+    folder.close()
+    assert {child.name for child in a_run.iterdir()} == {"config.toml", ".lock", "merged", "notes.txt", "my.png"}
+    assert (a_run / "merged" / "file").exists()
+    assert "lr = 0.5" in (a_run / "config.toml").read_text()
+
+
+def test_resume_needs_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run to resume here"):
+        open_folder(make_config(), resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_and_overwrite_contradict_each_other(make_config: MakeConfig, a_run: Path) -> None:
+    with pytest.raises(UserError, match="give one of them"):
+        open_folder(make_config(), resume=True, overwrite=True)
+    assert (a_run / "checkpoints" / "file").exists()
+
+
+def test_a_file_is_no_folder(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="run is a file"):
+        open_folder(make_config())
+    with pytest.raises(UserError, match=r"cannot write here: Not a directory"):
+        open_folder(make_config(train__output=str(tmp_path / "run" / "below")))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that even root cannot write to")
+def test_where_nothing_can_be_written(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match=r"/proc/minilora: cannot write here: .*; name another folder"):
+        open_folder(make_config(train__output="/proc/minilora"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o555)
+    with pytest.raises(UserError, match="cannot write here: Permission denied"):
+        open_folder(make_config())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_runs_do_not_share_a_folder(make_config: MakeConfig, a_run: Path, overwrite: bool) -> None:
+    with (a_run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run writes here"):
+            open_folder(make_config(), resume=not overwrite, overwrite=overwrite)
+    assert (a_run / "checkpoints" / "file").exists()
+    open_folder(make_config(), resume=True).close()
+
+
+def test_what_killed_processes_left_is_swept(make_config: MakeConfig, a_run: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stale = [a_run / "checkpoints" / f"step-00000009.tmp-{dead.pid}", a_run / f"adapter.tmp-{dead.pid}"]
+    for folder in stale:
+        folder.mkdir()
+        (folder / "half").write_text("half")
+    (a_run / f"summary.json.tmp-{dead.pid}").write_text("{")
+    aside = a_run / "checkpoints" / f"step-00000007.old-{dead.pid}"
+    aside.mkdir()
+    folder = open_folder(make_config(), resume=True)
+    folder.close()
+    assert not any(path.exists() for path in (*stale, aside, a_run / f"summary.json.tmp-{dead.pid}"))
+    assert folder.latest() == a_run / "checkpoints" / "step-00000007", "what was set aside for a new one is back"
+
+
+def test_the_latest_and_what_is_pruned(make_config: MakeConfig) -> None:
+    folder = open_folder(make_config())
+    assert folder.latest() is None
+    for kind, step in (("step", 2), ("step", 10), ("step", 9), ("best", 8), ("best", 4), ("best", 11)):
+        folder.checkpoint(kind, step).mkdir(parents=True)
+    assert folder.latest() == folder.checkpoint("step", 10)
+    folder.prune(2, {8})
+    assert {c.name for c in folder.checkpoints.iterdir()} == {"step-00000009", "step-00000010", "best-00000008"}
+    folder.close()
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
+
+
+def test_config_toml_is_the_configuration(make_config: MakeConfig) -> None:
+    config = make_config(
+        data__train='C:\\x "y" \u00e9\u4e2d \t.jsonl', lora__targets=("q_proj",), train__lr=1e-300, data__validation=None
+    )
+    assert tomllib.loads(config_toml(config)) == to_dict(config)
+    assert "validation" not in config_toml(config)
+
+
+def test_json_is_strict() -> None:
+    text = to_json({"a": math.nan, "b": [math.inf, 1.5, {"c": -math.inf}], "d": "NaN", "e": 3, "f": True, "g": "é"})
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None, "b": [None, 1.5, {"c": None}], "d": "NaN", "e": 3, "f": True, "g": "é",
+    }  # fmt: skip
+
+
+def lines(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_log_grows_and_is_cut(tmp_path: Path) -> None:
+    log = LineLog(tmp_path / "m.jsonl")
+    sizes = []
+    for step in range(4):
+        assert log.append({"step": step}) is None
+        sizes.append(log.size)
+    assert sizes[-1] == (tmp_path / "m.jsonl").stat().st_size
+    log.cut(sizes[1])
+    log.append({"step": 9})
+    assert lines(tmp_path / "m.jsonl") == [0, 1, 9]
+    again = LineLog(tmp_path / "m.jsonl")
+    again.append({"step": 10})
+    assert lines(tmp_path / "m.jsonl") == [0, 1, 9, 10]
+
+
+def test_lines_wait_while_they_cannot_be_written(tmp_path: Path) -> None:
+    log = LineLog(tmp_path / "logs" / "m.jsonl")
+    trouble = log.append({"step": 0})
+    assert trouble is not None
+    assert "m.jsonl: No such file or directory; training goes on" in trouble
+    assert log.append({"step": 1}) is None, "it is said once"
+    assert log.size == 0
+    (tmp_path / "logs").mkdir()
+    assert log.append({"step": 2}) is None
+    assert lines(log.path) == [0, 1, 2]
+    assert log.size == log.path.stat().st_size
+    log.path.unlink()
+    log.path.mkdir()
+    assert log.append({"step": 3}) is not None, "a new trouble is said anew"
+
+
+def test_half_a_line_of_a_failed_write_is_written_over(tmp_path: Path) -> None:
+    log = LineLog(tmp_path / "m.jsonl")
+    log.append({"step": 0})
+    with log.path.open("ab") as file:
+        file.write(b'{"st')
+    log.append({"step": 1})
+    assert lines(log.path) == [0, 1]
+
+
+def test_a_log_that_vanished_or_shrank_is_not_filled_with_zeros(tmp_path: Path) -> None:
+    log = LineLog(tmp_path / "m.jsonl")
+    log.append({"step": 0})
+    log.path.unlink()
+    log.append({"step": 1})
+    assert lines(log.path) == [1]
+    log.cut(log.size + 1000)  # a checkpoint that knows of lines which are lost
+    log.append({"step": 2})
+    assert lines(log.path) == [1, 2]
+    log.path.unlink()
+    log.cut(10)
+    log.append({"step": 3})
+    assert lines(log.path) == [3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs RLIMIT_FSIZE")
+def test_a_file_size_limit_stops_no_log(tmp_path: Path) -> None:
+    """EFBIG comes in the middle of a line: the file keeps whole lines, and all are there once the limit is lifted."""
+    code = f"""
+import resource
+from pathlib import Path
+from minilora.train.run_folder import LineLog
+log = LineLog(Path({str(tmp_path / "m.jsonl")!r}))
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+said = [log.append({{"step": i}}) for i in range(20)]
+assert sum(map(bool, said)) == 1 and "File too large" in "".join(filter(None, said)), said
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+assert log.append({{"step": 20}}) is None
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+    assert lines(tmp_path / "m.jsonl") == list(range(21))

@@ -1,0 +1,198 @@
+"""Run state: what is saved is what is loaded, bit for bit, and nothing else is gone on from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from minilora.checkpoint.write import atomic_folder
+from minilora.config import LoraConfig
+from minilora.data.pack import RowSampler
+from minilora.errors import UserError
+from minilora.lora import add_lora
+from minilora.train import state as state_module
+from minilora.train.state import Counters, RunState, load_weights, read_document, refuse_other_run
+from minilora.train.step import LossScale
+from minilora.train.strategies import trainable
+
+ORIGIN: dict[str, Any] = {
+    "config": {"lora": {"rank": 2, "targets": ["q_proj"]}, "train": {"lr": 1e-3, "seed": 0}},
+    "base": "abc",
+    "data": {"train": "123"},
+}
+LENGTHS = [3, 9, 5, 7, 2, 8, 4]
+
+
+def fresh(seed: int = 0, origin: dict[str, Any] = ORIGIN) -> RunState:
+    torch.manual_seed(seed)
+    weights = trainable(add_lora(tiny_model(), LoraConfig(rank=2, alpha=4)))
+    return RunState(
+        weights, torch.optim.AdamW(weights.values(), lr=1e-3), RowSampler(LENGTHS, 12, 0), LossScale(False), origin
+    )
+
+
+def advance(state: RunState, steps: int = 1) -> list[list[int]]:
+    """Some steps on gradients that are drawn from torch's random state; the rows that were taken."""
+    taken = []
+    for _ in range(steps):
+        taken += state.sampler.take(2)
+        for p in state.weights.values():
+            p.grad = torch.randn_like(p)
+        state.optimizer.step()
+    return taken
+
+
+def assert_same(a: RunState, b: RunState) -> None:
+    assert a.weights.keys() == b.weights.keys()
+    for name in a.weights:
+        assert a.weights[name].equal(b.weights[name]), name
+        moments_a, moments_b = a.optimizer.state[a.weights[name]], b.optimizer.state[b.weights[name]]
+        assert moments_a.keys() == moments_b.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key in moments_a:
+            assert moments_a[key].equal(moments_b[key])
+            assert moments_a[key].dtype == moments_b[key].dtype
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    state = fresh()
+    advance(state, 3)
+    state.counters = Counters(step=3, updates=2, best_loss=1 / 3, best_step=1, metrics_bytes=77)
+    state.loss_scale = LossScale(True, scale=512.0, good_steps=4)
+    state.save(tmp_path / "step-00000003")
+    return tmp_path / "step-00000003"
+
+
+def test_round_trip_and_then_the_same_steps(tmp_path: Path) -> None:
+    straight = fresh()
+    advance(straight, 3)
+    straight.counters = Counters(3, 2, 100, 40, 1, 0.1 + 0.2, 2, 1, 77, 88)
+    straight.loss_scale = LossScale(True, scale=512.0, good_steps=4)
+    straight.save(tmp_path / "c")
+    rows_of_straight = advance(straight, 5)
+
+    resumed = fresh(seed=9)
+    advance(resumed, 1)
+    versions = resumed.load(tmp_path / "c")
+    assert versions == state_module.versions()
+    assert resumed.counters == straight.counters
+    assert resumed.loss_scale == straight.loss_scale
+    assert advance(resumed, 5) == rows_of_straight, "the data go on where they were"
+    assert_same(straight, resumed)
+
+
+def test_before_the_first_update_there_are_no_moments(tmp_path: Path) -> None:
+    straight = fresh()
+    straight.save(tmp_path / "c")
+    advance(straight, 2)
+    resumed = fresh(seed=9)
+    resumed.load(tmp_path / "c")
+    advance(resumed, 2)
+    assert_same(straight, resumed)
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    once, never = fresh(), fresh()
+    torch.manual_seed(1)
+    advance(never, 2)
+    torch.manual_seed(1)
+    advance(once, 1)
+    once.save(tmp_path / "c")
+    advance(once, 1)
+    assert_same(once, never)
+
+
+def test_the_best_weights_alone(tmp_path: Path) -> None:
+    state = fresh()
+    advance(state, 2)
+    best = {name: p.detach().clone() for name, p in state.weights.items()}
+    state.save(tmp_path / "best", weights_only=True)
+    advance(state, 2)
+    load_weights(state.weights, tmp_path / "best")
+    assert all(p.equal(best[name]) for name, p in state.weights.items())
+    whole = fresh()
+    advance(whole, 2)
+    whole.save(tmp_path / "whole")
+    sizes = [(tmp_path / name / "state.safetensors").stat().st_size for name in ("best", "whole")]
+    assert sizes[0] < sizes[1] / 2
+
+
+def test_a_new_save_replaces_the_old_one(saved: Path) -> None:
+    state = fresh()
+    state.counters.step = 8
+    state.save(saved)
+    assert read_document(saved)["counters"]["step"] == 8
+    assert [child.name for child in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("config", "lora", "rank"), 3, "config.lora.rank was 2 when the run began and is 3 now"),
+        (("config", "lora", "targets"), ["q_proj", "k_proj"], r"config.lora.targets was \['q_proj'\]"),
+        (("config", "train", "seed"), 1, "config.train.seed was 0"),
+        (("config", "train", "lr"), 2e-3, "config.train.lr was 0.001"),
+        (("base",), "xyz", "base was 'abc' when the run began and is 'xyz' now"),
+        (("data", "train"), "999", "data.train was '123'"),
+        (("data", "validation"), "1", "data.validation was None"),
+        (("new",), "1", "new was None"),
+    ],
+)
+def test_another_run_is_refused_by_the_key(saved: Path, path: tuple[str, ...], value: Any, named: str) -> None:
+    origin = json.loads(json.dumps(ORIGIN))
+    place = origin
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    state = fresh(origin=origin)
+    before = {name: p.detach().clone() for name, p in state.weights.items()}
+    with pytest.raises(UserError, match=named):
+        state.load(saved)
+    assert all(p.equal(before[name]) for name, p in state.weights.items())
+    assert state.counters == Counters()
+
+
+def test_a_key_that_is_gone_is_refused_too() -> None:
+    with pytest.raises(UserError, match="a.b was 1 when the run began and is None now"):
+        refuse_other_run({"a": {"b": 1}}, {"a": {}}, Path("c"))
+    refuse_other_run({"a": {"b": [1, 2.0]}}, {"a": {"b": [1, 2.0]}}, Path("c"))
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "grown"])
+def test_damage_is_refused(saved: Path, name: str, damage: str) -> None:
+    file = saved / name
+    data = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes({"flip": data, "cut": data[:-1], "grown": file.read_bytes() + b" "}[damage])
+    for load in (lambda: fresh().load(saved), lambda: load_weights(fresh().weights, saved)):
+        with pytest.raises(UserError, match=name):
+            load()
+    with pytest.raises(UserError, match="step-00000003 is damaged; delete it to resume from the checkpoint before it"):
+        fresh().load(saved)
+
+
+def test_without_a_manifest_nothing_is_trusted(saved: Path) -> None:
+    (saved / "manifest.json").unlink()
+    with pytest.raises(UserError, match="manifest.json"):
+        fresh().load(saved)
+
+
+def test_a_newer_format_is_refused(saved: Path) -> None:
+    document = json.loads((saved / "state.json").read_text()) | {"format": 2}
+    tensors = (saved / "state.safetensors").read_bytes()
+    with atomic_folder(saved, overwrite=True, manifest={}) as new:
+        (new / "state.json").write_text(json.dumps(document))
+        (new / "state.safetensors").write_bytes(tensors)
+    with pytest.raises(UserError, match=r"state.json: format 2 is not 1, .* resume with the version"):
+        fresh().load(saved)
+    manifest = json.loads((saved / "manifest.json").read_text()) | {"format_version": 9}
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="format_version is 9"):
+        fresh().load(saved)

@@ -1,0 +1,305 @@
+"""One optimizer step: the token-exact loss, the guard, the loss scale, and PEFT's own step beside ours."""
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_model
+from torch import Tensor, nn
+
+from minilora.checkpoint.adapter import save_adapter
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.merge import merged_weights
+from minilora.checkpoint.save import save_hf
+from minilora.config import LoraConfig
+from minilora.data.encode import Sample
+from minilora.data.pack import PackedBatch, make_batch
+from minilora.lora import add_lora, lora_layers
+from minilora.model import Mistral
+from minilora.train.step import LEAST_SCALE, LossScale, train_step
+from minilora.train.strategies import trainable
+
+LENGTHS = (5, 17, 3, 30, 9, 24, 2, 12)
+
+
+def samples(seed: int = 0) -> list[Sample]:
+    """Random tokens; the number of targets differs from sample to sample and is no fixed share."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for i, n in enumerate(LENGTHS):
+        mask = draw.random(n + 1) < 0.2 + 0.1 * i
+        mask[0], mask[-1] = False, True
+        made.append(Sample(draw.integers(14, TINY.vocab_size, n + 1, dtype=np.int32), mask, f"f:{i}"))
+    return made
+
+
+def with_lora(seed: int = 1, **settings: Any) -> Mistral:
+    """The tiny model with adapters whose B is not zero, so that every gradient is not zero."""
+    torch.manual_seed(seed)
+    model = add_lora(tiny_model(), LoraConfig(rank=4, alpha=8, **settings)).train()
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.05)
+    return model
+
+
+def adamw(model: nn.Module, **settings: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trainable(model).values(), weight_decay=0.0, **settings)
+
+
+def rows(width: int) -> list[PackedBatch]:
+    """The samples, a row each, `width` rows a batch."""
+    order = list(range(len(LENGTHS)))
+    return [make_batch(samples(), [[i] for i in order[s : s + width]], 32) for s in range(0, len(order), width)]
+
+
+def gradients(model: Mistral, batches: Sequence[PackedBatch], **changes: Any) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a step that does not clip."""
+    step = {"lr": 1e-3, "clip_norm": 0.0, "loss_scale": LossScale(False)} | changes
+    result = train_step(model, adamw(model), batches, **step)
+    assert result.updated
+    return result.loss, {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
+
+
+def naive_loss(model: Mistral, all_samples: Sequence[Sample]) -> Tensor:
+    """Mean of plain cross entropy over all target tokens of the samples, each alone."""
+    logits, labels = [], []
+    for s in all_samples:
+        tokens = torch.tensor(s.tokens, dtype=torch.int64)
+        mask = torch.tensor(s.target_mask[1:])
+        logits.append(model(tokens[None, :-1])[0][mask])
+        labels.append(tokens[1:][mask])
+    return nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_micro_batches_are_one_batch(width: int) -> None:
+    counts = {batch.n_targets for batch in rows(1)}
+    assert len(counts) > 4, "unequal numbers of targets, else a mean of means would pass"
+    loss, whole = gradients(with_lora(), rows(8))
+    loss_of_parts, parts = gradients(with_lora(), rows(width))
+    assert loss_of_parts == pytest.approx(loss, rel=1e-6)
+    assert whole.keys() == parts.keys() == trainable(with_lora()).keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_packed_rows_are_their_samples_alone() -> None:
+    packed = make_batch(samples(), [[3, 2], [5, 0, 6], [1, 7, 4]], 40)
+    loss, together = gradients(with_lora(), [packed])
+    loss_alone, alone = gradients(with_lora(), rows(1))
+    assert loss == pytest.approx(loss_alone, rel=1e-6)
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_the_loss_and_its_gradients_are_plain_cross_entropy() -> None:
+    model = with_lora()
+    naive = naive_loss(model, samples())
+    naive.backward()  # type: ignore[no-untyped-call]
+    expected = {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+    loss, got = gradients(model, rows(3))
+    assert loss == pytest.approx(float(naive.detach()), rel=1e-6)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    plain, checkpointed = with_lora(dropout=0.2), with_lora(dropout=0.2)
+    checkpointed.activation_checkpointing = True
+    results = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(5)
+        results.append(gradients(model, rows(4)))
+    assert results[0][0] == results[1][0]
+    assert all(results[0][1][name].equal(results[1][1][name]) for name in results[0][1])
+
+
+def test_clipping_scales_the_whole_gradient() -> None:
+    model = with_lora()
+    _, free = gradients(with_lora(), rows(8))
+    norm = math.sqrt(sum(float((g**2).sum()) for g in free.values()))
+    result = train_step(model, adamw(model), rows(8), 1e-3, norm / 3, LossScale(False))
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+    for name, p in trainable(model).items():
+        torch.testing.assert_close(p.grad, free[name] / 3, atol=1e-7, rtol=1e-4)
+
+
+def test_the_learning_rate_is_the_step_s() -> None:
+    model = with_lora()
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    train_step(model, adamw(model), rows(8), 1e-3, 1.0, LossScale(False))
+    for name, p in trainable(model).items():  # Adam's first update is lr, in the gradient's direction
+        assert float((p.detach() - before[name]).abs().max()) == pytest.approx(1e-3, rel=1e-2), name
+
+
+def test_after_forward_is_called_once_a_micro_batch() -> None:
+    calls: list[None] = []
+    model = with_lora()
+    train_step(model, adamw(model), rows(2), 1e-3, 1.0, LossScale(False), lambda: calls.append(None))
+    assert len(calls) == 4
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return {n: p.detach().clone() for n, p in trainable(model).items()}, copy.deepcopy(optimizer.state_dict()["state"])
+
+
+def assert_unchanged(
+    model: nn.Module, optimizer: torch.optim.Optimizer, old: tuple[dict[str, Tensor], dict[str, Any]]
+) -> None:
+    weights, state = snapshot(model, optimizer)
+    assert all(weights[name].equal(old[0][name]) for name in old[0])
+    assert state.keys() == old[1].keys()
+    for index, moments in old[1].items():
+        assert all(state[index][key].equal(moment) for key, moment in moments.items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
+    model = with_lora()
+    optimizer = adamw(model)
+    train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
+    old = snapshot(model, optimizer)
+    spoilt = model.lm_head.weight[20, 0].item()
+    with torch.no_grad():
+        model.lm_head.weight[20, 0] = bad
+    result = train_step(model, optimizer, rows(2), 1e-3, 1.0, LossScale(False))
+    assert not result.updated
+    assert not math.isfinite(result.loss)
+    assert_unchanged(model, optimizer, old)
+    with torch.no_grad():
+        model.lm_head.weight[20, 0] = spoilt
+    assert train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False)).updated
+    assert all(p.isfinite().all() for p in trainable(model).values())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is() -> None:
+    model = with_lora()
+    optimizer = adamw(model)
+    train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
+    old = snapshot(model, optimizer)
+    next(iter(trainable(model).values())).register_hook(lambda grad: grad * math.inf)
+    result = train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
+    assert math.isfinite(result.loss)
+    assert not result.updated
+    assert_unchanged(model, optimizer, old)
+
+
+# --- Loss scale -----------------------------------------------------------------------------------------------------
+
+
+def test_off_it_is_one_and_stays() -> None:
+    scale = LossScale(False)
+    scale.update(overflowed=True)
+    assert (scale.scale, scale.shrinking) == (1.0, False)
+
+
+def test_an_overflow_halves_it_and_patience_doubles_it() -> None:
+    scale = LossScale(True, patience=3)
+    assert scale.scale == 2.0**16
+    scale.update(overflowed=True)
+    assert (scale.scale, scale.good_steps) == (2.0**15, 0)
+    for _ in range(2):
+        scale.update(overflowed=False)
+    scale.update(overflowed=True)  # begins to count anew
+    assert scale.scale == 2.0**14
+    for _ in range(3):
+        scale.update(overflowed=False)
+    assert (scale.scale, scale.good_steps) == (2.0**15, 0)
+
+
+def test_it_does_not_shrink_for_ever() -> None:
+    scale = LossScale(True)
+    for _ in range(100):
+        scale.update(overflowed=True)
+    assert scale.scale == LEAST_SCALE
+    assert not scale.shrinking
+
+
+def test_it_cancels_out() -> None:
+    """A power of two changes no bit of a float32 gradient."""
+    _, plain = gradients(with_lora(), rows(4))
+    _, scaled = gradients(with_lora(), rows(4), loss_scale=LossScale(True))
+    assert all(scaled[name].equal(gradient) for name, gradient in plain.items())
+
+
+def half_with_lora() -> Mistral:
+    """float16 weights, float32 adapters."""
+    model = with_lora().half()
+    for _, layer in lora_layers(model):
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
+    return model
+
+
+def test_an_overflow_skips_the_step() -> None:
+    model, scale = half_with_lora(), LossScale(True, scale=2.0**30)
+    optimizer = adamw(model)
+    old = snapshot(model, optimizer)
+    result = train_step(model, optimizer, rows(8), 1e-3, 1.0, scale)
+    assert not result.updated
+    assert math.isfinite(result.loss)
+    assert scale.scale == 2.0**29
+    assert_unchanged(model, optimizer, old)
+
+
+def test_float16_follows_float32() -> None:
+    """fp16 weights and activations, fp32 adapters, scaled loss: gradients close to those in float32."""
+    half = half_with_lora()
+    loss, exact = gradients(with_lora(), rows(4))
+    half_loss, near = gradients(half, rows(4), loss_scale=LossScale(True, scale=2.0**12))
+    assert half_loss == pytest.approx(loss, rel=2e-3)
+    for name, gradient in exact.items():
+        assert near[name].dtype == torch.float32
+        cosine = nn.functional.cosine_similarity(near[name].flatten(), gradient.flatten(), dim=0)
+        assert float(cosine) > 0.99, name
+
+
+# --- PEFT's step ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize(("quantize", "rslora"), [(None, False), ("nf4", True)])
+def test_one_optimizer_step_is_peft_s(tmp_path: Path, tiny_base: Path, quantize: Any, rslora: bool) -> None:
+    """On a dense base, and on NF4, for which PEFT gets the dequantized weights: loss, gradients, and the weights after
+    clipping and AdamW."""
+    import peft
+    import transformers
+
+    ours = load_model(tiny_base, quantize=quantize, dtype=torch.float32)
+    save_hf(ours, tmp_path / "dense", dtype=torch.float32, weights=merged_weights(ours, torch.float32))
+    torch.manual_seed(3)
+    add_lora(ours, LoraConfig(rank=4, alpha=8, rslora=rslora)).train()
+    with torch.no_grad():
+        for _, layer in lora_layers(ours):
+            layer.lora_B.normal_(0, 0.05)
+    save_adapter(ours, tmp_path / "adapter")
+    base = transformers.MistralForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).train()
+    names = {
+        name.replace("base_model.model.model.", "").replace(".default.weight", ""): p
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    assert names.keys() == trainable(ours).keys()
+
+    sample = samples()[3]
+    tokens = torch.tensor(sample.tokens, dtype=torch.int64)[None]
+    labels = tokens.masked_fill(~torch.tensor(sample.target_mask)[None], -100)
+    output = theirs(input_ids=tokens, labels=labels)
+    output.loss.backward()
+    norm = nn.utils.clip_grad_norm_(names.values(), 0.5)
+    torch.optim.AdamW(names.values(), lr=1e-3, weight_decay=0.01).step()
+
+    optimizer = torch.optim.AdamW(trainable(ours).values(), weight_decay=0.01)
+    result = train_step(ours, optimizer, [make_batch([sample], [[0]], 40)], 1e-3, 0.5, LossScale(False))
+    assert result.loss == pytest.approx(float(output.loss.detach()), rel=1e-6)
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    assert result.grad_norm > 0.5, "the gradient is clipped"
+    for name, p in trainable(ours).items():
+        torch.testing.assert_close(p.grad, names[name].grad, atol=1e-6, rtol=1e-5, msg=name)
+        torch.testing.assert_close(p, names[name], atol=1e-6, rtol=0, msg=name)
