@@ -1,4 +1,4 @@
-"""A tiny random Mistral with the demo's tokenizer, small files of chats and text, and the configuration of a short run."""
+"""A tiny random Mistral with the demo's tokenizer, small files of chats and text, and a short run's configuration."""
 
 import json
 import random

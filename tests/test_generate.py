@@ -81,15 +81,15 @@ def test_answer_leaves_the_mode_as_it_was(training: bool) -> None:
 def test_eos_ends_a_row_and_the_last_one_the_stream(model: Mistral) -> None:
     rows = torch.cat([prompt(4, 1), prompt(4, 2)])
     free = generate(model, rows, 10)[:, 4:]
-    eos = int(free[0, 3])
-    assert eos not in free[0, :3]
-    row_0 = [*free[0, :4].tolist(), *[eos] * 6]
+    n = next(i for i in range(2, 10) if free[0, i] not in free[0, :i])
+    eos = int(free[0, n])
+    row_0 = [*free[0, : n + 1].tolist(), *[eos] * 10]
     got = generate(model, rows, 10, eos_id=eos)[:, 4:].tolist()
     assert got[0] == row_0[: len(got[0])]
-    if eos not in free[1].tolist():
-        assert got[1] == free[1].tolist()
+    assert eos not in free[1]
+    assert got[1] == free[1].tolist(), "a row that has ended changes nothing for the others"
     alone = generate(model, rows[:1], 10, eos_id=eos)
-    assert alone.tolist()[0] == [*rows[0].tolist(), *free[0, :4].tolist()]
+    assert alone.tolist()[0] == [*rows[0].tolist(), *free[0, : n + 1].tolist()]
 
 
 def test_no_new_tokens_is_the_prompt(model: Mistral) -> None:

@@ -1,6 +1,5 @@
 """The decoder against transformers' MistralForCausalLM; packing, cache, padding and checkpointing against itself."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -38,15 +37,6 @@ CONFIGS = {
 }  # fmt: skip
 WINDOW = CONFIGS["window 7, heads 8:1"]
 T = 37
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are several times slower on more threads, which wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def mistral(config: ModelConfig, seed: int = 0) -> Mistral:

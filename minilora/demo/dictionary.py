@@ -63,7 +63,7 @@ def read_dictionary(path: Path = DATA / "cmudict.dict.xz") -> dict[str, str]:
 
 
 def to_ipa(arpabet: str) -> str:
-    """ "M IH1 S T R AH0 L" -> "ˈmɪstɹəl"."""
+    """The same sounds in IPA: "M IH1 S T R AH0 L" -> "ˈmɪstɹəl"."""
     ipa: list[str] = []
     onset = 0  # where in `ipa` the consonants since the last vowel begin
     for code in arpabet.split():

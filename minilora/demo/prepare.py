@@ -65,6 +65,7 @@ def all_texts() -> dict[str, list[dict[str, Any]]]:
 
 
 def to_jsonl(records: Iterable[dict[str, Any]]) -> str:
+    """One record a line, IPA as it is written."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -72,8 +73,9 @@ def to_jsonl(records: Iterable[dict[str, Any]]) -> str:
 #
 # A spelling is read letter by letter, so the tokenizer must not learn pieces such as "str", which any training on real
 # text would. BPE builds a piece by merging two that it has; it is trained here on nothing but the pieces we want, each
-# as the chain that builds it: ▁A, ▁AH, ▁AH0. No link of a chain may occur in a spelling or in IPA, so a chain begins
-# with a capital or ends with a question mark; the "is" of the question cannot have one, and stays three tokens.
+# as the chain that builds it: ▁A, ▁AH, ▁AH0. A link that occurred in a spelling or in IPA would tear it apart, so every
+# chain begins with a capital or a quotation mark, or ends with a question mark; "is" can do neither and stays three
+# tokens.
 
 
 def tokenizer_model() -> bytes:
@@ -138,7 +140,7 @@ def prepare(out: Path) -> None:
     """Writes every file into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for name, records in all_texts().items():
-        (out / name).write_text(to_jsonl(records), encoding="utf-8")
+        (out / name).write_text(to_jsonl(records), encoding="utf-8", newline="\n")
     (out / "tokenizer.model").write_bytes(tokenizer_model())
 
 

@@ -334,7 +334,6 @@ def finish(run: Run) -> None:
         provenance = {k: run.state.origin[k] for k in ("base", "data", "dtype")} | {
             "base_path": _absolute(run.config.model.path),
             "validation_path": run.config.data.validation and _absolute(run.config.data.validation),
-            "validation_path": run.config.data.validation,
             "quantize": run.config.quantize,
             "double_quant": run.config.model.double_quant,
             "tokenizer": data_fingerprint(run.tokenizer.path),

@@ -1,6 +1,7 @@
 """Headers that lie, and writing as the format's owner reads it."""
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
     }
     lines = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
     write_safetensors(tmp_path / "x.safetensors", iter(tensors.values()), lines, {"format": "pt"})
+    (length,) = struct.unpack("<Q", (tmp_path / "x.safetensors").read_bytes()[:8])
+    assert length % 8 == 0  # so that the data starts aligned
     loaded = load_file(tmp_path / "x.safetensors")
     assert loaded.keys() == tensors.keys()
     for key, tensor in tensors.items():

@@ -32,6 +32,7 @@ def test_the_files_are_hugging_faces_layout_within_8_mb() -> None:
     assert sorted(path.name for path in BASE.iterdir()) == [
         "config.json",
         "generation_config.json",
+        "manifest.json",
         "model.safetensors",
         "tokenizer.model",
     ]

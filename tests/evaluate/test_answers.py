@@ -41,6 +41,11 @@ def test_answers_in_batches_are_answers_one_by_one(samples: list[Sample]) -> Non
 
 
 def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
-    answers = [Answer("p", "yes", " yes\n"), Answer("p", "yes", "yes."), Answer("p", "y es", "yes"), Answer("p", "A", "a")]
+    answers = [
+        Answer("p", "yes", " yes\n"),
+        Answer("p", "yes", "yes."),
+        Answer("p", "y es", "yes"),
+        Answer("p", "A", "a"),
+    ]
     assert [a.exact for a in answers] == [True, False, False, False]
     assert exact_match(answers) == 0.25

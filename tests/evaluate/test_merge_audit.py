@@ -70,7 +70,7 @@ def double_the_delta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_delta(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LoRALinear, "delta", lambda self: torch.zeros(()))
+    monkeypatch.setattr(LoRALinear, "delta", lambda _: torch.zeros(()))
 
 
 @pytest.mark.parametrize("damage", [double_the_delta, no_delta])

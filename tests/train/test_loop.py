@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def test_every_strategy_and_dtype_learns(make_config: MakeConfig, quiet: Quiet, 
 
 
 def test_full_training_in_16_bits_is_refused(make_config: MakeConfig, quiet: Quiet) -> None:
-    with pytest.raises(UserError, match='"full" trains float32 weights; model.dtype \'bfloat16\''):
+    with pytest.raises(UserError, match=r'"full" trains float32 weights; model.dtype .bfloat16.'):
         fine_tune(make_config(train__strategy="full", model__dtype="bfloat16"), quiet)
 
 
@@ -156,9 +155,9 @@ def test_part_of_an_epoch(make_config: MakeConfig, quiet: Quiet, epochs: float, 
 # --- Validation -----------------------------------------------------------------------------------------------------
 
 
-def with_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[Callable[[], dict[str, torch.Tensor]]]:
+def with_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dict[str, torch.Tensor]]:
     """Let the validations while training give these losses; the weights of each, once they are known."""
-    seen: list[Any] = []
+    seen: list[dict[str, torch.Tensor]] = []
     real, left = loop.mean_loss, list(losses)
 
     def fake(model: Any, *args: Any) -> tuple[float, int]:
@@ -172,9 +171,7 @@ def with_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> lis
     return seen
 
 
-def test_the_best_weights_are_put_back(
-    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_weights_are_put_back(make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = with_validation(monkeypatch, [3.0, 2.0, 2.5, 2.0])
     run = fine_tune(make_config(eval__every=1, train__checkpoint_every=1, train__keep_checkpoints=1), quiet)
     assert run.state.counters.best_step == run.folder.read_json("summary.json")["best_step"] == 2
@@ -251,9 +248,7 @@ def test_an_adapter_that_the_optimizer_forgot_stops_the_run(
     make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimizer = loop._optimizer
-    monkeypatch.setattr(
-        loop, "_optimizer", lambda weights, config: optimizer(dict(list(weights.items())[1:]), config)
-    )
+    monkeypatch.setattr(loop, "_optimizer", lambda weights, config: optimizer(dict(list(weights.items())[1:]), config))
     with pytest.raises(UserError, match=r"after update 2, 1 of 28 .* layers.0.self_attn.q_proj.lora_A \(did not move"):
         fine_tune(make_config(), quiet)
 
@@ -350,10 +345,10 @@ def test_a_run_without_any_log_still_ends_well(
 
 
 def test_a_failed_start_leaves_nothing_in_the_way(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere.jsonl: cannot be read"):
         fine_tune(make_config(data__train=str(tmp_path / "nowhere.jsonl")), quiet)
     fine_tune(make_config(train__max_steps=2), Quiet())
-    with pytest.raises(UserError, match="nowhere.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere.jsonl: cannot be read"):
         fine_tune(make_config(data__train=str(tmp_path / "nowhere.jsonl")), quiet, overwrite=True)
     assert (tmp_path / "run" / "adapter").exists(), "an old run is deleted only once the new one can begin"
 
@@ -420,7 +415,7 @@ def test_changed_data_are_refused_and_moved_data_are_not(
     interrupted(make_config, data__train=str(here))
     moved = here.rename(tmp_path / "there.jsonl")
     moved.write_bytes(moved.read_bytes() + b"\n")
-    with pytest.raises(UserError, match="data.train was '[0-9a-f]{64}' when the run began"):
+    with pytest.raises(UserError, match=r"data.train was '[0-9a-f]{64}' when the run began"):
         fine_tune(make_config(data__train=str(moved)), quiet, resume=True)
     moved.write_bytes(moved.read_bytes()[:-1])
     config = make_config(data__train=str(moved), train__checkpoint_every=1, train__keep_checkpoints=5)
@@ -430,7 +425,7 @@ def test_changed_data_are_refused_and_moved_data_are_not(
 def test_another_base_is_refused(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
     save_hf(tiny_model(seed=7), tmp_path / "other", dtype=torch.float32, tokenizer=TOKENIZER)
     interrupted(make_config)
-    with pytest.raises(UserError, match="base was '[0-9a-f]{64}' when the run began"):
+    with pytest.raises(UserError, match=r"base was '[0-9a-f]{64}' when the run began"):
         fine_tune(make_config(model__path=str(tmp_path / "other")), quiet, resume=True)
 
 
@@ -518,7 +513,7 @@ def test_what_the_user_can_mend(make_config: MakeConfig, quiet: Quiet, changes: 
 @pytest.mark.parametrize("which", ["train", "validation", "test"])
 def test_an_empty_file_is_named(make_config: MakeConfig, quiet: Quiet, tmp_path: Path, which: str) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(UserError, match="empty.jsonl: the file holds no records"):
+    with pytest.raises(UserError, match=r"empty.jsonl: the file holds no records"):
         fine_tune(make_config(**{f"data__{which}": str(tmp_path / "empty.jsonl")}), quiet)
 
 

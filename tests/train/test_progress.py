@@ -1,4 +1,4 @@
-"""What is shown: a line now and then in a file, a bar on a terminal, and a guess of the time left that is no last step."""
+"""What is shown: a line now and then in a file, a bar on a terminal, and a guess of the time left."""
 
 import io
 import re

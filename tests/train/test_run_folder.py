@@ -151,7 +151,10 @@ def test_the_latest_and_what_is_pruned(make_config: MakeConfig) -> None:
 
 def test_config_toml_is_the_configuration(make_config: MakeConfig) -> None:
     config = make_config(
-        data__train='C:\\x "y" \u00e9\u4e2d \t.jsonl', lora__targets=("q_proj",), train__lr=1e-300, data__validation=None
+        data__train='C:\\x "y" \u00e9\u4e2d \t.jsonl',
+        data__validation=None,
+        lora__targets=("q_proj",),
+        train__lr=1e-300,
     )
     assert tomllib.loads(config_toml(config)) == to_dict(config)
     assert "validation" not in config_toml(config)

@@ -156,7 +156,7 @@ def test_another_run_is_refused_by_the_key(saved: Path, path: tuple[str, ...], v
 
 
 def test_a_key_that_is_gone_is_refused_too() -> None:
-    with pytest.raises(UserError, match="a.b was 1 when the run began and is None now"):
+    with pytest.raises(UserError, match=r"a.b was 1 when the run began and is None now"):
         refuse_other_run({"a": {"b": 1}}, {"a": {}}, Path("c"))
     refuse_other_run({"a": {"b": [1, 2.0]}}, {"a": {"b": [1, 2.0]}}, Path("c"))
 
@@ -180,7 +180,7 @@ def test_damage_is_refused(saved: Path, name: str, damage: str) -> None:
 
 def test_without_a_manifest_nothing_is_trusted(saved: Path) -> None:
     (saved / "manifest.json").unlink()
-    with pytest.raises(UserError, match="manifest.json"):
+    with pytest.raises(UserError, match=r"manifest.json"):
         fresh().load(saved)
 
 

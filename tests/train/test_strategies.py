@@ -17,7 +17,10 @@ def test_adapters_alone_learn(make_config: MakeConfig, strategy: str) -> None:
     config = make_config(train__strategy=strategy, lora__targets=("q_proj", "down_proj"))
     model = apply_strategy(tiny_model(), config)
     assert set(trainable(model)) == {
-        f"layers.{i}.{part}.lora_{letter}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj") for letter in "AB"
+        f"layers.{i}.{part}.lora_{letter}"
+        for i in (0, 1)
+        for part in ("self_attn.q_proj", "mlp.down_proj")
+        for letter in "AB"
     }
 
 
