@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
 from rich.console import Console
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minilora.tokenizer import Tokenizer
 
 _Share = restricted_number_type("_Share", float, [(">", 0), ("<=", 1)])
+_Seed = restricted_number_type("_Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +86,7 @@ def train(args: list[str]) -> None:
     """Fine-tune a model as a TOML file says: minilora train CONFIG.toml [--section.key value ...]"""
     parser = _parser(train)
     parser.usage = "minilora train [CONFIG.toml] [--section.key value ...] [--resume | --overwrite] [--dry-run]"
-    parser.add_argument("--config", action=ActionConfigFile, help="a TOML file; the word after `train` is the same")
+    parser.add_argument("--config", action="config", help="a TOML file; the word after `train` is the same")
     parser.add_class_arguments(RunConfig, as_group=False)
     parser.add_argument("--print-config", action="store_true", help="print the complete TOML file and exit")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in train.output, exactly")
@@ -237,7 +238,7 @@ def generate(args: list[str]) -> None:
     parser.add_argument("--temperature", type=NonNegativeFloat, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=PositiveInt, help="draw among the k likeliest tokens only")
     parser.add_argument("--top_p", type=_Share, default=1.0, help="draw among the smallest set that holds this share")
-    parser.add_argument("--seed", type=int, help="of the draws")
+    parser.add_argument("--seed", type=_Seed, help="of the draws")
     _base_arguments(parser)
     parsed = _parse(parser, args)
 
@@ -295,7 +296,7 @@ def explain(args: list[str]) -> None:
     parser.add_argument("--weights", type=list[float], help="the numbers of the block, such as [0.1,-0.2]")
     parser.add_argument("--tensor", help="take the block from this tensor of --model.path, such as model.norm.weight")
     parser.add_argument("--block", type=int, default=0, help="which block of the tensor")
-    parser.add_argument("--seed", type=int, default=0, help="of the random block, where neither of them is given")
+    parser.add_argument("--seed", type=_Seed, default=0, help="of the random block, where neither of them is given")
     parser.add_argument("--model.path", default="demo")
     parsed = _parse(parser, args)
 
@@ -321,7 +322,7 @@ def demo(args: list[str]) -> None:
     """The whole story with nothing downloaded: base, QLoRA, before and after, forgetting, report, merge check."""
     parser = _parser(demo)
     parser.add_argument("--output", default="runs/demo", help="the run folder; an old demo there is replaced")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_Seed, default=0)
     parsed = _parse(parser, args)
 
     from minilora.demo.story import tell

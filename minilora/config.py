@@ -190,7 +190,7 @@ class TrainConfig:
         _check(0 <= self.min_lr_ratio <= 1, f"train.min_lr_ratio is {self.min_lr_ratio}, but must be from 0 to 1")
         _check(0 <= self.weight_decay < inf, f"train.weight_decay is {self.weight_decay}, but must not be negative")
         _check(self.clip_norm >= 0, f"train.clip_norm is {self.clip_norm}, but must not be negative")
-        _check(self.seed >= 0, f"train.seed is {self.seed}, but must not be negative")
+        _check(0 <= self.seed < 2**63, f"train.seed is {self.seed}, but must be from 0 to 2^63 - 1")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"train.{name} is {value}, but must be at least 0 and below 1")

@@ -1,23 +1,17 @@
-"""A tiny random Mistral with the demo's tokenizer, small files of chats and text, and a short run's configuration."""
+"""A tiny base on the disk, small files of chats and text, and the configuration of a short run."""
 
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_runs import TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
 
 from minilora.checkpoint.save import save_hf
-from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
-from minilora.model import Mistral
-
-TOKENIZER = Path(__file__).parents[1] / "minilora" / "demo" / "base" / "tokenizer.model"
-TINY = ModelConfig(
-    dim=32, n_layers=2, head_dim=16, hidden_dim=48, n_heads=4, n_kv_heads=2, vocab_size=458, sliding_window=12
-)
+from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,33 +23,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
-def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> Mistral:
-    """Random float32 weights, large enough that the logits are far from uniform."""
-    model = Mistral(config)
-    model.init_weights(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.mul_(6)
-    return model.requires_grad_(False).eval()
-
-
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder in float32. Do not change it."""
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     save_hf(tiny_model(), folder, dtype=torch.float32, tokenizer=TOKENIZER)
     return folder
-
-
-def chat(*contents: str) -> dict[str, Any]:
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
-
-
-def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +44,6 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_jsonl(folder / f"{name}.jsonl", chats)
     write_jsonl(folder / "text.jsonl", [{"text": words(12)} for _ in range(4)])
     return folder
-
-
-MakeConfig = Callable[..., RunConfig]
 
 
 @pytest.fixture
@@ -94,28 +64,6 @@ def make_config(tiny_base: Path, data_folder: Path, tmp_path: Path) -> MakeConfi
         return config
 
     return make
-
-
-class Quiet:
-    """A `Reporter` that remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.steps: list[dict[str, Any]] = []
-        self.ended = False
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def begin(self, step: int, n_steps: int) -> None:
-        self.began = step, n_steps
-
-    def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
-        assert timing["seconds"] > 0
-        self.steps.append(metrics)
-
-    def end(self) -> None:
-        self.ended = True
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENIZER, MakeConfig, tiny_model
+from tiny_runs import TOKENIZER, MakeConfig, tiny_model
 from transformers import MistralForCausalLM
 
 from minilora.checkpoint.save import save_hf
@@ -102,6 +102,7 @@ def test_a_wrong_flag_of_train(run: Run, toml: Path, flags: list[str], words: li
     [
         (["--lora.rank", "0"], ["lora.rank is 0"]),
         (["--train.seed", "-1"], ["train.seed is -1"]),
+        (["--train.seed", str(2**63)], ["train.seed is 9223372036854775808"]),
         (["--train.lr", "-1"], ["train.lr is -1"]),
         (["--data.max_seq_len", "1"], ["data.max_seq_len is 1"]),
         (["--train.strategy", "full", "--model.quantize", "nf4"], ["train.strategy", "model.quantize"]),
@@ -304,6 +305,8 @@ def test_an_adapter_of_another_base(run: Run, finished: Path, tmp_path: Path) ->
         (["generate", "a", "--temperature", "-1"], ["temperature"]),
         (["generate", "a", "--top_p", "2"], ["top_p"]),
         (["generate", "a", "--top_k", "0"], ["top_k"]),
+        (["generate", "a", "--seed", "-1"], ["seed"]),
+        (["generate", "a", "--seed", str(2**63)], ["seed"]),
         (["generate", "a", "--max_new_tokens", "-1"], ["max_new_tokens"]),
         (["generate", "a", "--adapter", "nowhere"], ["nowhere"]),
         (["generate", "a", "--model.device", "nonsense"], ["nonsense"]),

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import TINY, tiny_model
+from tiny_runs import TINY, tiny_model
 from torch import Tensor
 
 from minilora.generate import answer, choose, generate, stream

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import BaseConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from minilora.demo.prepare import prepare
 from minilora.model import Mistral
+from minilora.report.console import Console
 from minilora.tokenizer import load_tokenizer
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter

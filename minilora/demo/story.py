@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -28,6 +25,7 @@ from minilora.evaluate.perplexity import mean_loss, perplexity
 from minilora.generate import answer
 from minilora.memory import DenseDtype, Storage, predict
 from minilora.model import Mistral
+from minilora.report.console import Console, Table, table
 from minilora.report.page import write_report
 from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.loop import Run, fine_tune
@@ -154,40 +152,36 @@ def write_summary(run: Run, before: Figures, after: Figures, ceiling: dict[str, 
 
 def memory_table(small: ModelConfig, lora: LoraConfig) -> Table:
     """Predicted bytes of the weights, and of what training adapters adds, for the demo's base and for a real one."""
-    table = Table("storage of the linear layers", "demo: weights", "+ adapters", "Mistral 7B: weights", "+ adapters")
     storages: tuple[tuple[Storage, DenseDtype], ...] = (
         ("float32", "float32"),
         ("bfloat16", "bfloat16"),
         ("nf4", "bfloat16"),
         ("nf4 double-quantized", "bfloat16"),
     )
+    rows = []
     for storage, dense in storages:
-        cells = []
+        row: list[str] = [storage]
         for config, unit, name in ((small, 1e6, "MB"), (MISTRAL_7B, 1e9, "GB")):
             weights = sum(predict(config, storage, dense, None).values())
             adapters = sum(predict(config, storage, dense, lora).values()) - weights
-            cells += [f"{weights / unit:.2f} {name}", f"{adapters / unit:.2f} {name}"]
-        table.add_row(storage, *cells)
-    return table
+            row += [f"{weights / unit:.2f} {name}", f"{adapters / unit:.2f} {name}"]
+        rows.append(row)
+    return table(("linear layers in", "demo: weights", "+ adapters", "7B: weights", "+ adapters"), rows)
 
 
 def result_table(before: Figures, after: Figures, ceiling: Score) -> Table:
-    """Before, after, and the ceiling."""
-    table = Table("", "before", "after", "ceiling: the base asked in its raw form")
-    table.add_row(
-        "exact match, test words", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}", f"{ceiling.exact_match:.1%}"
-    )
-    rates = (f"{x.phoneme_error_rate:.1%}" for x in (before, after, ceiling))
-    table.add_row("phoneme error rate", *rates)
-    table.add_row(
-        "perplexity of its own text", f"{before.own_text_perplexity:.3f}", f"{after.own_text_perplexity:.3f}", ""
-    )
-    return table
+    """Before, after, and the ceiling: the base asked in its raw form."""
+    scores = (before, after, ceiling)
+    rows = [
+        ["exact match, test words", *(f"{x.exact_match:.1%}" for x in scores)],
+        ["phoneme error rate", *(f"{x.phoneme_error_rate:.1%}" for x in scores)],
+        ["perplexity of its own text", *(f"{x.own_text_perplexity:.3f}" for x in (before, after)), ""],
+    ]
+    return table(("", "before", "after", "ceiling: base, raw form"), rows)
 
 
 def samples_table(run: Run) -> Table:
     """Five prompts before and after."""
-    table = Table("prompt", "expected", "before", "after")
-    for a, b in zip(run.after, run.before["samples"], strict=True):
-        table.add_row(*(escape(text.strip()[:40]) for text in (a.prompt, a.expected, b["given"], a.given)))
-    return table
+    pairs = zip(run.after, run.before["samples"], strict=True)
+    rows = [[text.strip()[:40] for text in (a.prompt, a.expected, b["given"], a.given)] for a, b in pairs]
+    return table(("prompt", "expected", "before", "after"), rows)

@@ -79,10 +79,12 @@ def fine_tune(config: RunConfig, reporter: Reporter, resume: bool = False, overw
         run_steps(run)
         finish(run)
         return run
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise UserError(
-            f"out of GPU memory: {str(error).partition('. ')[0]}; set train.activation_checkpointing, or lower "
-            "data.max_seq_len, train.batch_size (train.accumulate makes up for it) or eval.batch_size"
+            f"out of memory: {str(error).partition('. ')[0]}; set train.activation_checkpointing, or lower "
+            "data.max_seq_len, lora.rank, train.batch_size (train.accumulate makes up for it) or eval.batch_size"
         ) from error
     finally:
         reporter.end()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import TOKENIZER, chat, tiny_model, write_jsonl
+from tiny_runs import TOKENIZER, chat, tiny_model, write_jsonl
 
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_model
+from tiny_runs import TINY, tiny_model
 
 from minilora.config import LoraConfig
 from minilora.data.encode import Sample

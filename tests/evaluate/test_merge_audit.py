@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOKENIZER, tiny_model
+from tiny_runs import TOKENIZER, tiny_model
 from transformers import MistralForCausalLM
 from transformers.utils import logging as transformers_logging
 

@@ -5,7 +5,7 @@ from math import exp, inf
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_model
+from tiny_runs import TINY, tiny_model
 from torch.nn.functional import cross_entropy
 
 from minilora.data.encode import Sample

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
 from safetensors.torch import load_file
+from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
 
 from minilora.checkpoint.adapter import load_adapter, read_provenance
 from minilora.checkpoint.load import load_model
@@ -303,14 +303,27 @@ def test_float16_overflows_do_not_count_until_the_scale_is_at_its_least(
     assert run.state.loss_scale.scale == 2.0**8
 
 
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ..."), UserError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), UserError),
+        (RuntimeError("anything else"), RuntimeError),
+    ],
+)
 def test_out_of_memory_says_what_to_turn(
-    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig,
+    quiet: Quiet,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    becomes: type[Exception],
 ) -> None:
-    def too_much(*_args: Any) -> StepResult:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+    def fail(*_args: Any) -> StepResult:
+        raise error
 
-    monkeypatch.setattr(loop, "train_step", too_much)
-    with pytest.raises(UserError, match=r"out of GPU memory: .*activation_checkpointing.*max_seq_len.*batch_size"):
+    monkeypatch.setattr(loop, "train_step", fail)
+    words = r"^out of memory: .*activation_checkpointing.*max_seq_len.*batch_size" if becomes is UserError else "else"
+    with pytest.raises(becomes, match=words):
         fine_tune(make_config(), quiet)
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import MakeConfig
+from tiny_runs import MakeConfig
 
 from minilora.config import RunConfig
 from minilora.train.run_folder import config_toml
 
-N_STEPS = 60
+N_STEPS = 40
 
 
 def run_config(make_config: MakeConfig, output: Path) -> RunConfig:
@@ -70,8 +70,8 @@ def lines(folder: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def saving(folder: Path, kind: str) -> bool:
-    return any((folder / "checkpoints").glob(f"{kind}-*.tmp-*"))
+def saving(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("*.tmp-*"))
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(
     moments: list[Callable[[], bool]] = [
         lambda: lines(folder) >= 2,  # before the first checkpoint: it begins again
         lambda: lines(folder) >= 11,  # between two of them
-        lambda: lines(folder) >= 14 and saving(folder, "step"),
-        lambda: lines(folder) >= 22 and (saving(folder, "best") or lines(folder) >= 40),
+        lambda: lines(folder) >= 14 and saving(folder),
     ]
     for i, moment in enumerate(moments):
         process = start(folder, *(["--resume"] if i else []))

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import MakeConfig
+from tiny_runs import MakeConfig
 
 from minilora.config import RunConfig, to_dict
 from minilora.errors import UserError

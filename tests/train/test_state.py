@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny_runs import tiny_model
 
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import LoraConfig

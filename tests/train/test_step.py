@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_model
+from tiny_runs import TINY, tiny_model
 from torch import Tensor, nn
 
 from minilora.checkpoint.adapter import save_adapter
@@ -21,6 +21,7 @@ from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
 from minilora.lora import add_lora, lora_layers
 from minilora.model import Mistral
+from minilora.train import step as step_module
 from minilora.train.step import LEAST_SCALE, LossScale, train_step
 from minilora.train.strategies import trainable
 
@@ -186,6 +187,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is() -> N
     next(iter(trainable(model).values())).register_hook(lambda grad: grad * math.inf)
     result = train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
     assert math.isfinite(result.loss)
+    assert not result.updated
+    assert_unchanged(model, optimizer, old)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_sum = step_module.loss_sum
+    monkeypatch.setattr(step_module, "loss_sum", lambda *args: loss_sum(*args) + math.inf)
+    model = with_lora()
+    optimizer = adamw(model)
+    old = snapshot(model, optimizer)
+    result = train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
+    assert math.isfinite(result.grad_norm)
     assert not result.updated
     assert_unchanged(model, optimizer, old)
 

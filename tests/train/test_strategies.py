@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import MakeConfig, tiny_model
+from tiny_runs import MakeConfig, tiny_model
 from torch import nn
 
 from minilora.config import LoraConfig

@@ -1,0 +1,62 @@
+"""A tiny random Mistral with the demo's tokenizer, small files of chats and text, and a short run's configuration."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.config import ModelConfig, RunConfig
+from minilora.model import Mistral
+
+TOKENIZER = Path(__file__).parents[1] / "minilora" / "demo" / "base" / "tokenizer.model"
+TINY = ModelConfig(
+    dim=32, n_layers=2, head_dim=16, hidden_dim=48, n_heads=4, n_kv_heads=2, vocab_size=458, sliding_window=12
+)
+
+
+def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> Mistral:
+    """Random float32 weights, large enough that the logits are far from uniform."""
+    model = Mistral(config)
+    model.init_weights(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(6)
+    return model.requires_grad_(False).eval()
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+MakeConfig = Callable[..., RunConfig]
+
+
+class Quiet:
+    """A `Reporter` that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.steps: list[dict[str, Any]] = []
+        self.ended = False
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def begin(self, step: int, n_steps: int) -> None:
+        self.began = step, n_steps
+
+    def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        assert timing["seconds"] > 0
+        self.steps.append(metrics)
+
+    def end(self) -> None:
+        self.ended = True
