@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from minilora.checkpoint.load import load_model
     from minilora.config import LoraConfig, ModelConfig, RunConfig
     from minilora.errors import UserError
-    from minilora.generate import generate
+    from minilora.generation import generate
     from minilora.lora import add_lora
     from minilora.model import Mistral
     from minilora.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ _HOME = {
     "RunConfig": "config",
     "UserError": "errors",
     "add_lora": "lora",
-    "generate": "generate",
+    "generate": "generation",
     "load_adapter": "checkpoint.adapter",
     "load_model": "checkpoint.load",
     "load_tokenizer": "tokenizer",

@@ -244,7 +244,7 @@ def generate(args: list[str]) -> None:
 
     import torch
 
-    from minilora.generate import stream
+    from minilora.generation import stream
 
     model, tokenizer = _load_base(parsed.model, parsed.adapter)
     ids = [tokenizer.bos_id, *tokenizer.encode(parsed.prompt)]

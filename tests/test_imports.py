@@ -20,7 +20,7 @@ LAYERS = (
     ("backend",),
     ("norm", "rope", "attention", "loss", "linear", "lora"),
     ("model", "fused"),
-    ("memory", "generate", "conversation", "tokenizer", "checkpoint", "data"),
+    ("memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report"),
     ("train",),
     ("serve", "demo"),

@@ -22,7 +22,7 @@ from minilora.demo.dictionary import DATA, phoneme_errors, raw_prompt
 from minilora.evaluate.answers import Answer, answer_samples, exact_match
 from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit
 from minilora.evaluate.perplexity import mean_loss, perplexity
-from minilora.generate import answer
+from minilora.generation import answer
 from minilora.memory import DenseDtype, Storage, predict
 from minilora.model import Mistral
 from minilora.report.console import Console, Table, table

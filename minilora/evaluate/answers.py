@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minilora.data.encode import Sample
-from minilora.generate import answer
+from minilora.generation import answer
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer
 

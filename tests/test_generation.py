@@ -7,7 +7,7 @@ import torch
 from tiny_runs import TINY, tiny_model
 from torch import Tensor
 
-from minilora.generate import answer, choose, generate, stream
+from minilora.generation import answer, choose, generate, stream
 from minilora.model import Mistral
 
 EOS = 2
