@@ -28,8 +28,9 @@ from minilora.model import Mistral
 from minilora.report.console import Console, Table, table
 from minilora.report.page import write_report
 from minilora.tokenizer import Tokenizer, load_tokenizer
-from minilora.train.loop import Run, fine_tune
+from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
+from minilora.train.setup import Run
 
 LONGEST_ANSWER = 32  # tokens; the longest word of the test has 22
 BATCH = 100

@@ -7,64 +7,29 @@ measure; then until done: take rows, step, now and then validate and save; then 
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
-from math import ceil, inf
+from math import inf
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from minilora.backend import pick_device, pick_dtype
 from minilora.checkpoint.adapter import save_adapter
-from minilora.checkpoint.load import load_model
-from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.save import save_hf
 from minilora.checkpoint.write import atomic_write
-from minilora.config import RunConfig, to_dict
-from minilora.data.encode import Sample, check_vocab, encode_records
-from minilora.data.pack import RowSampler, epoch_rows, make_batch
-from minilora.data.records import data_fingerprint, read_records
+from minilora.config import RunConfig
+from minilora.data.encode import Sample
+from minilora.data.pack import make_batch
+from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer, answer_samples, exact_match, has_prompt
 from minilora.evaluate.perplexity import mean_loss, perplexity
-from minilora.memory import PeakMemory
-from minilora.model import Mistral
-from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.run_folder import RunFolder
 from minilora.train.schedule import lr_at
+from minilora.train.setup import Reporter, Run, set_up
 from minilora.train.signals import StopRequest
-from minilora.train.state import RunState, load_weights, versions
-from minilora.train.step import LossScale, train_step
-from minilora.train.strategies import MovementCheck, apply_strategy, trainable
-
-
-class Reporter(Protocol):
-    """Where a run tells how it goes; `progress.py` has the one with the bar."""
-
-    def say(self, text: str) -> None: ...
-    def begin(self, step: int, n_steps: int) -> None: ...
-    def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None: ...
-    def end(self) -> None: ...
-
-
-@dataclass
-class Run:
-    """All that the steps of a run share."""
-
-    config: RunConfig
-    folder: RunFolder
-    model: Mistral
-    tokenizer: Tokenizer
-    train: list[Sample]
-    validation: list[Sample]
-    test: list[Sample]
-    state: RunState
-    n_steps: int
-    reporter: Reporter
-    memory: PeakMemory
-    before: dict[str, Any] = field(default_factory=dict)
-    after: list[Answer] = field(default_factory=list)
-    stopped_because: str = "all steps done"
+from minilora.train.state import load_weights, versions
+from minilora.train.step import train_step
+from minilora.train.strategies import MovementCheck
 
 
 def fine_tune(config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Run:
@@ -89,101 +54,6 @@ def fine_tune(config: RunConfig, reporter: Reporter, resume: bool = False, overw
     finally:
         reporter.end()
         folder.close()
-
-
-def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
-    """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
-    base = open_checkpoint(config.model.path).folder
-    tokenizer = load_tokenizer(config.model.tokenizer or base)
-    files = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
-    if not files["train"]:
-        raise UserError("data.train is empty; name a JSONL file of messages or text")
-    samples = {name: read_samples(path, tokenizer, config, reporter) if path else [] for name, path in files.items()}
-
-    device = pick_device(config.model.device)
-    dtype, why = pick_dtype(device, config.model.dtype)
-    if config.train.strategy == "full":
-        if config.model.dtype not in ("auto", "float32"):
-            raise UserError(
-                f'train.strategy "full" trains float32 weights; model.dtype {config.model.dtype!r} is not one'
-            )
-        dtype, why = torch.float32, "every weight learns"
-    reporter.say(f"{device} computes in {str(dtype)[6:]} ({why}); norms, softmax and loss in float32")
-    model = load_model(
-        base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
-    )
-    for part in samples.values():
-        check_vocab(part, model.config.vocab_size)
-    torch.manual_seed(config.train.seed)
-    apply_strategy(model, config)
-
-    weights = trainable(model)
-    sampler = RowSampler([s.length for s in samples["train"]], config.data.max_seq_len, config.train.seed)
-    origin = {
-        "config": _what_must_stay(config),
-        "base": model.base_fingerprint,
-        "data": {name: data_fingerprint(path) for name, path in files.items() if path},
-        "device": device.type,
-        "dtype": str(dtype)[6:],
-    }
-    train = config.train
-    n_rows = train.batch_size * train.accumulate
-    n_steps = train.max_steps or ceil(_rows_of_epochs(samples["train"], config) / n_rows)
-    reporter.say(
-        f"{train.strategy}: {sum(p.numel() for p in weights.values()):,} weights learn, the base has "
-        f"{model.config.n_parameters:,}; "
-        f"{len(samples['train']):,} samples in {len(sampler.rows):,} rows of {config.data.max_seq_len}, "
-        f"{n_steps:,} steps of {n_rows} rows"
-    )
-    return Run(
-        config, folder, model, tokenizer, samples["train"], samples["validation"], samples["test"],
-        RunState(weights, _optimizer(weights, config), sampler, LossScale(dtype == torch.float16), origin),
-        n_steps, reporter, PeakMemory(device),
-    )  # fmt: skip
-
-
-def read_samples(path: str, tokenizer: Tokenizer, config: RunConfig, reporter: Reporter) -> list[Sample]:
-    """The samples of a data file; how many were too long is told."""
-    samples, skipped = encode_records(read_records(path), tokenizer, config.data.max_seq_len, config.data.too_long)
-    if skipped:
-        reporter.say(f"left out {len(skipped)} conversations longer than data.max_seq_len, the first at {skipped[0]}")
-    return samples
-
-
-def _rows_of_epochs(samples: list[Sample], config: RunConfig) -> float:
-    """Rows in `train.epochs` passes over the data: each epoch packs anew, into a few rows more or less."""
-
-    def rows(epoch: int) -> int:
-        return len(epoch_rows([s.length for s in samples], config.data.max_seq_len, config.train.seed, epoch))
-
-    whole = int(config.train.epochs)
-    return sum(map(rows, range(whole))) + (config.train.epochs - whole) * rows(whole)
-
-
-def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay pulls at matrices only, not at norms."""
-    matrices = [p for p in weights.values() if p.dim() > 1]
-    vectors = [p for p in weights.values() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    betas = (config.train.beta1, config.train.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.train.lr, betas=betas, fused=True)
-
-
-def _what_must_stay(config: RunConfig) -> dict[str, Any]:
-    """The settings that an exact resume depends on: all but where things lie and how often the state is saved."""
-    may_change = {
-        "model": ("path", "tokenizer"),
-        "data": ("train", "validation", "test"),
-        "train": ("output", "checkpoint_every", "keep_checkpoints"),
-    }
-    settings = to_dict(config)
-    for section, keys in may_change.items():
-        for key in keys:
-            settings[section].pop(key, None)
-    return settings
 
 
 def go_on_or_begin(run: Run, resume: bool) -> None:

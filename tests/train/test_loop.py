@@ -21,9 +21,10 @@ from minilora.data.pack import epoch_rows
 from minilora.errors import UserError
 from minilora.evaluate.perplexity import mean_loss
 from minilora.lora import LoRALinear
-from minilora.train import loop
-from minilora.train.loop import Run, fine_tune
+from minilora.train import loop, setup
+from minilora.train.loop import fine_tune
 from minilora.train.run_folder import LineLog
+from minilora.train.setup import Run
 from minilora.train.signals import Stopped
 from minilora.train.step import StepResult
 
@@ -247,8 +248,8 @@ def test_a_forgotten_adapter_stops_the_run_by_name(
 def test_an_adapter_that_the_optimizer_forgot_stops_the_run(
     make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer = loop._optimizer
-    monkeypatch.setattr(loop, "_optimizer", lambda weights, config: optimizer(dict(list(weights.items())[1:]), config))
+    optimizer = setup._optimizer
+    monkeypatch.setattr(setup, "_optimizer", lambda weights, config: optimizer(dict(list(weights.items())[1:]), config))
     with pytest.raises(UserError, match=r"after update 2, 1 of 28 .* layers.0.self_attn.q_proj.lora_A \(did not move"):
         fine_tune(make_config(), quiet)
 
