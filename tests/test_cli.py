@@ -27,6 +27,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """run("train", "x.toml", ...) -> (exit status, stdout, stderr); argparse's own exits count as well."""
 
     def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the oracles have printed is not ours
         try:
             status = main([str(arg) for arg in args])
         except SystemExit as leave:
