@@ -17,6 +17,15 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def abilities(device: torch.device) -> str:
+    """What the device is: its name, and of a GPU its compute capability, memory in GiB, and whether it has bfloat16."""
+    if device.type != "cuda":
+        return f"{device.type}, {torch.get_num_threads()} threads"
+    card = torch.cuda.get_device_properties(device)
+    bfloat16 = "bfloat16" if card.major >= 8 else "no bfloat16"
+    return f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB, {bfloat16}"
+
+
 def pick_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
     """The compute dtype and, in a few words, why.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minilora.model import Mistral
     from minilora.tokenizer import Tokenizer
 
+UNNAMED = ""  # no --model.path: the adapter names its base, and without an adapter it is "demo"
 _Share = restricted_number_type("_Share", float, [(">", 0), ("<=", 1)])
 _Seed = restricted_number_type("_Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
 
@@ -50,6 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.exit_status
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported for its name
+            raise
+        print(
+            f"minilora {args[0]}: out of GPU memory: {str(error).partition('. ')[0]}; try --model.quantize nf4, "
+            "a smaller batch, or --model.device cpu",
+            file=sys.stderr,
+        )
+        return 1
     except BrokenPipeError:  # the reader of our output has gone, as in `minilora ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -171,8 +181,13 @@ def _dry_run(config: RunConfig) -> None:
 
 
 def _base_arguments(parser: ArgumentParser) -> None:
-    parser.add_class_arguments(BaseConfig, "model")
+    _model_arguments(parser)
     parser.add_argument("--adapter", help="folder of an adapter; unless --model.path is given, it names its base")
+
+
+def _model_arguments(parser: ArgumentParser) -> None:
+    parser.add_class_arguments(BaseConfig, "model")
+    parser.set_defaults({"model.path": UNNAMED})
 
 
 def _load_base(config: BaseConfig, adapter: str | None) -> "tuple[Mistral, Tokenizer]":
@@ -186,12 +201,14 @@ def _load_base(config: BaseConfig, adapter: str | None) -> "tuple[Mistral, Token
     quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
     if adapter is not None:
         made_on = read_provenance(adapter)
-        if config.path == BaseConfig.path and "base_path" in made_on:
+        if config.path == UNNAMED:
+            if "base_path" not in made_on:
+                raise UserError(f"{adapter}: does not say where its base lies; give it with --model.path")
             config = replace(config, path=made_on["base_path"])
         if config.quantize == "auto":
             quantize = "nf4" if made_on.get("quantize") else None
             config = replace(config, double_quant=made_on.get("double_quant", config.double_quant))
-    base = open_checkpoint(config.path).folder
+    base = open_checkpoint("demo" if config.path == UNNAMED else config.path).folder
     tokenizer = load_tokenizer(config.tokenizer or base)
     device = pick_device(config.device)
     dtype, _ = pick_dtype(device, config.dtype)
@@ -204,11 +221,11 @@ def evaluate(args: list[str]) -> None:
     parser = _parser(evaluate)
     parser.add_argument("file", help="JSONL of messages or text")
     parser.add_argument(
-        "--answers", type=NonNegativeInt, default=64, help="conversations to answer and compare; 0 for none"
+        "--eval.answers", type=NonNegativeInt, default=64, help="conversations to answer and compare; 0 for none"
     )
-    parser.add_argument("--max_seq_len", type=PositiveInt, default=2048)
-    parser.add_argument("--max_new_tokens", type=PositiveInt, default=128)
-    parser.add_argument("--batch_size", type=PositiveInt, default=8)
+    parser.add_argument("--data.max_seq_len", type=PositiveInt, default=2048)
+    parser.add_argument("--eval.max_new_tokens", type=PositiveInt, default=128)
+    parser.add_argument("--eval.batch_size", type=PositiveInt, default=8)
     _base_arguments(parser)
     parsed = _parse(parser, args)
 
@@ -218,13 +235,13 @@ def evaluate(args: list[str]) -> None:
     from minilora.evaluate.perplexity import mean_loss, perplexity
 
     model, tokenizer = _load_base(parsed.model, parsed.adapter)
-    samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.max_seq_len)
+    samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
     check_vocab(samples, model.config.vocab_size)
-    loss, n_targets = mean_loss(model, samples, parsed.max_seq_len, parsed.batch_size)
+    loss, n_targets = mean_loss(model, samples, parsed.data.max_seq_len, parsed.eval.batch_size)
     result: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "target_tokens": n_targets}
-    chats = [s for s in samples if has_prompt(s)][: parsed.answers]
+    chats = [s for s in samples if has_prompt(s)][: parsed.eval.answers]
     if chats:
-        answers = answer_samples(model, tokenizer, chats, parsed.max_new_tokens, parsed.batch_size)
+        answers = answer_samples(model, tokenizer, chats, parsed.eval.max_new_tokens, parsed.eval.batch_size)
         result |= {"exact_match": exact_match(answers), "answers": len(answers)}
     print(json.dumps(result, indent=1))
 
@@ -270,13 +287,13 @@ def merge(args: list[str]) -> None:
     parser.add_argument("adapter_folder", metavar="ADAPTER")
     parser.add_argument("out", metavar="OUT", help="the new folder, in Hugging Face's layout")
     parser.add_argument("--text", help="held-out JSONL to compare on; by default the run's own validation file")
-    parser.add_argument("--max_seq_len", type=PositiveInt, default=2048)
+    parser.add_argument("--data.max_seq_len", type=PositiveInt, default=2048)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    parser.add_class_arguments(BaseConfig, "model")
+    _model_arguments(parser)
     parsed = _parse(parser, args)
 
     from minilora.checkpoint.adapter import read_provenance
-    from minilora.data.encode import encode_records
+    from minilora.data.encode import check_vocab, encode_records
     from minilora.data.records import read_records
     from minilora.evaluate.merge_audit import merge_with_audit
 
@@ -284,8 +301,11 @@ def merge(args: list[str]) -> None:
     if not text:
         raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
     model, tokenizer = _load_base(parsed.model, parsed.adapter_folder)
-    samples, _ = encode_records(read_records(text), tokenizer, parsed.max_seq_len)
-    audit = merge_with_audit(model, Path(parsed.out), samples, parsed.max_seq_len, tokenizer.path, parsed.overwrite)
+    samples, _ = encode_records(read_records(text), tokenizer, parsed.data.max_seq_len)
+    check_vocab(samples, model.config.vocab_size)
+    audit = merge_with_audit(
+        model, Path(parsed.out), samples, parsed.data.max_seq_len, tokenizer.path, parsed.overwrite
+    )
     print(audit.text())
     print(f"written to {parsed.out}")
 

@@ -7,6 +7,7 @@ Nothing here imports torch, so the command line can print help and check a file 
 
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite
+from pathlib import Path
 from typing import Any, Literal
 
 from minilora.errors import UserError
@@ -108,6 +109,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
+        """What B A x is multiplied by."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
@@ -245,6 +247,11 @@ class RunConfig:
         if self.model.quantize == "auto":
             return "nf4" if self.train.strategy == "qlora" else None
         return "nf4" if self.model.quantize == "nf4" else None
+
+
+def base_folder(path: str | Path) -> Path:
+    """The folder of a base; "demo" is the tiny Mistral in the package."""
+    return Path(__file__).parent / "demo" / "base" if path == "demo" else Path(path).expanduser()
 
 
 def to_dict(config: Any) -> dict[str, Any]:

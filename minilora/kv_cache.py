@@ -31,10 +31,6 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = torch.full((batch_size, self.size), EMPTY, device=device)
 
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
-
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, Hkv, Dh); return those of before joined with them, (B, S+T, Hkv, Dh).
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from minilora.config import base_folder
 from minilora.conversation import Turn, json_or_text, kind, read_conversation, read_tools
 from minilora.errors import UserError
 
@@ -124,13 +125,13 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path, version: str | None = None) -> Tokenizer:
-    """Read a sentencepiece model: a file, or the tokenizer.model, tokenizer.model.v3, ... of a folder.
+    """Read a sentencepiece model: a file, or the tokenizer.model, tokenizer.model.v3, ... of a folder or of "demo".
 
     version: "v1", "v2" or "v3"; None asks the file's name, then its pieces
 
     Raises UserError, which names the file, if there is none, it is damaged, or it cannot serve that version.
     """
-    file = _find_file(Path(path))
+    file = _find_file(base_folder(path))
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -261,7 +261,7 @@ def test_ctrl_c_before_the_first_step(run: Run, toml: Path, monkeypatch: pytest.
 def test_evaluate_agrees_with_the_run(run: Run, finished: Path, data_folder: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     file, adapter = data_folder / "validation.jsonl", finished / "adapter"
-    flags = ["--max_seq_len", 64, "--answers", 2, "--max_new_tokens", 4]
+    flags = ["--data.max_seq_len", 64, "--eval.answers", 2, "--eval.max_new_tokens", 4]
     status, out, err = run("evaluate", file, "--adapter", adapter, *flags)
     assert (status, err) == (0, "")
     after = json.loads(out)
@@ -312,10 +312,10 @@ def test_an_adapter_of_another_base(run: Run, finished: Path, tmp_path: Path) ->
         (["generate", "a", "--adapter", "nowhere"], ["nowhere"]),
         (["generate", "a", "--model.device", "nonsense"], ["nonsense"]),
         (["evaluate", "nowhere.jsonl"], ["nowhere.jsonl"]),
-        (["evaluate", "VALIDATION", "--batch_size", "0"], ["batch_size"]),
-        (["evaluate", "VALIDATION", "--max_seq_len", "0"], ["max_seq_len"]),
-        (["evaluate", "VALIDATION", "--max_seq_len", "2"], ["validation.jsonl:1", "max_seq_len"]),
-        (["evaluate", "VALIDATION", "--answers", "-1"], ["answers"]),
+        (["evaluate", "VALIDATION", "--eval.batch_size", "0"], ["batch_size"]),
+        (["evaluate", "VALIDATION", "--data.max_seq_len", "0"], ["max_seq_len"]),
+        (["evaluate", "VALIDATION", "--data.max_seq_len", "2"], ["validation.jsonl:1", "max_seq_len"]),
+        (["evaluate", "VALIDATION", "--eval.answers", "-1"], ["answers"]),
         (["merge", "nowhere", "out"], ["nowhere"]),
     ],
 )

@@ -48,8 +48,8 @@ def test_forward_and_backward_equal_a_dense_layer(
     y, x_grad = run(nf4_linear, x, upstream)
     expected_y, expected_grad = run(lambda x: linear(x, dense), x, upstream)
     assert y.dtype == x_grad.dtype == dtype
-    torch.testing.assert_close(y, expected_y, rtol=1e-6, atol=1e-6 * IN)
-    torch.testing.assert_close(x_grad, expected_grad, rtol=1e-6, atol=1e-6 * OUT)
+    assert torch.equal(y, expected_y)
+    assert torch.equal(x_grad, expected_grad)
 
 
 def test_only_x_gets_a_gradient() -> None:

@@ -28,6 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a Mistral folder, two data files, an adapter where the demo leaves it, and the checkout's package."""
     home = tmp_path_factory.mktemp("readme")
     (home / "minilora").symlink_to(ROOT / "minilora")
+    (home / ".venv/bin").mkdir(parents=True)
+    (home / ".venv/bin/activate").touch()  # the package is on PATH already
     model = minilora.load_model("demo", quantize="nf4", dtype=torch.float32)
     save_hf(model, home / "Mistral-7B-v0.3", tokenizer=ROOT / "minilora/demo/base/tokenizer.model")
     minilora.add_lora(model, minilora.LoraConfig(rank=2))
@@ -68,6 +70,12 @@ def test_the_two_lines_are_two() -> None:
     assert len(commands) == 2
     assert commands[0].endswith("minilora demo")
     assert "pytest" in commands[1]
+
+
+def test_the_chinese_readme_has_the_same_two_lines() -> None:
+    [two] = TWO_LINES.findall(README)
+    [block] = re.findall(r"```sh\n(.*?)```", two, re.DOTALL)
+    assert block in (ROOT / "README.zh.md").read_text()
 
 
 def test_every_verb_stands_in_the_readme() -> None:

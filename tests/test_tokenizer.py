@@ -216,7 +216,7 @@ class Generator:
 def test_generated_conversations_are_mistral_common_s(version: str) -> None:
     generator = Generator(version)
     n_equal = n_refused = 0
-    for _ in range(500):
+    while n_equal < 500:
         messages, tools = generator.conversation()
         messages = generator.damaged(messages)
         try:
@@ -231,7 +231,6 @@ def test_generated_conversations_are_mistral_common_s(version: str) -> None:
         assert ids == expected, f"{messages} {tools}"
         assert len(targets) == len(ids)
         n_equal += 1
-    assert n_equal > 300, "hardly any conversation was compared"
     assert n_refused > 50, "hardly any conversation was refused"
 
 

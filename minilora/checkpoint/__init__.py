@@ -9,5 +9,6 @@ open              all headers of a folder against its config, before any memory 
 load              tensor by tensor into a model, quantized to NF4 on the way
 write             crash-safe files and folders: temporary name, fsync, rename
 save              a model as a folder, in both layouts
+merge             base plus adapter as plain weights, tensor by tensor
 adapter           LoRA adapters in PEFT's layout
 """

@@ -8,8 +8,6 @@ frequencies that old converters stored.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
-from math import prod
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from minilora.checkpoint.json_file import short
 from minilora.checkpoint.layout import CONFIG_NAMES, Layout, find_layout, read_entries
 from minilora.checkpoint.names import TensorSpec, n_tensors, tensor_specs
 from minilora.checkpoint.safetensors_file import FLOATS, TensorEntry
-from minilora.config import ModelConfig
+from minilora.config import ModelConfig, base_folder
 from minilora.errors import UserError
 
 TIED_HEAD = TensorSpec("lm_head", "output", ())  # not needed, but may be stored beside the embedding that it equals
@@ -34,11 +32,6 @@ class Checkpoint:
     layout: Layout
     config: ModelConfig
     entries: dict[str, TensorEntry]  # by our name
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(prod(entry.shape) * FLOATS[entry.dtype].itemsize for entry in self.entries.values())
 
     def tensors(self) -> Iterator[TensorSpec]:
         return tensor_specs(self.config)
@@ -77,7 +70,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises UserError for a folder that is no checkpoint, a bad config, a corrupt header, and for tensors that are
     missing, unknown, misshapen or of a type other than F32, BF16 and F16.
     """
-    folder = Path(str(files("minilora") / "demo" / "base")) if path == "demo" else Path(path).expanduser()
+    folder = base_folder(path)
     layout, config = find_layout(folder), read_config(folder)
     held = read_entries(folder, layout)
     if n_tensors(config) > len(held) + 1000:  # a made-up number of layers must not make us list billions of names
@@ -92,11 +85,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     faults = (_fault(spec, held[key]) for key, spec in specs.items())
     _refuse(folder, "wrong tensor", [fault for fault in faults if fault])
     return Checkpoint(folder, layout, config, {spec.name: held[key] for key, spec in specs.items()})
-
-
-def base_fingerprint(path: str | Path) -> str:
-    """`Checkpoint.fingerprint` of the checkpoint in a folder, or of "demo"."""
-    return open_checkpoint(path).fingerprint()
 
 
 def _fault(spec: TensorSpec, entry: TensorEntry) -> str | None:

@@ -79,7 +79,8 @@ def parse_record(line: bytes, where: str) -> Record:
             raise UserError(f'it needs one of the keys "messages" and "text"; its keys are: {found}')
         value = data[forms[0]]
         if forms[0] in ("messages", "interactions"):
-            return ChatRecord(_read_messages(value, data.get("system_prompt")), _read_tools(data), where)
+            messages = _read_messages(value, data.get("system_prompt"))
+            return ChatRecord(_only_last(messages) if data.get("only_last") else messages, _read_tools(data), where)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f'its "{forms[0]}" is {_what(value)}; give it text, or drop the line')
         return TextRecord(value, where)
@@ -139,6 +140,11 @@ def _read_messages(messages: Any, system_prompt: Any) -> list[dict[str, Any]]:
     if all(message.get("weight") == 0 for message in read if message["role"] == "assistant"):
         raise UserError("no token to train on: every assistant message has the weight 0; drop the line")
     return read
+
+
+def _only_last(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """mistral-finetune's `only_last`: of all the answers, only the last is trained on."""
+    return [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages[:-1]] + messages[-1:]
 
 
 def _read_message(message: Any, n: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit
 from minilora.evaluate.perplexity import mean_loss, perplexity
 from minilora.generation import answer
 from minilora.memory import DenseDtype, Storage, predict
+from minilora.memory import measure as measured_bytes
 from minilora.model import Mistral
 from minilora.report.console import Console, Table, table
 from minilora.report.page import write_report
@@ -71,7 +72,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
     """Run the demo into the folder `output`; an old demo there is replaced."""
     config = demo_config(output, seed)
     base = open_checkpoint("demo")
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer = load_tokenizer("demo")
     chats = _samples("chat_test.jsonl", tokenizer)
     raw = _samples("heldout.jsonl", tokenizer)
     console.rule("Memory at rest")
@@ -79,6 +80,11 @@ def tell(output: Path, seed: int, console: Console) -> None:
 
     console.rule("The base, before")
     model = load_model("demo", quantize="nf4", dtype=torch.float32)
+    predicted = predict(base.config, "nf4 double-quantized", "float32", None)
+    console.print(
+        f"Loaded in NF4, embeddings and head in float32: {sum(measured_bytes(model).values()) / 1e6:.2f} MB of tensors "
+        f"(predicted {sum(predicted.values()) / 1e6:.2f})."
+    )
     before = measure(model, tokenizer, chats, raw)
     ceiling = {
         "nf4": score(ask_raw(model, tokenizer)),

@@ -18,7 +18,10 @@ from minilora.checkpoint.write import atomic_write
 from minilora.errors import UserError
 from minilora.report.plots import draw
 
-LOWER_IS_BETTER, HIGHER_IS_BETTER = ("loss", "perplexity"), ("exact_match", "accuracy", "bleu", "rouge", "f1")
+LOWER_IS_BETTER, HIGHER_IS_BETTER = (
+    ("loss", "perplexity", "error_rate"),
+    ("exact_match", "accuracy", "bleu", "rouge", "f1"),
+)
 PEAKS = {"device_allocated": "peak GPU memory", "private": "peak private memory"}  # the first that was measured
 CAPTIONS = {
     "loss.png": "Training loss step by step, and validation loss where it was measured.",
@@ -32,9 +35,9 @@ CONTENTS = {
     "summary.json": "the figures of this page",
     "samples.md": "the same prompts answered before and after",
     "before.json": "what was measured before the first step",
-    "bad_steps.jsonl": "steps whose loss or gradient was not finite",
     "adapter": "the trained adapter, in PEFT's layout",
     "model": "the trained model, in Hugging Face's layout",
+    "merged": "base plus adapter as one model, in Hugging Face's layout",
     "checkpoints": "states to resume from",
 }
 

@@ -19,7 +19,6 @@ from minilora.checkpoint.write import atomic_write
 from minilora.config import RunConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import make_batch
-from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer, answer_samples, exact_match, has_prompt
 from minilora.evaluate.perplexity import mean_loss, perplexity
@@ -67,6 +66,7 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         changed = [f"{k} {old} -> {versions()[k]}" for k, old in written_by.items() if versions()[k] != old]
         if changed:
             run.reporter.say(f"warning: {', '.join(changed)} since {latest.name}; the last bits may differ")
+        run.memory.private = run.state.counters.peak_private_bytes
         run.reporter.say(f"going on after step {run.state.counters.step}")
         run.before = run.folder.read_json("before.json")
     else:
@@ -191,6 +191,7 @@ def save(run: Run) -> None:
     """A checkpoint to go on from; then the ones it replaces are deleted."""
     counters, folder = run.state.counters, run.folder
     counters.metrics_bytes, counters.timing_bytes = folder.metrics.size, folder.timing.size
+    counters.peak_private_bytes = run.memory.private
     run.state.save(folder.checkpoint("step", counters.step))
     folder.prune(run.config.train.keep_checkpoints, {counters.best_step})
 
@@ -203,13 +204,11 @@ def finish(run: Run) -> None:
     if run.config.train.strategy == "full":
         save_hf(run.model, folder.path / "model", dtype=torch.float32, tokenizer=run.tokenizer.path, overwrite=True)
     else:
-        provenance = {k: run.state.origin[k] for k in ("base", "data", "dtype")} | {
+        provenance = {k: run.state.origin[k] for k in ("base", "data", "dtype", "tokenizer")} | {
             "base_path": _absolute(run.config.model.path),
             "validation_path": run.config.data.validation and _absolute(run.config.data.validation),
             "quantize": run.config.quantize,
             "double_quant": run.config.model.double_quant,
-            "tokenizer": data_fingerprint(run.tokenizer.path),
-            "template": run.tokenizer.version,
             "versions": versions(),
         }
         save_adapter(run.model, folder.path / "adapter", provenance=provenance, overwrite=True)

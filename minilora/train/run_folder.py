@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+from dataclasses import fields
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from minilora.config import RunConfig, to_dict
 from minilora.errors import UserError
 
 LOCK = ".lock"
-FOLDERS = ("checkpoints", "adapter", "model")
+FOLDERS = ("checkpoints", "adapter", "model", "merged")
 FILES = (
     "config.toml", "before.json", "metrics.jsonl", "timing.jsonl", "summary.json", "samples.md",
     "report.html", "loss.png", "learning_rate.png", "speed.png",
@@ -155,11 +156,14 @@ def _remove_run(path: Path) -> None:
 
 
 def config_toml(config: RunConfig) -> str:
-    """The complete configuration as TOML; a key that is None is left out, which means the same."""
+    """The complete configuration as TOML. It has no word for None: such a key stands in a comment."""
     lines: list[str] = []
     for section, values in to_dict(config).items():
         lines.append(f"[{section}]")
-        # A TOML string, number, list and true/false are written as JSON writes them.
-        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        for key in (f.name for f in fields(getattr(config, section))):
+            # A TOML string, number, list and true/false are written as JSON writes them.
+            lines.append(
+                f"{key} = {json.dumps(values[key], ensure_ascii=False)}" if key in values else f"# {key} is unset"
+            )
         lines.append("")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from minilora.backend import pick_device, pick_dtype
+from minilora.backend import abilities, pick_device, pick_dtype
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import RunConfig, to_dict
@@ -55,12 +55,15 @@ class Run:
 
 def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
-    base = open_checkpoint(config.model.path).folder
+    checkpoint = open_checkpoint(config.model.path)
+    base = checkpoint.folder
     tokenizer = load_tokenizer(config.model.tokenizer or base)
     files = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
     if not files["train"]:
         raise UserError("data.train is empty; name a JSONL file of messages or text")
     samples = {name: read_samples(path, tokenizer, config, reporter) if path else [] for name, path in files.items()}
+    for part in samples.values():
+        check_vocab(part, checkpoint.config.vocab_size)
 
     device = pick_device(config.model.device)
     dtype, why = pick_dtype(device, config.model.dtype)
@@ -70,12 +73,11 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
                 f'train.strategy "full" trains float32 weights; model.dtype {config.model.dtype!r} is not one'
             )
         dtype, why = torch.float32, "every weight learns"
-    reporter.say(f"{device} computes in {str(dtype)[6:]} ({why}); norms, softmax and loss in float32")
+    reporter.say(f"device: {abilities(device)}")
+    reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
     model = load_model(
         base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
-    for part in samples.values():
-        check_vocab(part, model.config.vocab_size)
     torch.manual_seed(config.train.seed)
     apply_strategy(model, config)
 
@@ -84,6 +86,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     origin = {
         "config": _what_must_stay(config),
         "base": model.base_fingerprint,
+        "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.version},
         "data": {name: data_fingerprint(path) for name, path in files.items() if path},
         "device": device.type,
         "dtype": str(dtype)[6:],
@@ -102,6 +105,17 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         RunState(weights, _optimizer(weights, config), sampler, LossScale(dtype == torch.float16), origin),
         n_steps, reporter, PeakMemory(device),
     )  # fmt: skip
+
+
+def dtypes(config: RunConfig, dtype: torch.dtype) -> str:
+    """What is stored and computed in which dtype, so that no cast is hidden."""
+    compute = str(dtype).removeprefix("torch.")
+    storage = f"NF4{', absmax in 8 bits' if config.model.double_quant else ''}" if config.quantize else compute
+    learns = "weights" if config.train.strategy == "full" else "adapters"
+    return (
+        f"linear layers {storage}; embeddings, head and activations {compute}; {learns}, gradients and optimizer "
+        "float32; norms, softmax and loss float32"
+    )
 
 
 def read_samples(path: str, tokenizer: Tokenizer, config: RunConfig, reporter: Reporter) -> list[Sample]:

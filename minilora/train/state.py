@@ -36,6 +36,7 @@ class Counters:
     tokens, target_tokens: trained on so far; bad_in_a_row: steps left out, one after another
     best_loss, best_step: of the best validation; validations_since_best: for early stopping
     metrics_bytes, timing_bytes: lengths of the metrics files, which a resumed run cuts back to
+    peak_private_bytes: the most private memory of the steps so far, also of the processes before this one
     """
 
     step: int = 0
@@ -48,11 +49,12 @@ class Counters:
     validations_since_best: int = 0
     metrics_bytes: int = 0
     timing_bytes: int = 0
+    peak_private_bytes: int = 0
 
 
 @dataclass
 class RunState:
-    """The changing parts of a run. `origin` is what must be the same to go on: settings, files, versions."""
+    """The changing parts of a run. `origin` is what must be the same to go on: settings, files, device."""
 
     weights: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -92,7 +94,6 @@ class RunState:
             prefix = f"optimizer.{name}."
             moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if moments:
-                # `step` lives on the CPU unless the optimizer is fused; the moments live with the parameter.
                 self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:

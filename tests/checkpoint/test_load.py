@@ -13,7 +13,7 @@ import torch
 from tiny_checkpoints import THETA, edit_json, edit_tensors, hf_model, tokens, write_mistral
 
 from minilora.checkpoint.load import load_model
-from minilora.checkpoint.open import base_fingerprint, open_checkpoint
+from minilora.checkpoint.open import open_checkpoint
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
 from minilora.nf4 import quantize_nf4
@@ -235,18 +235,18 @@ def test_wrong_arguments_are_the_programmers(hf_folder: Path) -> None:
 
 
 def test_fingerprint_is_of_the_weights_not_of_the_files(originals: Path) -> None:
-    prints = {base_fingerprint(originals / layout) for layout in ("hf", "sharded", "mistral")}
+    prints = {open_checkpoint(originals / layout).fingerprint() for layout in ("hf", "sharded", "mistral")}
     assert len(prints) == 1
     assert load_model(originals / "hf", quantize="nf4").base_fingerprint == prints.pop()
 
 
 @pytest.mark.parametrize("name", ["norm", "layers.1.mlp.up_proj", "lm_head"])
 def test_fingerprint_sees_another_fine_tune(hf_folder: Path, name: str) -> None:
-    before = base_fingerprint(hf_folder)
+    before = open_checkpoint(hf_folder).fingerprint()
     key = f"{'' if name == 'lm_head' else 'model.'}{name}.weight"
     weight = open_checkpoint(hf_folder).entries[f"{name}.weight"].read()
     edit_tensors(hf_folder / "model.safetensors", **{key.replace(".", "__"): weight * 1.001})
-    assert base_fingerprint(hf_folder) != before
+    assert open_checkpoint(hf_folder).fingerprint() != before
 
 
 def test_index_total_is_not_needed(sharded_folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def open_folder(config: RunConfig, resume: bool = False, overwrite: bool = False
 def a_run(make_config: MakeConfig, tmp_path: Path) -> Path:
     """What a finished run leaves, and a file and a folder of somebody else."""
     path = tmp_path / "run"
-    for name in (*FOLDERS, "merged"):
+    for name in (*FOLDERS, "theirs"):
         (path / name).mkdir(parents=True)
         (path / name / "file").write_text(name)
     for name in (*FILES, "notes.txt", "my.png"):
@@ -70,8 +71,8 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(make_config: MakeCo
     assert (a_run / "adapter" / "file").exists(), "nothing goes before the new run is set up"
     folder.begin(config)
     folder.close()
-    assert {child.name for child in a_run.iterdir()} == {"config.toml", ".lock", "merged", "notes.txt", "my.png"}
-    assert (a_run / "merged" / "file").exists()
+    assert {child.name for child in a_run.iterdir()} == {"config.toml", ".lock", "theirs", "notes.txt", "my.png"}
+    assert (a_run / "theirs" / "file").exists()
     assert "lr = 0.5" in (a_run / "config.toml").read_text()
 
 
@@ -157,7 +158,10 @@ def test_config_toml_is_the_configuration(make_config: MakeConfig) -> None:
         train__lr=1e-300,
     )
     assert tomllib.loads(config_toml(config)) == to_dict(config)
-    assert "validation" not in config_toml(config)
+    named = {
+        line.removeprefix("# ").split()[0] for line in config_toml(config).splitlines() if line[:1] not in ("[", "")
+    }
+    assert named == {f.name for section in fields(config) for f in fields(getattr(config, section.name))}
 
 
 def test_json_is_strict() -> None:
