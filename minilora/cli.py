@@ -4,7 +4,6 @@ Exit status: 0 done, 1 failed with one line that says what to mend, 2 wrong usag
 Heavy modules are imported inside the verbs, so that help and usage errors come at once.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -17,8 +16,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
 from rich.console import Console
 
-from minilora.config import BaseConfig, RunConfig
-from minilora.errors import UserError
+from minilora.config import BaseConfig, RunConfig, base_folder
+from minilora.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from minilora.model import Mistral
@@ -43,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         verb(args[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(f"minilora {args[0]}: {error}", file=sys.stderr)
         return 1
@@ -51,18 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.exit_status
     except KeyboardInterrupt:
         return 130
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported for its name
-            raise
-        print(
-            f"minilora {args[0]}: out of GPU memory: {str(error).partition('. ')[0]}; try --model.quantize nf4, "
-            "a smaller batch, or --model.device cpu",
-            file=sys.stderr,
-        )
-        return 1
     except BrokenPipeError:  # the reader of our output has gone, as in `minilora ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, UnicodeError) as error:  # what no one closer to it has explained
+        where = getattr(error, "filename", None) or "the input or output"
+        print(f"minilora {args[0]}: {where}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        print(
+            f"minilora {args[0]}: out of memory; ask for fewer or shorter rows, or set --model.quantize nf4",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -216,6 +219,12 @@ def _load_base(config: BaseConfig, adapter: str | None) -> "tuple[Mistral, Token
     return (load_adapter(model, adapter) if adapter is not None else model).eval(), tokenizer
 
 
+def _check_file(path: str) -> None:
+    """Raise UserError if there is no such file, before a model is loaded for it."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+
+
 def evaluate(args: list[str]) -> None:
     """Perplexity and exact match on a JSONL file: minilora evaluate FILE [--adapter FOLDER] [--model.path FOLDER]"""
     parser = _parser(evaluate)
@@ -233,7 +242,9 @@ def evaluate(args: list[str]) -> None:
     from minilora.data.records import read_records
     from minilora.evaluate.answers import answer_samples, exact_match, has_prompt
     from minilora.evaluate.perplexity import mean_loss, perplexity
+    from minilora.train.run_folder import to_json
 
+    _check_file(parsed.file)
     model, tokenizer = _load_base(parsed.model, parsed.adapter)
     samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
     check_vocab(samples, model.config.vocab_size)
@@ -243,7 +254,7 @@ def evaluate(args: list[str]) -> None:
     if chats:
         answers = answer_samples(model, tokenizer, chats, parsed.eval.max_new_tokens, parsed.eval.batch_size)
         result |= {"exact_match": exact_match(answers), "answers": len(answers)}
-    print(json.dumps(result, indent=1))
+    print(to_json(result, indent=1))
 
 
 def generate(args: list[str]) -> None:
@@ -267,6 +278,8 @@ def generate(args: list[str]) -> None:
     ids = [tokenizer.bos_id, *tokenizer.encode(parsed.prompt)]
     if not parsed.raw:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": parsed.prompt}])
+    if (largest := max(ids)) >= model.config.vocab_size:
+        raise UserError(f"token id {largest} is not in the model's vocabulary: {tokenizer.path} is another model's")
     given: list[int] = []
     shown = ""
     options = {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
@@ -293,6 +306,7 @@ def merge(args: list[str]) -> None:
     parsed = _parse(parser, args)
 
     from minilora.checkpoint.adapter import read_provenance
+    from minilora.checkpoint.write import check_target
     from minilora.data.encode import check_vocab, encode_records
     from minilora.data.records import read_records
     from minilora.evaluate.merge_audit import merge_with_audit
@@ -300,6 +314,9 @@ def merge(args: list[str]) -> None:
     text = parsed.text or read_provenance(parsed.adapter_folder).get("validation_path")
     if not text:
         raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
+    base = parsed.model.path or read_provenance(parsed.adapter_folder).get("base_path", "")
+    check_target(parsed.out, parsed.overwrite, [parsed.adapter_folder, *([base_folder(base)] if base else [])])
+    _check_file(text)
     model, tokenizer = _load_base(parsed.model, parsed.adapter_folder)
     samples, _ = encode_records(read_records(text), tokenizer, parsed.data.max_seq_len)
     check_vocab(samples, model.config.vocab_size)
@@ -326,9 +343,13 @@ def explain(args: list[str]) -> None:
     from minilora.report.explain import explain as show
 
     weight, name = None, "random"
-    if parsed.weights:
+    if parsed.weights is not None and parsed.tensor is not None:
+        raise UserError("--weights and --tensor both name the block; give one of them")
+    if parsed.weights is not None:
+        if not parsed.weights:
+            raise UserError("--weights is empty; give numbers, such as [0.1,-0.2]")
         weight, name = torch.tensor(parsed.weights), "given"
-    elif parsed.tensor:
+    elif parsed.tensor is not None:
         checkpoint = open_checkpoint(parsed.model.path)
         specs = {spec.name: spec for spec in checkpoint.tensors()}
         name = parsed.tensor.removeprefix("model.")

@@ -46,7 +46,7 @@ class ModelConfig:
             if not isinstance(value, int | float) or isinstance(value, bool) or not (isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value!r}, but must be a positive finite number")
         window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or not 0 < window < 2**31):
             raise UserError(f"sliding_window is {window!r}, but must be a whole number above 0, or null for none")
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
@@ -102,8 +102,8 @@ class LoraConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.rank > 0, f"lora.rank is {self.rank}, but must be above 0")
-        _check(isfinite(self.alpha) and self.alpha > 0, f"lora.alpha is {self.alpha}, but must be positive and finite")
+        _check(0 < self.rank < 2**31, f"lora.rank is {self.rank}, but must be above 0 and below 2^31")
+        _check(0 < self.alpha < 1e30, f"lora.alpha is {self.alpha}, but must be above 0 and below 1e30")
         _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}, but must be at least 0 and below 1")
         _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
 
@@ -186,7 +186,7 @@ class TrainConfig:
             _check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be above 0")
         steps = self.max_steps
         _check(steps is None or steps > 0, f"train.max_steps is {steps}, but must be above 0")
-        _check(0 < self.epochs < inf, f"train.epochs is {self.epochs}, but must be above 0")
+        _check(0 < self.epochs <= 10_000, f"train.epochs is {self.epochs}, but must be above 0 and at most 10,000")
         _check(0 < self.lr < inf, f"train.lr is {self.lr}, but must be above 0")
         _check(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}, but must not be negative")
         _check(0 <= self.min_lr_ratio <= 1, f"train.min_lr_ratio is {self.min_lr_ratio}, but must be from 0 to 1")

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch raised it for want of memory: its own class on a GPU, a RuntimeError among others on a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

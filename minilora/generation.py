@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from minilora.errors import UserError
 from minilora.kv_cache import KVCache
 from minilora.model import Mistral
 
@@ -23,9 +24,11 @@ def choose(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The next token (B,) int64 from logits (B, V)."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits.float()
+    if not bool(logits.isfinite().all()):
+        raise UserError("the model's logits are not finite: its weights, or its adapter's, are damaged")
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # no overflow, however cold
     ranked, tokens = probabilities.sort(-1, descending=True)
     ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps every token that begins below top_p, so always the first

@@ -297,7 +297,7 @@ def test_an_adapter_of_another_base(run: Run, finished: Path, tmp_path: Path) ->
     save_hf(tiny_model(seed=5), tmp_path / "other", dtype=torch.float32, tokenizer=TOKENIZER)
     flags = ["--adapter", finished / "adapter", "--model.path", tmp_path / "other"]
     refused(run("generate", "a", *flags), 1, "trained on another base")
-    refused(run("evaluate", tmp_path / "no.jsonl", *flags), 1, "another base")
+    refused(run("evaluate", finished / "metrics.jsonl", *flags), 1, "another base")
 
 
 @pytest.mark.parametrize(
@@ -326,3 +326,52 @@ def test_what_is_wrong_is_one_line(
     got = run(*args, "--model.path", tiny_base)
     assert got[0] in (1, 2)
     refused(got, got[0], *words)
+
+
+# What a careless command must not cost.
+
+
+def test_merge_replaces_only_what_it_wrote_and_never_its_sources(run: Run, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years")
+    adapter = finished / "adapter"
+    refused(run("merge", adapter, tmp_path / "precious", "--overwrite"), 1, "thesis.txt", "did not write")
+    refused(run("merge", adapter, adapter, "--overwrite"), 1, "made from")
+    refused(run("merge", adapter, finished, "--overwrite"), 1, "made from")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years"
+    assert (adapter / "adapter_model.safetensors").exists()
+
+
+def test_the_demo_replaces_only_a_demo(run: Run, finished: Path) -> None:
+    before = sorted(path.name for path in finished.iterdir())
+    refused(run("demo", "--output", finished), 1, "other than a demo")
+    assert sorted(path.name for path in finished.iterdir()) == before
+
+
+def test_overwrite_does_not_delete_what_the_new_run_is_made_from(run: Run, finished: Path, data_folder: Path) -> None:
+    inside = finished / "adapter" / "train.jsonl"
+    inside.write_bytes((data_folder / "train.jsonl").read_bytes())
+    refused(run("train", finished / "config.toml", "--overwrite", "--data.train", inside), 1, "lies in")
+    assert inside.exists()
+    inside.unlink()
+
+
+def test_an_adapter_that_names_no_base_wants_one(run: Run, finished: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (foreign / name).write_bytes((finished / "adapter" / name).read_bytes())
+    refused(run("generate", "a", "--adapter", foreign), 1, "--model.path")
+
+
+def test_a_full_standard_output_is_one_line() -> None:
+    command = [sys.executable, "-m", "minilora", "explain", "--weights", "[1,2]"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("args", [["--weights", "[]"], ["--weights", "[1]", "--tensor", "norm.weight"]])
+def test_explain_ignores_nothing(run: Run, args: list[str]) -> None:
+    refused(run("explain", *args), 1, "--weights")

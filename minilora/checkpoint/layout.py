@@ -51,12 +51,16 @@ def read_entries(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map must be an object of tensor: file, and not empty")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or name in ("", ".", "..") or len(name) > 255 or any(c in name for c in "/\\\0"):
+        if not isinstance(name, str) or not _is_plain_name(name):
             raise UserError(f"{index}: tensor {short(key)} lies in {short(name)}, which is not a plain file name")
     entries: dict[str, TensorEntry] = {}
     for name in sorted(set(weight_map.values())):
         entries |= _shard(_inside(folder, name, index), name, weight_map, index)
     return entries
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and len(name.encode(errors="replace")) <= 255 and not set(name) & set("/\\\0")
 
 
 def _shard(file: Path, name: str, weight_map: dict[str, str], index: Path) -> dict[str, TensorEntry]:

@@ -56,6 +56,8 @@ def load_model(
             parent, _, child = spec.module.rpartition(".")
             setattr(model.get_submodule(parent), child, NF4Linear(_quantize(weight, spec, double_quant)))
         else:
+            if not bool(weight.isfinite().all()):
+                raise UserError(f"{spec.name}: holds a number that is not finite; the file is damaged, fetch it again")
             # A copy even of equal dtype: what is mapped would change with the file.
             _set_weight(model.get_submodule(spec.module), weight.to(dtype, copy=True))
         if progress:

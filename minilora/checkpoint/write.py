@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,26 @@ def atomic_folder(
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
+
+
+def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path]) -> None:
+    """Raise UserError if a folder of ours must not be written at `path`, before any work goes into it.
+
+    It must not hold one of the `sources` that it is made from. With overwrite it may stand, but only if its manifest
+    knows all that lies in it: then we wrote it.
+    """
+    target = Path(path).resolve()
+    for source in (Path(source).resolve() for source in sources):
+        if target == source or target in source.parents:
+            raise UserError(f"{path}: holds {source}, which it would be made from; choose another folder")
+    if not target.exists() or _is_empty_folder(target):
+        return
+    if not overwrite:
+        raise UserError(f"{path}: exists already; choose another name, or ask to overwrite it")
+    known = {MANIFEST, *verify_manifest(target)["files"]} if (target / MANIFEST).is_file() else set()
+    others = sorted({str(f.relative_to(target)) for f in target.rglob("*") if not f.is_dir()} - known)
+    if others:
+        raise UserError(f"{path}: holds {others[0]}, which minilora did not write; choose another folder")
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -65,8 +65,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[bytes, str]]:
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
                     yield line.rstrip(b"\r\n"), f"{path}:{number}"
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"{path!s:.200}: cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
 def parse_record(line: bytes, where: str) -> Record:

@@ -19,6 +19,7 @@ from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, Mode
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import ChatRecord, read_records
 from minilora.demo.dictionary import DATA, phoneme_errors, raw_prompt
+from minilora.errors import UserError
 from minilora.evaluate.answers import Answer, answer_samples, exact_match
 from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit
 from minilora.evaluate.perplexity import mean_loss, perplexity
@@ -70,6 +71,7 @@ class Figures(Score):
 
 def tell(output: Path, seed: int, console: Console) -> None:
     """Run the demo into the folder `output`; an old demo there is replaced."""
+    refuse_other_run(output)
     config = demo_config(output, seed)
     base = open_checkpoint("demo")
     tokenizer = load_tokenizer("demo")
@@ -116,6 +118,19 @@ def tell(output: Path, seed: int, console: Console) -> None:
     }
     for what, where in places.items():
         console.print(f"{what:22} {where}", highlight=False, soft_wrap=True)
+
+
+def refuse_other_run(output: Path) -> None:
+    """Raise UserError if the folder holds anything but an old demo: that alone may be replaced unasked."""
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    config = output / "config.toml"
+    if (
+        not config.is_file()
+        or 'path = "demo"' not in config.read_text()
+        or "chat_train.jsonl" not in config.read_text()
+    ):
+        raise UserError(f"{output} holds something other than a demo; name another folder with --output")
 
 
 def _samples(name: str, tokenizer: Tokenizer) -> list[Sample]:

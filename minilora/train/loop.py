@@ -19,7 +19,7 @@ from minilora.checkpoint.write import atomic_write
 from minilora.config import RunConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import make_batch
-from minilora.errors import UserError
+from minilora.errors import UserError, is_out_of_memory
 from minilora.evaluate.answers import Answer, answer_samples, exact_match, has_prompt
 from minilora.evaluate.perplexity import mean_loss, perplexity
 from minilora.train.run_folder import RunFolder
@@ -44,10 +44,10 @@ def fine_tune(config: RunConfig, reporter: Reporter, resume: bool = False, overw
         finish(run)
         return run
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory: {str(error).partition('. ')[0]}; set train.activation_checkpointing, or lower "
+            "out of memory; set train.activation_checkpointing, or lower "
             "data.max_seq_len, lora.rank, train.batch_size (train.accumulate makes up for it) or eval.batch_size"
         ) from error
     finally:
@@ -70,8 +70,7 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         run.reporter.say(f"going on after step {run.state.counters.step}")
         run.before = run.folder.read_json("before.json")
     else:
-        if not resume:
-            run.folder.begin(run.config)
+        run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
         metrics, answers = measure(run, run.validation)
         run.before = {"metrics": metrics, "samples": [vars(a) for a in answers[: run.config.eval.samples]]}
         run.folder.write_json("before.json", run.before)
@@ -199,6 +198,8 @@ def save(run: Run) -> None:
 def finish(run: Run) -> None:
     """Put the best weights back, write what was trained, measure again, open the test file."""
     counters, folder = run.state.counters, run.folder
+    if counters.updates == 0:
+        raise UserError(f"{folder.path}: no step could be taken, loss or gradient was never finite; lower train.lr")
     if counters.best_loss is not None and counters.best_step != counters.step:
         load_weights(run.state.weights, folder.checkpoint("best", counters.best_step))
     if run.config.train.strategy == "full":

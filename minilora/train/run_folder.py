@@ -9,13 +9,15 @@ import fcntl
 import json
 import os
 import shutil
+import tomllib
 from dataclasses import fields
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.write import atomic_write, sweep_stale
-from minilora.config import RunConfig, to_dict
+from minilora.config import RunConfig, base_folder, to_dict
 from minilora.errors import UserError
 
 LOCK = ".lock"
@@ -92,22 +94,29 @@ class RunFolder:
             raise UserError(f"{path} holds a run; add --resume to go on, --overwrite to begin anew, or --train.output")
         if not begun and path.exists() and {child.name for child in path.iterdir()} - {LOCK}:
             raise UserError(f"{path} is not empty, and holds no run; name another folder with --train.output")
+        if overwrite:
+            _refuse_own_sources(path, config)
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder._lock()
             sweep_stale(path)
             sweep_stale(folder.checkpoints)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot write here: {error.strerror}; name another folder with --train.output"
-            ) from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", error)
+            raise UserError(f"{path!s:.200}: cannot write here: {reason}; name another --train.output") from error
         return folder
 
     def begin(self, config: RunConfig) -> None:
         """Delete what an earlier run wrote, and write the configuration: now the folder is the new run's."""
+        text = config_toml(config)
+        try:
+            tomllib.loads(text)
+            data = text.encode()
+        except ValueError as error:
+            raise UserError(f"{self.path}: the configuration cannot be written as TOML: {error}") from error
         _remove_run(self.path)
-        atomic_write(self.path / "config.toml", config_toml(config))
+        atomic_write(self.path / "config.toml", data)
 
     def _lock(self) -> None:
         self._lock_file = (self.path / LOCK).open("w")
@@ -143,8 +152,15 @@ class RunFolder:
         atomic_write(self.path / name, to_json(document, indent=1) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads((self.path / name).read_text())
-        return document
+        return read_json(self.path / name)
+
+
+def _refuse_own_sources(path: Path, config: RunConfig) -> None:
+    """Raise UserError if beginning anew would delete what the new run is made from."""
+    sources = (config.model.path, config.model.tokenizer, config.data.train, config.data.validation, config.data.test)
+    for source in filter(None, sources):
+        if path.resolve() in base_folder(source).resolve().parents:
+            raise UserError(f"{source} lies in {path}, which would be begun anew; name another --train.output")
 
 
 def _remove_run(path: Path) -> None:
@@ -155,15 +171,17 @@ def _remove_run(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
+def _toml(value: Any) -> str:
+    """TOML writes strings, numbers, lists and true/false as JSON does, but for one character that must be escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def config_toml(config: RunConfig) -> str:
     """The complete configuration as TOML. It has no word for None: such a key stands in a comment."""
     lines: list[str] = []
     for section, values in to_dict(config).items():
         lines.append(f"[{section}]")
         for key in (f.name for f in fields(getattr(config, section))):
-            # A TOML string, number, list and true/false are written as JSON writes them.
-            lines.append(
-                f"{key} = {json.dumps(values[key], ensure_ascii=False)}" if key in values else f"# {key} is unset"
-            )
+            lines.append(f"{key} = {_toml(values[key])}" if key in values else f"# {key} is unset")
         lines.append("")
     return "\n".join(lines)

@@ -144,3 +144,11 @@ def test_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_bytes(GOOD)
     assert data_fingerprint(file) == hashlib.sha256(GOOD).hexdigest()
+
+
+def test_only_last_trains_the_last_answer_alone() -> None:
+    messages = [USER, ANSWER, USER, ANSWER]
+    record = parse(chat(*messages, only_last=True))
+    assert isinstance(record, ChatRecord)
+    assert [m.get("weight") for m in record.messages] == [None, 0, None, None]
+    assert [m.get("weight") for m in parse(chat(*messages)).messages] == [None] * 4

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,7 @@ def test_out_of_memory_says_what_to_turn(
         raise error
 
     monkeypatch.setattr(loop, "train_step", fail)
-    words = r"^out of memory: .*activation_checkpointing.*max_seq_len.*batch_size" if becomes is UserError else "else"
+    words = r"^out of memory; .*activation_checkpointing.*max_seq_len.*batch_size" if becomes is UserError else "else"
     with pytest.raises(becomes, match=words):
         fine_tune(make_config(), quiet)
 
@@ -538,3 +539,32 @@ def test_the_tokenizer_of_a_larger_model_is_refused(make_config: MakeConfig, qui
     save_hf(small, tmp_path / "small", dtype=torch.float32, tokenizer=TOKENIZER)
     with pytest.raises(UserError, match=r"train.jsonl:\d+: token id \d+ is outside of the model's vocabulary of 400"):
         fine_tune(make_config(model__path=str(tmp_path / "small")), quiet)
+
+
+def test_another_tokenizer_is_refused(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
+    """The same pieces, but two of them swapped: other ids for the same text."""
+    interrupted(make_config)
+    changed = bytearray(TOKENIZER.read_bytes())
+    first, second = changed.index(b"\x0a\x01a"), changed.index(b"\x0a\x01b")
+    changed[first + 2], changed[second + 2] = changed[second + 2], changed[first + 2]
+    (tmp_path / "tokenizer.model").write_bytes(changed)
+    with pytest.raises(UserError, match=r"tokenizer\.sha256 was '[0-9a-f]{64}' when the run began"):
+        fine_tune(make_config(model__tokenizer=str(tmp_path / "tokenizer.model")), quiet, resume=True)
+
+
+def test_a_run_in_which_nothing_could_be_learnt_does_not_say_done(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "train_step", lambda *_: StepResult(math.nan, math.nan, False))
+    with pytest.raises(UserError, match="no step could be taken"):
+        fine_tune(make_config(train__max_steps=2, eval__every=100), quiet)
+    assert not (Path(make_config().train.output) / "adapter").exists()
+
+
+def test_a_resume_without_a_checkpoint_begins_with_what_it_says(make_config: MakeConfig, quiet: Quiet) -> None:
+    config = make_config()
+    fine_tune(config, quiet)
+    folder = Path(config.train.output)
+    shutil.rmtree(folder / "checkpoints")
+    fine_tune(make_config(train__lr=0.005), quiet, resume=True)
+    assert "lr = 0.005" in (folder / "config.toml").read_text()

@@ -99,7 +99,7 @@ def test_a_file_is_no_folder(make_config: MakeConfig, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that even root cannot write to")
 def test_where_nothing_can_be_written(make_config: MakeConfig) -> None:
-    with pytest.raises(UserError, match=r"/proc/minilora: cannot write here: .*; name another folder"):
+    with pytest.raises(UserError, match=r"/proc/minilora: cannot write here: .*; name another --train.output"):
         open_folder(make_config(train__output="/proc/minilora"))
 
 
