@@ -251,7 +251,7 @@ def test_the_weight_is_left_alone() -> None:
 @pytest.mark.parametrize("shape", [(1,), (64,), (160, 128), (300, 1024), (777, 1000)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nested_absmax_agrees_with_bitsandbytes_within_one_step(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Its CPU code rounds through a table of 65536 entries, and so is one level off now and then (formats.md 3.4)."""
+    """Its CPU code rounds through a table of 65536 entries, and so is one level off now and then."""
     weight = random_weight(*shape, dtype=dtype) * 0.02
     packed, state = bnb_quantize(weight, nested=True)
     ours = quantize_nf4(weight)
