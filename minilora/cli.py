@@ -6,7 +6,6 @@ Heavy modules are imported inside the verbs, so that help and usage errors come 
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,35 +151,11 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
 
 
 def _dry_run(config: RunConfig) -> None:
-    """The whole road in a folder that is thrown away: config, data, shapes, one step, save, reload, generate."""
-    import torch
-
-    from minilora.evaluate.answers import answer_samples, has_prompt
-    from minilora.train.loop import fine_tune
+    from minilora.train.dry_run import dry_run
     from minilora.train.progress import ConsoleReporter
 
-    console = Console()
-    with tempfile.TemporaryDirectory() as folder:
-        short = replace(
-            config,
-            train=replace(config.train, output=folder, max_steps=1),
-            eval=replace(config.eval, answers=0, samples=0),
-        )
-        run = fine_tune(short, ConsoleReporter(console), overwrite=True)
-        if config.train.strategy == "full":
-            model, _ = _load_base(replace(config.model, path=f"{folder}/model", dtype="float32"), None)
-        else:
-            model, _ = _load_base(config.model, f"{folder}/adapter")
-        batch = torch.tensor([run.train[0].tokens[:-1].tolist()])
-        with torch.no_grad():
-            trained, reloaded = run.model(batch.to(run.model.device)), model(batch.to(model.device))
-        if not torch.equal(trained, reloaded):
-            difference = float((trained - reloaded).abs().max())
-            raise UserError(f"the reloaded model's logits differ by up to {difference:.3g}: please report this bug")
-        chats = [sample for sample in run.train if has_prompt(sample)][:1]
-        for answer in answer_samples(model, run.tokenizer, chats, max_new_tokens=16):
-            console.print(f"{answer.prompt!r} is answered {answer.given!r}", markup=False, highlight=False)
-    console.print("dry run: config, data, shapes, one step, save, reload and generate all work; nothing was kept")
+    dry_run(config, ConsoleReporter(Console()))
+    print("dry run: config, data, shapes, one step, save, reload and generate all work; nothing was kept")
 
 
 def _base_arguments(parser: ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 loop.py         begin or go on, step, validate, save, finish: the story of a run
 setup.py        base, tokenizer, data, what learns: what a run is made of
+dry_run.py      the same in a folder that is thrown away, with one step
 strategies.py   which weights learn
 step.py         one optimizer step: losses of the micro-batches, guard, clip, update
 schedule.py     the learning rate
