@@ -51,4 +51,6 @@ def pretrain(out: Path, resume: bool) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["--resume"]):
+        sys.exit("usage: python -m minilora.demo.pretrain OUT_DIR [--resume]")
     pretrain(Path(sys.argv[1]), "--resume" in sys.argv)

@@ -125,11 +125,8 @@ def refuse_other_run(output: Path) -> None:
     if not output.is_dir() or not any(output.iterdir()):
         return
     config = output / "config.toml"
-    if (
-        not config.is_file()
-        or 'path = "demo"' not in config.read_text()
-        or "chat_train.jsonl" not in config.read_text()
-    ):
+    text = config.read_text() if config.is_file() else ""
+    if 'path = "demo"' not in text or "chat_train.jsonl" not in text:
         raise UserError(f"{output} holds something other than a demo; name another folder with --output")
 
 

@@ -55,9 +55,8 @@ def merge_with_audit(
     trained = predictor(model)
     with atomic_folder(out, overwrite=overwrite) as folder:
         save_hf(model, folder, weights=merged_weights(model), tokenizer=tokenizer)
-        merged = load_model(
-            folder, dtype=model.embed_tokens.weight.dtype, device="cpu"
-        )  # beside the first on a GPU, it may not fit
+        # On the CPU, since a GPU that holds the trained model may have no space for a second one.
+        merged = load_model(folder, dtype=model.embed_tokens.weight.dtype, device="cpu")
         audit = MergeAudit(
             merged=distance(predictor(merged), trained, samples, max_seq_len),
             base=distance(base_predictor(model), trained, samples, max_seq_len),

@@ -70,6 +70,8 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         run.reporter.say(f"going on after step {run.state.counters.step}")
         run.before = run.folder.read_json("before.json")
     else:
+        if resume and (run.folder.path / "summary.json").exists():
+            raise UserError(f"{run.folder.path}: finished, and its checkpoints are gone; --overwrite begins anew")
         run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
         metrics, answers = measure(run, run.validation)
         run.before = {"metrics": metrics, "samples": [vars(a) for a in answers[: run.config.eval.samples]]}
@@ -112,7 +114,8 @@ def run_steps(run: Run) -> None:
                     run.reporter.say(f"warning: {trouble}")
             run.reporter.step(metrics, timing)
             _refuse_bad_steps(run)
-            if stop.requested or counters.step % run.config.train.checkpoint_every == 0 or counters.step == run.n_steps:
+            is_last = counters.step == run.n_steps or _out_of_patience(run)
+            if stop.requested or is_last or counters.step % run.config.train.checkpoint_every == 0:
                 save(run)
             stop.follow(f"{run.folder.path}: stopped after step {counters.step}, saved; go on with --resume")
     run.model.eval()
@@ -153,8 +156,7 @@ def _refuse_bad_steps(run: Run) -> None:
     if counters.bad_in_a_row >= limit and not run.state.loss_scale.shrinking:
         raise UserError(
             f"{run.folder.path}: loss or gradient was not finite {counters.bad_in_a_row} times in a row, up to step "
-            f"{counters.step}; "
-            "their samples stand in metrics.jsonl; lower train.lr, or look at those samples"
+            f"{counters.step}; their samples stand in metrics.jsonl; lower train.lr, or look at those samples"
         )
 
 

@@ -168,7 +168,8 @@ def _remove_run(path: Path) -> None:
     for name in FOLDERS:
         shutil.rmtree(path / name, ignore_errors=True)
     for name in FILES:
-        (path / name).unlink(missing_ok=True)
+        if name != "config.toml":  # replaced in one move: a kill here must leave a folder that can be resumed
+            (path / name).unlink(missing_ok=True)
 
 
 def _toml(value: Any) -> str:

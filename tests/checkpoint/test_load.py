@@ -127,7 +127,7 @@ def rss_anon() -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and glibc")
-def test_memory_of_a_quantized_load_is_one_tensor_over_the_result(originals: Path, tmp_path: Path) -> None:
+def test_a_quantized_load_never_holds_the_file(originals: Path, tmp_path: Path) -> None:
     hf_model(intermediate_size=512, num_hidden_layers=16).save_pretrained(tmp_path)
     file_bytes = (tmp_path / "model.safetensors").stat().st_size
     load_model(originals / "hf", quantize="nf4")  # the libraries are warm after this

@@ -482,6 +482,7 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_begins_again(make_co
         for part in folder.iterdir():
             part.unlink()
         folder.rmdir()
+    (path / "summary.json").unlink()
     again = Quiet()
     fine_tune(make_config(), again, resume=True)
     assert again.began == (0, 4)
@@ -566,5 +567,9 @@ def test_a_resume_without_a_checkpoint_begins_with_what_it_says(make_config: Mak
     fine_tune(config, quiet)
     folder = Path(config.train.output)
     shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match="finished, and its checkpoints are gone"):
+        fine_tune(config, quiet, resume=True)
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    (folder / "summary.json").unlink()  # as if it had been killed before its first checkpoint
     fine_tune(make_config(train__lr=0.005), quiet, resume=True)
     assert "lr = 0.005" in (folder / "config.toml").read_text()
