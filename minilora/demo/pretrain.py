@@ -2,8 +2,8 @@
 
     texts of prepare.py -> random weights -> our own loop on raw text, every weight learning -> bfloat16 in OUT_DIR/base
 
-OUT_DIR/run is the run folder; started again with --resume, it goes on from its last checkpoint. What the script makes
-was copied to `demo/base/`.
+OUT_DIR/run is the run folder; started again with --resume, it goes on from its last checkpoint. What the script made
+was copied to `demo/base/`, its record to `benchmarks/results/demo_pretrain.json`.
 """
 
 import sys
