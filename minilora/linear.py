@@ -27,6 +27,9 @@ class _NF4Product(torch.autograd.Function):
         return grads[0] @ ctx.weight.dequantize(grads[0].dtype), None
 
 
+_nf4_product: Callable[[Tensor, NF4Tensor], Tensor] = _NF4Product.apply
+
+
 class NF4Linear(nn.Module):
     """A frozen (out, in) weight in NF4, without bias; its parts are buffers, so they move and count with the model."""
 
@@ -57,8 +60,7 @@ class NF4Linear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _NF4Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return y
+        return _nf4_product(x, self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to()` and its kin do to the buffers: they move but keep their dtypes: no rounded absmax."""

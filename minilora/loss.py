@@ -6,6 +6,7 @@ Each chunk's gradient is made at once from its logits and only h's (and, if it l
 nothing to compute again. Kept logits would be 131 kB a row (V = 32768, float32); the kept gradient of h is 8 kB (bf16).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])[targets]
     if not torch.is_grad_enabled():
         head = head.detach()  # else a head that learns would have its gradient made in validation too
-    loss: Tensor = _ChunkedCrossEntropy.apply(rows, head, labels.reshape(-1)[targets])  # type: ignore[no-untyped-call]
-    return loss
+    return _chunked_cross_entropy(rows, head, labels.reshape(-1)[targets])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -62,3 +62,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_head is None else (grad_head * scale).to(ctx.head_dtype),
             None,
         )
+
+
+_chunked_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = _ChunkedCrossEntropy.apply
