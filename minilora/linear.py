@@ -2,16 +2,68 @@
 
 The weight is decoded for the product and thrown away; backward decodes it again, so that no full-size weight is kept
 between the two. W' gets no gradient: only dL/dx = dL/dy W' is needed to train what lies before and beside it.
+
+On a CPU the weight is decoded a few rows at a time, into one small buffer that stays in the cache: the product then
+reads what was just written, and the full-size weight exists nowhere. (New memory costs more than the decoding does.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from minilora.backend import product_dtype
 from minilora.nf4 import NF4Tensor
+
+SLICE_BYTES = 16 << 20  # of decoded weight in work at a time on a CPU; smaller slices make the products inefficient
+
+
+def multiply(x: Tensor, weight: NF4Tensor | Tensor, out: Tensor | None = None) -> Tensor:
+    """x (N, in) times the transpose of a frozen weight (out, in), -> (N, out) in x's dtype. Not differentiated."""
+    y = x.new_empty(len(x), weight.shape[0]) if out is None else out
+    for start, stop, rows in slices(weight, x):
+        torch.mm(x, rows.T, out=y[:, start:stop])
+    return y
+
+
+def multiply_back(dy: Tensor, weight: NF4Tensor | Tensor, onto: Tensor | None = None) -> Tensor:
+    """dy (N, out) times a frozen weight (out, in), -> (N, in) in dy's dtype; added to `onto` in place if given."""
+    dx = dy.new_empty(len(dy), weight.shape[1]) if onto is None else onto
+    for start, stop, rows in slices(weight, dy):
+        if onto is None and start == 0:
+            torch.mm(dy[:, :stop], rows, out=dx)
+        else:
+            dx.addmm_(dy[:, start:stop], rows)
+    return dx
+
+
+def slices(weight: NF4Tensor | Tensor, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, rows start..stop of the weight in the dtype of `like`), each valid until the next is asked for."""
+    n_out, n_in = weight.shape
+    if isinstance(weight, Tensor) and weight.dtype == like.dtype:
+        yield 0, n_out, weight
+        return
+    rows = n_out
+    if like.device.type == "cpu":
+        weight_bytes = n_out * n_in * like.dtype.itemsize
+        even = -(-n_out // -(-weight_bytes // SLICE_BYTES))  # as few slices as there must be, of even size
+        multiple = weight.block_size if isinstance(weight, NF4Tensor) else 1  # of rows: whole blocks, whatever n_in is
+        rows = min(n_out, -(-even // multiple) * multiple)
+    buffer = torch.empty(rows, n_in, dtype=like.dtype, device=like.device)
+    decode = _decoder(weight)
+    for start in range(0, n_out, rows):
+        stop = min(start + rows, n_out)
+        decode(start, stop, buffer[: stop - start])
+        yield start, stop, buffer[: stop - start]
+
+
+def _decoder(weight: NF4Tensor | Tensor) -> Callable[[int, int, Tensor], Any]:
+    """Writes the rows start..stop of the weight into a buffer, in the buffer's dtype."""
+    if isinstance(weight, Tensor):
+        return lambda start, stop, out: out.copy_(weight[start:stop])
+    block_absmax, n_in = weight.block_absmax(), weight.shape[1]
+    return lambda start, stop, out: weight.decode(start * n_in, stop * n_in, block_absmax, out.view(-1))
 
 
 class _NF4Product(torch.autograd.Function):
@@ -20,11 +72,14 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Tensor) -> Tensor:
         ctx.weight = weight
-        return linear(x, weight.dequantize(x.dtype))
+        y = multiply(x.reshape(-1, x.shape[-1]).to(product_dtype(x)), weight)
+        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.weight.dequantize(grads[0].dtype), None
+        dy = grads[0]
+        dx = multiply_back(dy.reshape(-1, dy.shape[-1]).to(product_dtype(dy)), ctx.weight)
+        return dx.to(dy.dtype).view(*dy.shape[:-1], ctx.weight.shape[1]), None
 
 
 _nf4_product: Callable[[Tensor, NF4Tensor], Tensor] = _NF4Product.apply

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.backend import product_dtype
+from minilora.linear import multiply, multiply_back
+
 IGNORE = -100  # the label of a row that is no target
 CHUNK_BYTES = 64 << 20  # of float32 logits in work at a time
 
@@ -31,22 +34,26 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        dtype = product_dtype(hidden)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        n_rows = max(1, CHUNK_BYTES // (4 * head.shape[0]))
+        n_chunks = max(1, -(-4 * len(hidden) * head.shape[0] // CHUNK_BYTES))
+        n_rows = max(1, -(-len(hidden) // n_chunks))
+        buffer = hidden.new_empty(n_rows, head.shape[0], dtype=dtype)
         for start in range(0, len(hidden), n_rows):
-            h, y = hidden[start : start + n_rows], labels[start : start + n_rows, None]
-            logits = (h @ head.T).float()  # (chunk, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, y)).sum()
+            h, y = hidden[start : start + n_rows].to(dtype), labels[start : start + n_rows, None]
+            logits = multiply(h, head, out=buffer[: len(h)]).float()  # (chunk, V)
+            label_logit, largest = logits.gather(1, y), logits.amax(-1, keepdim=True)
+            p = torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)  # in place
+            # logsumexp from the largest probability, which is at least 1/V and so has all its digits
+            log_sum = largest - p.amax(-1, keepdim=True).log()
+            total += (log_sum - label_logit).sum()
             if grad_hidden is None and grad_head is None:
                 continue
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, y, torch.full_like(y, -1, dtype=grad.dtype))
-            grad = grad.to(h.dtype)
+            grad = p.scatter_add_(1, y, torch.full_like(label_logit, -1)).to(dtype)
             if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[start : start + n_rows])
+                grad_hidden[start : start + n_rows] = multiply_back(grad, head)
             if grad_head is not None:
                 grad_head += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_head)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from minilora.attention import attend, visible
+from minilora.attention import attend, causal_runs, visible
 from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
 from minilora.norm import RMSNorm
@@ -32,8 +32,9 @@ class Context:
     ) -> None:
         self.positions, self.cache = positions, cache
         self.cos, self.sin = rope_cos_sin(positions, config.head_dim, config.rope_theta, dtype)
+        runs = causal_runs(positions, config.sliding_window, segments) if cache is None else None
         k_positions = positions if cache is None else torch.cat([cache.positions, positions], dim=1)
-        self.mask = visible(positions, k_positions, config.sliding_window, segments, segments)
+        self.sees = runs or visible(positions, k_positions, config.sliding_window, segments, segments)
 
 
 class Attention(nn.Module):
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         k = apply_rope(k, context.cos, context.sin)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v, context.positions)
-        y: Tensor = self.o_proj(attend(q, k, v, context.mask).flatten(-2))  # (B, T, Hq * Dh) -> (B, T, D)
+        y: Tensor = self.o_proj(attend(q, k, v, context.sees).flatten(-2))  # (B, T, Hq * Dh) -> (B, T, D)
         return y
 
 

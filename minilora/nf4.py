@@ -33,7 +33,10 @@ from minilora.errors import UserError
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 _CODE_OF_ZERO = 7
-_CHUNK = 1 << 20  # numbers in work at a time: the temporaries of a chunk stay in the cache, whatever the weight's size
+# Numbers in work at a time. On a CPU a chunk's temporaries (2 MB of float32) stay in the cache, which is worth a factor
+# of three; on a GPU a chunk only has to be worth its launches.
+_CHUNK = 1 << 19
+_GPU_CHUNK = 1 << 24
 
 CPU = torch.device("cpu")
 
@@ -72,9 +75,14 @@ def thresholds(device: torch.device = CPU) -> Tensor:
 
 @cache
 def _level_pairs(device: torch.device) -> Tensor:
-    """Both levels of every byte, (256, 2) float32: one look-up decodes two weights."""
+    """Both levels of every byte, two float32 in one int64, (256,): one look-up decodes two weights."""
     byte = torch.arange(256, device=device)
-    return levels(device)[torch.stack([byte >> 4, byte & 15], dim=1)]
+    return levels(device)[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).view(-1)
+
+
+def _chunk(device: torch.device, block_size: int) -> int:
+    """Numbers to work on at a time: whole blocks."""
+    return (_CHUNK if device.type == "cpu" else _GPU_CHUNK) // block_size * block_size
 
 
 @cache
@@ -128,22 +136,46 @@ class NF4Tensor:
         """Each block's absmax, (ceil(n/64),) float32, decoded if it is stored in 8 bits."""
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
-        scaled = dynamic_map(self.absmax.device)[self.absmax.int()]
+        scaled = dynamic_map(self.absmax.device).index_select(0, self.absmax.int())
         nested = self.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: scaled.numel()]
         return scaled * nested + self.nested_offset
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """LEVELS[code] * absmax, computed in float32 and rounded once to `dtype` (the original one if None)."""
-        absmax = self.block_absmax()
-        out = torch.empty(self.n, dtype=dtype or self.dtype, device=self.packed.device)
-        chunk = _CHUNK // self.block_size * self.block_size
-        for start in range(0, self.n, chunk):
-            stop = min(start + chunk, self.n)
-            values = _level_pairs(self.packed.device).index_select(0, self.packed[start // 2 : (stop + 1) // 2].int())
-            blocks = _blocks(values.view(-1)[: stop - start], self.block_size)
-            scaled = blocks.mul_(absmax[start // self.block_size :][: len(blocks), None])
-            out[start:stop] = scaled.view(-1)[: stop - start]
-        return out.view(self.shape)
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """LEVELS[code] * absmax, computed in float32 and rounded once to `dtype` (the original one if None).
+
+        out: a contiguous tensor of the weight's shape to write into, its dtype then counts. New memory costs a CPU more
+            than the decoding: its pages are mapped one by one as they are first touched.
+        """
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
+        if tuple(out.shape) != self.shape:
+            raise ValueError(f"out has shape {tuple(out.shape)}, the weight has {self.shape}")
+        self.decode(0, self.n, self.block_absmax(), out.view(-1))
+        return out
+
+    def decode(self, start: int, stop: int, block_absmax: Tensor, out: Tensor) -> None:
+        """Dequantize the numbers start..stop (counted flat) into `out` (stop - start,), of any floating-point dtype.
+
+        start: a multiple of the block size; block_absmax: what the method of that name gives
+        """
+        pairs = _level_pairs(self.packed.device)
+        chunk = min(_chunk(self.packed.device, self.block_size), stop - start)
+        index = torch.empty((chunk + 1) // 2, dtype=torch.int32, device=self.packed.device)
+        decoded = torch.empty_like(index, dtype=torch.int64)
+        for first in range(start, stop, chunk):
+            last = min(first + chunk, stop)
+            n_bytes = (last - first + 1) // 2
+            index[:n_bytes] = self.packed[first // 2 : first // 2 + n_bytes]
+            torch.index_select(pairs, 0, index[:n_bytes], out=decoded[:n_bytes])
+            values = decoded.view(torch.float32)[: last - first]
+            absmax = block_absmax[first // self.block_size : -(-last // self.block_size)]
+            whole = (last - first) // self.block_size * self.block_size
+            into, blocks = out[first - start : last - start], (-1, self.block_size)
+            torch.mul(
+                values[:whole].view(blocks), absmax[: whole // self.block_size, None], out=into[:whole].view(blocks)
+            )
+            if whole < last - first:  # the short block at the end
+                torch.mul(values[whole:], absmax[-1], out=into[whole:])
 
 
 def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = True) -> NF4Tensor:
@@ -157,12 +189,14 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
     if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         raise ValueError(f"block_size is {block_size}, but must be a power of two from 32 to 4096")
     flat = weight.detach().reshape(-1)
-    packed, absmax = [], []
-    for chunk in flat.split(_CHUNK):
-        codes, chunk_absmax = _quantize_blocks(chunk.float(), block_size)
-        packed.append(pack(codes))
-        absmax.append(chunk_absmax)
-    tensor = NF4Tensor(torch.cat(packed), torch.cat(absmax), tuple(weight.shape), weight.dtype, block_size)
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=flat.device)
+    chunk = _chunk(flat.device, block_size)
+    for start in range(0, flat.numel(), chunk):
+        codes, block_absmax = _quantize_blocks(flat[start : start + chunk].float(), block_size)
+        packed[start // 2 : (start + chunk) // 2] = pack(codes)
+        absmax[start // block_size : (start + chunk) // block_size] = block_absmax
+    tensor = NF4Tensor(packed, absmax, tuple(weight.shape), weight.dtype, block_size)
     bad = (~tensor.absmax.isfinite()).nonzero()  # a NaN or infinity anywhere in a block shows in its absmax
     if len(bad):
         first = int(bad[0]) * block_size
@@ -177,8 +211,12 @@ def _quantize_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(dim=1)
     # Below 1e-38 the reciprocal would be infinite; a block of zeros stays zeros.
     scaled = blocks * absmax.clamp(min=1e-38).reciprocal()[:, None]
-    codes = torch.bucketize(scaled, thresholds(values.device), out_int32=True)
-    return codes.to(torch.uint8).view(-1)[: values.numel()], absmax
+    # Counting is three times as fast as searching: fifteen passes over numbers in the cache, each of wide instructions.
+    codes = torch.zeros_like(scaled, dtype=torch.uint8)
+    above = torch.empty_like(scaled, dtype=torch.bool)
+    for threshold in thresholds().tolist():
+        codes += torch.gt(scaled, threshold, out=above).view(torch.uint8)
+    return codes.view(-1)[: values.numel()], absmax
 
 
 def _blocks(values: Tensor, block_size: int) -> Tensor:
@@ -210,8 +248,8 @@ def pack(codes: Tensor) -> Tensor:
     """(n,) uint8 codes -> (ceil(n/2),) bytes, the first of two in the high nibble."""
     if codes.numel() % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=_CODE_OF_ZERO)
-    pairs = codes.view(-1, 2)
-    return pairs[:, 0] << 4 | pairs[:, 1]
+    pairs = codes.view(torch.int16)  # first code + 256 * second, on a little-endian machine
+    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:

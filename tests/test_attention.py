@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minilora.attention import attend, visible
+from minilora.attention import attend, causal_runs, visible
 
 
 def sees(q: int, k: int, window: int | None, same_segment: bool) -> bool:
@@ -120,3 +120,46 @@ def test_half_precision_error_is_of_its_rounding(dtype: torch.dtype) -> None:
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     error = attend(q, k, v, mask).double() - softmax_by_hand(q, k, v, mask)
     assert error.abs().max() <= 4 * 2 * torch.finfo(dtype).eps
+
+
+def rows_of(*rows: list[int]) -> tuple[Tensor, Tensor]:
+    """Positions and segments of rows that are packed from samples of these lengths."""
+    positions = [torch.cat([torch.arange(n) for n in lengths]) for lengths in rows]
+    segments = [torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in rows]
+    return torch.stack(positions), torch.stack(segments)
+
+
+@pytest.mark.parametrize("rows", [([12],), ([6, 6], [6, 6]), ([5, 7], [12], [1, 10, 1])])
+@pytest.mark.parametrize("window", [None, 12, 100])
+def test_runs_see_what_the_mask_says(rows: tuple[list[int], ...], window: int | None) -> None:
+    positions, segments = rows_of(*rows)
+    lengths = causal_runs(positions, window, segments, least_length=1)
+    assert lengths == tuple(n for row in rows for n in row)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(len(rows), 12, 4, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    k, v = (torch.randn(len(rows), 12, 2, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in "kv")
+    results = []
+    for who in (lengths, visible(positions, positions, window, segments, segments)):
+        y = attend(q, k, v, who)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for fast, expected in zip(*results, strict=True):
+        assert fast.allclose(expected, atol=1e-12)
+
+
+def test_runs_are_refused_where_the_mask_says_something_else() -> None:
+    positions, segments = rows_of([5, 7])
+    assert causal_runs(positions, 7, segments, least_length=1) == (5, 7)
+    assert causal_runs(positions, 6, segments, least_length=1) is None  # the window cuts the second
+    assert causal_runs(positions, None, None, least_length=1) is None  # one segment that sees its first tokens twice
+    assert causal_runs(positions, None, segments, least_length=7) is None  # too short to be worth it
+    padded = torch.tensor([[-1, 0, 1, 2]])
+    assert causal_runs(padded, None, least_length=1) is None
+    gap = torch.tensor([[0, 1, 5, 6]])
+    assert causal_runs(gap, None, torch.zeros_like(gap), least_length=1) is None
+    assert causal_runs(torch.tensor([[3]]), None, least_length=1) is None  # a step of generation
+
+
+def test_an_unpacked_row_is_one_run() -> None:
+    positions = torch.arange(70).expand(3, 70)
+    assert causal_runs(positions, None) == (70, 70, 70)
+    assert causal_runs(positions, 69) is None

@@ -317,3 +317,30 @@ def test_bits_per_weight() -> None:
 def test_sizes_of_the_parts() -> None:
     quantized = quantize_nf4(random_weight(3, 5, 7))
     assert (quantized.n, quantized.packed.shape, quantized.absmax.shape) == (105, (53,), (2,))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(3, 64), (5, 13), (1,), (129,)])
+def test_dequantizing_into_a_buffer_gives_the_same(shape: tuple[int, ...], double_quant: bool) -> None:
+    tensor = nf4.quantize_nf4(torch.randn(shape, generator=torch.Generator().manual_seed(0)), double_quant=double_quant)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        out = torch.full(shape, 7.0, dtype=dtype)
+        assert tensor.dequantize(out=out) is out
+        assert torch.equal(out, tensor.dequantize(dtype))
+    with pytest.raises(ValueError, match="out has shape"):
+        tensor.dequantize(out=torch.empty(2, 2))
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights larger than a chunk, with a short last one, are what they are in one piece."""
+    weight = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole = nf4.quantize_nf4(weight)
+    expected = whole.dequantize()
+    monkeypatch.setattr(nf4, "_CHUNK", 192)
+    pieces = nf4.quantize_nf4(weight)
+    assert torch.equal(pieces.packed, whole.packed)
+    assert torch.equal(pieces.absmax, whole.absmax)
+    assert torch.equal(pieces.dequantize(), expected)
+    part = torch.empty(300)
+    whole.decode(128, 428, whole.block_absmax(), part)
+    assert torch.equal(part, expected[128:428])

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from minilora.config import RunConfig
+from minilora.fused import fuse
 from minilora.lora import add_lora
 from minilora.model import Mistral
 
@@ -13,7 +14,9 @@ def apply_strategy(model: Mistral, config: RunConfig) -> Mistral:
     model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.strategy == "full":
         return model.requires_grad_(True)
-    return add_lora(model, config.lora)
+    add_lora(model, config.lora)
+    fuse(model)
+    return model
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

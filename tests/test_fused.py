@@ -1,0 +1,179 @@
+"""The fast block against the plain one, its definition: loss, gradients, what is kept for backward, when it applies."""
+
+import copy
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from minilora import backend
+from minilora.config import LoraConfig, ModelConfig
+from minilora.fused import FusedBlock, fuse
+from minilora.linear import NF4Linear
+from minilora.lora import add_lora
+from minilora.loss import IGNORE, cross_entropy_sum
+from minilora.model import Block, Mistral
+from minilora.nf4 import quantize_nf4
+
+B, T = 2, 80
+SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "vocab_size": 96}
+SHAPES = [
+    ModelConfig(**SIZES, n_heads=4, n_kv_heads=4),
+    ModelConfig(**SIZES, n_heads=4, n_kv_heads=1, sliding_window=7),
+    ModelConfig(**SIZES, n_heads=8, n_kv_heads=2, tied_embeddings=True),  # Hq * Dh is not dim
+]
+
+
+def adapted(
+    config: ModelConfig, lora: LoraConfig | None = None, nf4: bool = True, double_quant: bool = True
+) -> Mistral:
+    """A random model in train mode whose adapters are past their zeros."""
+    model = Mistral(config)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.startswith("layers."):
+            nn.init.normal_(layer.weight, std=0.1, generator=generator)
+            parent, _, child = name.rpartition(".")
+            if nf4:
+                weight = quantize_nf4(layer.weight, double_quant=double_quant)
+                setattr(model.get_submodule(parent), child, NF4Linear(weight))
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
+    add_lora(model, lora or LoraConfig(rank=4, alpha=12))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            nn.init.normal_(weight, std=0.1, generator=generator)
+    return model.train()
+
+
+def batch(config: ModelConfig, packed: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """tokens, positions, segments, labels; a third of the labels are no targets."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, config.vocab_size, (B, T), generator=generator)
+    labels = torch.randint(0, config.vocab_size, (B, T), generator=generator)
+    labels[torch.rand(B, T, generator=generator) < 0.3] = IGNORE
+    if not packed:
+        return tokens, torch.arange(T).expand(B, T), None, labels
+    lengths = torch.tensor([65, 15]), torch.tensor([80])
+    segments = torch.stack([torch.repeat_interleave(torch.arange(len(n)), n) for n in lengths])
+    positions = torch.stack([torch.cat([torch.arange(int(m)) for m in n]) for n in lengths])
+    return tokens, positions, segments, labels
+
+
+def gradients(model: Mistral, packed: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens, positions, segments, labels = batch(model.config, packed)
+    loss = cross_entropy_sum(model.hidden(tokens, positions, segments), model.lm_head.weight, labels)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest relative difference of any tensor's gradient, in its norm."""
+    assert a
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in a)
+
+
+@pytest.mark.parametrize("config", SHAPES)
+@pytest.mark.parametrize(("packed", "checkpointing"), list(product([False, True], repeat=2)))
+def test_loss_and_every_gradient_equal_the_plain_blocks(config: ModelConfig, packed: bool, checkpointing: bool) -> None:
+    """In float32 only the order of sums differs: some hundred roundings of 6e-8 each, in a random walk."""
+    plain = adapted(config)
+    fast = copy.deepcopy(plain)
+    assert fuse(fast)
+    assert all(isinstance(block, FusedBlock) for block in fast.layers)
+    fast.activation_checkpointing = checkpointing
+    loss, grads = gradients(fast, packed)
+    expected_loss, expected = gradients(plain, packed)
+    assert loss.allclose(expected_loss, rtol=1e-6)
+    assert len(grads) == 2 * 7 * config.n_layers
+    assert distance(grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("lora", "nf4", "double_quant"),
+    [
+        (LoraConfig(rank=3, alpha=7, rslora=True), True, False),
+        (LoraConfig(rank=4, targets=("q_proj", "down_proj")), True, True),
+        (LoraConfig(rank=4, targets=("up_proj",)), False, True),
+    ],
+)
+def test_it_takes_any_adapters_on_any_base(lora: LoraConfig, nf4: bool, double_quant: bool) -> None:
+    plain = adapted(SHAPES[1], lora, nf4, double_quant)
+    fast = copy.deepcopy(plain)
+    assert fuse(fast)
+    assert distance(gradients(fast)[1], gradients(plain)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_it_errs_no_more_than_the_plain_block(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64; with products widened to float32 and in 16 bits, whatever this machine would choose."""
+    monkeypatch.setattr(backend, "_cpu_product_dtype", lambda dtype: dtype if native else torch.float32)
+    start = adapted(SHAPES[0], nf4=False)
+    start.to(dtype)
+    exact = gradients(copy.deepcopy(start).double())[1]
+    plain, fast = copy.deepcopy(start), copy.deepcopy(start)
+    assert fuse(fast)
+    error = distance(gradients(fast)[1], exact)
+    assert 0 < error <= 2 * distance(gradients(plain)[1], exact)
+
+
+def saved_bytes(model: Mistral) -> int:
+    """Of tensors kept for backward, each storage once, parameters and buffers apart."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens, positions, segments, _ = batch(model.config, packed=False)
+    with saved_tensors_hooks(pack, lambda t: t):
+        model.hidden(tokens, positions, segments)
+    return sum(kept.values())
+
+
+def test_it_keeps_what_its_first_lines_say() -> None:
+    """x twice, q, k, v (k and v once for each query head: torch's attention takes them so), its output, g, u, x A^T."""
+    config = SHAPES[1]
+    model = adapted(config)
+    plain = saved_bytes(model)
+    assert fuse(model)
+    heads = config.n_heads * config.head_dim
+    per_token = 2 * config.dim + 4 * heads + config.n_kv_heads * config.head_dim + 2 * config.hidden_dim + 7 * 4
+    extra = 4 * B * T * (config.n_heads + 2 * config.dim)  # attention's logsumexp; the last norm of the model
+    expected = 4 * B * T * per_token * config.n_layers
+    assert expected * 0.95 < saved_bytes(model) <= expected * 1.05 + extra
+    assert saved_bytes(model) < 0.7 * plain
+
+
+@pytest.mark.parametrize("why", ["dropout", "a norm learns", "the base learns"])
+def test_it_refuses_what_it_does_not_say(why: str) -> None:
+    model = adapted(SHAPES[0], LoraConfig(rank=4, dropout=0.1 if why == "dropout" else 0.0), nf4=False)
+    if why == "a norm learns":
+        model.layers[1].post_attention_layernorm.weight.requires_grad_()
+    if why == "the base learns":
+        model.layers[0].mlp.up_proj.base.weight.requires_grad_()
+    assert not fuse(model)
+    assert all(type(block) is Block for block in model.layers)
+
+
+def test_names_modes_and_inference_stay() -> None:
+    plain = adapted(SHAPES[1])
+    fast = copy.deepcopy(plain)
+    assert [fuse(fast), fuse(fast)] == [True, True]  # twice is once
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    tokens = batch(plain.config, packed=False)[0]
+    with torch.no_grad():
+        assert torch.equal(fast(tokens), plain(tokens))
+    assert all(not module.training for module in fast.eval().modules())
