@@ -1,0 +1,132 @@
+"""One whole QLoRA step, by minilora and by transformers + peft + bitsandbytes: what runs in the contestants' processes.
+
+Both: NF4 with double quantization, rank 16, alpha 32 on all seven projections, no dropout, mean loss of the target
+tokens, backward, fused AdamW without weight decay, no clipping. The same files, the same adapters to begin with, the
+same tokens; so the losses of step after step must be equal, which `train_step` checks before it compares anything.
+"""
+
+import gc
+from collections.abc import Iterable
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.feeds import Feed, packed_batches, peer_batches, tokens_of_steps
+from benchmarks.harness import Step
+from minilora.checkpoint.load import load_model
+from minilora.config import PROJECTIONS, LoraConfig, RunConfig, TrainConfig
+from minilora.train.step import LossScale, train_step
+from minilora.train.strategies import apply_strategy, trainable
+
+RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
+
+
+def ours(base: str, dtype: str, feed: Feed, checkpointing: bool) -> Step:
+    """minilora's own pieces, put together as `minilora train` does it."""
+    model = load_model(base, quantize="nf4", dtype=getattr(torch, dtype), device="cpu")
+    train = TrainConfig(strategy="qlora", activation_checkpointing=checkpointing)
+    apply_strategy(model, RunConfig(lora=LoraConfig(rank=RANK, alpha=ALPHA), train=train)).train()
+    weights = trainable(model)
+    _same_adapters(weights.items())
+    optimizer = _adamw(weights.values())
+    batches, tokens, turns = packed_batches(feed), tokens_of_steps(feed), count()
+    loss_scale = LossScale(False)
+
+    def step() -> dict[str, Any]:
+        turn = next(turns) % len(batches)
+        done = train_step(model, optimizer, [batches[turn]], LEARNING_RATE, 0.0, loss_scale)
+        return {"loss": done.loss, "tokens": tokens[turn]}
+
+    gc.collect()
+    return step
+
+
+def peer(
+    base: str,
+    dtype: str,
+    feed: Feed,
+    form: str,
+    attention: str,
+    checkpointing: bool,
+    prepared: bool,
+    compute: str | None = None,
+) -> Step:
+    """The usual stack, in train mode (in eval mode bitsandbytes would repack the weights for inference).
+
+    attention: "sdpa" or "eager"; prepared: by `prepare_model_for_kbit_training`, which makes norms, embedding and head
+    float32; form: see `peer_batches`; compute: what the 4-bit layers compute in, `dtype` if None
+    """
+    import transformers
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    transformers.utils.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        device_map={"": "cpu"},
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, compute or dtype),
+        ),
+    )
+    how = {"use_reentrant": False}
+    if prepared:
+        model = prepare_model_for_kbit_training(model, checkpointing, gradient_checkpointing_kwargs=how)
+    elif checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    targets = list(PROJECTIONS)
+    model = get_peft_model(model, PeftConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets))
+    model.train()
+    weights = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    _same_adapters(weights)
+    optimizer = _adamw(p for _, p in weights)
+    batches, tokens, turns = peer_batches(feed, form), tokens_of_steps(feed), count()
+
+    def step() -> dict[str, Any]:
+        turn = next(turns) % len(batches)
+        optimizer.zero_grad()
+        # Without a cache: with one, positions that begin anew would not keep the samples of a flat row apart.
+        loss: Tensor = model(**batches[turn], use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return {"loss": float(loss), "tokens": tokens[turn]}
+
+    gc.collect()
+    return step
+
+
+def matmul_ceiling(dtype: str, seconds: float = 1.0) -> Step:
+    """torch's own rate: the best of large square products in `seconds`, GFLOP/s; small ones first, where it is slow."""
+    import time
+
+    def step() -> dict[str, Any]:
+        best, start, size = 0.0, time.perf_counter(), 256
+        while time.perf_counter() - start < seconds:
+            a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+            begin = time.perf_counter()
+            a @ b
+            rate = 2 * size**3 / (time.perf_counter() - begin) / 1e9
+            best = max(best, rate)
+            size = min(2 * size, 2048) if 2 * (2 * size) ** 3 / rate / 1e9 < seconds / 4 else size
+        return {"gflop_per_s": best}
+
+    return step
+
+
+def _same_adapters(weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """The same A on both sides, B zero: the layers come in the same order, whatever they are called."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in weights:
+            if "lora_A" in name:
+                weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
+
+
+def _adamw(weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(weights), lr=LEARNING_RATE, weight_decay=0.0, fused=True)

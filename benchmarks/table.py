@@ -1,0 +1,67 @@
+"""The README's "Measured": python -m benchmarks.table writes it anew from results/*.json.
+
+Every line of the table is a "rows" entry of a result, with the file it comes from, and below it stand the
+commands and machines. So no figure is typed by hand; `tests/benchmarks/test_table.py` holds the README to it.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, ROOT, rows_of
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured: by python -m benchmarks.table -->", "<!-- end measured -->"
+HEAD = ["| what | minilora | peer | ratio | result |", "|---|---|---|---|---|"]
+
+
+def measured(folder: Path = RESULTS) -> str:
+    """The section's text; of results that have rows."""
+    lines, origins = [], []
+    for file, line, source in _rows(folder):
+        lines.append(f"| {line['what']} | {line['ours']} | {line['peer']} | {line['ratio']} | `{file.name}` |")
+        origins.append(f"- `{file.name}`: `{source['command']}`, on {_machine(source['machine'])}")
+    if not lines:
+        return "Nothing has been measured yet."
+    return "\n".join([*HEAD, *lines, "", *dict.fromkeys(origins)])
+
+
+def with_measured(readme: str, text: str) -> str:
+    """`readme` with `text` between the two markers. Raises ValueError if they are not there once each."""
+    pattern = re.compile(f"({re.escape(BEGIN)}\n).*?(\n{re.escape(END)})", re.DOTALL)
+    if len(pattern.findall(readme)) != 1:
+        raise ValueError(f"README.md must have {BEGIN} and {END} once each")
+    return pattern.sub(lambda found: found[1] + text + found[2], readme)
+
+
+def _rows(folder: Path) -> Iterator[tuple[Path, dict[str, str], Mapping[str, Any]]]:
+    for file in sorted(folder.glob("*.json")):
+        yield from ((file, line, source) for line, source in rows_of(json.loads(file.read_text())))
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    """Where, with what, when."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items()))
+    flags = ", ".join(machine["cpu_flags"])
+    commit = f"{machine['commit']}{' and changes' if machine['dirty'] else ''}"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores ({flags}), {machine['ram_gib']:.0f} GiB; "
+        f"Python {machine['python']}, {versions}; {machine['date']}, commit {commit}."
+    )
+
+
+def main() -> int:
+    """The command; its exit status."""
+    try:
+        README.write_text(with_measured(README.read_text(), measured()))
+    except ValueError as error:
+        print(f"table: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

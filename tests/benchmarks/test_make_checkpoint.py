@@ -1,0 +1,75 @@
+"""Random checkpoints: both layouts hold one model, its weights look like weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import minilora
+from benchmarks.make_checkpoint import main, random_weights
+from benchmarks.shapes import SHAPES, block_linear_parameters, qlora_step_flops, shape
+from minilora.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("random")
+    for layout in ("hf", "mistral"):
+        assert main(["--shape", "tiny", "--layout", layout, str(home / layout)]) == 0
+    return {layout: home / layout for layout in ("hf", "mistral")}
+
+
+def test_both_layouts_load_to_equal_weights(folders: dict[str, Path]) -> None:
+    hf, mistral = (minilora.load_model(folder).state_dict() for folder in folders.values())
+    assert hf.keys() == mistral.keys()
+    assert all(torch.equal(hf[name], mistral[name]) for name in hf)
+
+
+def test_weights_are_normal_and_differ(folders: dict[str, Path]) -> None:
+    weights = minilora.load_model(folders["hf"]).state_dict()
+    assert all(bool((w == 1).all()) for w in weights.values() if w.dim() == 1)
+    head = weights["lm_head.weight"].float()
+    assert head.std() == pytest.approx(0.02, rel=0.1)
+    assert float((head.abs() < head.std()).float().mean()) == pytest.approx(0.683, abs=0.01)
+    assert not torch.equal(weights["lm_head.weight"], weights["embed_tokens.weight"])
+    assert not torch.equal(weights["layers.0.mlp.gate_proj.weight"], weights["layers.1.mlp.gate_proj.weight"])
+    down = weights["layers.0.mlp.down_proj.weight"].float()
+    assert down.std() == pytest.approx(0.02 / 2, rel=0.1)
+
+
+def test_the_seed_decides() -> None:
+    def head(seed: int) -> torch.Tensor:
+        return next(w.clone() for name, w in random_weights(SHAPES["tiny"], seed) if name == "lm_head.weight")
+
+    assert torch.equal(head(0), head(0))
+    assert not torch.equal(head(0), head(1))
+
+
+def test_a_target_that_stands_is_refused(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--shape", "tiny", str(folders["hf"])]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "exists already" in error
+
+
+def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--shape", "13b", str(tmp_path / "x")]) == 1
+    assert "mistral-7b-v0.3" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "x")])
+    with pytest.raises(UserError):
+        shape("13b")
+
+
+def test_the_7b_has_the_official_sizes() -> None:
+    config = SHAPES["mistral-7b-v0.3"]
+    assert config.n_parameters == 7_248_023_552
+    assert block_linear_parameters(config) == 6_979_321_856
+
+
+def test_flops_of_a_step_by_hand() -> None:
+    """One layer of Mistral's 7B and its head, 2 x 8 tokens."""
+    config = SHAPES["mistral-7b-v0.3"]
+    linear = 4 * (6_979_321_856 + 32768 * 4096) * 16
+    attention = 12 * 4 * 4096 * 32 * 16  # six products of 2 T/2 Dh for each of 32 heads and 32 layers
+    assert qlora_step_flops(config, rows=2, length=8) == linear + attention

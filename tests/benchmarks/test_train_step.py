@@ -1,0 +1,133 @@
+"""The comparison compares equal work, and all of it runs on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import nf4_cpu, profile_step, train_step
+from benchmarks.feeds import load_samples, packed_batches, peer_batches, save_samples, tokens_of_steps
+from benchmarks.harness import Measured, Record
+from benchmarks.instructions import distribution, instruction_samples
+from benchmarks.train_step import QUICK, cells, peer_variants
+from minilora.data.encode import Sample
+from minilora.loss import IGNORE
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return instruction_samples(1024)
+
+
+def test_the_instruction_set_has_many_samples_and_a_long_tail(samples: list[Sample]) -> None:
+    found = distribution(samples)
+    assert found["samples"] >= 500
+    assert found["lengths"]["max"] <= 1024
+    assert found["lengths"]["p99"] > 8 * found["lengths"]["median"]
+    assert all(sample.target_mask.any() and not sample.target_mask[0] for sample in samples)
+
+
+def test_both_sides_are_fed_the_same_tokens(samples: list[Sample], tmp_path: Path) -> None:
+    some = samples[:3]
+    save_samples(some, tmp_path / "samples.npz")
+    again = load_samples(tmp_path / "samples.npz")
+    for a, b in zip(some, again, strict=True):
+        assert (a.tokens == b.tokens).all()
+        assert (a.target_mask == b.target_mask).all()
+    feed = {"samples": str(tmp_path / "samples.npz"), "steps": [[0, 2], [1]], "max_seq_len": 1024}
+    assert tokens_of_steps(feed) == [some[0].length + some[2].length, some[1].length]
+    for i, packed in enumerate(packed_batches(feed)):
+        flat, padded = peer_batches(feed, "flat")[i], peer_batches(feed, "padded")[i]
+        n = tokens_of_steps(feed)[i]
+        real = padded["attention_mask"].bool()
+        assert packed.tokens.shape == (1, 1024)
+        for ours, key in (
+            (packed.tokens, "input_ids"),
+            (packed.labels, "shift_labels"),
+            (packed.positions, "position_ids"),
+        ):
+            assert torch.equal(ours[0, :n], flat[key][0])
+            assert torch.equal(ours[0, :n], padded[key][real])
+        assert bool((packed.labels[0, n:] == IGNORE).all())
+        assert bool((padded["shift_labels"][~real] == IGNORE).all())
+
+
+def test_a_random_batch_has_a_target_at_every_token() -> None:
+    feed = {"rows": 2, "length": 5, "vocab_size": 100}
+    [batch], [peer] = packed_batches(feed), peer_batches(feed, "rows")
+    assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+    assert batch.n_targets == 10
+    assert torch.equal(peer["input_ids"], batch.tokens)
+    assert torch.equal(peer["labels"], batch.labels)
+
+
+def test_the_peer_is_taken_in_all_its_variants() -> None:
+    assert set(cells()) == {f"{c}-{d}" for c in ("4x256", "1x1024", "instructions") for d in ("fp32", "bf16")}
+    assert len(peer_variants(cells()["4x256-fp32"], "", {})) == 8
+    assert len(peer_variants(cells()["instructions-fp32"], "", {})) == 12
+    assert len(peer_variants(cells()["1x1024-bf16"], "", {})) == 10
+
+
+def test_who_computes_another_loss_is_out_of_the_comparison() -> None:
+    def record(name: str, seconds: float, private: int, loss: float) -> Record:
+        step = Measured(seconds, private, private, {"loss": loss, "tokens": 64})
+        return Record(name, [step, step], step)
+
+    records = {
+        "minilora": record("minilora", 2.0, 200, 10.0),
+        "minilora, checkpointing": record("minilora, checkpointing", 3.0, 100, 10.0),
+        "slow": record("slow", 4.0, 500, 10.0005),
+        "lean, checkpointing": record("lean, checkpointing", 6.0, 300, 10.0),
+        "cheat": record("cheat", 1.0, 1, 9.9),
+        "broken": Record("broken", error="it broke"),
+    }
+    ours, peers = ["minilora", "minilora, checkpointing"], ["slow", "lean, checkpointing", "cheat", "broken"]
+    pair = [records["minilora"], records["slow"]]
+    report = train_step._report(QUICK["quick"], records, ours, peers, pair)
+    assert report["left_out_for_another_loss"] == ["cheat"]
+    assert report["variants"]["broken"] == {"error": "it broke"}
+    assert report["speed"]["ratio"]["of_medians"] == 2.0
+    assert report["speed"]["ours"]["tok_per_s"] == 32.0
+    assert report["memory"]["ratio"] == 3.0  # both with checkpointing
+    assert [line["ratio"] for line in report["rows"]] == ["2.00 (2.00 to 2.00)", "3.00"]
+    assert "error" in train_step._report(QUICK["quick"], records, ours, ["cheat"], [])
+
+
+def test_wrong_usage() -> None:
+    for wrong in (["--only", "nonsense"], ["--rounds", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            train_step.main(wrong)
+
+
+@pytest.mark.slow
+def test_both_sides_train_alike_on_real_samples(tmp_path: Path) -> None:
+    """Equal losses after updates, samples packed here and padding-free there: the work is the same."""
+    out = tmp_path / "out.json"
+    assert train_step.main(["--only", "quick-instructions", "--rounds", "3", "--out", str(out)]) == 0
+    part = json.loads(out.read_text())["parts"]["quick-instructions"]
+    assert part["speed"]["same_losses"]["largest_relative_difference"] < 1e-4
+    assert part["speed"]["ratio"]["n_pairs"] == 3
+    assert part["memory"]["ratio"] > 0
+    assert len(part["rows"]) == 2
+    assert str(tmp_path) not in out.read_text()
+
+
+@pytest.mark.slow
+def test_nf4_is_compared_after_it_is_found_equal(tmp_path: Path) -> None:
+    out = tmp_path / "nf4.json"
+    assert nf4_cpu.main(["--quick", "--rounds", "2", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert len(result["cases"]) == len(result["rows"]) == 8
+    assert all(case["ratio"]["n_pairs"] == 2 for case in result["cases"].values())
+    assert result["equal_to_bitsandbytes"]["128x256"]["nested_largest_difference"] < 0.02
+
+
+@pytest.mark.slow
+def test_the_profile_accounts_for_the_step(tmp_path: Path) -> None:
+    out = tmp_path / "profile.json"
+    assert profile_step.main(["--quick", "--dtypes", "float32", "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())["dtypes"]["float32"]
+    assert sum(figures["groups"].values()) == pytest.approx(figures["profiled_seconds"], rel=0.05)
+    assert all(figures["groups"][name] > 0 for name in profile_step.GROUPS)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
