@@ -119,7 +119,7 @@ class Contestant:
     name: str
     factory: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=lambda: {"OMP_WAIT_POLICY": "passive"})
+    env: Mapping[str, str] = field(default_factory=lambda: {"GOMP_SPINCOUNT": "1000"})
 
 
 @dataclass(frozen=True)

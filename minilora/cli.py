@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         print(f"minilora: there is no verb {args[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    # OpenMP's threads would spin for milliseconds at the end of every operation, which a busy core turns into time lost.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from minilora.train.signals import Stopped
 
     try:
@@ -186,7 +188,10 @@ def _load_base(config: BaseConfig, adapter: str | None) -> "tuple[Mistral, Token
         if config.quantize == "auto":
             quantize = "nf4" if made_on.get("quantize") else None
             config = replace(config, double_quant=made_on.get("double_quant", config.double_quant))
-    base = open_checkpoint("demo" if config.path == UNNAMED else config.path).folder
+    checkpoint = open_checkpoint("demo" if config.path == UNNAMED else config.path)
+    if config.quantize == "none":
+        checkpoint.refuse_nf4('model.quantize "none"')
+    base = checkpoint.folder
     tokenizer = load_tokenizer(config.tokenizer or base)
     device = pick_device(config.device)
     dtype, _ = pick_dtype(device, config.dtype)
@@ -302,6 +307,34 @@ def merge(args: list[str]) -> None:
     print(f"written to {parsed.out}")
 
 
+def quantize(args: list[str]) -> None:
+    """Write a checkpoint in NF4, which transformers and bitsandbytes load, too: minilora quantize MODEL OUT"""
+    parser = _parser(quantize)
+    parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face's layout or Mistral's own, or demo")
+    parser.add_argument("out", metavar="OUT", help="the new folder, in Hugging Face's layout")
+    parser.add_argument("--double_quant", type=bool, default=True, help="also store each block's absmax in 8 bits")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="of embeddings, norms and head, and what the rest is dequantized to; auto is MODEL's own",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parsed = _parse(parser, args)
+
+    import torch
+
+    from minilora.checkpoint.quantize import quantize_checkpoint
+    from minilora.report.console import weights_bar
+    from minilora.train.signals import stopping_at_once
+
+    dtype = None if parsed.dtype == "auto" else getattr(torch, parsed.dtype)
+    options = {name: getattr(parsed, name) for name in ("double_quant", "overwrite")}
+    with stopping_at_once(f"{parsed.out}: stopped, nothing was written"), weights_bar(Console()) as progress:
+        quantize_checkpoint(parsed.model, parsed.out, dtype=dtype, progress=progress, **options)
+    print(f"written to {parsed.out}")
+
+
 def explain(args: list[str]) -> None:
     """One block of weights through NF4 and one layer through QLoRA, in numbers, by the code that trains."""
     parser = _parser(explain)
@@ -347,5 +380,5 @@ def demo(args: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    f.__name__: f for f in (demo, train, evaluate, generate, merge, explain)
+    f.__name__: f for f in (demo, train, evaluate, generate, quantize, merge, explain)
 }

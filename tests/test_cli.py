@@ -81,7 +81,8 @@ def test_an_unknown_verb(run: Run) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_unknown_flag(run: Run, verb: str, toml: Path) -> None:
-    needed = {"train": [toml], "evaluate": ["f"], "generate": ["p"], "merge": ["a", "b"]}.get(verb, [])
+    two = ["a", "b"]
+    needed = {"train": [toml], "evaluate": ["f"], "generate": ["p"], "merge": two, "quantize": two}.get(verb, [])
     refused(run(verb, *needed, "--nonsense", "3"), 2, f"minilora {verb}:", "nonsense", "--help")
 
 

@@ -5,10 +5,13 @@ safetensors_file  one .safetensors file: its header checked, its tensors read la
 layout            which files of a folder are the model: Hugging Face's layout or Mistral's own
 names             the one table of tensor names and shapes in both layouts
 config_files      config.json and params.json <-> ModelConfig
+nf4_file          bitsandbytes' 4-bit layout: one weight and what stands beside it, read and written
+finite            numbers that are not finite, refused by name and index
 open              all headers of a folder against its config, before any memory is taken; the fingerprint of a base
 load              tensor by tensor into a model, quantized to NF4 on the way
 write             crash-safe files and folders: temporary name, fsync, rename
 save              a model as a folder, in both layouts
+quantize          a folder to a folder in NF4, tensor by tensor
 merge             base plus adapter as plain weights, tensor by tensor
 adapter           LoRA adapters in PEFT's layout
 """

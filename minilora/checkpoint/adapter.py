@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short
 from minilora.checkpoint.names import tensor_specs
 from minilora.checkpoint.safetensors_file import FLOATS, TensorEntry, read_header, write_safetensors
@@ -48,7 +49,7 @@ def save_adapter(
     if config is None or not tensors:
         raise UserError("the model has no adapters to save")
     for key, tensor in tensors.items():
-        _refuse_not_finite(tensor, key)
+        refuse_not_finite(tensor, key, "the training has failed")
     ours = {"format_version": PROVENANCE_VERSION, "base_fingerprint": model.base_fingerprint}
     provenance = {**(provenance or {}), **ours}
     with atomic_folder(folder, overwrite=overwrite, manifest={}) as temp:
@@ -72,7 +73,7 @@ def load_adapter(model: Mistral, folder: str | Path) -> Mistral:
     _check_origin(folder, model)
     tensors = {key: entry.read().float() for key, entry in _checked_entries(folder, config, model.config).items()}
     for key, tensor in tensors.items():
-        _refuse_not_finite(tensor, f"{folder / WEIGHTS}: {key}")
+        refuse_not_finite(tensor, f"{folder / WEIGHTS}: {key}", "the file is damaged, or its training has failed")
     add_lora(model, config)
     with torch.no_grad():
         for key, parameter in _adapter_tensors(model).items():
@@ -206,11 +207,6 @@ def _adapter_tensors(model: Mistral) -> dict[str, Tensor]:
 
 def _key(module: str, letter: str) -> str:
     return f"base_model.model.model.{module}.lora_{letter}.weight"
-
-
-def _refuse_not_finite(tensor: Tensor, name: str) -> None:
-    if not tensor.isfinite().all():
-        raise UserError(f"{name} holds a number that is not finite")
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

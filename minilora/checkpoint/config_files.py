@@ -5,6 +5,7 @@ file leaves out means what its owner's class takes it to mean (transformers' Mis
 ModelArgs), and a choice made for the reader is logged.
 """
 
+import json
 import logging
 import re
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (),
     "vision_config": (),
     "text_config": (),
-    "quantization_config": (),  # weights that are quantized already
 }
 _PARAMS_FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("transformer",),
@@ -43,6 +43,9 @@ _PARAMS_FIXED: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (),
     "quantization": (),
 }
+
+
+_NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -82,6 +85,23 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": dtype,
+    }
+
+
+def says_nf4(folder: Path) -> bool:
+    """Does config.json say that the weights are quantized? Once `read_config` has passed, that is NF4."""
+    return read_json(folder / CONFIG_NAMES["hf"]).get("quantization_config") is not None
+
+
+def quantization_to_hf(double_quant: bool, dtype: str) -> dict[str, Any]:
+    """quantization_config for NF4 weights, as transformers and vLLM read it. dtype: what they compute in."""
+    return {
+        **_NF4_CONFIG,
+        "load_in_8bit": False,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": None,
     }
 
 
@@ -140,6 +160,7 @@ class _Fields:
 def _from_hf(fields: _Fields) -> dict[str, Any]:
     """ModelConfig's arguments from config.json, as transformers 4 and 5 write it."""
     fields.refuse_other_than(_HF_FIXED)
+    _refuse_other_quantization(fields)
     if fields.values.get("model_type") is None:
         raise fields.error("model_type", "is missing; mistral was expected")
     n_layers, n_heads = fields.whole("num_hidden_layers"), fields.whole("num_attention_heads")
@@ -160,6 +181,17 @@ def _from_hf(fields: _Fields) -> dict[str, Any]:
         "tied_embeddings": fields.flag("tie_word_embeddings"),
         "max_seq_len": fields.whole("max_position_embeddings", 32_768),
     }
+
+
+def _refuse_other_quantization(fields: _Fields) -> None:
+    found = fields.values.get("quantization_config")
+    if found is None:
+        return
+    for key, expected in _NF4_CONFIG.items():
+        value = found.get(key) if isinstance(found, dict) else found
+        if type(value) is not type(expected) or value != expected:
+            problem = f"is of {key} {short(value)}; only bitsandbytes' 4-bit NF4 can be read"
+            raise fields.error("quantization_config", f"{problem}: {json.dumps(_NF4_CONFIG)}")
 
 
 def _hf_rope_theta(fields: _Fields) -> float:

@@ -1,17 +1,19 @@
 """A folder to a model, tensor by tensor: what is needed beyond the model itself is one tensor.
 
-The module is built without memory (on torch's meta device) and filled from memory-mapped files. With quantize="nf4"
-each linear layer of the blocks is quantized as it comes, from the file's own precision; embedding, norms and head stay
-dense.
+The module is built without memory (on torch's meta device) and filled from the files. With quantize="nf4" each linear
+layer of the blocks is quantized as it comes, from the file's own precision; embedding, norms and head stay dense. Files
+that are quantized already are taken as they are, with either value of it.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.open import open_checkpoint
 from minilora.errors import UserError
@@ -32,7 +34,8 @@ def load_model(
     """Load a Mistral for inference: eval mode, no parameter requires a gradient (a training strategy turns them on).
 
     path: a folder in Hugging Face's or Mistral's layout, or "demo", the model that ships with minilora
-    quantize, double_quant: "nf4" stores the blocks' linear layers in NF4, their absmax in 8 bits with double_quant
+    quantize, double_quant: "nf4" stores the blocks' linear layers in NF4, their absmax in 8 bits with double_quant;
+        neither changes what a folder in bitsandbytes' 4-bit layout holds
     dtype: of the dense weights, and so of what is computed: float32, bfloat16 or float16
     device: None is torch's default device
     progress: called after each tensor with the tensors loaded and the tensors in all
@@ -47,19 +50,19 @@ def load_model(
     device = torch.get_default_device() if device is None else torch.device(device)
     checkpoint = open_checkpoint(path)
     checkpoint.check_tied_head()
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = Mistral(checkpoint.config)
     specs = list(checkpoint.tensors())
     for done, spec in enumerate(specs, start=1):
-        weight = checkpoint.read(spec).to(device)
-        if quantize and spec.is_projection:
-            parent, _, child = spec.module.rpartition(".")
-            setattr(model.get_submodule(parent), child, NF4Linear(_quantize(weight, spec, double_quant)))
+        if spec.name in checkpoint.nf4:
+            _set_layer(model, spec, NF4Linear(checkpoint.nf4[spec.name].read()).to(device))
+        elif quantize and spec.is_projection and not checkpoint.nf4:
+            weight = checkpoint.read(spec).to(device)
+            _set_layer(model, spec, NF4Linear(quantize_weight(weight, spec.name, double_quant)))
         else:
-            if not bool(weight.isfinite().all()):
-                raise UserError(f"{spec.name}: holds a number that is not finite; the file is damaged, fetch it again")
-            # A copy even of equal dtype: what is mapped would change with the file.
-            _set_weight(model.get_submodule(spec.module), weight.to(dtype, copy=True))
+            weight = checkpoint.read(spec).to(device)
+            refuse_not_finite(weight, spec.name, "the file is damaged, fetch it again")
+            _set_weight(model.get_submodule(spec.module), weight.to(dtype))
         if progress:
             progress(done, len(specs))
     if checkpoint.config.tied_embeddings:
@@ -68,12 +71,28 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
+class _Unfilled(TorchFunctionMode):
+    """While entered, new layers get no random numbers: on the meta device, drawing them would import a compiler and
+    its algebra, a second and 80 MB, for nothing."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
+
+
 def _set_weight(layer: nn.Module, weight: Tensor) -> None:
     layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
 
-def _quantize(weight: Tensor, spec: TensorSpec, double_quant: bool) -> NF4Tensor:
+def _set_layer(model: Mistral, spec: TensorSpec, layer: nn.Module) -> None:
+    parent, _, child = spec.module.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def quantize_weight(weight: Tensor, name: str, double_quant: bool) -> NF4Tensor:
+    """`quantize_nf4`, whose errors name the weight."""
     try:
         return quantize_nf4(weight, double_quant=double_quant)
     except UserError as error:
-        raise UserError(f"{spec.name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None

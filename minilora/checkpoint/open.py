@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.checkpoint.config_files import read_config
+from minilora.checkpoint.config_files import read_config, says_nf4
 from minilora.checkpoint.json_file import short
 from minilora.checkpoint.layout import CONFIG_NAMES, Layout, find_layout, read_entries
 from minilora.checkpoint.names import TensorSpec, n_tensors, tensor_specs
+from minilora.checkpoint.nf4_file import PARTS, NF4Entry, is_packed, open_nf4
 from minilora.checkpoint.safetensors_file import FLOATS, TensorEntry
 from minilora.config import ModelConfig, base_folder
 from minilora.errors import UserError
@@ -32,13 +33,34 @@ class Checkpoint:
     layout: Layout
     config: ModelConfig
     entries: dict[str, TensorEntry]  # by our name
+    nf4: dict[str, NF4Entry]  # those that are quantized already, by our name
 
     def tensors(self) -> Iterator[TensorSpec]:
         return tensor_specs(self.config)
 
     def read(self, spec: TensorSpec) -> Tensor:
-        """One tensor in the file's dtype, on the CPU, its rows in our order. It may be a view of the mapped file."""
+        """One tensor in the file's dtype, on the CPU, its rows in our order; one in NF4 dequantized."""
+        if spec.name in self.nf4:
+            return self.nf4[spec.name].read().dequantize()
         return spec.from_layout(self.entries[spec.name].read(), self.layout)
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if one of the files has changed since it was opened."""
+        for entry in {entry.file: entry for entry in self.entries.values()}.values():
+            entry.check_unchanged()
+
+    @property
+    def double_quant(self) -> bool:
+        """Are there weights in NF4 whose absmax are in 8 bits?"""
+        return any(entry.nested_offset is not None for entry in self.nf4.values())
+
+    def refuse_nf4(self, who: str) -> None:
+        """Raise UserError if there are weights in NF4; `who` needs them plain."""
+        if self.nf4:
+            raise UserError(
+                f"{self.folder}: {who} needs plain weights, but by these files model.quantize is nf4; use them so (to "
+                'train, with train.strategy "qlora"), or the checkpoint that they were made from'
+            )
 
     def check_tied_head(self) -> None:
         """Raise UserError if the embedding is said to be the head, too, yet the files hold another head."""
@@ -52,23 +74,30 @@ class Checkpoint:
         """sha256 over each tensor's name, type, shape, and its first and last row, in hexadecimal.
 
         It is the same for every sharding and for both layouts (which leave those rows where they are), and reads a few
-        pages a tensor. It tells one model or fine-tune from another; it does not see a change within a matrix, such
-        as a flipped bit: hash the files themselves for that.
+        pages a tensor. Of a tensor in NF4 it takes the state (but for spaces), and the ends of the codes and the
+        absmax (`NF4Entry.ends`): the same for every sharding and storage type, but another one than that of
+        the weights before they were quantized. It tells one model or fine-tune from another; it does not see a change
+        within a matrix, such as a flipped bit: hash the files themselves for that.
         """
         digest = hashlib.sha256()
         for spec in self.tensors():
-            entry = self.entries[spec.name]
-            digest.update(f"{spec.name} {entry.dtype} {list(entry.shape)}\n".encode())
-            for row in entry.read_ends():
-                digest.update(row.contiguous().view(-1).view(torch.uint8).numpy().data)
+            if packed := self.nf4.get(spec.name):
+                kind = f"NF4/{packed.block_size} {packed.dtype} {packed.nested_offset}"
+                shape, ends = packed.shape, packed.ends()
+            else:
+                entry = self.entries[spec.name]
+                kind, shape, ends = entry.dtype, entry.shape, entry.read_ends(entry.nbytes // entry.shape[0])
+            digest.update(f"{spec.name} {kind} {list(shape)}\n".encode())
+            for end in ends:
+                digest.update(end.numpy().data)
         return digest.hexdigest()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a folder of either layout, or "demo". Only headers are read.
+    """Open a folder of either layout, or "demo". Only headers are read, and the states of tensors in NF4.
 
     Raises UserError for a folder that is no checkpoint, a bad config, a corrupt header, and for tensors that are
-    missing, unknown, misshapen or of a type other than F32, BF16 and F16.
+    missing, unknown, misshapen or of a type other than F32, BF16, F16 and bitsandbytes' NF4.
     """
     folder = base_folder(path)
     layout, config = find_layout(folder), read_config(folder)
@@ -80,11 +109,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if config.tied_embeddings and (head := TIED_HEAD.key(layout)) in held:
         specs[head] = replace(TIED_HEAD, shape=(config.vocab_size, config.dim))
     _refuse(folder, "missing tensor", [key for key in specs if key not in held])
-    unknown = (key for key in held if key not in specs and not key.endswith("rotary_emb.inv_freq"))
+    may_pack = layout == "hf" and says_nf4(folder)
+    packed = {key for key, spec in specs.items() if may_pack and spec.is_projection and is_packed(key, held)}
+    known = {*specs, *(f"{key}.{part}" for key in packed for part in PARTS)}
+    unknown = (key for key in held if key not in known and not key.endswith("rotary_emb.inv_freq"))
     _refuse(folder, "unknown tensor", [short(key) for key in unknown])
-    faults = (_fault(spec, held[key]) for key, spec in specs.items())
+    faults = (_fault(spec, held[key]) for key, spec in specs.items() if key not in packed)
     _refuse(folder, "wrong tensor", [fault for fault in faults if fault])
-    return Checkpoint(folder, layout, config, {spec.name: held[key] for key, spec in specs.items()})
+    if may_pack and not packed:
+        raise UserError(f"{folder}: no tensor is in NF4, though config.json has a quantization_config; delete that key")
+    nf4 = {specs[key].name: open_nf4(key, specs[key].shape, held) for key in specs if key in packed}
+    return Checkpoint(folder, layout, config, {spec.name: held[key] for key, spec in specs.items()}, nf4)
 
 
 def _fault(spec: TensorSpec, entry: TensorEntry) -> str | None:

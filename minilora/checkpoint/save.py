@@ -6,7 +6,7 @@ passes another one that adds its deltas on the way, so writing needs no second m
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,17 +16,28 @@ import torch
 from torch import Tensor
 
 from minilora.checkpoint.config_files import config_to_hf, config_to_params
+from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.layout import CONFIG_NAMES, WEIGHTS_NAMES, Layout
 from minilora.checkpoint.merge import plain_weight
-from minilora.checkpoint.names import TensorSpec, tensor_specs
-from minilora.checkpoint.safetensors_file import write_safetensors
+from minilora.checkpoint.names import tensor_specs
+from minilora.checkpoint.safetensors_file import Line, write_safetensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.errors import UserError
 from minilora.lora import LoRALinear
 from minilora.model import Mistral
 
 Weights = Iterable[tuple[str, Tensor]]
+PlannedWeight = tuple[str, list[Line]]  # our name of a weight, and the lines that it takes in a file
 _SPARE_BYTES = 50_000_000  # for headers, the small files and a tokenizer
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes into a folder: JSON files by name, and the weights of each safetensors file."""
+
+    small: dict[str, dict[str, Any]]
+    files: dict[str, list[PlannedWeight]]
 
 
 def save_hf(
@@ -34,7 +45,7 @@ def save_hf(
     folder: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     weights: Weights | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
@@ -50,19 +61,10 @@ def save_hf(
     Raises UserError if the model has adapters, a weight is not finite in `dtype`, or the folder cannot be written; the
     folder is then as it was.
     """
-    shards = _shards(list(tensor_specs(model.config)), dtype, max_shard_bytes)
-    single = WEIGHTS_NAMES["hf"]
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = dict(zip(names if len(shards) > 1 else [single], shards, strict=True))
-    small: dict[str, Any] = {
-        CONFIG_NAMES["hf"]: config_to_hf(model.config, str(dtype).removeprefix("torch.")),
-        "generation_config.json": {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2},
-    }
-    if len(shards) > 1:
-        total = sum(_n_bytes(spec, dtype) for spec in tensor_specs(model.config))
-        weight_map = {spec.key("hf"): name for name, shard in files.items() for spec in shard}
-        small[f"{single}.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write(_Plan("hf", small, files, dtype), folder, weights or model_weights(model), tokenizer, overwrite)
+    config = config_to_hf(model.config, str(dtype).removeprefix("torch."))
+    plan = plan_hf(config, _planned(model, "hf", dtype), max_shard_bytes)
+    parts = _prepared(model, weights or model_weights(model), "hf", dtype)
+    write_plan(plan, folder, parts, [tokenizer] if tokenizer else [], overwrite)
 
 
 def save_mistral(
@@ -75,9 +77,10 @@ def save_mistral(
     overwrite: bool = False,
 ) -> None:
     """Write `model` as mistral-inference reads it: params.json, consolidated.safetensors. Arguments as in `save_hf`."""
-    files = {WEIGHTS_NAMES["mistral"]: list(tensor_specs(model.config))}
     small = {CONFIG_NAMES["mistral"]: config_to_params(model.config)}
-    _write(_Plan("mistral", small, files, dtype), folder, weights or model_weights(model), tokenizer, overwrite)
+    plan = Plan(small, {WEIGHTS_NAMES["mistral"]: _planned(model, "mistral", dtype)})
+    parts = _prepared(model, weights or model_weights(model), "mistral", dtype)
+    write_plan(plan, folder, parts, [tokenizer] if tokenizer else [], overwrite)
 
 
 def model_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:
@@ -92,57 +95,81 @@ def model_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:
         yield spec.name, plain_weight(layer)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What goes into a folder: JSON files by name, and the tensors of each safetensors file."""
+def plan_hf(config: dict[str, Any], weights: Sequence[PlannedWeight], max_shard_bytes: int) -> Plan:
+    """The files of Hugging Face's layout: `config` as config.json, `weights` in one file or in shards and their index.
 
-    layout: Layout
-    small: dict[str, dict[str, Any]]
-    files: dict[str, list[TensorSpec]]
-    dtype: torch.dtype
+    A shard has at most `max_shard_bytes`, but one weight at least.
+    """
+    shards: list[list[PlannedWeight]] = [[]]
+    for weight in weights:
+        if shards[-1] and _n_bytes([*shards[-1], weight]) > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(weight)
+    single = WEIGHTS_NAMES["hf"]
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = dict(zip(names if len(shards) > 1 else [single], shards, strict=True))
+    small: dict[str, Any] = {
+        CONFIG_NAMES["hf"]: config,
+        "generation_config.json": {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2},
+    }
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in files.items() for _, lines in shard for key, _, _ in lines}
+        small[f"{single}.index.json"] = {"metadata": {"total_size": _n_bytes(weights)}, "weight_map": weight_map}
+    return Plan(small, files)
 
 
-def _write(plan: _Plan, folder: str | Path, weights: Weights, tokenizer: str | Path | None, overwrite: bool) -> None:
-    if tokenizer and not Path(tokenizer).is_file():
-        raise UserError(f"{tokenizer}: no such file; the tokenizer is copied beside the weights")
-    n_bytes = sum(_n_bytes(spec, plan.dtype) for specs in plan.files.values() for spec in specs)
+def write_plan(
+    plan: Plan,
+    folder: str | Path,
+    parts: Iterable[tuple[str, list[Tensor]]],
+    beside: Sequence[str | Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write what is planned into `folder`, at once and crash-safe, with a manifest.
+
+    parts: each weight's name and the tensors of its lines, in the plan's order; ValueError if they differ from it
+    beside: files to copy
+
+    Raises UserError if a file to copy is missing, the space is short, or the folder stands or cannot be written.
+    """
+    for file in beside:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file; the tokenizer is copied beside the weights")
+    n_bytes = sum(map(_n_bytes, plan.files.values())) + sum(Path(file).stat().st_size for file in beside)
     with atomic_folder(folder, overwrite=overwrite, manifest={}, needed_bytes=n_bytes + _SPARE_BYTES) as temp:
         for name, values in plan.small.items():
             (temp / name).write_text(json.dumps(values, indent=2) + "\n")
-        if tokenizer:
-            shutil.copyfile(tokenizer, temp / Path(tokenizer).name)
-        stream = iter(weights)
-        for name, specs in plan.files.items():
-            lines = [(spec.key(plan.layout), plan.dtype, spec.shape) for spec in specs]
-            write_safetensors(temp / name, _prepared(specs, stream, plan), lines, {"format": "pt"})
+        for file in beside:
+            shutil.copyfile(file, temp / Path(file).name)
+        stream = iter(parts)
+        for name, weights in plan.files.items():
+            lines = [line for _, lines in weights for line in lines]
+            write_safetensors(temp / name, _in_order(weights, stream), lines, {"format": "pt"})
         if next(stream, None) is not None:
             raise ValueError("there are more weights than the model has tensors")
 
 
-def _prepared(specs: list[TensorSpec], stream: Iterator[tuple[str, Tensor]], plan: _Plan) -> Iterator[Tensor]:
-    """The next tensors of `stream`, which must be those of `specs`, as the files of the layout have them."""
-    for spec, (name, weight) in zip(specs, stream, strict=False):
-        if name != spec.name:
-            raise ValueError(f"{spec.name} was expected next, not {name}")
-        cast = weight.detach().to(plan.dtype)
-        if not cast.isfinite().all():
-            raise UserError(f"{name}: holds a number that is not finite in {plan.dtype}; save it in another dtype")
-        yield spec.to_layout(cast, plan.layout)
+def _in_order(weights: list[PlannedWeight], stream: Iterator[tuple[str, list[Tensor]]]) -> Iterator[Tensor]:
+    """The tensors of the next weights of `stream`, which must be `weights`."""
+    for (expected, _), (name, tensors) in zip(weights, stream, strict=False):
+        if name != expected:
+            raise ValueError(f"{expected} was expected next, not {name}")
+        yield from tensors
 
 
-def _shards(specs: list[TensorSpec], dtype: torch.dtype, max_bytes: int) -> list[list[TensorSpec]]:
-    """`specs` cut into runs of at most `max_bytes`, but of one tensor at least."""
-    shards: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for spec in specs:
-        n_bytes = _n_bytes(spec, dtype)
-        if shards[-1] and filled + n_bytes > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(spec)
-        filled += n_bytes
-    return shards
+def _planned(model: Mistral, layout: Layout, dtype: torch.dtype) -> list[PlannedWeight]:
+    return [(spec.name, [(spec.key(layout), dtype, spec.shape)]) for spec in tensor_specs(model.config)]
 
 
-def _n_bytes(spec: TensorSpec, dtype: torch.dtype) -> int:
-    return prod(spec.shape) * dtype.itemsize
+def _prepared(
+    model: Mistral, weights: Weights, layout: Layout, dtype: torch.dtype
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """The weights as the files of the layout have them."""
+    for spec, (name, weight) in zip(tensor_specs(model.config), weights, strict=True):
+        cast = weight.detach().to(dtype)
+        refuse_not_finite(cast, name, f"save it in another dtype than {dtype}")
+        yield name, [spec.to_layout(cast, layout)]
+
+
+def _n_bytes(weights: Sequence[PlannedWeight]) -> int:
+    return sum(prod(shape) * dtype.itemsize for _, lines in weights for _, dtype, shape in lines)

@@ -117,8 +117,10 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def sweep_stale(folder: str | Path) -> list[Path]:
+def sweep_stale(folder: str | Path, name: str | None = None) -> list[Path]:
     """Put right what killed processes left in `folder`; returns the leftovers that were found.
+
+    name: of the one target to look at, where the folder is not ours alone
 
     A NAME.tmp-PID is deleted. A NAME.old-PID was set aside for a new NAME: it goes back if NAME never came. Leftovers
     of processes that are alive on this machine stay.
@@ -126,7 +128,7 @@ def sweep_stale(folder: str | Path) -> list[Path]:
     found = []
     for leftover in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
         match = _LEFTOVER.fullmatch(leftover.name)
-        if not match or _alive(int(match["pid"])):
+        if not match or (name is not None and match["name"] != name) or _alive(int(match["pid"])):
             continue
         found.append(leftover)
         target = leftover.with_name(match["name"])

@@ -1,12 +1,15 @@
-"""Tables on a terminal: the one place, beside the progress bar, that knows rich."""
+"""Tables and a bar on a terminal: the one place, beside a run's own progress, that knows rich."""
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Console", "Table", "table"]
+__all__ = ["Console", "Table", "table", "weights_bar"]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -15,3 +18,24 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     for row in rows:
         made.add_row(*map(escape, row))
     return made
+
+
+@contextmanager
+def weights_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Yield progress(weights done, weights in all): a bar on a terminal, at most ten lines in a file."""
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    began, tenths = time.perf_counter(), 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(done: int, total: int) -> None:
+            nonlocal tenths
+            per_s = done / (time.perf_counter() - began)
+            speed = f"{per_s / 1e6:,.0f} million weights/s"
+            bar.update(task, completed=done, total=total, description=speed)
+            if not console.is_terminal and done * 10 // total > tenths:
+                tenths = done * 10 // total
+                eta = f"ETA {(total - done) / per_s:.0f} s"
+                console.print(f"{done / total:.0%}  {speed}  {eta}", highlight=False, soft_wrap=True)
+
+        yield progress

@@ -1,6 +1,8 @@
-"""SIGINT and SIGTERM ask a run to stop after the step at hand; a second one ends it at once."""
+"""SIGINT and SIGTERM ask a run to stop after the step at hand, a second one at once; other work stops where it is."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -10,6 +12,21 @@ class Stopped(Exception):  # noqa: N818 - not an error
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signum
+
+
+@contextmanager
+def stopping_at_once(message: str) -> Iterator[None]:
+    """While entered, a signal raises Stopped where the work stands, so that what is half done is cleaned up."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raise Stopped(message, signum)
+
+    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
 
 
 class StopRequest:

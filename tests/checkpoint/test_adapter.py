@@ -181,7 +181,7 @@ TENSORS: list[tuple[str, torch.Tensor | None, str]] = [
     (f"{Q0}.lora_A.weight", torch.ones(128, 4), r"lora_A\.weight has shape \(128, 4\)"),
     (f"{Q0}.lora_A.weight", torch.ones(4, 128, dtype=torch.int8), r"lora_A\.weight is stored as I8"),
     (f"{Q0}.lora_A.weight", torch.ones(4, 128, dtype=torch.float64), r"lora_A\.weight is stored as F64"),
-    (f"{Q0}.lora_B.weight", torch.full((256, 4), float("nan")), r"lora_B\.weight holds a number that is not finite"),
+    (f"{Q0}.lora_B.weight", torch.full((256, 4), float("nan")), r"lora_B\.weight: holds a number that is not finite"),
 ]
 
 
@@ -240,6 +240,6 @@ def test_saving_needs_adapters_that_are_finite(originals: Path, tmp_path: Path) 
         save_adapter(load_model(originals / "hf"), tmp_path / "a")
     model = adapted(originals)
     next(layer for _, layer in lora_layers(model)).lora_B.data[0, 0] = float("inf")
-    with pytest.raises(UserError, match=rf"{Q0}\.lora_B\.weight holds a number that is not finite"):
+    with pytest.raises(UserError, match=rf"{Q0}\.lora_B\.weight: holds a number that is not finite"):
         save_adapter(model, tmp_path / "a")
     assert not os.listdir(tmp_path)

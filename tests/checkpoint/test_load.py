@@ -3,7 +3,9 @@
 import ctypes
 import gc
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from tiny_checkpoints import THETA, edit_json, edit_tensors, hf_model, tokens, w
 
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.safetensors_file import TensorEntry
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
 from minilora.nf4 import quantize_nf4
@@ -78,6 +81,14 @@ def test_the_result_is_frozen_in_eval_mode_and_fully_there(hf_folder: Path) -> N
     assert seen == [(i, 21) for i in range(1, 22)]
 
 
+def test_building_the_model_draws_nothing_and_imports_no_compiler(hf_folder: Path) -> None:
+    before = torch.get_rng_state()
+    load_model(hf_folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    code = f"import sys, minilora; minilora.load_model({str(hf_folder)!r}); assert 'sympy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_tied_head_stays_one_parameter(tmp_path: Path) -> None:
     hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     model = load_model(tmp_path)
@@ -128,7 +139,7 @@ def rss_anon() -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and glibc")
 def test_a_quantized_load_never_holds_the_file(originals: Path, tmp_path: Path) -> None:
-    hf_model(intermediate_size=512, num_hidden_layers=16).save_pretrained(tmp_path)
+    hf_model(intermediate_size=512, num_hidden_layers=48).save_pretrained(tmp_path)
     file_bytes = (tmp_path / "model.safetensors").stat().st_size
     load_model(originals / "hf", quantize="nf4")  # the libraries are warm after this
     gc.collect()
@@ -152,6 +163,19 @@ def test_non_finite_weight_is_refused_by_name_and_index(hf_folder: Path) -> None
     edit_tensors(hf_folder / "model.safetensors", model__layers__1__mlp__up_proj__weight=weight)
     with pytest.raises(UserError, match=rf"layers\.1\.mlp\.up_proj\.weight: element {3 * 128 + 5} .* nan"):
         load_model(hf_folder, quantize="nf4")
+
+
+def test_a_file_that_changes_during_the_load(hf_folder: Path) -> None:
+    file = hf_folder / "model.safetensors"
+    with pytest.raises(UserError, match=r"model\.safetensors: changed while it was read"):
+        load_model(hf_folder, progress=lambda done, _: os.utime(file, ns=(0, 0)) if done == 3 else None)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_dense_weight_that_is_not_finite(hf_folder: Path, quantize: Any) -> None:
+    edit_tensors(hf_folder / "model.safetensors", model__norm__weight=torch.full((128,), float("-inf")))
+    with pytest.raises(UserError, match=r"norm\.weight: holds a number that is not finite, -inf at element 0"):
+        load_model(hf_folder, quantize=quantize)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -182,7 +206,7 @@ def test_tensors_must_be_those_of_the_config(hf_folder: Path, changes: dict[str,
 
 def test_nothing_is_read_before_all_headers_are_right(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_tensors(hf_folder / "model.safetensors", lm_head__weight=None)
-    monkeypatch.setattr("minilora.checkpoint.safetensors_file._open", lambda _file: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(TensorEntry, "read_bytes", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(UserError, match="lm_head"):
         load_model(hf_folder)
 

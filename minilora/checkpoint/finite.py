@@ -1,0 +1,19 @@
+"""Numbers that are not finite: one of them makes every logit NaN, so they are refused where they come in or go out."""
+
+from math import isfinite
+
+from torch import Tensor
+
+from minilora.errors import UserError
+
+
+def refuse_not_finite(tensor: Tensor, name: str, remedy: str) -> None:
+    """Raise UserError that names the first NaN or infinity of `tensor` by `name` and flat index."""
+    low, high = tensor.aminmax()  # NaN wins both; one pass, and nothing of the tensor's size beside it
+    if isfinite(low) and isfinite(high):
+        return
+    flat = tensor.detach().reshape(-1)
+    index = int((~flat.isfinite()).nonzero()[0])
+    raise UserError(
+        f"{name}: holds a number that is not finite, {flat[index].item()} at element {index} (counted flat); {remedy}"
+    )

@@ -1,0 +1,106 @@
+"""A checkpoint to a checkpoint in NF4, which transformers and bitsandbytes load as it is: a weight at a time.
+
+    read the next weight | quantize this one | write the one before
+
+Each of the three goes on in a thread of its own, so the slowest alone sets the pace; a weight or two of each stage is
+all that memory holds.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from minilora.checkpoint.config_files import config_to_hf, quantization_to_hf
+from minilora.checkpoint.finite import refuse_not_finite
+from minilora.checkpoint.load import quantize_weight
+from minilora.checkpoint.names import TensorSpec
+from minilora.checkpoint.nf4_file import nf4_lines, nf4_tensors
+from minilora.checkpoint.open import Checkpoint, open_checkpoint
+from minilora.checkpoint.safetensors_file import DTYPES
+from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
+from minilora.checkpoint.write import check_target, sweep_stale
+from minilora.errors import UserError
+
+_TOKENIZERS = ("tokenizer.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json")
+T = TypeVar("T")
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    double_quant: bool = True,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the checkpoint `source`, of either layout or "demo", to the folder `out` with its blocks' matrices in NF4.
+
+    double_quant: also store the absmax in 8 bits
+    dtype: of all else, and what the matrices are dequantized to; None is each tensor's own
+    max_shard_bytes, overwrite: as in `save_hf`
+    progress: called after each tensor with the weights written and the weights in all
+
+    Raises UserError if the source is wrong, quantized already or changes meanwhile, by name and index for a number that
+    is not finite, and if `out` stands, holds the source, or cannot be written; it is then as it was.
+    """
+    checkpoint = open_checkpoint(source)
+    if checkpoint.nf4:
+        raise UserError(f"{checkpoint.folder}: is in NF4 already; name the checkpoint that it was made from")
+    sweep_stale(Path(out).absolute().parent, Path(out).name)
+    check_target(out, overwrite, [checkpoint.folder])
+    checkpoint.check_tied_head()
+    specs = list(checkpoint.tensors())
+    dtypes = {spec.name: dtype or DTYPES[checkpoint.entries[spec.name].dtype] for spec in specs}
+    main = str(dtypes["embed_tokens.weight"]).removeprefix("torch.")
+    config = config_to_hf(checkpoint.config, main) | {"quantization_config": quantization_to_hf(double_quant, main)}
+    plan = plan_hf(config, [_planned(spec, dtypes[spec.name], double_quant) for spec in specs], max_shard_bytes)
+    tokenizers = [f for name in _TOKENIZERS for f in sorted(checkpoint.folder.glob(name)) if f.is_file()]
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as quantizer:
+        read = _ahead(reader, ((spec, checkpoint.read(spec)) for spec in specs))
+        stored = _ahead(quantizer, ((s, _stored(s, weight, dtypes[s.name], double_quant)) for s, weight in read))
+        write_plan(plan, out, _told(checkpoint, stored, progress), tokenizers, overwrite)
+
+
+def _planned(spec: TensorSpec, dtype: torch.dtype, double_quant: bool) -> PlannedWeight:
+    key = spec.key("hf")
+    return spec.name, nf4_lines(key, spec.shape, double_quant) if spec.is_projection else [(key, dtype, spec.shape)]
+
+
+def _stored(spec: TensorSpec, weight: Tensor, dtype: torch.dtype, double_quant: bool) -> list[Tensor]:
+    """What the weight becomes in the file."""
+    if spec.is_projection:
+        return nf4_tensors(replace(quantize_weight(weight, spec.name, double_quant), dtype=dtype))
+    cast = weight.to(dtype)
+    refuse_not_finite(cast, spec.name, "the file is damaged, or the number too large for this dtype")
+    return [cast]
+
+
+def _told(
+    checkpoint: Checkpoint,
+    stored: Iterator[tuple[TensorSpec, list[Tensor]]],
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """`stored` by name; after each weight progress is told, and at the end the source must be as it was."""
+    done = 0
+    for spec, tensors in stored:
+        yield spec.name, tensors
+        done += prod(spec.shape)
+        if progress:
+            progress(done, checkpoint.config.n_parameters)
+    checkpoint.check_unchanged()
+
+
+def _ahead(thread: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:
+    """`items`; while the caller works on one, the thread makes the next."""
+    coming = thread.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = thread.submit(next, items, None)
+        yield item
