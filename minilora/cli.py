@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         print(f"minilora: there is no verb {args[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    # OpenMP's threads would spin for milliseconds at the end of every operation, which a busy core turns into time lost.
+    # Else OpenMP threads spin for milliseconds after each operation, which on a busy machine stops the others.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from minilora.train.signals import Stopped
 

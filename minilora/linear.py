@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minilora.backend import product_dtype
 from minilora.nf4 import NF4Tensor
+from minilora.scratch import scratch
 
 SLICE_BYTES = 16 << 20  # of decoded weight in work at a time on a CPU; smaller slices make the products inefficient
 
@@ -31,10 +32,7 @@ def multiply_back(dy: Tensor, weight: NF4Tensor | Tensor, onto: Tensor | None = 
     """dy (N, out) times a frozen weight (out, in), -> (N, in) in dy's dtype; added to `onto` in place if given."""
     dx = dy.new_empty(len(dy), weight.shape[1]) if onto is None else onto
     for start, stop, rows in slices(weight, dy):
-        if onto is None and start == 0:
-            torch.mm(dy[:, :stop], rows, out=dx)
-        else:
-            dx.addmm_(dy[:, start:stop], rows)
+        dx.addmm_(dy[:, start:stop], rows, beta=0 if onto is None and start == 0 else 1)
     return dx
 
 
@@ -50,20 +48,14 @@ def slices(weight: NF4Tensor | Tensor, like: Tensor) -> Iterator[tuple[int, int,
         even = -(-n_out // -(-weight_bytes // SLICE_BYTES))  # as few slices as there must be, of even size
         multiple = weight.block_size if isinstance(weight, NF4Tensor) else 1  # of rows: whole blocks, whatever n_in is
         rows = min(n_out, -(-even // multiple) * multiple)
-    buffer = torch.empty(rows, n_in, dtype=like.dtype, device=like.device)
-    decode = _decoder(weight)
+    buffer = scratch("weight", rows * n_in, like.dtype, like.device).view(rows, n_in)
     for start in range(0, n_out, rows):
         stop = min(start + rows, n_out)
-        decode(start, stop, buffer[: stop - start])
+        if isinstance(weight, NF4Tensor):
+            weight.decode(start * n_in, stop * n_in, buffer[: stop - start].view(-1))
+        else:
+            buffer[: stop - start] = weight[start:stop]
         yield start, stop, buffer[: stop - start]
-
-
-def _decoder(weight: NF4Tensor | Tensor) -> Callable[[int, int, Tensor], Any]:
-    """Writes the rows start..stop of the weight into a buffer, in the buffer's dtype."""
-    if isinstance(weight, Tensor):
-        return lambda start, stop, out: out.copy_(weight[start:stop])
-    block_absmax, n_in = weight.block_absmax(), weight.shape[1]
-    return lambda start, stop, out: weight.decode(start * n_in, stop * n_in, block_absmax, out.view(-1))
 
 
 class _NF4Product(torch.autograd.Function):

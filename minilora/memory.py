@@ -1,25 +1,43 @@
-"""Where the memory goes: bytes by owner, predicted from a configuration and measured on a model.
+"""Where the memory goes: bytes by owner, predicted from a configuration and measured while a step runs.
 
 NF4 weight: 1/2 byte; absmax: 4/64, or with double quantization 1/64 + 4/(64 * 256) bytes a weight
 adapter: 4 bytes a parameter, as much again for its gradient, twice as much for Adam's two moments
+activations: what forward keeps for backward; scratch: what comes and goes within backward
+
+`StepPlan.predict` is the largest of four moments of a step:
+
+    loss     activations of all blocks, and a chunk of logits
+    last     without logits, but with the last block's MLP in backward, whose products are the widest
+    first    one block's activations in backward, and the gradients of the others
+    update   no activations, all gradients
+
+What a real step takes, benchmarks/watch.py sees, without these formulas.
 """
 
 import resource
+from contextlib import suppress
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from minilora import nf4
+from minilora.backend import product_dtype
 from minilora.config import LoraConfig, ModelConfig
-from minilora.linear import NF4Linear
+from minilora.linear import SLICE_BYTES, NF4Linear
 from minilora.lora import LoRALinear
-from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from minilora.loss import CHUNK_BYTES
+from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE
 
 DenseDtype = Literal["float32", "bfloat16", "float16"]
 Storage = DenseDtype | Literal["nf4", "nf4 double-quantized"]
 _DENSE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+# -- predicted ---------------------------------------------------------------------------------------------------------
 
 
 def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -53,44 +71,174 @@ def predict(config: ModelConfig, storage: Storage, dense: DenseDtype, lora: Lora
         owners["absmax"] = sum(b + 4 * -(-b // NESTED_BLOCK_SIZE) + 4 if nested else 4 * b for b in blocks)
     owners["embeddings, head, norms"] = (config.n_parameters - sum(sizes)) * _DENSE_BYTES[dense]
     if lora is not None:
-        adapter = config.n_layers * lora.rank * sum(sum(shapes[t]) for t in lora.targets) * 4
+        adapter = config.n_layers * lora.rank * sum(sum(shapes[t]) for t in lora.targets if t in shapes) * 4
         owners |= {"adapters": adapter, "gradients": adapter, "optimizer": 2 * adapter}
     return owners
 
 
-def measure(model: nn.Module) -> dict[str, int]:
+@dataclass
+class StepPlan:
+    """What a training step's memory depends on, and what of it follows. Sizes are bytes.
+
+    lora: None where all weights learn; rows, length: of a micro-batch; targets: how many of its tokens are, None: all
+    sees: a row is one causal run, or falls into several, or a mask says who sees whom (`attention.causal_runs`)
+    accumulated: the gradients of earlier micro-batches are there, too
+    """
+
+    config: ModelConfig
+    storage: Storage
+    dtype: DenseDtype
+    lora: LoraConfig | None
+    rows: int
+    length: int
+    targets: int | None = None
+    sees: Literal["rows", "runs", "mask"] = "rows"
+    checkpointing: bool = False
+    accumulated: bool = False
+    device: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        config, self.tokens = self.config, self.rows * self.length
+        self.d, self.f = self.tokens * config.dim, self.tokens * config.hidden_dim  # numbers of all tokens' x, gate,
+        self.q, self.kv = (self.tokens * n * config.head_dim for n in (config.n_heads, config.n_kv_heads))  # q and k
+        self.fused = self.lora is not None and self.lora.dropout == 0
+        self.on_cpu, self.stored = self.device.type == "cpu", _DENSE_BYTES[self.dtype]  # of the residual stream
+        product = product_dtype(torch.empty(0, dtype=getattr(torch, self.dtype))).itemsize
+        self.computed = product if self.on_cpu else self.stored
+        self.cast = self.stored != self.computed
+        self.mask = self.tokens * self.length if self.sees == "mask" else 0
+        self.rotation = self.tokens * config.head_dim * self.computed if self.fused and self.cast else 0
+
+    def predict(self) -> dict[str, int]:
+        """By owner, at the moment of the step when they are most, the optimizer's moments there already.
+
+        For the fast block on a CPU, tensor by tensor; for the plain one (dropout, or all weights learn) the scratch is
+        an estimate. On a GPU the allocator's rounding comes on top.
+        """
+        config, n_layers = self.config, self.config.n_layers
+        rest = predict(config, self.storage, self.dtype, self.lora)
+        if self.lora is None:
+            rest |= {"gradients": 4 * config.n_parameters, "optimizer": 8 * config.n_parameters}
+        gradients, head = rest.pop("gradients"), 0 if self.lora else 4 * config.vocab_size * config.dim
+        block, scratch = self.block(), {"scratch": self.scratch()}
+        if self.checkpointing:
+            again = block if not self.cast else block | {"mlp": 0}  # backward casts gate and up, then these go
+            block = {"residual stream": block["residual stream"] // 2, "attention": self.rotation}
+            scratch = add_up(scratch, again, {kind: -n for kind, n in block.items()})
+        blocks = {kind: n * n_layers for kind, n in block.items()}
+        shared = {"attention": self.tokens * config.head_dim * self.stored + self.mask}  # cos, sin, and who sees whom
+        first = head + (gradients - head) * (n_layers - 1) // n_layers
+        loss, last, first = (gradients if self.accumulated else n for n in (0, head, first))
+        moments: list[dict[str, int]] = [
+            add_up(shared, blocks, self.loss(), {"gradients": loss}),
+            add_up(shared, blocks, scratch, {"gradients": last}),
+            add_up(shared, block, scratch, {"gradients": first}),
+            # A tied embedding's gradient and the head's are made whole before they are added.
+            {"gradients": gradients, "scratch": 2 * head if config.tied_embeddings else 0},
+        ]
+        worst = max(moments, key=lambda owners: sum(owners.values()))
+        return {owner: n for owner, n in add_up(rest, worst).items() if n}
+
+    def block(self) -> dict[str, int]:
+        """What a block keeps for backward: what fused.py says, or what autograd takes of the plain block.
+
+        The plain block's norms keep their input in float32, dropout its mask and what it let through.
+        """
+        number, lora = self.computed if self.fused else self.stored, self.lora
+        heads = self.q + 2 * max(self.q, self.kv) + self.q * (2 if self.sees == "runs" else 1)  # repeated k, v; outputs
+        kept = {
+            "residual stream": 2 * self.d * self.stored if self.fused or self.stored == 4 else 0,
+            "norms": 2 * self.d * 4 if not self.fused and self.stored != 4 else 0,
+            "attention": (heads + self.mask) * number + 4 * self.tokens * self.config.n_heads + self.rotation,
+            "mlp": self.f * self.stored * (2 if self.fused else 3 if lora else 4),
+        }
+        if lora is None:  # x / rms and that times the weight
+            return kept | {"norms": 4 * self.d * 4}
+        shapes = projection_shapes(self.config)  # a target that it lacks, add_lora refuses
+        let_through = sum(shapes[t][1] for t in lora.targets if t in shapes) if lora.dropout else 0
+        reduced = lora.rank * len(lora.targets)
+        return kept | {"adapter inputs": self.tokens * number * (reduced + 2 * let_through)}
+
+    def scratch(self) -> int:
+        """What is alive besides in backward of a block's MLP: when down_proj's is done, or in the end its norm's."""
+        d, f, stored, computed = self.d, self.f, self.stored, self.computed
+        decoded = self.decoded(self.config.dim, self.config.hidden_dim, self.storage)
+        if not self.fused:
+            return (d + 2 * f) * stored + decoded
+        casts = (d + 2 * f) * computed if self.cast else 0  # dy, gate, up
+        wide = d * stored + d * (computed + 4) + 2 * f * computed  # dy, norm(x), x / rms, d_up, d_gate
+        of_norm = d * (computed + 4 + (0 if computed == 4 else 4) + (0 if stored == 4 else stored))
+        return wide + casts + max(f * computed + decoded, of_norm)
+
+    def loss(self) -> dict[str, int]:
+        """The final norm's input and output, and the loss's chunk of logits with what becomes of it (loss.py)."""
+        config, targets = self.config, self.tokens if self.targets is None else self.targets
+        n_chunks = max(1, ceil(4 * targets * config.vocab_size / CHUNK_BYTES))
+        rows, number = ceil(targets / n_chunks), self.computed
+        if number != 4:  # in float32, and back; the next chunk's come before the last one's have gone
+            number += 4 + self.computed + (4 if n_chunks > 1 else 0) + (0 if self.on_cpu else 4)
+        chunk = rows * (config.vocab_size * number + self.config.dim * self.computed * (2 if self.cast else 1))
+        learns = 0 if self.lora else 4 * config.dim  # the head's gradient and what a chunk adds; the norm's x / rms
+        hidden = (self.tokens + targets) * self.config.dim * self.stored + learns * self.tokens
+        logits = chunk + targets * self.config.dim * self.stored + 2 * learns * config.vocab_size
+        kept = {"final hidden": hidden, "logits": logits}
+        kept |= {"scratch": self.decoded(config.vocab_size, self.config.dim, self.dtype)}
+        # The last block's output, which is the norm's input in float32 already if the stream is.
+        return add_up(kept, {"residual stream" if self.stored == 4 else "final hidden": 4 * self.d})
+
+    def decoded(self, n_out: int, n_in: int, storage: Storage) -> int:
+        """The slice of a frozen weight that is in work at a time, in the products' dtype, and what decoding takes."""
+        size = n_out * n_in
+        if self.lora is None or _DENSE_BYTES.get(storage) == self.computed:
+            return 0
+        in_work = size // ceil(size * self.computed / SLICE_BYTES) if self.on_cpu else size
+        decoding = 6 * min(nf4._chunk(self.device, BLOCK_SIZE), in_work) + 4 * size // BLOCK_SIZE
+        return in_work * self.computed + (0 if storage in _DENSE_BYTES else decoding)
+
+
+def add_up(*parts: dict[str, int]) -> dict[str, int]:
+    """Owner by owner."""
+    owners = dict.fromkeys(owner for part in parts for owner in part)
+    return {owner: sum(part.get(owner, 0) for part in parts) for owner in owners}
+
+
+# -- measured ----------------------------------------------------------------------------------------------------------
+
+
+def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
     """Bytes by owner of a model's tensors, counted once each, with the owners that `predict` has."""
-    owners: dict[str, int] = {}
-    seen: set[int] = set()
+    return add_up(*({owner: n} for owner, n in named_storages(model, optimizer).values()))
 
-    def add(owner: str, tensor: torch.Tensor | None) -> None:
-        if tensor is not None and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            owners[owner] = owners.get(owner, 0) + tensor.nbytes
 
+def named_storages(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[int, tuple[str, int]]:
+    """Owner and bytes of what a model's tensors, their gradients and an optimizer's state lie in, by its address."""
+    owned = list[tuple[str, Tensor | None]]()
     for name, module in model.named_modules():
+        owner = "embeddings, head, norms"
         if isinstance(module, NF4Linear):
-            add("packed weights", module.packed)
-            for part in (module.absmax, module.nested_absmax, module.nested_offset):
-                add("absmax", part)
+            absmax = (module.absmax, module.nested_absmax, module.nested_offset)
+            owned += [("packed weights", module.packed), *(("absmax", part) for part in absmax)]
         elif isinstance(module, LoRALinear):
-            for parameter in (module.lora_A, module.lora_B):
-                add("adapters", parameter)
-                add("gradients", parameter.grad)
-        else:
-            is_block_linear = isinstance(module, nn.Linear) and name.startswith("layers.")
-            for parameter in module.parameters(recurse=False):
-                add("linear weights" if is_block_linear else "embeddings, head, norms", parameter)
-    return owners
+            owner = "adapters"
+        elif isinstance(module, nn.Linear) and name.startswith("layers."):
+            owner = "linear weights"
+        for parameter in module.parameters(recurse=False):
+            owned += [(owner, parameter), ("gradients", parameter.grad)]
+    for state in optimizer.state.values() if optimizer else ():
+        owned += [("optimizer", part) for part in state.values() if isinstance(part, Tensor)]
+    return {part.untyped_storage()._cdata: (owner, part.nbytes) for owner, part in owned if part is not None}
 
 
 def private_bytes() -> int:
     """Memory that is this process's own (RssAnon): without mapped files, which the system can take back at any time."""
+    return _status_bytes("RssAnon") or max_rss_bytes()
+
+
+def _status_bytes(*names: str) -> int:
+    """The sum of these lines of /proc/self/status; 0 where there is none."""
     status = Path("/proc/self/status")
-    if not status.exists():
-        return max_rss_bytes()
-    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+    lines = (line.split() for line in status.read_text().splitlines()) if status.exists() else ()
+    return 1024 * sum(int(words[1]) for words in lines if words and words[0][:-1] in names)
 
 
 def max_rss_bytes() -> int:
@@ -100,25 +248,34 @@ def max_rss_bytes() -> int:
 
 @dataclass
 class PeakMemory:
-    """The largest reading at the moments that `note` is called, and on a GPU the allocator's own peak."""
+    """The most private memory between any `start` and `note`, and on a GPU the allocator's own peaks.
+
+    Linux counts a process's largest resident size and begins anew when told so; mapped files are taken off. Where it
+    cannot be told, what is private at the moments of `note` counts.
+    """
 
     device: torch.device
-    private: int = field(default=0)
+    private: int = 0
+    allocator: dict[str, int] = field(default_factory=dict)
+    _counts_anew: bool = False
 
     def start(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        with suppress(OSError):
+            self._counts_anew = Path("/proc/self/clear_refs").write_text("5") == 1
 
     def note(self) -> None:
-        self.private = max(self.private, private_bytes())
+        resident = _status_bytes("VmHWM") - _status_bytes("RssFile", "RssShmem") if self._counts_anew else 0
+        self.private = max(self.private, private_bytes(), resident)
+        if self.device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+            for name, n in zip(("device_allocated", "device_reserved"), now, strict=True):
+                self.allocator[name] = max(self.allocator.get(name, 0), n)
 
     def now_bytes(self) -> int:
         """What counts on this device: its allocated memory, or a CPU process's private memory."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else private_bytes()
 
     def summary(self) -> dict[str, int]:
-        peaks = {"private": self.private, "max_rss": max_rss_bytes()}
-        if self.device.type == "cuda":
-            peaks["device_allocated"] = torch.cuda.max_memory_allocated(self.device)
-            peaks["device_reserved"] = torch.cuda.max_memory_reserved(self.device)
-        return peaks
+        return {"private": self.private, "max_rss": max_rss_bytes(), **self.allocator}

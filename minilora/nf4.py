@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import UserError
+from minilora.scratch import scratch
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -132,13 +133,15 @@ class NF4Tensor:
         """The 4-bit codes one by one, (n,) uint8."""
         return unpack(self.packed, self.n)
 
-    def block_absmax(self) -> Tensor:
-        """Each block's absmax, (ceil(n/64),) float32, decoded if it is stored in 8 bits."""
+    def block_absmax(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The absmax of the blocks first..last, (last - first,) float32, decoded if they are stored in 8 bits."""
+        absmax = self.absmax[first:last]
         if self.nested_absmax is None or self.nested_offset is None:
-            return self.absmax
-        scaled = dynamic_map(self.absmax.device).index_select(0, self.absmax.int())
-        nested = self.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: scaled.numel()]
-        return scaled * nested + self.nested_offset
+            return absmax
+        scaled = dynamic_map(absmax.device).index_select(0, absmax.int())
+        skipped, stop = first % NESTED_BLOCK_SIZE, -(-(first + len(absmax)) // NESTED_BLOCK_SIZE)
+        nested = self.nested_absmax[first // NESTED_BLOCK_SIZE : stop].repeat_interleave(NESTED_BLOCK_SIZE)
+        return scaled * nested[skipped : skipped + len(scaled)] + self.nested_offset
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """LEVELS[code] * absmax, computed in float32 and rounded once to `dtype` (the original one if None).
@@ -150,25 +153,25 @@ class NF4Tensor:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
         if tuple(out.shape) != self.shape:
             raise ValueError(f"out has shape {tuple(out.shape)}, the weight has {self.shape}")
-        self.decode(0, self.n, self.block_absmax(), out.view(-1))
+        self.decode(0, self.n, out.view(-1))
         return out
 
-    def decode(self, start: int, stop: int, block_absmax: Tensor, out: Tensor) -> None:
+    def decode(self, start: int, stop: int, out: Tensor) -> None:
         """Dequantize the numbers start..stop (counted flat) into `out` (stop - start,), of any floating-point dtype.
 
-        start: a multiple of the block size; block_absmax: what the method of that name gives
+        start: a multiple of the block size
         """
         pairs = _level_pairs(self.packed.device)
         chunk = min(_chunk(self.packed.device, self.block_size), stop - start)
-        index = torch.empty((chunk + 1) // 2, dtype=torch.int32, device=self.packed.device)
-        decoded = torch.empty_like(index, dtype=torch.int64)
+        index = scratch("index", (chunk + 1) // 2, torch.int32, self.packed.device)
+        decoded = scratch("pairs", (chunk + 1) // 2, torch.int64, self.packed.device)
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
             n_bytes = (last - first + 1) // 2
             index[:n_bytes] = self.packed[first // 2 : first // 2 + n_bytes]
             torch.index_select(pairs, 0, index[:n_bytes], out=decoded[:n_bytes])
             values = decoded.view(torch.float32)[: last - first]
-            absmax = block_absmax[first // self.block_size : -(-last // self.block_size)]
+            absmax = self.block_absmax(first // self.block_size, -(-last // self.block_size))
             whole = (last - first) // self.block_size * self.block_size
             into, blocks = out[first - start : last - start], (-1, self.block_size)
             torch.mul(

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "config", "nf4", "kv_cache"),
+    ("errors", "scratch", "config", "nf4", "kv_cache"),
     ("kernels",),
     ("backend",),
     ("norm", "rope", "attention", "loss", "linear", "lora"),

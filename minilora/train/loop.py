@@ -99,7 +99,6 @@ def run_steps(run: Run) -> None:
     counters = run.state.counters
     check: MovementCheck | None = MovementCheck(run.state.weights) if counters.updates < 2 else None
     run.model.train()
-    run.memory.start()
     run.reporter.begin(counters.step, run.n_steps)
     with StopRequest() as stop:
         while counters.step < run.n_steps and not _out_of_patience(run):
@@ -124,6 +123,7 @@ def run_steps(run: Run) -> None:
 def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """Take the next rows, train on them, count; the step's lines for metrics.jsonl and timing.jsonl."""
     train, counters, began = run.config.train, run.state.counters, time.perf_counter()
+    run.memory.start()
     rows = run.state.sampler.take(train.batch_size * train.accumulate)
     batches = [
         make_batch(run.train, rows[i : i + train.batch_size], run.config.data.max_seq_len)
@@ -134,6 +134,7 @@ def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         run.model, run.state.optimizer, batches, lr, train.clip_norm, run.state.loss_scale, run.memory.note
     )
     n_tokens = sum(run.train[i].length for row in rows for i in row)
+    run.memory.note()
     counters.step += 1
     counters.tokens += n_tokens
     counters.target_tokens += sum(batch.n_targets for batch in batches)
@@ -224,6 +225,7 @@ def finish(run: Run) -> None:
         "after": after,
         "test": test,
         "peak_memory_bytes": run.memory.summary(),
+        "predicted_memory_bytes": run.predicted_bytes,
         "tok_per_s": _median_speed(folder.path / "timing.jsonl"),
         "steps": counters.step,
         "updates": counters.updates,

@@ -1,6 +1,6 @@
 """From a configuration to a run that is ready to step: base, tokenizer, data, what learns, optimizer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Protocol
 
@@ -11,13 +11,14 @@ from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import RunConfig, to_dict
 from minilora.data.encode import Sample, check_vocab, encode_records
-from minilora.data.pack import RowSampler, epoch_rows
+from minilora.data.pack import RowSampler, epoch_rows, make_batch
 from minilora.data.records import data_fingerprint, read_records
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer
 from minilora.memory import PeakMemory
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.train.ledger import Ledger, as_text
 from minilora.train.run_folder import RunFolder
 from minilora.train.state import RunState
 from minilora.train.step import LossScale
@@ -48,6 +49,7 @@ class Run:
     n_steps: int
     reporter: Reporter
     memory: PeakMemory
+    predicted_bytes: dict[str, int]
     before: dict[str, Any] = field(default_factory=dict)
     after: list[Answer] = field(default_factory=list)
     stopped_because: str = "all steps done"
@@ -73,8 +75,18 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
                 f'train.strategy "full" trains float32 weights; model.dtype {config.model.dtype!r} is not one'
             )
         dtype, why = torch.float32, "every weight learns"
+    if checkpoint.nf4:  # the files say how they are quantized
+        if config.quantize is None:
+            checkpoint.refuse_nf4(f'train.strategy "{config.train.strategy}"')
+        config = replace(config, model=replace(config.model, double_quant=checkpoint.double_quant))
     reporter.say(f"device: {abilities(device)}")
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
+    lengths = [s.length for s in samples["train"]]
+    sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed)
+    first = make_batch(samples["train"], sampler.rows[: config.train.batch_size], config.data.max_seq_len)
+    predicted = Ledger(config, checkpoint.config, device, first, max(lengths)).check()
+    shares = ", ".join(f"{owner} {as_text(n)}" for owner, n in predicted.items())
+    reporter.say(f"memory: {as_text(sum(predicted.values()))} predicted at its peak: {shares}")
     model = load_model(
         base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
@@ -82,7 +94,6 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     apply_strategy(model, config)
 
     weights = trainable(model)
-    sampler = RowSampler([s.length for s in samples["train"]], config.data.max_seq_len, config.train.seed)
     origin = {
         "config": _what_must_stay(config),
         "base": model.base_fingerprint,
@@ -103,7 +114,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     return Run(
         config, folder, model, tokenizer, samples["train"], samples["validation"], samples["test"],
         RunState(weights, _optimizer(weights, config), sampler, LossScale(dtype == torch.float16), origin),
-        n_steps, reporter, PeakMemory(device),
+        n_steps, reporter, PeakMemory(device), predicted,
     )  # fmt: skip
 
 

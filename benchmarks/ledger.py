@@ -1,0 +1,220 @@
+"""The ledger against the facts: python -m benchmarks.ledger [--shape NAME] [--model PATH]
+
+Each cell is one QLoRA step in a process of its own: its bytes by owner as `minilora.memory` predicts them, and as
+`benchmarks.watch` finds them in the second step (the optimizer's moments are there, torch's own buffers, too). What the
+process's private memory grew by since before loading, beyond all owned bytes, is "other".
+
+The weights are random NF4 bytes, made in place: no file of full size is needed. --model takes a checkpoint instead.
+"""
+
+import argparse
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contestants import ALPHA, LEARNING_RATE, RANK
+from benchmarks.feeds import random_batch
+from benchmarks.harness import Contestant, ContestantError, Step, Worker, write_result
+from benchmarks.shapes import SHAPES, shape
+from benchmarks.watch import StepWatch
+from minilora.backend import pick_device
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.open import open_checkpoint
+from minilora.config import BaseConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.linear import NF4Linear
+from minilora.memory import PeakMemory, private_bytes
+from minilora.model import Mistral
+from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor
+from minilora.train.ledger import Ledger
+from minilora.train.step import LossScale, train_step
+from minilora.train.strategies import apply_strategy, trainable
+
+STEP_CAP_S = 1800.0
+CLOSE, OTHER = 0.10, 0.05  # how far predicted may be from measured, and the largest share of "other"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """rows x length random tokens, each of them a target."""
+
+    shape: str
+    rows: int
+    length: int
+    dtype: str
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} {self.rows}x{self.length} {self.dtype}" + " checkpointing" * self.checkpointing
+
+
+def cells(name: str) -> list[Cell]:
+    """Those of a shape."""
+    if name == "mistral-7b-v0.3":
+        return [Cell(name, 1, 64, "bfloat16")]
+    batches = [(8, 256)] if name == "demo" else [(4, 256), (1, 1024)]
+    return [
+        Cell(name, *batch, dtype, checkpointing)
+        for batch in batches
+        for dtype in ("float32", "bfloat16")
+        for checkpointing in (False, True)
+    ]
+
+
+# -- in the contestant's process ---------------------------------------------------------------------------------------
+
+
+def one_step(cell: Mapping[str, Any], model: str | None) -> Step:
+    """A step of `cell` that tells its bytes by owner, predicted and measured."""
+    own = Cell(**cell)
+    warm_up = replace(own, shape="tiny", rows=1, length=64)
+    _step(warm_up, random_model(shape("tiny"), getattr(torch, own.dtype)))()  # what torch imports and sets up meanwhile
+    start = _private_now()
+    sizes = open_checkpoint(model).config if model else shape(own.shape)
+    batch = random_batch(own.rows, own.length, sizes.vocab_size)
+    predicted = Ledger(run_config(own), sizes, pick_device("cpu"), batch, own.length).predict()
+    dtype = getattr(torch, own.dtype)
+    step = _step(own, load_model(model, quantize="nf4", dtype=dtype) if model else random_model(sizes, dtype))
+
+    def told() -> dict[str, Any]:
+        measured, peak = step()
+        other = peak - start - sum(measured.values())
+        predicted.pop("process", None)
+        return {"predicted": predicted, "measured": measured, "other": other, "process": start}
+
+    return told
+
+
+def _step(cell: Cell, base: Mistral) -> Callable[[], tuple[dict[str, int], int]]:
+    """A training step: bytes by owner, and the most private memory while it ran."""
+    model = apply_strategy(base, run_config(cell)).train()
+    optimizer = torch.optim.AdamW(list(trainable(model).values()), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    batch = random_batch(cell.rows, cell.length, model.config.vocab_size)
+
+    def step() -> tuple[dict[str, int], int]:
+        _private_now()
+        peak = PeakMemory(torch.device("cpu"))
+        peak.start()
+        with StepWatch(model, optimizer) as watch:
+            train_step(model, optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False))
+        peak.note()
+        return watch.owners(), peak.private
+
+    return step
+
+
+def _private_now() -> int:
+    """Private memory, without what glibc keeps of what was freed: that is no owner's."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return private_bytes()
+
+
+def run_config(cell: Cell) -> RunConfig:
+    return RunConfig(
+        model=BaseConfig(dtype=cell.dtype),  # type: ignore[arg-type]
+        lora=LoraConfig(rank=RANK, alpha=ALPHA),
+        data=DataConfig(max_seq_len=cell.length),
+        train=TrainConfig(batch_size=cell.rows, activation_checkpointing=cell.checkpointing),
+    )
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype) -> Mistral:
+    """A base in NF4 whose every byte is random, its absmax around what weights of std 0.02 have."""
+    with torch.device("meta"):
+        model = Mistral(config)
+    for name, layer in [*model.named_modules()]:
+        parent, _, child = name.rpartition(".")
+        if isinstance(layer, torch.nn.Linear) and name.startswith("layers."):
+            setattr(model.get_submodule(parent), child, NF4Linear(_random_nf4(layer.weight.shape, dtype)))
+    for layer in model.modules():
+        for name, weight in [*layer.named_parameters(recurse=False)]:
+            made = (
+                torch.empty(weight.shape, dtype=dtype).normal_(std=0.02)
+                if weight.dim() > 1
+                else torch.ones(weight.shape, dtype=dtype)
+            )
+            setattr(layer, name, torch.nn.Parameter(made))
+    if config.tied_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.requires_grad_(False)
+
+
+def _random_nf4(shape: Sequence[int], dtype: torch.dtype) -> NF4Tensor:
+    n = shape[0] * shape[1]
+    packed = torch.empty(ceil(n / 2), dtype=torch.uint8).random_()
+    absmax = torch.empty(ceil(n / BLOCK_SIZE), dtype=torch.uint8).random_()
+    nested = torch.full((ceil(len(absmax) / NESTED_BLOCK_SIZE),), 0.01)
+    return NF4Tensor(packed, absmax, tuple(shape), dtype, BLOCK_SIZE, nested, torch.tensor(0.05))
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def measure(cell: Cell, model: str | None) -> dict[str, Any]:
+    """Both columns of a cell, and how far apart they are."""
+    contestant = Contestant(cell.name, "benchmarks.ledger:one_step", {"cell": asdict(cell), "model": model})
+    try:
+        with Worker(contestant, STEP_CAP_S) as worker:
+            worker.step(STEP_CAP_S, watch=False)
+            found = worker.step(STEP_CAP_S, watch=False).result
+    except ContestantError as error:
+        return {"cell": asdict(cell), "error": str(error)}
+    predicted, measured = found["predicted"], found["measured"]
+    owners = dict.fromkeys([*measured, *predicted])
+    totals = {"predicted": sum(predicted.values()), "measured": sum(measured.values())}
+    return {
+        "cell": asdict(cell) | {"lora_rank": RANK},
+        "owners": {o: {"predicted": predicted.get(o, 0), "measured": measured.get(o, 0)} for o in owners},
+        "totals": totals | {"difference": totals["predicted"] / totals["measured"] - 1},
+        "other": {"bytes": found["other"], "share": found["other"] / (totals["measured"] + found["other"])},
+        "process_before_loading": found["process"],
+    }
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """A table of MB by owner."""
+    cell = Cell(**{key: value for key, value in result["cell"].items() if key != "lora_rank"})
+    if "error" in result:
+        console.print(f"{cell.name}: {result['error']}", markup=False)
+        return
+    table = Table(cell.name, "predicted MB", "measured MB", "difference")
+    for owner, both in [*result["owners"].items(), ("all tensors", result["totals"])]:
+        predicted, measured = both["predicted"], both["measured"]
+        off = f"{predicted / measured - 1:+.1%}" if measured else "-"
+        table.add_row(owner, f"{predicted / 1e6:,.2f}", f"{measured / 1e6:,.2f}", off)
+    other = result["other"]
+    table.add_row("other", "", f"{other['bytes'] / 1e6:,.2f}", f"{other['share']:.1%} of all")
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status is 1 where a cell failed or is not close enough."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.split("\n")[0])
+    names = ("demo", "135m", "mistral-7b-v0.3")
+    parser.add_argument("--shape", choices=[*names, *SHAPES], action="append", help=f"if not {', '.join(names[:2])}")
+    parser.add_argument("--model", metavar="PATH", help="a checkpoint of that shape, instead of random bytes")
+    parser.add_argument("--out", metavar="FILE", help="instead of results/ledger.json")
+    parsed = parser.parse_args(argv)
+    console, failed, parts = Console(), 0, {}
+    for name in parsed.shape or names[:2]:
+        model = parsed.model or ("demo" if name == "demo" else None)
+        for cell in cells(name):
+            parts[cell.name] = result = measure(cell, model)
+            show(result, console)
+            close = "error" not in result and abs(result["totals"]["difference"]) <= CLOSE
+            failed += not (close and (name == "demo" or result["other"]["share"] <= OTHER))
+    write_result("ledger", {"parts": parts}, parsed.out)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
