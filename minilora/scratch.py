@@ -16,7 +16,8 @@ def scratch(purpose: str, n: int, dtype: torch.dtype, device: torch.device) -> T
     """(n,) of memory with anything in it, the caller's until the same thread asks for the same purpose again."""
     if device.type != "cpu":
         return torch.empty(n, dtype=dtype, device=device)
-    buffers, key = _held.__dict__, f"{purpose} {dtype}"
+    buffers: dict[str, Tensor] = _held.__dict__
+    key = f"{purpose} {dtype}"
     if key not in buffers or len(buffers[key]) < n:
         with torch.inference_mode(False):  # else what generation made could not be written to in training
             buffers[key] = torch.empty(n, dtype=dtype, device=device)
