@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minilora import scratch
 from minilora.memory import add_up, named_storages
 
 
@@ -43,6 +44,7 @@ class StepWatch(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[Any], _Made]] = {}
         self._made: list[_Made] = []
         self._clock = self._bytes = self._most = self._moment = 0
+        self._kept = sum(buffer.nbytes for buffer in scratch._held.__dict__.values())  # used again, so not made now
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -71,7 +73,9 @@ class StepWatch(TorchDispatchMode):
         owner_of = {made: named[address][0] for address, (_, made) in self._alive.items() if address in named}
         then = [made for made in self._made if made.born <= self._moment < made.died]
         then = [made for made in then if owner_of.get(made, "gradients") == "gradients"]
-        return add_up(*always, *({owner_of.get(made, made.owner): made.n_bytes} for made in then))
+        return add_up(
+            *always, {"scratch": self._kept}, *({owner_of.get(made, made.owner): made.n_bytes} for made in then)
+        )
 
 
 def _owner(operator: str) -> str:
