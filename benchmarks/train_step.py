@@ -48,6 +48,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 RTOL = {"float32": 1e-4, "bfloat16": 5e-3}  # of the losses of both sides
 SLOW_S = 20.0  # a first step that takes longer needs no second one to be screened
 STEP_CAP_S = 3600.0
+HOPELESS = 10.0  # times the fastest step so far, and a minute at least: no screening waits longer for one
 N_ROWS = 6  # packed rows of the instruction set that the steps go round
 
 
@@ -108,7 +109,8 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
         if not (form == "padded" and attention == "eager")
     ]
     if cell.dtype != "float32":
-        ways += [way | {"compute": "float32"} for way in ways if way["attention"] == "sdpa" and way["prepared"]]
+        wide = [way | {"compute": "float32"} for way in ways if way["attention"] == "sdpa" and way["prepared"]]
+        ways = wide + ways  # first, as all others are measured by their speed where bf16 is slow
     found = {}
     for way in ways[:1] if cell.quick else ways:
         name = f"peft, {way['attention']}"
@@ -178,13 +180,14 @@ def _race_of_the_fastest(
 
 
 def _screen_all(contestants: Sequence[Contestant], deadline: float, console: Console) -> dict[str, Record]:
-    """Each alone; those whose turn comes too late have that for an error."""
-    records = {}
+    """Each alone. One whose step is hopelessly slow is given up; one whose turn comes too late is not run."""
+    records: dict[str, Record] = {}
     for contestant in contestants:
         if time.monotonic() > deadline:
             record = Record(contestant.name, error="not run: the time of this cell was used up")
         else:
-            record = screen(contestant, 2, SLOW_S, STEP_CAP_S)
+            fastest = min((found.seconds for found in records.values() if found.steps), default=inf)
+            record = screen(contestant, 2, SLOW_S, min(STEP_CAP_S, max(60.0, HOPELESS * fastest)))
         records[contestant.name] = record
         said = f"{record.seconds:.2f} s, {record.peak_bytes / 1e9:.2f} GB" if record.steps else record.error
         console.print(f"  {contestant.name}: {said}", markup=False, highlight=False)
