@@ -164,7 +164,7 @@ def _find_file(path: Path) -> Path:
     for name in ("tokenizer.model", "tokenizer.model.v3"):
         if (path / name).is_file():
             return path / name
-    found = sorted(path.glob("tokenizer.model*"))
+    found = sorted(path.glob("*tokenizer*.model*"))
     if len(found) > 1:
         raise UserError(f"{path}: holds {', '.join(f.name for f in found)}; name the file to use")
     if not found:

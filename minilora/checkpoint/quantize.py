@@ -27,7 +27,13 @@ from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, wr
 from minilora.checkpoint.write import check_target, sweep_stale
 from minilora.errors import UserError
 
-_TOKENIZERS = ("tokenizer.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json")
+_TOKENIZERS = (
+    "*tokenizer*.model*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tekken.json",
+)
 T = TypeVar("T")
 
 

@@ -269,13 +269,15 @@ def _figure(value: Any, sign: str = "") -> str:
 
 def _page(run_folder: Path, body: str) -> str:
     title = escape(f"{run_folder.resolve().name} – minilora")
+    css = Path(__file__).with_name("page.css").read_text("utf-8")
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{CSS}</style>
+<style>
+{css}</style>
 </head>
 <body>
 <main>
@@ -283,39 +285,4 @@ def _page(run_folder: Path, body: str) -> str:
 </main>
 </body>
 </html>
-"""
-
-
-CSS = """
-:root { color-scheme: light dark; --page: #f8fafc; --card: #fff; --text: #0f172a; --quiet: #64748b; --line: #e2e8f0;
-  --link: #2563eb; --good: #047857; --bad: #b91c1c; }
-@media (prefers-color-scheme: dark) { :root { --page: #0b1120; --card: #151e2e; --text: #e2e8f0; --quiet: #94a3b8;
-  --line: #2a374b; --link: #93c5fd; --good: #34d399; --bad: #fca5a5; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { margin: 0; font-size: 2rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 0 0 1rem; font-size: 1.15rem; }
-header p { margin: .4rem 0 0; color: var(--quiet); overflow-wrap: anywhere; }
-section, .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
-section { margin-top: 1.25rem; padding: 1.25rem 1.5rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1.5rem; }
-.tiles div { flex: 1 1 10rem; padding: .9rem 1.2rem; }
-.tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.tiles span { color: var(--quiet); font-size: .85rem; }
-.scroll { overflow-x: auto; }
-table { width: 100%; border-collapse: collapse; font-size: .92rem; }
-th, td { padding: .45rem .8rem .45rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { color: var(--quiet); font-weight: 600; }
-tbody tr:last-child td { border-bottom: 0; }
-.numbers td + td, .numbers th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.good { color: var(--good); } .bad { color: var(--bad); } .same { color: var(--quiet); }
-figure { margin: 0 0 1.5rem; } figure:last-child { margin-bottom: 0; }
-img { display: block; width: 100%; height: auto; padding: .5rem; border-radius: 8px; background: #fff; }
-figcaption { margin-top: .4rem; color: var(--quiet); font-size: .85rem; }
-code, pre { font: .88em/1.5 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-pre { margin: 0; overflow-x: auto; white-space: pre-wrap; }
-a { color: var(--link); }
-summary { cursor: pointer; color: var(--quiet); } details[open] summary { margin-bottom: .8rem; }
 """

@@ -1,0 +1,100 @@
+"""A run that does not fit is refused in one line, before a weight is loaded, with settings that are enough."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.feeds import random_batch
+from benchmarks.shapes import shape
+from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.errors import UserError
+from minilora.train import ledger
+from minilora.train.ledger import Ledger
+
+RUN = RunConfig(
+    model=BaseConfig(dtype="float32"),
+    lora=LoraConfig(rank=16),
+    data=DataConfig(max_seq_len=512),
+    train=TrainConfig(batch_size=4),
+)
+
+
+def of(run: RunConfig, longest: int = 100) -> Ledger:
+    sizes = shape("135m")
+    batch = random_batch(run.train.batch_size, run.data.max_seq_len, sizes.vocab_size)
+    return Ledger(run, sizes, torch.device("cpu"), batch, longest)
+
+
+def total(run: RunConfig) -> int:
+    return sum(of(run).predict().values())
+
+
+def changed(**sections: dict[str, Any]) -> RunConfig:
+    return replace(RUN, **{name: replace(getattr(RUN, name), **values) for name, values in sections.items()})
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, run: RunConfig, free: float, longest: int = 100) -> str:
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: free)
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)  # else it moves between two predictions
+    with pytest.raises(UserError) as error:
+        of(run, longest).check()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_fits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: total(RUN))
+    assert sum(of(RUN).check().values()) == total(RUN)
+
+
+def test_the_mildest_form_of_each_setting_that_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    half = changed(train={"batch_size": 2, "accumulate": 2})
+    said = refusal(monkeypatch, RUN, total(half))
+    assert said.startswith(f"the run needs {ledger.as_text(total(RUN))} of memory, {ledger.as_text(total(half))} are")
+    assert "train.batch_size 2 and train.accumulate 2" in said
+    assert "data.max_seq_len 256" in said
+    assert "train.batch_size 1" not in said
+    assert "max_seq_len 128" not in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "smaller"),
+    [
+        ("train.activation_checkpointing", "true", changed(train={"activation_checkpointing": True})),
+        ("train.batch_size", "1 and train.accumulate 4", changed(train={"batch_size": 1, "accumulate": 4})),
+        ("data.max_seq_len", "128", changed(data={"max_seq_len": 128})),
+        ("model.dtype", "bfloat16", changed(model={"dtype": "bfloat16"})),
+    ],
+)
+def test_each_setting_makes_it_fit_as_it_says(
+    monkeypatch: pytest.MonkeyPatch, key: str, value: str, smaller: RunConfig
+) -> None:
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    said = refusal(monkeypatch, RUN, total(smaller))
+    assert f"{key} {value} ({ledger.as_text(total(smaller))})" in said
+    # and one byte less is too little for it
+    assert f"{key} {value} (" not in refusal(monkeypatch, RUN, total(smaller) - 1)
+
+
+def test_a_row_is_not_made_shorter_than_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "data.max_seq_len" not in refusal(monkeypatch, RUN, 1e9, longest=400)
+
+
+def test_a_plain_base_is_told_of_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    plain = changed(train={"strategy": "lora"}, model={"quantize": "none"})
+    packed = changed(train={"strategy": "qlora"})
+    assert total(packed) < total(plain)
+    assert f"train.strategy qlora ({ledger.as_text(total(packed))})" in refusal(monkeypatch, plain, total(packed))
+
+
+def test_what_no_setting_can_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(monkeypatch, RUN, 300e6)
+    found = re.search(r"even (.*) comes to (.*), too much still: take a smaller model$", said)
+    assert found
+    assert all(key in found[1] for key in ("checkpointing true", "batch_size 1", "max_seq_len 128", "dtype bfloat16"))
