@@ -40,10 +40,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         n_chunks = max(1, -(-4 * len(hidden) * head.shape[0] // CHUNK_BYTES))
         n_rows = max(1, -(-len(hidden) // n_chunks))
-        buffer = hidden.new_empty(n_rows, head.shape[0], dtype=dtype)
+        buffer = hidden.new_empty(n_rows, head.shape[0], dtype=dtype)  # one for all chunks: new memory is slow
+        wide = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
         for start in range(0, len(hidden), n_rows):
             h, y = hidden[start : start + n_rows].to(dtype), labels[start : start + n_rows, None]
-            logits = multiply(h, head, out=buffer[: len(h)]).float()  # (chunk, V)
+            product, logits = multiply(h, head, out=buffer[: len(h)]), wide[: len(h)]  # (chunk, V)
+            if wide is not buffer:
+                logits.copy_(product)
             label_logit, largest = logits.gather(1, y), logits.amax(-1, keepdim=True)
             p = torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)  # in place
             # logsumexp from the largest probability, which is at least 1/V and so has all its digits
@@ -51,7 +54,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += (log_sum - label_logit).sum()
             if grad_hidden is None and grad_head is None:
                 continue
-            grad = p.scatter_add_(1, y, torch.full_like(label_logit, -1)).to(dtype)
+            p.scatter_add_(1, y, torch.full_like(label_logit, -1))
+            grad = p if dtype == torch.float32 else product.copy_(p)
             if grad_hidden is not None:
                 grad_hidden[start : start + n_rows] = multiply_back(grad, head)
             if grad_head is not None:

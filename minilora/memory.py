@@ -175,8 +175,7 @@ class StepPlan:
         config, targets = self.config, self.tokens if self.targets is None else self.targets
         n_chunks = max(1, ceil(4 * targets * config.vocab_size / CHUNK_BYTES))
         rows, number = ceil(targets / n_chunks), self.computed
-        if number != 4:  # in float32, and back; the next chunk's come before the last one's have gone
-            number += 4 + self.computed + (4 if n_chunks > 1 else 0) + (0 if self.on_cpu else 4)
+        number += (0 if number == 4 else 4) + (0 if self.on_cpu else 4)  # in float32, and its softmax
         chunk = rows * (config.vocab_size * number + self.config.dim * self.computed * (2 if self.cast else 1))
         learns = 0 if self.lora else 4 * config.dim  # the head's gradient and what a chunk adds; the norm's x / rms
         hidden = (self.tokens + targets) * self.config.dim * self.stored + learns * self.tokens

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minilora import backend
 from minilora import loss as loss_module
 from minilora.loss import IGNORE, cross_entropy_sum
 
@@ -57,10 +58,13 @@ def test_a_chunk_holds_at_least_one_row(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(cross_entropy_sum(*problem()), plain(*problem()), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_at_most_twice_as_much_as_torch(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both where the machine multiplies 16-bit numbers and where the products are widened."""
+    monkeypatch.setattr(backend, "_cpu_product_dtype", lambda dtype: dtype if native else torch.float32)
     set_rows(monkeypatch, 5)
     hidden, head, labels = problem(dtype)
     exact = value_and_gradients(plain_float64, hidden.double(), head.double(), labels)
