@@ -30,6 +30,7 @@ from benchmarks.feeds import random_batch
 from benchmarks.harness import Contestant, ContestantError, Step, Worker, write_result
 from benchmarks.shapes import SHAPES, shape
 from benchmarks.watch import StepWatch
+from minilora import scratch
 from minilora.backend import pick_device
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -83,6 +84,7 @@ def one_step(cell: Mapping[str, Any], model: str | None) -> Step:
     own = Cell(**cell)
     sizes, dtype = open_checkpoint(model).config if model else shape(own.shape), getattr(torch, own.dtype)
     _step(own, random_model(replace(sizes, n_layers=1, vocab_size=1024), dtype))()
+    scratch._held.__dict__.clear()  # what the warm-up decoded into is the step's, not the process's
     start = _private_now()
     batch = random_batch(own.rows, own.length, sizes.vocab_size)
     predicted = Ledger(run_config(own), sizes, pick_device("cpu"), batch, own.length).predict() | {"process": start}
@@ -180,7 +182,7 @@ def measure(cell: Cell, model: str | None) -> dict[str, Any]:
         "cell": asdict(cell) | {"lora_rank": RANK},
         "owners": {o: {"predicted": predicted.get(o, 0), "measured": measured.get(o, 0)} for o in owners},
         "totals": totals | {"difference": totals["predicted"] / totals["measured"] - 1},
-        "other": {"bytes": found["other"], "share": found["other"] / (totals["measured"] + process + found["other"])},
+        "other": {"bytes": found["other"], "share": abs(found["other"]) / totals["measured"]},
     }
 
 
@@ -196,7 +198,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         off = f"{predicted / measured - 1:+.1%}" if measured else "-"
         table.add_row(owner, f"{predicted / 1e6:,.2f}", f"{measured / 1e6:,.2f}", off)
     other = result["other"]
-    table.add_row("other", "", f"{other['bytes'] / 1e6:,.2f}", f"{other['share']:.1%} of all")
+    table.add_row("other", "", f"{other['bytes'] / 1e6:,.2f}", f"{other['share']:.1%} of them")
     console.print(table)
 
 
@@ -215,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts[cell.name] = result = measure(cell, model)
             show(result, console)
             close = "error" not in result and abs(result["totals"]["difference"]) <= CLOSE
+            # The demo's tensors are so few MB that what the libraries take beside them is a larger share.
             failed += not (close and (name == "demo" or result["other"]["share"] <= OTHER))
     write_result("ledger", {"parts": parts}, parsed.out)
     return min(failed, 1)

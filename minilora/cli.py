@@ -7,9 +7,8 @@ Heavy modules are imported inside the verbs, so that help and usage errors come 
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
@@ -18,11 +17,6 @@ from rich.console import Console
 from minilora.config import BaseConfig, RunConfig, base_folder
 from minilora.errors import UserError, is_out_of_memory
 
-if TYPE_CHECKING:
-    from minilora.model import Mistral
-    from minilora.tokenizer import Tokenizer
-
-UNNAMED = ""  # no --model.path: the adapter names its base, and without an adapter it is "demo"
 _Share = restricted_number_type("_Share", float, [(">", 0), ("<=", 1)])
 _Seed = restricted_number_type("_Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
 
@@ -167,42 +161,14 @@ def _base_arguments(parser: ArgumentParser) -> None:
 
 def _model_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(BaseConfig, "model")
-    parser.set_defaults({"model.path": UNNAMED})
+    parser.set_defaults({"model.path": ""})  # base.UNNAMED
 
 
-def _load_base(config: BaseConfig, adapter: str | None) -> "tuple[Mistral, Tokenizer]":
-    """The model of `--model.*` with the adapter, and its tokenizer."""
-    from minilora.backend import pick_device, pick_dtype
-    from minilora.checkpoint.adapter import load_adapter, read_provenance
-    from minilora.checkpoint.load import load_model
-    from minilora.checkpoint.open import open_checkpoint
-    from minilora.tokenizer import load_tokenizer
+def _tell(predicted: dict[str, int]) -> None:
+    """The ledger, beside the output; once all is well, so that an error is one line."""
+    from minilora.memory import told
 
-    quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
-    if adapter is not None:
-        made_on = read_provenance(adapter)
-        if config.path == UNNAMED:
-            if "base_path" not in made_on:
-                raise UserError(f"{adapter}: does not say where its base lies; give it with --model.path")
-            config = replace(config, path=made_on["base_path"])
-        if config.quantize == "auto":
-            quantize = "nf4" if made_on.get("quantize") else None
-            config = replace(config, double_quant=made_on.get("double_quant", config.double_quant))
-    checkpoint = open_checkpoint("demo" if config.path == UNNAMED else config.path)
-    if config.quantize == "none":
-        checkpoint.refuse_nf4('model.quantize "none"')
-    base = checkpoint.folder
-    tokenizer = load_tokenizer(config.tokenizer or base)
-    device = pick_device(config.device)
-    dtype, _ = pick_dtype(device, config.dtype)
-    model = load_model(base, quantize=quantize, double_quant=config.double_quant, dtype=dtype, device=device)
-    return (load_adapter(model, adapter) if adapter is not None else model).eval(), tokenizer
-
-
-def _check_file(path: str) -> None:
-    """Raise UserError if there is no such file, before a model is loaded for it."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    print(told(predicted), file=sys.stderr)
 
 
 def evaluate(args: list[str]) -> None:
@@ -218,16 +184,21 @@ def evaluate(args: list[str]) -> None:
     _base_arguments(parser)
     parsed = _parse(parser, args)
 
+    from minilora.base import Base
     from minilora.data.encode import check_vocab, encode_records
     from minilora.data.records import read_records
     from minilora.evaluate.answers import answer_samples, exact_match, has_prompt
     from minilora.evaluate.perplexity import mean_loss, perplexity
     from minilora.train.run_folder import to_json
 
-    _check_file(parsed.file)
-    model, tokenizer = _load_base(parsed.model, parsed.adapter)
-    samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
-    check_vocab(samples, model.config.vocab_size)
+    base = Base.find(parsed.model, parsed.adapter)
+    tokenizer, longest = base.tokenizer, parsed.data.max_seq_len
+    samples, _ = encode_records(read_records(parsed.file), tokenizer, longest)
+    check_vocab(samples, base.checkpoint.config.vocab_size)
+    length = min(longest, max(s.length for s in samples) + parsed.eval.max_new_tokens)
+    predicted = base.check(parsed.eval.batch_size, length)
+    model = base.load()
+    _tell(predicted)
     loss, n_targets = mean_loss(model, samples, parsed.data.max_seq_len, parsed.eval.batch_size)
     result: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "target_tokens": n_targets}
     chats = [s for s in samples if has_prompt(s)][: parsed.eval.answers]
@@ -252,14 +223,19 @@ def generate(args: list[str]) -> None:
 
     import torch
 
+    from minilora.base import Base
     from minilora.generation import stream
 
-    model, tokenizer = _load_base(parsed.model, parsed.adapter)
+    base = Base.find(parsed.model, parsed.adapter)
+    tokenizer = base.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(parsed.prompt)]
     if not parsed.raw:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": parsed.prompt}])
-    if (largest := max(ids)) >= model.config.vocab_size:
+    if (largest := max(ids)) >= base.checkpoint.config.vocab_size:
         raise UserError(f"token id {largest} is not in the model's vocabulary: {tokenizer.path} is another model's")
+    predicted = base.check(1, len(ids), parsed.max_new_tokens)
+    model = base.load()
+    _tell(predicted)
     given: list[int] = []
     shown = ""
     options = {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
@@ -285,6 +261,7 @@ def merge(args: list[str]) -> None:
     _model_arguments(parser)
     parsed = _parse(parser, args)
 
+    from minilora.base import Base
     from minilora.checkpoint.adapter import read_provenance
     from minilora.checkpoint.write import check_target
     from minilora.data.encode import check_vocab, encode_records
@@ -296,13 +273,11 @@ def merge(args: list[str]) -> None:
         raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
     base = parsed.model.path or read_provenance(parsed.adapter_folder).get("base_path", "")
     check_target(parsed.out, parsed.overwrite, [parsed.adapter_folder, *([base_folder(base)] if base else [])])
-    _check_file(text)
-    model, tokenizer = _load_base(parsed.model, parsed.adapter_folder)
-    samples, _ = encode_records(read_records(text), tokenizer, parsed.data.max_seq_len)
-    check_vocab(samples, model.config.vocab_size)
-    audit = merge_with_audit(
-        model, Path(parsed.out), samples, parsed.data.max_seq_len, tokenizer.path, parsed.overwrite
-    )
+    found = Base.find(parsed.model, parsed.adapter_folder)
+    samples, _ = encode_records(read_records(text), found.tokenizer, parsed.data.max_seq_len)
+    check_vocab(samples, found.checkpoint.config.vocab_size)
+    length, tokenizer = parsed.data.max_seq_len, found.tokenizer.path
+    audit = merge_with_audit(found.load(), Path(parsed.out), samples, length, tokenizer, parsed.overwrite)
     print(audit.text())
     print(f"written to {parsed.out}")
 

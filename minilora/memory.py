@@ -4,7 +4,7 @@ NF4 weight: 1/2 byte; absmax: 4/64, or with double quantization 1/64 + 4/(64 * 2
 adapter: 4 bytes a parameter, as much again for its gradient, twice as much for Adam's two moments
 activations: what forward keeps for backward; scratch: what comes and goes within backward
 
-`StepPlan.predict` is the largest of four moments of a step:
+`StepPlan.predict` is the largest of four moments of a step, and of what else a run does in between (`forward`):
 
     loss     activations of all blocks, and a chunk of logits
     last     without logits, but with the last block's MLP in backward, whose products are the widest
@@ -15,9 +15,10 @@ What a real step takes, benchmarks/watch.py sees, without these formulas.
 """
 
 import resource
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Literal
 
@@ -109,9 +110,10 @@ class StepPlan:
         self.mask = self.tokens * self.length if self.sees == "mask" else 0
         self.rotation = self.tokens * config.head_dim * self.computed if self.fused and self.cast else 0
 
-    def predict(self) -> dict[str, int]:
+    def predict(self, in_between: Sequence[dict[str, int]] = ()) -> dict[str, int]:
         """By owner, at the moment of the step when they are most, the optimizer's moments there already.
 
+        in_between: what evaluation takes besides, see `forward`
         For the fast block on a CPU, tensor by tensor; for the plain one (dropout, or all weights learn) the scratch is
         an estimate. On a GPU the allocator's rounding comes on top.
         """
@@ -135,6 +137,7 @@ class StepPlan:
             add_up(shared, block, scratch, {"gradients": first}),
             # A tied embedding's gradient and the head's are made whole before they are added.
             {"gradients": gradients, "scratch": 2 * head if config.tied_embeddings else 0},
+            *in_between,
         ]
         worst = max(moments, key=lambda owners: sum(owners.values()))
         return {owner: n for owner, n in add_up(rest, worst).items() if n}
@@ -170,6 +173,24 @@ class StepPlan:
         of_norm = d * (computed + 4 + (0 if computed == 4 else 4) + (0 if stored == 4 else stored))
         return wide + casts + max(f * computed + decoded, of_norm)
 
+    def forward(self, new: int | None = None) -> dict[str, int]:
+        """What a pass without gradients takes: the widest of the MLP, attention and loss; an estimate.
+
+        new: tokens to be generated from prompts of this length, so with a KV cache; None for a loss
+        """
+        config, stored = self.config, self.stored
+        slots = 0 if new is None else min(config.sliding_window or self.length + new, self.length + new)
+        keys, cast = self.rows * (self.length + slots), self.computed if self.cast else 0
+        mask = self.mask if new is None else keys * self.length
+        decoded = self.decoded(config.dim, config.hidden_dim, self.storage)
+        mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + decoded
+        heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim  # joined with the cache, then repeated
+        attention = (2 * self.d + 3 * self.q + keys * heads + mask) * stored + self.q * cast
+        last = self.loss() if new is None else {"logits": self.rows * config.vocab_size * 4}
+        cache = {"KV cache": 2 * config.n_layers * self.rows * slots * config.n_kv_heads * config.head_dim * stored}
+        shared = cache | {"attention": self.tokens * config.head_dim * stored + mask}
+        return add_up(shared, max({"scratch": max(mlp, attention)}, last, key=lambda owners: sum(owners.values())))
+
     def loss(self) -> dict[str, int]:
         """The final norm's input and output, and the loss's chunk of logits with what becomes of it (loss.py)."""
         config, targets = self.config, self.tokens if self.targets is None else self.targets
@@ -199,6 +220,26 @@ def add_up(*parts: dict[str, int]) -> dict[str, int]:
     """Owner by owner."""
     owners = dict.fromkeys(owner for part in parts for owner in part)
     return {owner: sum(part.get(owner, 0) for part in parts) for owner in owners}
+
+
+def free_bytes(device: torch.device) -> float:
+    """What a run can have: a GPU's free memory; on a CPU what is available, and what this process has of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    return available[0] + private_bytes() if available else inf
+
+
+def told(predicted: Mapping[str, int]) -> str:
+    """The prediction in one line."""
+    shares = ", ".join(f"{owner} {as_text(n)}" for owner, n in predicted.items())
+    return f"memory: {as_text(sum(predicted.values()))} predicted at its peak: {shares}"
+
+
+def as_text(n_bytes: float) -> str:
+    """In GB (1e9 bytes), small numbers in MB."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 # -- measured ----------------------------------------------------------------------------------------------------------
@@ -241,7 +282,7 @@ def _status_bytes(*names: str) -> int:
 
 
 def max_rss_bytes() -> int:
-    """The most memory this process ever had resident, mapped files included."""
+    """The most memory this process had resident, mapped files included, since `PeakMemory.start` or ever."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -255,12 +296,14 @@ class PeakMemory:
 
     device: torch.device
     private: int = 0
+    resident: int = 0  # the most before the count began anew, which resets the system's own
     allocator: dict[str, int] = field(default_factory=dict)
     _counts_anew: bool = False
 
     def start(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        self.resident = max(self.resident, max_rss_bytes())
         with suppress(OSError):
             self._counts_anew = Path("/proc/self/clear_refs").write_text("5") == 1
 
@@ -277,4 +320,4 @@ class PeakMemory:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else private_bytes()
 
     def summary(self) -> dict[str, int]:
-        return {"private": self.private, "max_rss": max_rss_bytes(), **self.allocator}
+        return {"private": self.private, "max_rss": max(self.resident, max_rss_bytes()), **self.allocator}

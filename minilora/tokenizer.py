@@ -170,7 +170,7 @@ def _find_file(path: Path) -> Path:
     if not found:
         other = [name for name in ("tekken.json", "tokenizer.json") if (path / name).exists()]
         but = f", and {' and '.join(other)} cannot be read: only sentencepiece is supported" if other else ""
-        raise UserError(f"{path}: holds no tokenizer.model{but}")
+        raise UserError(f"{path}: holds no tokenizer.model{but}; name one with --model.tokenizer")
     return found[0]
 
 

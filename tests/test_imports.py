@@ -7,8 +7,10 @@ first use, is left out.
 import ast
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ LAYERS = (
     ("backend",),
     ("norm", "rope", "attention", "loss", "linear", "lora"),
     ("model", "fused"),
-    ("memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),
+    ("base", "memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report"),
     ("train",),
     ("serve", "demo"),
@@ -143,6 +145,17 @@ def test_what_computes_also_runs_where_no_output_library_is_installed() -> None:
     run(f"{block}\nfor name in {names}: importlib.import_module(name)")
 
 
+def code_lines(source: str) -> int:
+    """Without blank lines, comments and docstrings: an explanation is no length that has to be read."""
+    strings = set[int]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            strings |= {*range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [t for t in tokenize.generate_tokens(StringIO(source).readline) if t.type not in nothing]
+    return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - strings)
+
+
 def test_the_package_stays_short_enough_to_be_read() -> None:
-    lines = {name: len(path.read_text("utf-8").splitlines()) for name, path in MODULES.items()}
+    lines = {name: code_lines(path.read_text("utf-8")) for name, path in MODULES.items()}
     assert sum(lines.values()) < MAX_LINES, sorted(lines.items(), key=lambda item: -item[1])[:10]

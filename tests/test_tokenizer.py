@@ -432,7 +432,7 @@ def test_a_name_that_the_pieces_belie_is_refused(tmp_path: Path) -> None:
 
 
 def test_which_file_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no tokenizer.model$"):
+    with pytest.raises(UserError, match=r"holds no tokenizer.model; name one with --model.tokenizer$"):
         load_tokenizer(tmp_path)
     for name in ("tekken.json", "tokenizer.json"):
         (tmp_path / name).write_text("{}")

@@ -89,7 +89,8 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     provenance = read_json(file)
     if (version := provenance.get("format_version")) != PROVENANCE_VERSION:
         raise UserError(f"{file}: format_version is {short(version)}; this minilora knows {PROVENANCE_VERSION}")
-    for key, kind in (("base_path", str), ("validation_path", str), ("quantize", str), ("double_quant", bool)):
+    paths = dict.fromkeys(("base_path", "tokenizer_path", "validation_path", "quantize"), str)
+    for key, kind in {**paths, "double_quant": bool, "tokenizer": dict}.items():
         if not isinstance(provenance.get(key), kind | None):
             raise UserError(f"{file}: {key} is {short(provenance[key])}, but must be a {kind.__name__}")
     return provenance

@@ -10,8 +10,8 @@ from minilora.checkpoint.load import load_model
 from minilora.config import RunConfig
 from minilora.errors import UserError
 from minilora.evaluate.answers import answer_samples, has_prompt
+from minilora.memory import as_text
 from minilora.model import Mistral
-from minilora.train.ledger import as_text
 from minilora.train.loop import fine_tune
 from minilora.train.setup import Reporter, Run
 

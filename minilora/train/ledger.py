@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import inf
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,7 +11,7 @@ from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, RunConfig
 from minilora.data.pack import PackedBatch
 from minilora.errors import UserError
-from minilora.memory import DenseDtype, StepPlan, private_bytes
+from minilora.memory import DenseDtype, StepPlan, as_text, free_bytes, private_bytes
 
 LEAST_LENGTH = 64  # shorter rows are not advised
 
@@ -48,7 +46,17 @@ class Ledger:
             accumulated=train.accumulate > 1,
             device=self.device,
         )
-        return ({"process": private_bytes()} if on_cpu else {}) | plan.predict()
+        in_between = []
+        if self._evaluates():
+            limits = self.config.eval
+            in_between.append(replace(plan, rows=limits.batch_size, targets=None).forward())
+            if limits.answers or limits.samples:
+                answered = replace(plan, rows=limits.batch_size, length=self.longest, targets=None)
+                in_between.append(answered.forward(limits.max_new_tokens))
+        return ({"process": private_bytes()} if on_cpu else {}) | plan.predict(in_between)
+
+    def _evaluates(self) -> bool:
+        return bool(self.config.data.validation or self.config.data.test)
 
     def check(self) -> dict[str, int]:
         """The prediction. Raises UserError if it does not fit, with the mildest form of each setting that is enough."""
@@ -76,6 +84,9 @@ class Ledger:
             accumulate = train.accumulate * train.batch_size // n
             changes = {"train": {"batch_size": n, "accumulate": accumulate}}
             yield "train.batch_size", f"{n} and train.accumulate {accumulate}", changes
+        n = self.config.eval.batch_size
+        while self._evaluates() and (n := n // 2):
+            yield "eval.batch_size", str(n), {"eval": {"batch_size": n}}
         while (length := length // 2) >= max(self.longest, LEAST_LENGTH):
             yield "data.max_seq_len", str(length), {"data": {"max_seq_len": length}}
         if train.strategy != "full" and pick_dtype(self.device, self.config.model.dtype)[0] == torch.float32:
@@ -89,17 +100,3 @@ class Ledger:
 
     def _total(self) -> int:
         return sum(self.predict().values())
-
-
-def free_bytes(device: torch.device) -> float:
-    """What a run can have: a GPU's free memory; on a CPU what is available, and what this process has of it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    return available[0] + private_bytes() if available else inf
-
-
-def as_text(n_bytes: float) -> str:
-    """In GB (1e9 bytes), small numbers in MB."""
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -210,6 +210,7 @@ def finish(run: Run) -> None:
     else:
         provenance = {k: run.state.origin[k] for k in ("base", "data", "dtype", "tokenizer")} | {
             "base_path": _absolute(run.config.model.path),
+            "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
             "validation_path": run.config.data.validation and _absolute(run.config.data.validation),
             "quantize": run.config.quantize,
             "double_quant": run.config.model.double_quant,

@@ -15,10 +15,10 @@ from minilora.data.pack import RowSampler, epoch_rows, make_batch
 from minilora.data.records import data_fingerprint, read_records
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer
-from minilora.memory import PeakMemory
+from minilora.memory import PeakMemory, told
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer, load_tokenizer
-from minilora.train.ledger import Ledger, as_text
+from minilora.train.ledger import Ledger
 from minilora.train.run_folder import RunFolder
 from minilora.train.state import RunState
 from minilora.train.step import LossScale
@@ -85,8 +85,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed)
     first = make_batch(samples["train"], sampler.rows[: config.train.batch_size], config.data.max_seq_len)
     predicted = Ledger(config, checkpoint.config, device, first, max(lengths)).check()
-    shares = ", ".join(f"{owner} {as_text(n)}" for owner, n in predicted.items())
-    reporter.say(f"memory: {as_text(sum(predicted.values()))} predicted at its peak: {shares}")
+    reporter.say(told(predicted))
     model = load_model(
         base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.feeds import random_batch
 from benchmarks.shapes import shape
-from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
 from minilora.train import ledger
 from minilora.train.ledger import Ledger
@@ -98,3 +98,12 @@ def test_what_no_setting_can_help(monkeypatch: pytest.MonkeyPatch) -> None:
     found = re.search(r"even (.*) comes to (.*), too much still: take a smaller model$", said)
     assert found
     assert all(key in found[1] for key in ("checkpointing true", "batch_size 1", "max_seq_len 128", "dtype bfloat16"))
+
+
+def test_evaluation_counts_where_it_takes_more_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    step = changed(train={"batch_size": 1, "activation_checkpointing": True})
+    validated = replace(step, data=replace(step.data, validation="held_out.jsonl"), eval=EvalConfig(batch_size=32))
+    assert total(validated) > total(step)
+    smaller = replace(validated, eval=EvalConfig(batch_size=16))
+    assert f"eval.batch_size 16 ({ledger.as_text(total(smaller))})" in refusal(monkeypatch, validated, total(smaller))

@@ -1,0 +1,72 @@
+"""What a base needs before it is loaded: its memory, its own tokenizer."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mistral_common
+import pytest
+import torch
+from tiny_runs import TOKENIZER, MakeConfig, Quiet
+
+from minilora import base as base_module
+from minilora.base import Base
+from minilora.checkpoint.adapter import save_adapter
+from minilora.cli import main
+from minilora.config import BaseConfig, LoraConfig
+from minilora.errors import UserError
+from minilora.generation import generate
+from minilora.kv_cache import KVCache
+from minilora.lora import add_lora
+from minilora.memory import measure
+from minilora.train.loop import fine_tune
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_the_prediction_is_what_the_model_and_its_cache_take(tiny_base: Path, tmp_path: Path, quantize: str) -> None:
+    config = BaseConfig(path=str(tiny_base), quantize=quantize, device="cpu", dtype="float32")  # type: ignore[arg-type]
+    save_adapter(add_lora(Base.find(config).load(), LoraConfig(rank=4)), tmp_path / "adapter")
+    found = Base.find(config, str(tmp_path / "adapter"))
+    predicted, model = found.predict(2, 10, 6), found.load()
+    held = measure(model)
+    assert held["adapters"] > 0
+    assert {owner: predicted[owner] for owner in held if held[owner]} == {o: n for o, n in held.items() if n}
+    cache = KVCache(model.config, 2, 16, torch.float32, torch.device("cpu"))
+    assert predicted["KV cache"] == cache.keys.nbytes + cache.values.nbytes
+    assert generate(model, torch.ones(2, 10, dtype=torch.int64), 6).shape == (2, 16)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Base.find(BaseConfig(path=str(tiny_base), quantize="nf4", device="cpu"))
+    needed = sum(found.predict(1, 10, 6).values())
+    monkeypatch.setattr(base_module, "private_bytes", lambda: 0)
+    monkeypatch.setattr(base_module, "free_bytes", lambda _: needed)
+    assert sum(found.check(1, 10, 6).values()) <= needed
+    monkeypatch.setattr(base_module, "free_bytes", lambda _: 1000)
+    with pytest.raises(UserError, match=r"are needed, 0\.0 MB are free: ask for fewer or shorter"):
+        found.check(1, 10, 6)
+
+
+def test_the_command_line_tells_it(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "hello", "--model.path", str(tiny_base), "--max_new_tokens", "2"]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("memory: ")
+    assert "KV cache" in told
+
+
+def test_an_adapter_brings_its_tokenizer(make_config: MakeConfig, tiny_base: Path, tmp_path: Path) -> None:
+    """One that was named apart is found again, and another is refused."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_base, bare, ignore=shutil.ignore_patterns("*tokenizer*"))
+    named = replace(make_config().model, path=str(bare), tokenizer=str(TOKENIZER))
+    fine_tune(replace(make_config(), model=named), Quiet())
+    adapter = str(tmp_path / "run" / "adapter")
+    another = str(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
+    assert Base.find(BaseConfig(path=""), adapter).tokenizer.path == Path(TOKENIZER)
+    with pytest.raises(UserError, match=r"not the tokenizer that .* was trained with; name that one"):
+        Base.find(BaseConfig(path="", tokenizer=another), adapter)
+    with pytest.raises(UserError, match=r"holds no tokenizer\.model; name one with --model\.tokenizer"):
+        Base.find(BaseConfig(path=str(bare)))
+    written = json.loads((tmp_path / "run" / "adapter" / "minilora.json").read_text())
+    assert written["tokenizer_path"] == str(TOKENIZER)
