@@ -204,7 +204,7 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
     if len(bad):
         first = int(bad[0]) * block_size
         index = first + int((~flat[first : first + block_size].float().isfinite()).nonzero()[0])
-        raise UserError(f"element {index} (counted flat) is {flat[index].item()}; NF4 cannot hold it")
+        raise UserError(f"element {index} (counted flat) is {flat[index]:g}; NF4 cannot hold it, fetch the file again")
     return _double_quantize(tensor) if double_quant else tensor
 
 

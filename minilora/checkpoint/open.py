@@ -110,6 +110,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         specs[head] = replace(TIED_HEAD, shape=(config.vocab_size, config.dim))
     _refuse(folder, "missing tensor", [key for key in specs if key not in held])
     may_pack = layout == "hf" and says_nf4(folder)
+    if layout == "hf" and not may_pack and (key := next((k for k in specs if is_packed(k, held)), None)):
+        raise UserError(
+            f"{folder}: {key} is in NF4, but config.json lacks quantization_config; fetch config.json again"
+        )
     packed = {key for key, spec in specs.items() if may_pack and spec.is_projection and is_packed(key, held)}
     known = {*specs, *(f"{key}.{part}" for key in packed for part in PARTS)}
     unknown = (key for key in held if key not in known and not key.endswith("rotary_emb.inv_freq"))

@@ -27,13 +27,7 @@ from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, wr
 from minilora.checkpoint.write import check_target, sweep_stale
 from minilora.errors import UserError
 
-_TOKENIZERS = (
-    "*tokenizer*.model*",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tekken.json",
-)
+_TOKENIZER = ("*tokenizer*.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json")
 T = TypeVar("T")
 
 
@@ -60,18 +54,21 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     if checkpoint.nf4:
         raise UserError(f"{checkpoint.folder}: is in NF4 already; name the checkpoint that it was made from")
-    sweep_stale(Path(out).absolute().parent, Path(out).name)
     check_target(out, overwrite, [checkpoint.folder])
+    sweep_stale(Path(out).absolute().parent, Path(out).name)
     checkpoint.check_tied_head()
     specs = list(checkpoint.tensors())
     dtypes = {spec.name: dtype or DTYPES[checkpoint.entries[spec.name].dtype] for spec in specs}
     main = str(dtypes["embed_tokens.weight"]).removeprefix("torch.")
     config = config_to_hf(checkpoint.config, main) | {"quantization_config": quantization_to_hf(double_quant, main)}
     plan = plan_hf(config, [_planned(spec, dtypes[spec.name], double_quant) for spec in specs], max_shard_bytes)
-    tokenizers = [f for name in _TOKENIZERS for f in sorted(checkpoint.folder.glob(name)) if f.is_file()]
+    tokenizers = sorted(f for f in checkpoint.folder.iterdir() if any(map(f.match, _TOKENIZER)))
+    for file in tokenizers:
+        if not file.is_file():
+            raise UserError(f"{file}: a broken link or no file; put the tokenizer's own file there, or remove it")
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as quantizer:
         read = _ahead(reader, ((spec, checkpoint.read(spec)) for spec in specs))
-        stored = _ahead(quantizer, ((s, _stored(s, weight, dtypes[s.name], double_quant)) for s, weight in read))
+        stored = _ahead(quantizer, ((s, _stored(checkpoint, s, w, dtypes[s.name], double_quant)) for s, w in read))
         write_plan(plan, out, _told(checkpoint, stored, progress), tokenizers, overwrite)
 
 
@@ -80,13 +77,17 @@ def _planned(spec: TensorSpec, dtype: torch.dtype, double_quant: bool) -> Planne
     return spec.name, nf4_lines(key, spec.shape, double_quant) if spec.is_projection else [(key, dtype, spec.shape)]
 
 
-def _stored(spec: TensorSpec, weight: Tensor, dtype: torch.dtype, double_quant: bool) -> list[Tensor]:
-    """What the weight becomes in the file."""
-    if spec.is_projection:
-        return nf4_tensors(replace(quantize_weight(weight, spec.name, double_quant), dtype=dtype))
-    cast = weight.to(dtype)
-    refuse_not_finite(cast, spec.name, "the file is damaged, or the number too large for this dtype")
-    return [cast]
+def _stored(source: Checkpoint, spec: TensorSpec, weight: Tensor, dtype: torch.dtype, nested: bool) -> list[Tensor]:
+    """What the weight becomes in the file. Raises UserError for numbers that `dtype` cannot hold."""
+    name = f"{source.entries[spec.name].file}: {spec.name}"
+    remedy = f"if it is too large for {dtype}, choose another dtype, else fetch the file again"
+    if not spec.is_projection:
+        refuse_not_finite(cast := weight.to(dtype), name, remedy)
+        return [cast]
+    nf4 = quantize_weight(weight, name, nested)
+    # Each block's largest number is dequantized to its absmax.
+    refuse_not_finite(nf4.block_absmax().to(dtype), f"{name}: absmax of its blocks", remedy)
+    return nf4_tensors(replace(nf4, dtype=dtype))
 
 
 def _told(

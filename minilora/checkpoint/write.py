@@ -1,7 +1,7 @@
 """Crash-safe writing: a reader finds the old file or folder, or the new one, and never a part of either.
 
-    write NAME.tmp-PID beside the target -> manifest.json -> fsync each file -> fsync the folder -> rename -> fsync the
-    parent folder
+    write .NAME.minilora-tmp-PID beside NAME -> manifest.json -> fsync each file -> fsync the folder -> rename -> fsync
+    the parent folder
 
 A rename within a file system is atomic; the fsyncs order it after the data. An error removes the temporary files and
 leaves the target as it was; what a killed process left behind, `sweep_stale` puts right. A full disk, a file-size
@@ -24,15 +24,15 @@ from minilora.errors import UserError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
-_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>[0-9]{1,9})")
+# What matches is taken for ours and deleted, so it must be no name that a user gives to a backup.
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.minilora-(?P<kind>tmp|old)-(?P<pid>[0-9]{1,9})")
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EFBIG: "the file would exceed the largest size allowed; raise the limit (ulimit -f) or choose another disk",
     errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EACCES: "no permission to write there; choose another folder",
-    errno.EPERM: "no permission to write there; choose another folder",
-    errno.ENOTDIR: "a part of that path is a file; choose another folder",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "no permission to write there; choose another folder"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of that path is a file; choose another folder"),
 }
 
 
@@ -65,10 +65,7 @@ def atomic_folder(
     Raises UserError if the target stands, the space is short, or writing fails, in the block as well.
     """
     path = Path(os.path.abspath(path))
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UserError(f"{path}: is a link or a file; choose another name for the folder")
-    if not overwrite and path.exists() and not _is_empty_folder(path):
-        raise UserError(f"{path}: exists already; choose another name, or ask to overwrite it")
+    _refuse_standing(path, overwrite)
     check_space(path.parent, needed_bytes)
     temp = _beside(path, "tmp")
     with _explained(path):
@@ -81,7 +78,7 @@ def atomic_folder(
                 _write_manifest(temp, manifest)
             for file in [*temp.rglob("*"), temp]:
                 _fsync(file)
-            _swap(temp, path)
+            _swap(temp, path, overwrite)
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
@@ -93,14 +90,15 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
     It must not hold one of the `sources` that it is made from. With overwrite it may stand, but only if its manifest
     knows all that lies in it: then we wrote it.
     """
+    if not os.fspath(path):
+        raise UserError("the name of the folder to write is empty; give it one")
     target = Path(path).resolve()
     for source in (Path(source).resolve() for source in sources):
         if target == source or target in source.parents:
             raise UserError(f"{path}: holds {source}, which it would be made from; choose another folder")
-    if not target.exists() or _is_empty_folder(target):
+    _refuse_standing(Path(path), overwrite)
+    if not target.exists():
         return
-    if not overwrite:
-        raise UserError(f"{path}: exists already; choose another name, or ask to overwrite it")
     known = {MANIFEST, *verify_manifest(target)["files"]} if (target / MANIFEST).is_file() else set()
     others = sorted({str(f.relative_to(target)) for f in target.rglob("*") if not f.is_dir()} - known)
     if others:
@@ -122,8 +120,8 @@ def sweep_stale(folder: str | Path, name: str | None = None) -> list[Path]:
 
     name: of the one target to look at, where the folder is not ours alone
 
-    A NAME.tmp-PID is deleted. A NAME.old-PID was set aside for a new NAME: it goes back if NAME never came. Leftovers
-    of processes that are alive on this machine stay.
+    A .NAME.minilora-tmp-PID is deleted. A .NAME.minilora-old-PID was set aside for a new NAME: it goes back if NAME
+    never came. Leftovers of processes that are alive on this machine stay.
     """
     found = []
     for leftover in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
@@ -176,18 +174,20 @@ def _facts(file: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(opened, "sha256").hexdigest(), "bytes": file.stat().st_size}
 
 
-def _swap(temp: Path, path: Path) -> None:
-    """Rename `temp` to `path`. A folder that is there is set aside first and deleted last."""
+def _swap(temp: Path, path: Path, overwrite: bool) -> None:
+    """Rename `temp` to `path`. With overwrite, a folder that is there is set aside first and deleted last."""
     old = _beside(path, "old")
-    replaces = path.exists() and not _is_empty_folder(path)  # onto an empty folder, rename is atomic
+    replaces = overwrite and path.is_dir() and not path.is_symlink() and not _is_empty_folder(path)
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     try:
-        temp.rename(path)
-    except BaseException:
+        temp.rename(path)  # fails unless nothing or an empty folder is there
+    except BaseException as error:
         if replaces:
             old.rename(path)
+        if isinstance(error, OSError):
+            _refuse_standing(path, overwrite)  # it came while we wrote
         raise
     _fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -216,7 +216,15 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f"{path.name}.{kind}-{os.getpid()}")
+    return path.with_name(f".{path.name}.minilora-{kind}-{os.getpid()}")
+
+
+def _refuse_standing(path: Path, overwrite: bool) -> None:
+    """Raise UserError if a new folder must not take the place of what is at `path`."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path}: is a link or a file; choose another name for the folder")
+    if not overwrite and path.exists() and not _is_empty_folder(path):
+        raise UserError(f"{path}: exists already; choose another name, or ask to overwrite it")
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -132,15 +132,57 @@ def test_targets_that_are_in_the_way(hf_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "x" / "mine.txt").write_text("precious")
     refused(r"x: holds mine\.txt, which minilora did not write", hf_folder, tmp_path / "x", overwrite=True)
     (tmp_path / "file").touch()
-    refused("file", hf_folder, tmp_path / "file")
+    refused("file: is a link or a file; choose another name", hf_folder, tmp_path / "file")
+    refused("x: could not be written: a part of that path is a file; choose", hf_folder, tmp_path / "file" / "x")
+
+
+def test_a_refusal_and_a_run_leave_the_backups_beside_the_target(hf_folder: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    ours = tmp_path / f".x.minilora-tmp-{process.pid}"
+    backups = [tmp_path / f"x.old-{process.pid}", tmp_path / "x.old-20240501", tmp_path / f"x.tmp-{process.pid}"]
+    for folder in (ours, tmp_path / "x", *backups):
+        folder.mkdir()
+        (folder / "precious").touch()
+    refused("x: exists already", hf_folder, tmp_path / "x")  # and nothing is swept
+    shutil.rmtree(tmp_path / "x")
+    quantize_checkpoint(hf_folder, tmp_path / "x")
+    assert not ours.exists()
+    assert all((folder / "precious").exists() for folder in backups)
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(hf_folder: Path, tmp_path: Path) -> None:
+    def progress(_done: int, _of: int) -> None:
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / "precious").touch()
+
+    with pytest.raises(UserError, match="x: exists already; choose another name"):
+        quantize_checkpoint(hf_folder, tmp_path / "x", progress=progress)
+    assert set(os.listdir(tmp_path)) == {"hf", "x"}
+    assert os.listdir(tmp_path / "x") == ["precious"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v3", "tokenizer.json"])
+@pytest.mark.parametrize("broken", ["link", "folder"])
+def test_a_tokenizer_that_is_no_file(hf_folder: Path, tmp_path: Path, name: str, broken: str) -> None:
+    file = hf_folder / name
+    if broken == "link":
+        file.symlink_to("nowhere")
+    else:
+        file.mkdir()
+    refused(rf"hf/{name}: a broken link or no file; put .* there, or remove it$", hf_folder, tmp_path / "x")
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("model.layers.1.mlp.up_proj.weight", (192, 128), r"layers\.1\.mlp\.up_proj\.weight: element 389 .* nan"),
-        ("model.embed_tokens.weight", (320, 128), r"embed_tokens\.weight: .* nan at element 389 "),
-        ("lm_head.weight", (320, 128), r"lm_head\.weight: .* nan at element 389 "),
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            (192, 128),
+            r"layers\.1\.mlp\.up_proj\.weight: element 389 .* nan.* fetch",
+        ),
+        ("model.embed_tokens.weight", (320, 128), r"embed_tokens\.weight: .* nan at element 389 .* fetch"),
+        ("lm_head.weight", (320, 128), r"lm_head\.weight: .* nan at element 389 .* fetch"),
     ],
 )
 def test_numbers_that_are_not_finite(
@@ -149,14 +191,23 @@ def test_numbers_that_are_not_finite(
     weight = torch.randn(shape)
     weight.view(-1)[3 * 128 + 5] = float("nan")
     edit_tensors(hf_folder / "model.safetensors", **{name.replace(".", "__"): weight})
-    refused(message, hf_folder, tmp_path / "x")
+    refused(r"hf/model\.safetensors: " + message, hf_folder, tmp_path / "x")
 
 
 def test_numbers_that_the_dtype_cannot_hold(hf_folder: Path, tmp_path: Path) -> None:
     edit_tensors(hf_folder / "model.safetensors", model__norm__weight=torch.full((128,), 1e6))
-    refused(
-        r"norm\.weight: .* inf at element 0 .* too large for this dtype", hf_folder, tmp_path / "x", dtype=torch.float16
-    )
+    message = r"norm\.weight: .* inf at element 0 .* too large for torch\.float16, choose another dtype"
+    refused(message, hf_folder, tmp_path / "x", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_matrix_that_the_dtype_cannot_hold(hf_folder: Path, tmp_path: Path, double_quant: bool) -> None:
+    weight = torch.randn(192, 128).bfloat16()
+    weight[1, 5] = 3.3895e38  # the largest of bfloat16
+    edit_tensors(hf_folder / "model.safetensors", model__layers__1__mlp__up_proj__weight=weight)
+    message = r"hf/model\.safetensors: layers\.1\.mlp\.up_proj\.weight: absmax .* too large for torch\.float16, choose"
+    refused(message, hf_folder, tmp_path / "x", dtype=torch.float16, double_quant=double_quant)
+    quantize_checkpoint(hf_folder, tmp_path / "x", double_quant=double_quant)
 
 
 def rewrite(file: Path) -> None:
@@ -273,7 +324,7 @@ def start(source: Path, out: Path) -> "subprocess.Popen[str]":
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
     deadline = time.monotonic() + 60
-    while not list(out.parent.glob(f"{out.name}.tmp-*/model.safetensors")):
+    while not list(out.parent.glob(f".{out.name}.minilora-tmp-*/model.safetensors")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -294,10 +345,11 @@ def test_a_killed_writer_leaves_no_folder_and_the_next_one_sweeps(larger: Path, 
     process = start(larger, tmp_path / "x")
     process.kill()
     process.communicate(timeout=60)
-    assert os.listdir(tmp_path) == [f"x.tmp-{process.pid}"]
-    (tmp_path / f"other.tmp-{process.pid}").mkdir()  # not ours to judge
+    assert os.listdir(tmp_path) == [f".x.minilora-tmp-{process.pid}"]
+    other = f".other.minilora-tmp-{process.pid}"
+    (tmp_path / other).mkdir()  # not ours to judge
     quantize_checkpoint(larger, tmp_path / "x")
-    assert set(os.listdir(tmp_path)) == {"x", f"other.tmp-{process.pid}"}
+    assert set(os.listdir(tmp_path)) == {"x", other}
     verify_manifest(tmp_path / "x")
     load_model(tmp_path / "x")
 
@@ -323,6 +375,7 @@ def test_the_verb_and_everything_after_it(tmp_path: Path, capsys: pytest.Capture
     assert "ETA 0 s" in out
     assert "exists already" in one_line(capsys, "quantize", "demo", nf4)
     assert "is in NF4 already" in one_line(capsys, "quantize", nf4, tmp_path / "again")
+    assert "the name of the folder to write is empty" in one_line(capsys, "quantize", "demo", "")
     assert main(["quantize", "demo", str(nf4), "--double_quant", "false", "--overwrite"]) == 0
 
     assert main(["generate", "--model.path", str(nf4), "--max_new_tokens", "8", 'How is "mistral" pronounced?']) == 0

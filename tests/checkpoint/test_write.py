@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 from minilora.checkpoint import write
-from minilora.checkpoint.write import atomic_folder, atomic_write, check_space, sweep_stale, verify_manifest
+from minilora.checkpoint.write import (
+    atomic_folder,
+    atomic_write,
+    check_space,
+    check_target,
+    sweep_stale,
+    verify_manifest,
+)
 from minilora.errors import UserError
 
 
@@ -72,7 +79,7 @@ def test_every_file_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     with atomic_folder(tmp_path / "new", manifest={}) as folder:
         (folder / "a").mkdir()
         (folder / "a" / "b").touch()
-    assert set(events[:4]) == {"sync a", "sync b", "sync manifest.json", f"sync new.tmp-{os.getpid()}"}
+    assert set(events[:4]) == {"sync a", "sync b", "sync manifest.json", f"sync .new.minilora-tmp-{os.getpid()}"}
     assert events[4:] == ["rename", f"sync {tmp_path.name}"]
 
 
@@ -119,6 +126,46 @@ def test_a_file_or_link_as_target_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def occupy(path: Path, kind: str) -> None:
+    """Put a folder, a file or a link to a folder there, with something precious in it."""
+    where = path.with_name("elsewhere") if kind == "link" else path
+    if kind == "file":
+        path.write_text("precious")
+        return
+    where.mkdir()
+    (where / "precious").write_text("precious")
+    if kind == "link":
+        path.symlink_to(where)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overwrite"),
+    [("folder", False), ("file", False), ("file", True), ("link", False), ("link", True)],
+)
+def test_what_appears_at_the_target_meanwhile_stays_whole(tmp_path: Path, kind: str, overwrite: bool) -> None:
+    target = tmp_path / "x"
+    message = "exists already; choose another name" if kind == "folder" else "is a link or a file; choose another name"
+    with pytest.raises(UserError, match=rf"^{target}: {message}"), atomic_folder(target, overwrite=overwrite):
+        occupy(target, kind)
+    precious = target if kind == "file" else target / "precious"
+    assert precious.read_text() == "precious"
+    assert target.is_symlink() == (kind == "link")
+    assert set(os.listdir(tmp_path)) - {"elsewhere"} == {"x"}
+
+
+def test_an_empty_folder_that_appears_meanwhile_becomes_ours(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "x") as folder:
+        (folder / "ours").touch()
+        (tmp_path / "x").mkdir()
+    assert os.listdir(tmp_path) == ["x"]
+    assert os.listdir(tmp_path / "x") == ["ours"]
+
+
+def test_an_empty_name_is_no_target() -> None:
+    with pytest.raises(UserError, match=r"^the name of the folder to write is empty; give it one$"):
+        check_target("", False, ["."])
+
+
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "x"
     target.mkdir()
@@ -126,7 +173,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
     real_rename = Path.rename
 
     def fail(self: Path, to: Path) -> Path:
-        if ".tmp-" in self.name:
+        if ".minilora-tmp-" in self.name:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real_rename(self, to)
 
@@ -203,10 +250,12 @@ def test_space_is_checked_first(tmp_path: Path) -> None:
 
 def test_a_path_through_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="could not be written"):
-        atomic_write(tmp_path / "file" / "x", "")
-    with pytest.raises(UserError, match="could not be written"), atomic_folder(tmp_path / "file" / "x"):
-        pytest.fail("entered")
+    for inside in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):  # EEXIST and ENOTDIR
+        message = f"^{inside}: could not be written: a part of that path is a file; choose another folder$"
+        with pytest.raises(UserError, match=message):
+            atomic_write(inside, "")
+        with pytest.raises(UserError, match=message), atomic_folder(inside):
+            pytest.fail("entered")
 
 
 def test_manifest_finds_what_was_altered_or_lost(tmp_path: Path) -> None:
@@ -248,15 +297,18 @@ def test_a_manifest_that_is_none(tmp_path: Path, manifest: dict[str, object], me
 
 def test_sweep_removes_the_dead_and_keeps_the_living(tmp_path: Path) -> None:
     dead = dead_pid()
-    for name in (f"a.tmp-{dead}", f"b.old-{dead}", "b", f"c.old-{dead}", f"d.tmp-{os.getppid()}", "e.tmp-x", "f"):
+    stale = {f".{name}-{dead}" for name in ("a.minilora-tmp", "b.minilora-old", "c.minilora-old")}
+    kept = {"b", f".d.minilora-tmp-{os.getppid()}", ".e.minilora-tmp-x", "f"}
+    users = {f"b.old-{dead}", "b.old-20240501", f"a.tmp-{dead}", f"minilora-tmp-{dead}"}  # backups and the like
+    for name in stale | kept | users:
         (tmp_path / name).mkdir()
         (tmp_path / name / "content").write_text(name)
-    (tmp_path / f"g.json.tmp-{dead}").touch()
+    (tmp_path / f".g.json.minilora-tmp-{dead}").touch()
     found = sweep_stale(tmp_path)
-    assert {path.name for path in found} == {f"a.tmp-{dead}", f"b.old-{dead}", f"c.old-{dead}", f"g.json.tmp-{dead}"}
-    assert set(os.listdir(tmp_path)) == {"b", "c", f"d.tmp-{os.getppid()}", "e.tmp-x", "f"}
+    assert {path.name for path in found} == stale | {f".g.json.minilora-tmp-{dead}"}
+    assert set(os.listdir(tmp_path)) == kept | users | {"c"}
     assert (tmp_path / "b" / "content").read_text() == "b"
-    assert (tmp_path / "c" / "content").read_text() == f"c.old-{dead}"  # set aside, and never replaced
+    assert (tmp_path / "c" / "content").read_text() == f".c.minilora-old-{dead}"  # set aside, and never replaced
     assert sweep_stale(tmp_path / "nowhere") == []
 
 

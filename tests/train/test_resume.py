@@ -71,7 +71,7 @@ def lines(folder: Path) -> int:
 
 
 def saving(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("*.tmp-*"))
+    return any((folder / "checkpoints").glob(".*.minilora-tmp-*"))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(
         assert not (folder / "adapter").exists()
     finish(start(folder, "--resume"))
     assert_same(folder, expected)
-    assert not list(folder.rglob("*.tmp-*")), "what the killed ones left is gone"
+    assert not list(folder.rglob(".*.minilora-tmp-*")), "what the killed ones left is gone"
 
 
 def test_sigterm_and_sigint_save_and_stop(make_config: MakeConfig, tmp_path: Path, expected: Path) -> None:

@@ -123,16 +123,19 @@ def test_two_runs_do_not_share_a_folder(make_config: MakeConfig, a_run: Path, ov
 def test_what_killed_processes_left_is_swept(make_config: MakeConfig, a_run: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    stale = [a_run / "checkpoints" / f"step-00000009.tmp-{dead.pid}", a_run / f"adapter.tmp-{dead.pid}"]
+    stale = [
+        a_run / "checkpoints" / f".step-00000009.minilora-tmp-{dead.pid}",
+        a_run / f".adapter.minilora-tmp-{dead.pid}",
+    ]
     for folder in stale:
         folder.mkdir()
         (folder / "half").write_text("half")
-    (a_run / f"summary.json.tmp-{dead.pid}").write_text("{")
-    aside = a_run / "checkpoints" / f"step-00000007.old-{dead.pid}"
+    (a_run / f".summary.json.minilora-tmp-{dead.pid}").write_text("{")
+    aside = a_run / "checkpoints" / f".step-00000007.minilora-old-{dead.pid}"
     aside.mkdir()
     folder = open_folder(make_config(), resume=True)
     folder.close()
-    assert not any(path.exists() for path in (*stale, aside, a_run / f"summary.json.tmp-{dead.pid}"))
+    assert not any(path.exists() for path in (*stale, aside, a_run / f".summary.json.minilora-tmp-{dead.pid}"))
     assert folder.latest() == a_run / "checkpoints" / "step-00000007", "what was set aside for a new one is back"
 
 
