@@ -6,6 +6,7 @@ Each cell is one QLoRA step in a process of its own: its bytes by owner as `mini
     other = private memory at the peak - the process before loading - all owned bytes
 
 What imports and the libraries' work buffers take is the process's: a step of one layer of the same size comes first.
+The share of "other" is of all: process, tensors and other.
 glibc gives back at once what is freed (MALLOC_MMAP_THRESHOLD_), else what it keeps for later would hide all else: by
 default that is 100 to 240 MB more on the 135M shape.
 
@@ -178,11 +179,12 @@ def measure(cell: Cell, model: str | None) -> dict[str, Any]:
     owners = dict.fromkeys([*measured, *predicted])
     process = measured["process"]  # the same on both sides
     totals = {"predicted": sum(predicted.values()) - process, "measured": sum(measured.values()) - process}
+    other = found["other"]
     return {
         "cell": asdict(cell) | {"lora_rank": RANK},
         "owners": {o: {"predicted": predicted.get(o, 0), "measured": measured.get(o, 0)} for o in owners},
         "totals": totals | {"difference": totals["predicted"] / totals["measured"] - 1},
-        "other": {"bytes": found["other"], "share": abs(found["other"]) / totals["measured"]},
+        "other": {"bytes": other, "share": abs(other) / (process + totals["measured"] + abs(other))},
     }
 
 
@@ -198,7 +200,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         off = f"{predicted / measured - 1:+.1%}" if measured else "-"
         table.add_row(owner, f"{predicted / 1e6:,.2f}", f"{measured / 1e6:,.2f}", off)
     other = result["other"]
-    table.add_row("other", "", f"{other['bytes'] / 1e6:,.2f}", f"{other['share']:.1%} of them")
+    table.add_row("other", "", f"{other['bytes'] / 1e6:,.2f}", f"{other['share']:.1%} of all")
     console.print(table)
 
 

@@ -197,7 +197,10 @@ def _row(case: str, found: dict[str, Any]) -> dict[str, str]:
 
 
 def _ms(figures: dict[str, Any]) -> str:
-    return f"{1000 * figures['seconds']:.3g}" if "seconds" in figures else "-"
+    if "seconds" not in figures:
+        return "-"
+    ms = 1000 * figures["seconds"]
+    return f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}"
 
 
 def _times(figures: dict[str, Any]) -> dict[str, Any]:
