@@ -73,14 +73,14 @@ class Base:
         held = process | {owner: n for owner, n in at_rest.items() if owner not in learning}
         return held | {owner: n for owner, n in plan.forward(new).items() if n}
 
-    def check(self, rows: int, length: int, new: int | None = None) -> dict[str, int]:
-        """The prediction. Raises UserError if it does not fit."""
-        predicted, free = self.predict(rows, length, new), free_bytes(self.device)
-        if (total := sum(predicted.values())) > free:
-            smaller = "fewer or shorter texts at a time" + (
-                "" if "packed weights" in predicted else ", or --model.quantize nf4"
-            )
-            raise UserError(f"{as_text(total)} of memory are needed, {as_text(free)} are free: ask for {smaller}")
+    def check(self, *works: tuple[int, int, int | None]) -> dict[str, int]:
+        """The prediction for the largest of `works`, (rows, length, new). Raises UserError if it does not fit."""
+        predicted = max((self.predict(*work) for work in works), key=lambda owners: sum(owners.values()))
+        total, free = sum(predicted.values()), free_bytes(self.device)
+        if total > free:
+            packed = "" if "packed weights" in predicted else ", or --model.quantize nf4"
+            need = f"{as_text(total)} of memory are needed, {as_text(free)} are free"
+            raise UserError(f"{need}: ask for fewer or shorter texts at a time{packed}")
         return predicted
 
     def load(self) -> Mistral:

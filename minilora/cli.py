@@ -192,11 +192,14 @@ def evaluate(args: list[str]) -> None:
     from minilora.train.run_folder import to_json
 
     base = Base.find(parsed.model, parsed.adapter)
-    tokenizer, longest = base.tokenizer, parsed.data.max_seq_len
-    samples, _ = encode_records(read_records(parsed.file), tokenizer, longest)
+    tokenizer, batch_size = base.tokenizer, parsed.eval.batch_size
+    samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
     check_vocab(samples, base.checkpoint.config.vocab_size)
-    length = min(longest, max(s.length for s in samples) + parsed.eval.max_new_tokens)
-    predicted = base.check(parsed.eval.batch_size, length)
+    lengths = [sample.length for sample in samples]
+    works: list[tuple[int, int, int | None]] = [(batch_size, min(parsed.data.max_seq_len, sum(lengths)), None)]
+    if parsed.eval.answers:
+        works.append((batch_size, max(lengths), parsed.eval.max_new_tokens))
+    predicted = base.check(*works)
     model = base.load()
     _tell(predicted)
     loss, n_targets = mean_loss(model, samples, parsed.data.max_seq_len, parsed.eval.batch_size)
@@ -233,7 +236,7 @@ def generate(args: list[str]) -> None:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": parsed.prompt}])
     if (largest := max(ids)) >= base.checkpoint.config.vocab_size:
         raise UserError(f"token id {largest} is not in the model's vocabulary: {tokenizer.path} is another model's")
-    predicted = base.check(1, len(ids), parsed.max_new_tokens)
+    predicted = base.check((1, len(ids), parsed.max_new_tokens))
     model = base.load()
     _tell(predicted)
     given: list[int] = []

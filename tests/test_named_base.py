@@ -39,13 +39,14 @@ def test_the_prediction_is_what_the_model_and_its_cache_take(tiny_base: Path, tm
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Base.find(BaseConfig(path=str(tiny_base), quantize="nf4", device="cpu"))
-    needed = sum(found.predict(1, 10, 6).values())
     monkeypatch.setattr(base_module, "private_bytes", lambda: 0)
+    needed = sum(found.predict(1, 10, 6).values())
+    assert needed > sum(found.predict(1, 4, None).values())
     monkeypatch.setattr(base_module, "free_bytes", lambda _: needed)
-    assert sum(found.check(1, 10, 6).values()) <= needed
+    assert sum(found.check((1, 4, None), (1, 10, 6)).values()) == needed  # of the larger
     monkeypatch.setattr(base_module, "free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match=r"are needed, 0\.0 MB are free: ask for fewer or shorter"):
-        found.check(1, 10, 6)
+        found.check((1, 10, 6))
 
 
 def test_the_command_line_tells_it(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
