@@ -166,9 +166,9 @@ def _model_arguments(parser: ArgumentParser) -> None:
 
 def _tell(predicted: dict[str, int]) -> None:
     """The ledger, beside the output; once all is well, so that an error is one line."""
-    from minilora.memory import told
+    from minilora.memory import one_line
 
-    print(told(predicted), file=sys.stderr)
+    print(one_line(predicted), file=sys.stderr)
 
 
 def evaluate(args: list[str]) -> None:

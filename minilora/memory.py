@@ -231,7 +231,7 @@ def free_bytes(device: torch.device) -> float:
     return available[0] + private_bytes() if available else inf
 
 
-def told(predicted: Mapping[str, int]) -> str:
+def one_line(predicted: Mapping[str, int]) -> str:
     """The prediction in one line."""
     shares = ", ".join(f"{owner} {as_text(n)}" for owner, n in predicted.items())
     return f"memory: {as_text(sum(predicted.values()))} predicted at its peak: {shares}"

@@ -156,7 +156,7 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> Tokenizer:
 
 def _find_file(path: Path) -> Path:
     if not path.exists():
-        raise UserError(f"{path}: no such tokenizer file or folder")
+        raise UserError(f"{path}: no such tokenizer file or folder; name one with --model.tokenizer")
     if path.suffix == ".json":
         raise UserError(f"{path}: only sentencepiece tokenizers (tokenizer.model) are supported")
     if not path.is_dir():

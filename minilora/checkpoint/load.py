@@ -54,15 +54,15 @@ def load_model(
         model = Mistral(checkpoint.config)
     specs = list(checkpoint.tensors())
     for done, spec in enumerate(specs, start=1):
-        told = f"{checkpoint.entries[spec.name].file}: {spec.name}"
+        where = f"{checkpoint.entries[spec.name].file}: {spec.name}"
         if spec.name in checkpoint.nf4:
             _set_layer(model, spec, NF4Linear(checkpoint.nf4[spec.name].read()).to(device))
         elif quantize and spec.is_projection and not checkpoint.nf4:
             weight = checkpoint.read(spec).to(device)
-            _set_layer(model, spec, NF4Linear(quantize_weight(weight, told, double_quant)))
+            _set_layer(model, spec, NF4Linear(quantize_weight(weight, where, double_quant)))
         else:
             weight = checkpoint.read(spec).to(device)
-            refuse_not_finite(weight, told, "the file is damaged, fetch it again")
+            refuse_not_finite(weight, where, "the file is damaged, fetch it again")
             _set_weight(model.get_submodule(spec.module), weight.to(dtype))
         if progress:
             progress(done, len(specs))

@@ -15,7 +15,7 @@ from minilora.data.pack import RowSampler, epoch_rows, make_batch
 from minilora.data.records import data_fingerprint, read_records
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer
-from minilora.memory import PeakMemory, told
+from minilora.memory import PeakMemory, one_line
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.ledger import Ledger
@@ -85,7 +85,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed)
     first = make_batch(samples["train"], sampler.rows[: config.train.batch_size], config.data.max_seq_len)
     predicted = Ledger(config, checkpoint.config, device, first, max(lengths)).check()
-    reporter.say(told(predicted))
+    reporter.say(one_line(predicted))
     model = load_model(
         base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
