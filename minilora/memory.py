@@ -17,7 +17,7 @@ What a real step takes, benchmarks/watch.py sees, without these formulas.
 import resource
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Literal
@@ -182,11 +182,12 @@ class StepPlan:
         slots = 0 if new is None else min(config.sliding_window or self.length + new, self.length + new)
         keys, cast = self.rows * (self.length + slots), self.computed if self.cast else 0
         mask = self.mask if new is None else keys * self.length
-        decoded = self.decoded(config.dim, config.hidden_dim, self.storage)
+        frozen = replace(self, lora=self.lora or LoraConfig())  # without gradients a head that learns has none either
+        decoded = frozen.decoded(config.dim, config.hidden_dim, self.storage)
         mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + decoded
         heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim  # joined with the cache, then repeated
         attention = (2 * self.d + 3 * self.q + keys * heads + mask) * stored + self.q * cast
-        last = self.loss() if new is None else {"logits": self.rows * config.vocab_size * 4}
+        last = frozen.loss() if new is None else {"logits": self.rows * config.vocab_size * 4}
         cache = {"KV cache": 2 * config.n_layers * self.rows * slots * config.n_kv_heads * config.head_dim * stored}
         shared = cache | {"attention": self.tokens * config.head_dim * stored + mask}
         return add_up(shared, max({"scratch": max(mlp, attention)}, last, key=lambda owners: sum(owners.values())))

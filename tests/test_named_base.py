@@ -37,13 +37,21 @@ def test_the_prediction_is_what_the_model_and_its_cache_take(tiny_base: Path, tm
     assert generate(model, torch.ones(2, 10, dtype=torch.int64), 6).shape == (2, 16)
 
 
+def test_scoring_needs_no_gradient_of_the_head(tiny_base: Path) -> None:
+    """Also without an adapter, where nothing says that the weights do not learn."""
+    found = Base.find(BaseConfig(path=str(tiny_base), quantize="nf4", device="cpu", dtype="float32"))
+    config = found.checkpoint.config
+    beyond = sum(n for owner, n in found.predict(1, 1).items() if owner in ("scratch", "logits", "final hidden"))
+    assert 0 < beyond < 4 * config.dim * config.vocab_size
+
+
 def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Base.find(BaseConfig(path=str(tiny_base), quantize="nf4", device="cpu"))
     monkeypatch.setattr(base_module, "private_bytes", lambda: 0)
     needed = sum(found.predict(1, 10, 6).values())
-    assert needed > sum(found.predict(1, 4, None).values())
+    assert needed > sum(found.predict(1, 1, None).values())
     monkeypatch.setattr(base_module, "free_bytes", lambda _: needed)
-    assert sum(found.check((1, 4, None), (1, 10, 6)).values()) == needed  # of the larger
+    assert sum(found.check((1, 1, None), (1, 10, 6)).values()) == needed  # of the larger
     monkeypatch.setattr(base_module, "free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match=r"are needed, 0\.0 MB are free: ask for fewer or shorter"):
         found.check((1, 10, 6))
