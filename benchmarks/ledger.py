@@ -7,8 +7,8 @@ Each cell is one QLoRA step in a process of its own: its bytes by owner as `mini
 
 What imports and the libraries' work buffers take is the process's: a step of one layer of the same size comes first.
 The share of "other" is of all: process, tensors and other.
-glibc gives back at once what is freed (MALLOC_MMAP_THRESHOLD_), else what it keeps for later would hide all else: by
-default that is 100 to 240 MB more on the 135M shape.
+glibc gives back at once what is freed (MALLOC_MMAP_THRESHOLD_); else what it keeps for later would hide all else. A run
+that does not ask for that takes so much more than its owners do.
 
 The weights are random NF4 bytes, made in place: no file of full size is needed. --model takes a checkpoint instead.
 """
@@ -219,9 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts[cell.name] = result = measure(cell, model)
             show(result, console)
             close = "error" not in result and abs(result["totals"]["difference"]) <= CLOSE
-            # The demo's tensors are so few MB that what the libraries take beside them is a larger share.
-            failed += not (close and (name == "demo" or result["other"]["share"] <= OTHER))
-    write_result("ledger", {"parts": parts}, parsed.out)
+            failed += not (close and result["other"]["share"] <= OTHER)
+            write_result("ledger", {"parts": parts}, parsed.out)  # at once: a run that is stopped keeps what it has
     return min(failed, 1)
 
 
