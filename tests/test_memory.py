@@ -100,3 +100,13 @@ def test_peak_memory_keeps_the_largest_note() -> None:
     assert peak.summary().keys() == {"private", "max_rss"}
     assert peak.now_bytes() < with_it - (30 << 20)
     assert max_rss_bytes() >= private_bytes() > 1 << 20
+
+
+def test_the_most_that_was_resident_outlives_a_new_count() -> None:
+    peak = PeakMemory(torch.device("cpu"))
+    held = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held.write(b"1" * (64 << 20))
+    before = max_rss_bytes()
+    held.close()
+    peak.start()
+    assert peak.summary()["max_rss"] >= before
