@@ -304,11 +304,16 @@ def quantize(args: list[str]) -> None:
 
     from minilora.checkpoint.quantize import quantize_checkpoint
     from minilora.report.console import weights_bar
-    from minilora.train.signals import stopping_at_once
+    from minilora.train.signals import StopRequest
 
     dtype = None if parsed.dtype == "auto" else getattr(torch, parsed.dtype)
     options = {name: getattr(parsed, name) for name in ("double_quant", "overwrite")}
-    with stopping_at_once(f"{parsed.out}: stopped, nothing was written"), weights_bar(Console()) as progress:
+    with StopRequest() as stop, weights_bar(Console()) as bar:
+
+        def progress(done: int, of: int) -> None:
+            bar(done, of)
+            stop.follow(f"{parsed.out}: stopped, nothing was written")
+
         quantize_checkpoint(parsed.model, parsed.out, dtype=dtype, progress=progress, **options)
     print(f"written to {parsed.out}")
 

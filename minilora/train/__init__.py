@@ -8,6 +8,6 @@ step.py         one optimizer step: losses of the micro-batches, guard, clip, up
 schedule.py     the learning rate
 state.py        all that a run needs to go on, saved and loaded in one place
 run_folder.py   the files of a run, and who may write them
-signals.py      SIGINT and SIGTERM, followed after the step at hand
+signals.py      SIGINT and SIGTERM, followed between two steps or two weights
 progress.py     what is shown while it runs
 """

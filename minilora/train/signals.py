@@ -1,32 +1,18 @@
-"""SIGINT and SIGTERM ask a run to stop after the step at hand, a second one at once; other work stops where it is."""
+"""SIGINT and SIGTERM ask work to stop at its next safe place, between two steps or two weights; a second one, at once.
+
+Nothing is raised where the signal falls: in the midst of starting a thread or taking a lock that breaks them.
+"""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A run followed a signal: all is saved. The exit status is 128 + the signal's number, as a shell has it."""
+    """Work followed a signal and left all whole. The exit status is 128 + the signal's number, as a shell has it."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signum
-
-
-@contextmanager
-def stopping_at_once(message: str) -> Iterator[None]:
-    """While entered, a signal raises Stopped where the work stands, so that what is half done is cleaned up."""
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        raise Stopped(message, signum)
-
-    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
 
 
 class StopRequest:
