@@ -101,6 +101,12 @@ def dynamic_map(device: torch.device = CPU) -> Tensor:
     return torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, 1.0])]).sort().values.to(device)
 
 
+@cache
+def dynamic_thresholds(device: torch.device = CPU) -> Tensor:
+    """Midpoints between neighbours of `dynamic_map`, (255,) float32."""
+    return (dynamic_map(device)[:-1] + dynamic_map(device)[1:]) / 2
+
+
 @dataclass(frozen=True)
 class NF4Tensor:
     """A weight in NF4.
@@ -187,10 +193,7 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
     block_size: a power of two from 32 to 4096, as bitsandbytes has it
     Raises UserError for numbers that are not finite, ValueError for what is no weight or no block size.
     """
-    if not weight.is_floating_point() or weight.numel() == 0:
-        raise ValueError(f"cannot quantize a {weight.dtype} tensor of shape {tuple(weight.shape)}")
-    if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"block_size is {block_size}, but must be a power of two from 32 to 4096")
+    check_weight(weight, block_size)
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=flat.device)
@@ -200,12 +203,25 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
         packed[start // 2 : (start + chunk) // 2] = pack(codes)
         absmax[start // block_size : (start + chunk) // block_size] = block_absmax
     tensor = NF4Tensor(packed, absmax, tuple(weight.shape), weight.dtype, block_size)
-    bad = (~tensor.absmax.isfinite()).nonzero()  # a NaN or infinity anywhere in a block shows in its absmax
+    refuse_not_finite(tensor, flat)
+    return double_quantize(tensor) if double_quant else tensor
+
+
+def check_weight(weight: Tensor, block_size: int) -> None:
+    """Raise ValueError for what is no weight or no block size."""
+    if not weight.is_floating_point() or weight.numel() == 0:
+        raise ValueError(f"cannot quantize a {weight.dtype} tensor of shape {tuple(weight.shape)}")
+    if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise ValueError(f"block_size is {block_size}, but must be a power of two from 32 to 4096")
+
+
+def refuse_not_finite(tensor: NF4Tensor, flat: Tensor) -> None:
+    """Raise UserError if a number of `flat` (n,) is NaN or infinite: it shows in the absmax of its block."""
+    bad = (~tensor.absmax.isfinite()).nonzero()
     if len(bad):
-        first = int(bad[0]) * block_size
-        index = first + int((~flat[first : first + block_size].float().isfinite()).nonzero()[0])
+        first = int(bad[0]) * tensor.block_size
+        index = first + int((~flat[first : first + tensor.block_size].float().isfinite()).nonzero()[0])
         raise UserError(f"element {index} (counted flat) is {flat[index]:g}; NF4 cannot hold it, fetch the file again")
-    return _double_quantize(tensor) if double_quant else tensor
 
 
 def _quantize_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -228,14 +244,13 @@ def _blocks(values: Tensor, block_size: int) -> Tensor:
     return (torch.nn.functional.pad(values, (0, short)) if short else values).view(-1, block_size)
 
 
-def _double_quantize(tensor: NF4Tensor) -> NF4Tensor:
+def double_quantize(tensor: NF4Tensor) -> NF4Tensor:
     """The same weight with its absmax in 8 bits."""
     offset = tensor.absmax.mean()
     blocks = _blocks(tensor.absmax - offset, NESTED_BLOCK_SIZE)
     nested_absmax = blocks.abs().amax(dim=1)
     scaled = blocks / nested_absmax.clamp(min=1e-38)[:, None]
-    levels_8bit = dynamic_map(tensor.absmax.device)
-    codes = torch.bucketize(scaled, (levels_8bit[:-1] + levels_8bit[1:]) / 2).to(torch.uint8)
+    codes = torch.bucketize(scaled, dynamic_thresholds(tensor.absmax.device)).to(torch.uint8)
     return NF4Tensor(
         tensor.packed,
         codes.view(-1)[: tensor.absmax.numel()].clone(),

@@ -1,0 +1,288 @@
+"""Instructions a weight, counted in machine code without a GPU: python -m benchmarks.sass
+
+Our kernels are compiled ahead of time, bitsandbytes' are taken out of its wheel; both are disassembled with the tools
+that Triton brings, and counted by the same rule: every instruction of the function but NOP and what pads its end, or
+those of its longest loop, over the weights that a thread has done by then. Rarely taken branches count too, for both.
+
+It is no time: what a kernel waits for does not show. But a GPU issues one instruction a lane and cycle, so that
+instructions a weight times weights is a floor under the time, and a change for the worse is seen where no GPU is.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import machine, write_result
+
+ARCHITECTURES = (75, 80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A function's machine code: opcodes in order, and [start, stop) of its loops."""
+
+    opcodes: tuple[str, ...]
+    loops: tuple[tuple[int, int], ...] = ()
+
+    def has(self, prefix: str) -> bool:
+        return any(opcode.startswith(prefix) for opcode in self.opcodes)
+
+    @property
+    def longest_loop(self) -> "Listing":
+        start, stop = max(self.loops, key=lambda loop: loop[1] - loop[0])
+        return Listing(self.opcodes[start:stop])
+
+
+def parse(text: str) -> dict[str, Listing]:
+    """The functions in what `nvdisasm -c` prints. A loop runs from a label to the last jump back to it."""
+    found: dict[str, Listing] = {}
+    for section in re.split(r"^//-+ \.text\.", text, flags=re.MULTILINE)[1:]:
+        name = section.split()[0]
+        opcodes, labels, loops = list[str](), dict[str, int](), dict[int, int]()
+        for line in section.splitlines():
+            if label := re.match(r"^(\.L_\w+):", line):
+                labels[label[1]] = len(opcodes)
+            elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+                if code[1] == "NOP":
+                    continue
+                opcodes.append(code[1])
+                target = re.search(r"`\((\.L_\w+)\)", code[2])
+                if code[1].startswith("BRA") and target and target[1] in labels:
+                    loops[labels[target[1]]] = len(opcodes)
+        # The last instruction jumps to itself for ever: a guard behind the end.
+        loops = {start: stop for start, stop in loops.items() if stop - start > 1}
+        if opcodes and opcodes[-1] == "BRA":
+            opcodes.pop()
+        found[name] = Listing(tuple(opcodes), tuple(loops.items()))
+    return found
+
+
+@cache
+def tool(name: str) -> str:
+    """nvdisasm or cuobjdump, as Triton's wheel has them."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def disassemble(cubin: bytes) -> dict[str, Listing]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return parse(_output(tool("nvdisasm"), "-c", file.name))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack, shared and local memory, of the one function of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = _output(tool("cuobjdump"), "-res-usage", file.name)
+    return {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", told)}
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# -- ours --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as a launcher calls it. signature: type by argument, pointers ("*bf16") and ints of 16 bytes' alignment.
+
+    weights: that a thread does in the whole function, or in one turn of its longest loop (`in_loop`)
+    """
+
+    name: str
+    module: str
+    function: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    weights: float
+    in_loop: bool = False
+    warps: int = 4
+    stages: int = 3
+
+    def compile(self, arch: int) -> Any:
+        """Raises RuntimeError where the interpreter is on: what it decorates cannot be compiled."""
+        from importlib import import_module
+
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        function = getattr(import_module(self.module), self.function)
+        if not isinstance(function, triton.JITFunction):
+            raise RuntimeError("TRITON_INTERPRET is set; kernels can be compiled without it only")
+        signature = {name: self.signature.get(name, "constexpr") for name in function.arg_names}
+        aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.signature}
+        constants = {name: self.constants.get(name) for name in function.arg_names if name not in self.signature}
+        source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernel: Kernel
+    arch: int
+    listing: Listing
+    resources: Mapping[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(kernel: Kernel, arch: int) -> "Compiled":
+        cubin = kernel.compile(arch).asm["cubin"]
+        [listing] = disassemble(cubin).values()
+        return Compiled(kernel, arch, listing, resources(cubin))
+
+    @property
+    def per_weight(self) -> float:
+        listing = self.listing.longest_loop if self.kernel.in_loop else self.listing
+        return len(listing.opcodes) / self.kernel.weights
+
+
+def kernels(arch: int) -> list[Kernel]:
+    """All of ours, in the 16-bit dtype that the architecture computes in."""
+    from minilora.kernels import nf4_dequantize, nf4_quantize
+
+    sixteen = "*fp16" if arch < 80 else "*bf16"
+    found = []
+    for nested in (False, True):
+        stored = {"dynamic_map": "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32"} if nested else {}
+        found.append(
+            Kernel(
+                "dequantize" + ", nested" * nested,
+                "minilora.kernels.nf4_dequantize",
+                "dequantize_kernel",
+                {
+                    "packed": "*i32",
+                    "levels": "*fp32",
+                    "absmax": "*u8" if nested else "*fp32",
+                    "out": sixteen,
+                    "n": "i32",
+                }
+                | stored,
+                {
+                    "block_words": 8,
+                    "nested_block": 256,
+                    "is_nested": nested,
+                    "is_whole": True,
+                    "WORDS": nf4_dequantize.WORDS,
+                    "TILES": nf4_dequantize.TILES,
+                },
+                weights=nf4_dequantize.TILES * nf4_dequantize.WORDS * 8 / 128,
+            )
+        )
+    found.append(
+        Kernel(
+            "quantize",
+            "minilora.kernels.nf4_quantize",
+            "quantize_kernel",
+            {
+                "weight": sixteen,
+                "thresholds": "*fp32",
+                "packed": "*u8",
+                "absmax": "*fp32",
+                "n": "i32",
+                "n_bytes": "i32",
+            },
+            {"block_size": 64, "blocks": nf4_quantize.TILE // 64, "TILES": nf4_quantize.TILES},
+            weights=nf4_quantize.TILES * nf4_quantize.TILE / 128,
+        )
+    )
+    return found
+
+
+# -- bitsandbytes' -----------------------------------------------------------------------------------------------------
+
+# What stands beside ours: our kernel's name, the peer's function (mangled names hold these words), weights of a thread.
+PEERS = (
+    ("dequantize", "kDequantizeBlockwise", "{type}Li512ELi64ELi8ELi2E", 16.0),
+    ("quantize", "kQuantizeBlockwiseSmall", "{type}Li64ELi2E", 2.0),
+)
+MANGLED = {"*bf16": "__nv_bfloat16", "*fp16": "__half"}
+
+
+def peer_listings(arch: int) -> dict[str, Listing]:
+    """All functions in bitsandbytes' binary for an architecture. Raises FileNotFoundError where it has none."""
+    import bitsandbytes
+
+    folder = Path(bitsandbytes.__file__).parent
+    for library in sorted(folder.glob("libbitsandbytes_cuda*.so"), reverse=True):
+        with tempfile.TemporaryDirectory() as work:
+            subprocess.run(
+                [tool("cuobjdump"), "-xelf", f"sm_{arch}.cubin", str(library)],
+                cwd=work,
+                check=True,
+                capture_output=True,
+            )
+            for cubin in Path(work).glob("*.cubin"):
+                return disassemble(cubin.read_bytes())
+    raise FileNotFoundError(f"{folder}: no code for sm_{arch}")
+
+
+def peer_counts(arch: int) -> dict[str, float]:
+    """Instructions a weight of bitsandbytes' kernels, by our kernel's name."""
+    listings, dtype = peer_listings(arch), MANGLED["*fp16" if arch < 80 else "*bf16"]
+    found = {}
+    for name, function, arguments, weights in PEERS:
+        wanted = arguments.format(type=dtype)
+        matching = [listing for mangled, listing in listings.items() if function in mangled and wanted in mangled]
+        if len(matching) == 1:
+            found[name] = len(matching[0].opcodes) / weights
+    return found
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--out", metavar="FILE", help="instead of results/sass.json")
+    parsed = parser.parse_args(argv)
+    table = Table("instructions a weight", "sm", "minilora", "bitsandbytes", "registers", "spilled bytes")
+    cases = []
+    for arch in parsed.arch:
+        peers = peer_counts(arch)
+        for kernel in kernels(arch):
+            done = Compiled.of(kernel, arch)
+            peer = peers.get(kernel.name.partition(",")[0])
+            cases.append(
+                {
+                    "kernel": kernel.name,
+                    "arch": arch,
+                    "instructions_per_weight": done.per_weight,
+                    "bitsandbytes": peer,
+                    **done.resources,
+                }
+            )
+            shown = f"{peer:.1f}" if peer else "-"
+            table.add_row(
+                kernel.name,
+                str(arch),
+                f"{done.per_weight:.1f}",
+                shown,
+                str(done.resources["reg"]),
+                str(done.resources["local"]),
+            )
+    write_result("sass", {"cases": cases, "machine": machine()}, parsed.out)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

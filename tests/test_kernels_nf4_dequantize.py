@@ -1,0 +1,73 @@
+"""The dequantize kernel against the definition, bit for bit: in Triton's interpreter, or on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minilora.kernels.nf4_dequantize import dequantize
+from minilora.nf4 import NF4Tensor, quantize_nf4
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter truncates where a cast to bfloat16 must round; there float16 stands for it.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+TILE = 8 * 128  # weights
+
+
+def weight(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.empty(shape).normal_(std=0.02, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1,), (2,), (7,), (8,), (63,), (64,), (65,), (5, 51), (3, 67), (16, 64), (TILE + 1,), (8 * TILE + 24,)]
+)
+def test_any_shape(shape: tuple[int, ...], double_quant: bool, dtype: torch.dtype) -> None:
+    packed = quantize_nf4(weight(*shape), double_quant=double_quant)
+    assert torch.equal(dequantize(packed, dtype), packed.dequantize(dtype))
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_any_block_size(block_size: int) -> None:
+    packed = quantize_nf4(weight(2, 4096 + 96), block_size=block_size)
+    assert torch.equal(dequantize(packed, torch.float32), packed.dequantize(torch.float32))
+
+
+def test_many_nested_blocks() -> None:
+    packed = quantize_nf4(weight(3, 256 * 64 + 640))
+    assert packed.nested_absmax is not None
+    assert len(packed.nested_absmax) > 3
+    assert torch.equal(dequantize(packed, torch.float16), packed.dequantize(torch.float16))
+
+
+def test_every_byte() -> None:
+    """All pairs of codes at each place in a word, with an absmax for each block."""
+    n = 4 * 256 * 2
+    packed = torch.arange(256, dtype=torch.uint8).repeat_interleave(4).to(DEVICE)
+    tensor = NF4Tensor(packed, torch.linspace(0.01, 3, n // 64).to(DEVICE), (n,), torch.float32)
+    assert torch.equal(dequantize(tensor), tensor.dequantize())
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3, 4])
+def test_bytes_that_lie_anywhere(shift: int) -> None:
+    """Such as a part of a file's buffer, which is no whole words."""
+    whole = quantize_nf4(weight(4, 96))
+    moved = torch.empty(len(whole.packed) + shift, dtype=torch.uint8, device=DEVICE)
+    moved[shift:] = whole.packed
+    tensor = replace(whole, packed=moved[shift:])
+    assert torch.equal(dequantize(tensor, torch.float32), whole.dequantize(torch.float32))
+
+
+def test_into_memory_that_is_there() -> None:
+    packed = quantize_nf4(weight(6, 64))
+    out = torch.full((8, 64), 7.0, device=DEVICE)
+    assert dequantize(packed, out=out[1:7]).data_ptr() == out[1:7].data_ptr()
+    assert torch.equal(out[1:7], packed.dequantize(torch.float32))
+    assert bool((out[[0, 7]] == 7).all())
+
+
+@pytest.mark.parametrize("out", [torch.empty(6, 65), torch.empty(64, 6).T, torch.empty(6, 64, device="meta")])
+def test_memory_that_cannot_be_written_to(out: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        dequantize(quantize_nf4(weight(6, 64)), out=out)

@@ -1,0 +1,56 @@
+"""The matmul kernel against a product in float64: in Triton's interpreter, or on a GPU."""
+
+import pytest
+import torch
+
+from minilora.kernels.nf4_matmul import matmul
+from minilora.nf4 import NF4Tensor, quantize_nf4
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_close(x: torch.Tensor, weight: NF4Tensor) -> None:
+    """Off by no more than float32 sums of K terms and one rounding to x's dtype allow, weights rounded to x's dtype."""
+    dense = weight.dequantize(x.dtype).double()
+    exact, y = x.double() @ dense.T, matmul(x, weight)
+    assert y.dtype == x.dtype
+    terms = x.double().abs() @ dense.abs().T
+    rounding = torch.finfo(x.dtype).eps / 2 * exact.abs() if x.dtype != torch.float32 else 0
+    assert bool(((y.double() - exact).abs() <= weight.shape[1] * 2**-24 * terms + rounding).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("m", "shape"), [(3, (1, 64)), (16, (127, 128)), (17, (129, 192)), (200, (40, 128))])
+def test_any_shape(m: int, shape: tuple[int, int], double_quant: bool, dtype: torch.dtype) -> None:
+    weight = quantize_nf4(0.02 * random(*shape), double_quant=double_quant)
+    assert_close(random(m, shape[1], seed=1).to(dtype), weight)
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 256])
+def test_any_block_size(block_size: int) -> None:
+    assert_close(random(5, 512, seed=1), quantize_nf4(random(40, 512), block_size=block_size))
+
+
+def test_one_weight_at_a_time() -> None:
+    """Unit vectors: all of W', bit for bit, so no weight is at another's place."""
+    weight = quantize_nf4(random(3, 64))
+    assert torch.equal(matmul(torch.eye(64, device=DEVICE), weight), weight.dequantize(torch.float32).T)
+
+
+def test_strides() -> None:
+    weight = quantize_nf4(random(8, 128))
+    x = random(128, 5, seed=1)
+    assert torch.equal(matmul(x.T, weight), matmul(x.T.contiguous(), weight))
+
+
+def test_what_does_not_fit() -> None:
+    weight = quantize_nf4(random(8, 128))
+    for x in (random(257, 128), random(3, 64), random(128)):
+        with pytest.raises(ValueError, match="does not fit a weight of shape"):
+            matmul(x, weight)

@@ -1,0 +1,84 @@
+"""The quantize kernel against the definition, byte for byte: in Triton's interpreter, or on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from minilora import nf4
+from minilora.errors import UserError
+from minilora.kernels.nf4_quantize import quantize_nf4
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TILE = 4096
+
+
+def weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    made = torch.empty(shape).normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+    return made.to(dtype).to(DEVICE)
+
+
+def assert_same(values: torch.Tensor, block_size: int = 64, double_quant: bool = True) -> None:
+    ours, theirs = (make(values, block_size, double_quant) for make in (quantize_nf4, nf4.quantize_nf4))
+    for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
+        mine, defined = getattr(ours, name), getattr(theirs, name)
+        assert (mine is None) == (defined is None)
+        assert mine is None or torch.equal(mine, defined), name
+    assert (ours.shape, ours.dtype, ours.block_size) == (theirs.shape, theirs.dtype, theirs.block_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1,), (2,), (7,), (63,), (64,), (65,), (129,), (5, 51), (16, 64), (TILE - 1,), (2 * TILE + 33,)]
+)
+def test_any_shape(shape: tuple[int, ...], double_quant: bool, dtype: torch.dtype) -> None:
+    assert_same(weight(*shape, dtype=dtype), double_quant=double_quant)
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_any_block_size(block_size: int) -> None:
+    assert_same(weight(2, 4096 + 97), block_size)
+
+
+def test_many_nested_blocks() -> None:
+    assert_same(weight(70, 1024))
+
+
+def test_on_and_beside_every_threshold() -> None:
+    """A tie goes to the lower code."""
+    thresholds = nf4.thresholds()
+    beside = [torch.nextafter(thresholds, torch.tensor(side)) for side in (-2.0, 2.0)]
+    values = torch.cat([torch.ones(1), thresholds, *beside, nf4.levels(), torch.zeros(2)])
+    assert len(values) == 64
+    for scale in (1.0, 0.5, 3.0):
+        assert_same((values * scale).to(DEVICE))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-39, 1e-37, 1e30, 3e38])
+def test_the_ends_of_the_numbers(scale: float) -> None:
+    values = torch.linspace(-1, 1, 200)
+    assert_same((values * scale).to(DEVICE), double_quant=scale < 1e38)  # else the mean of the absmax is infinite
+
+
+def test_strides() -> None:
+    assert_same(weight(64, 96).T)
+    assert_same(weight(64, 96)[:, 1:66])
+    assert_same(weight(96)[::2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 100, 4999])
+def test_what_is_no_number_is_refused_by_its_place(at: int, bad: float) -> None:
+    values = weight(5000)
+    values[at] = bad
+    # The interpreter is numpy, which warns of inf * 0.
+    with np.errstate(invalid="ignore"), pytest.raises(UserError, match=rf"element {at} \(counted flat\) is {bad}"):
+        quantize_nf4(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "block_size"), [(torch.ones(4, dtype=torch.int32), 64), (torch.ones(0), 64), (torch.ones(64), 48)]
+)
+def test_what_is_no_weight(values: torch.Tensor, block_size: int) -> None:
+    with pytest.raises(ValueError, match=r"cannot quantize|block_size is"):
+        quantize_nf4(values, block_size)
