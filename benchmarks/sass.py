@@ -114,6 +114,7 @@ class Kernel:
     in_loop: bool = False
     warps: int = 4
     stages: int = 3
+    fusion: bool = False  # of products and sums, where bits need not be equal
 
     def compile(self, arch: int) -> Any:
         """Raises RuntimeError where the interpreter is on: what it decorates cannot be compiled."""
@@ -130,7 +131,7 @@ class Kernel:
         aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.signature}
         constants = {name: self.constants.get(name) for name in function.arg_names if name not in self.signature}
         source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fusion}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

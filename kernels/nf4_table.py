@@ -1,0 +1,86 @@
+"""Eight codes of a 32-bit word to eight levels: what the kernels share that use a weight where they decode it.
+
+Plain: eight look-ups in the table of 16 levels, about nine instructions a weight. By shuffle: lane i of a warp keeps level
+i mod 16 in a register, and a look-up is an exchange between lanes, `shfl.idx`, whose index is the word, shifted; only its
+lowest five bits count, and since the table stands twice in 32 lanes, bit four may be anything. About two a weight.
+
+Triton has no word for that, so it is PTX. `tests/test_kernels_nf4_table.py` emulates it instruction by instruction.
+"""
+
+import triton
+import triton.language as tl
+
+# The first weight is in the high nibble of the lowest byte.
+SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
+
+LANE_LEVEL = tl.constexpr(
+    """
+{
+    .reg .b32 lane;
+    .reg .b64 at;
+    mov.u32 lane, %laneid;
+    and.b32 lane, lane, 15;
+    mad.wide.u32 at, lane, 4, $1;
+    ld.global.nc.f32 $0, [at];
+}
+"""
+)
+
+LOOK_UP = tl.constexpr(
+    """
+{
+    .reg .b32 code;
+    shr.u32 code, $8, 4;
+    shfl.sync.idx.b32 $0, $9, code, 31, -1;
+    shfl.sync.idx.b32 $1, $9, $8, 31, -1;
+    shr.u32 code, $8, 12;
+    shfl.sync.idx.b32 $2, $9, code, 31, -1;
+    shr.u32 code, $8, 8;
+    shfl.sync.idx.b32 $3, $9, code, 31, -1;
+    shr.u32 code, $8, 20;
+    shfl.sync.idx.b32 $4, $9, code, 31, -1;
+    shr.u32 code, $8, 16;
+    shfl.sync.idx.b32 $5, $9, code, 31, -1;
+    shr.u32 code, $8, 28;
+    shfl.sync.idx.b32 $6, $9, code, 31, -1;
+    shr.u32 code, $8, 24;
+    shfl.sync.idx.b32 $7, $9, code, 31, -1;
+}
+"""
+)
+
+
+@triton.jit
+def table(levels, SHUFFLE: tl.constexpr):
+    """What `decode` looks up in: the pointer itself, or the level of this lane."""
+    if SHUFFLE:
+        entries = tl.inline_asm_elementwise(LANE_LEVEL, "=f,l", [levels], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        entries = levels
+    return entries
+
+
+@triton.jit
+def decode(entries, word, SHUFFLE: tl.constexpr):
+    """The levels of the eight codes of `word`, eight float32 tensors of its shape, in the order of the weights."""
+    if SHUFFLE:
+        found = tl.inline_asm_elementwise(
+            LOOK_UP,
+            "=f,=f,=f,=f,=f,=f,=f,=f,r,f",
+            [word, entries],
+            dtype=(tl.float32,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        found = (
+            tl.load(entries + ((word >> 4) & 15)),
+            tl.load(entries + (word & 15)),
+            tl.load(entries + ((word >> 12) & 15)),
+            tl.load(entries + ((word >> 8) & 15)),
+            tl.load(entries + ((word >> 20) & 15)),
+            tl.load(entries + ((word >> 16) & 15)),
+            tl.load(entries + ((word >> 28) & 15)),
+            tl.load(entries + ((word >> 24) & 15)),
+        )
+    return found

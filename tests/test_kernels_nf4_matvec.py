@@ -1,0 +1,71 @@
+"""The matvec kernel against a product in float64: in Triton's interpreter, or on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minilora.kernels.nf4_matvec import matvec
+from minilora.nf4 import NF4Tensor, quantize_nf4
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_close(x: torch.Tensor, weight: NF4Tensor) -> None:
+    """Off by no more than float32 sums of K terms and one rounding to x's dtype allow."""
+    dense = weight.dequantize(torch.float32).double()
+    exact, y = x.double() @ dense.T, matvec(x, weight)
+    assert y.dtype == x.dtype
+    terms = x.double().abs() @ dense.abs().T
+    rounding = torch.finfo(x.dtype).eps / 2 * exact.abs() if x.dtype != torch.float32 else 0
+    assert bool(((y.double() - exact).abs() <= weight.shape[1] * 2**-24 * terms + rounding).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 64), (31, 64), (33, 256), (64, 320), (5, 576)])
+def test_any_shape(shape: tuple[int, int], m: int, double_quant: bool, dtype: torch.dtype) -> None:
+    weight = quantize_nf4(0.02 * random(*shape), double_quant=double_quant)
+    assert_close(random(m, shape[1], seed=1).to(dtype), weight)
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 256])
+def test_any_block_size(block_size: int) -> None:
+    assert_close(random(2, 512, seed=1), quantize_nf4(random(40, 512), block_size=block_size))
+
+
+def test_one_weight_at_a_time() -> None:
+    """Unit vectors: each column of W', bit for bit, so no weight is at another's place."""
+    weight = quantize_nf4(random(3, 64))
+    for k in range(64):
+        x = torch.zeros(1, 64, device=DEVICE)
+        x[0, k] = 1
+        assert torch.equal(matvec(x, weight)[0], weight.dequantize(torch.float32)[:, k])
+
+
+def test_strides() -> None:
+    weight = quantize_nf4(random(8, 128))
+    x = random(128, 2, seed=1)
+    assert torch.equal(matvec(x.T, weight), matvec(x.T.contiguous(), weight))
+
+
+def test_what_does_not_fit() -> None:
+    weight = quantize_nf4(random(8, 128))
+    for x in (random(3, 128), random(1, 64), random(128), random(0, 128)):
+        with pytest.raises(ValueError, match="does not fit a weight of shape"):
+            matvec(x, weight)
+    with pytest.raises(ValueError, match="must be floating point"):
+        matvec(torch.ones(1, 128, dtype=torch.int64, device=DEVICE), weight)
+    with pytest.raises(ValueError, match="on meta"):
+        matvec(torch.ones(1, 128, device="meta"), weight)
+    with pytest.raises(ValueError, match="not whole blocks of 64"):
+        matvec(random(1, 96), quantize_nf4(random(8, 96)))
+    moved = torch.empty(len(weight.packed) + 4, dtype=torch.uint8, device=DEVICE)[2:-2]
+    with pytest.raises(ValueError, match="multiple of four bytes"):
+        matvec(random(1, 128), replace(weight, packed=moved))
