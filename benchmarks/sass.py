@@ -155,55 +155,86 @@ class Compiled:
 
 
 def kernels(arch: int) -> list[Kernel]:
-    """All of ours, in the 16-bit dtype that the architecture computes in."""
-    from minilora.kernels import nf4_dequantize, nf4_quantize
-
+    """All that we run there, in the 16-bit dtype that the architecture computes in."""
     sixteen = "*fp16" if arch < 80 else "*bf16"
-    found = []
+    found = [quantize_kernel(sixteen)]
     for nested in (False, True):
-        stored = {"dynamic_map": "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32"} if nested else {}
-        found.append(
-            Kernel(
-                "dequantize" + ", nested" * nested,
-                "minilora.kernels.nf4_dequantize",
-                "dequantize_kernel",
-                {
-                    "packed": "*i32",
-                    "levels": "*fp32",
-                    "absmax": "*u8" if nested else "*fp32",
-                    "out": sixteen,
-                    "n": "i32",
-                }
-                | stored,
-                {
-                    "block_words": 8,
-                    "nested_block": 256,
-                    "is_nested": nested,
-                    "is_whole": True,
-                    "WORDS": nf4_dequantize.WORDS,
-                    "TILES": nf4_dequantize.TILES,
-                },
-                weights=nf4_dequantize.TILES * nf4_dequantize.WORDS * 8 / 128,
-            )
-        )
-    found.append(
-        Kernel(
-            "quantize",
-            "minilora.kernels.nf4_quantize",
-            "quantize_kernel",
-            {
-                "weight": sixteen,
-                "thresholds": "*fp32",
-                "packed": "*u8",
-                "absmax": "*fp32",
-                "n": "i32",
-                "n_bytes": "i32",
-            },
-            {"block_size": 64, "blocks": nf4_quantize.TILE // 64, "TILES": nf4_quantize.TILES},
-            weights=nf4_quantize.TILES * nf4_quantize.TILE / 128,
-        )
-    )
+        found.append(dequantize_kernel(sixteen, nested))
+        for shuffle in (False, True):
+            found += [matvec_kernel(sixteen, nested, shuffle, m) for m in (1, 2)]
+            if arch >= 80:  # Triton has no way to the tensor cores of Turing
+                found += [matmul_kernel(arch, nested, shuffle, m) for m in (16, 64, 256)]
     return found
+
+
+def quantize_kernel(sixteen: str) -> Kernel:
+    from minilora.kernels.nf4_quantize import TILE, TILES
+
+    return Kernel(
+        "quantize",
+        "minilora.kernels.nf4_quantize",
+        "quantize_kernel",
+        {"weight": sixteen, "thresholds": "*fp32", "packed": "*u8", "absmax": "*fp32", "n": "i32", "n_bytes": "i32"},
+        {"block_size": 64, "blocks": TILE // 64, "TILES": TILES},
+        weights=TILES * TILE / 128,
+    )
+
+
+def dequantize_kernel(sixteen: str, nested: bool) -> Kernel:
+    from minilora.kernels.nf4_dequantize import TILES, WORDS
+
+    return Kernel(
+        "dequantize" + ", nested" * nested,
+        "minilora.kernels.nf4_dequantize",
+        "dequantize_kernel",
+        _weight_signature(nested) | {"out": sixteen, "n": "i32"},
+        _weight_constants(nested) | {"is_whole": True, "WORDS": WORDS, "TILES": TILES},
+        weights=TILES * WORDS * 8 / 128,
+    )
+
+
+def matvec_kernel(sixteen: str, nested: bool, shuffle: bool, m: int) -> Kernel:
+    from minilora.kernels.nf4_matvec import ROWS, WARPS, WORDS
+
+    return Kernel(
+        f"matvec M={m}" + ", shuffle" * shuffle + ", nested" * nested,
+        "minilora.kernels.nf4_matvec",
+        "matvec_kernel",
+        _weight_signature(nested) | {"x": sixteen, "sums": sixteen, "n_rows": "i32", "n_words": "i32", "part": "i32"},
+        _weight_constants(nested) | {"M": m, "ROWS": ROWS, "WORDS": WORDS, "EVEN": True, "SHUFFLE": shuffle},
+        weights=ROWS * WORDS * 8 / (32 * WARPS),
+        in_loop=True,
+        warps=WARPS,
+        fusion=True,
+    )
+
+
+def matmul_kernel(arch: int, nested: bool, shuffle: bool, m: int) -> Kernel:
+    from minilora.kernels.nf4_matmul import BN, tile
+
+    bm, warps = tile(m, arch)
+    return Kernel(
+        f"matmul M={m}" + ", shuffle" * shuffle + ", nested" * nested,
+        "minilora.kernels.nf4_matmul",
+        "matmul_kernel",
+        _weight_signature(nested)
+        | {"x": "*bf16", "sums": "*bf16", "m": "i32", "n": "i32", "n_words": "i32", "part": "i32"},
+        _weight_constants(nested) | {"BM": bm, "BN": BN, "WORDS": 8, "SHUFFLE": shuffle},
+        weights=BN * 64 / (32 * warps),
+        in_loop=True,
+        warps=warps,
+    )
+
+
+def _weight_signature(nested: bool) -> dict[str, str]:
+    """What an NF4Tensor hands to a kernel."""
+    signature = {"packed": "*i32", "levels": "*fp32", "absmax": "*u8" if nested else "*fp32"}
+    stored = {"dynamic_map": "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32"}
+    return signature | stored if nested else signature
+
+
+def _weight_constants(nested: bool) -> dict[str, Any]:
+    return {"block_words": 8, "nested_block": 256, "is_nested": nested}
 
 
 # -- bitsandbytes' -----------------------------------------------------------------------------------------------------

@@ -121,12 +121,17 @@ def load_absmax(
     nested_block: tl.constexpr,
     is_nested: tl.constexpr,
 ):
-    """The absmax of blocks (W,), float32, decoded where they are stored in 8 bits."""
-    scale = tl.load(absmax + block, mask=inside, other=0)
+    """The absmax of blocks (W,), float32, decoded where they are stored in 8 bits. inside: a mask (W,), or None."""
+    scale = load_inside(absmax + block, inside)
     if is_nested:
-        nested = tl.load(nested_absmax + block // nested_block, mask=inside, other=0)
+        nested = load_inside(nested_absmax + block // nested_block, inside)
         scale = tl.load(dynamic_map + scale.to(tl.int32)) * nested + tl.load(nested_offset)
     return scale
+
+
+@triton.jit
+def load_inside(at, inside):
+    return tl.load(at) if inside is None else tl.load(at, mask=inside, other=0)
 
 
 @triton.jit

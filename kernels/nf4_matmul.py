@@ -6,6 +6,8 @@ W is the left operand, because the left one of a Hopper product may stay in regi
 its rows are many whatever M is. A step of the loop takes 64 columns: one block of each row, so one absmax. Each weight
 is rounded to x's dtype after its product with absmax, as dequantizing would; sums are float32.
 
+Where that makes too few programs to fill a GPU, K is split between them as in `nf4_matvec`.
+
 Bytes moved: 0.516 a weight for each BM rows of x. Bound by instructions: the decoding is done again for every BM rows.
 """
 
@@ -15,27 +17,32 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora.kernels.nf4_dequantize import load_absmax
-from minilora.kernels.nf4_matvec import check_product
+from minilora.kernels.nf4_matvec import architecture, check_product, split
 from minilora.kernels.nf4_table import decode, table
 from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 
 MAX_ROWS = 256
 BN = 128
+PROGRAMS = 2  # wanted on each multiprocessor
 
 
-def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False) -> Tensor:
+def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | None = None) -> Tensor:
     """x (M, K), 1 <= M <= 256, times the transpose of a weight (N, K) -> (M, N) in x's dtype.
 
     shuffle: look levels up by exchange between lanes, in PTX (`nf4_table`)
+    splits: as in `nf4_matvec.matvec`
 
     Raises ValueError as `nf4_matvec.matvec` does.
     """
     check_product(x, weight, MAX_ROWS)
     m, (n, k) = len(x), weight.shape
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     nested = weight.nested_absmax is not None
-    bm = min(128, max(16, triton.next_power_of_2(m)))
-    matmul_kernel[(triton.cdiv(n, BN), triton.cdiv(m, bm))](
+    bm, warps = tile(m, architecture(x.device))
+    words = min(8, weight.block_size // 8)
+    tiles = triton.cdiv(n, BN), triton.cdiv(m, bm)
+    splits, part = split(k // 8, words, tiles[0] * tiles[1], PROGRAMS, x.device, splits)
+    sums = torch.empty(splits, m, n, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    matmul_kernel[(*tiles, splits)](
         x.contiguous(),
         weight.packed.view(torch.int32),
         levels(x.device),
@@ -43,22 +50,32 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False) -> Tensor:
         dynamic_map(x.device) if nested else None,
         weight.nested_absmax,
         weight.nested_offset,
-        y,
+        sums,
         m,
         n,
         k // 8,
+        part,
         block_words=weight.block_size // 8,
         nested_block=NESTED_BLOCK_SIZE,
         is_nested=nested,
         BM=bm,
         BN=BN,
-        WORDS=min(8, weight.block_size // 8),
+        WORDS=words,
         SHUFFLE=shuffle,
-        num_warps=8 if bm > 64 else 4,
+        num_warps=warps,
         num_stages=3,
         enable_fp_fusion=False,
     )
-    return y
+    return sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
+
+
+def tile(m: int, arch: int) -> tuple[int, int]:
+    """(rows of x in a program's tile, warps) for M rows: as many as can be held in registers, for W to be decoded once.
+
+    arch: such as 90. Before Hopper, x must come into registers too.
+    """
+    bm = min(256 if arch >= 90 else 128, max(16, triton.next_power_of_2(m)))
+    return bm, 8 if bm > 64 or (bm == 64 and arch < 90) else 4
 
 
 @triton.jit
@@ -70,10 +87,11 @@ def matmul_kernel(
     dynamic_map,
     nested_absmax,
     nested_offset,
-    y,
+    sums,
     m,
     n,
     n_words,
+    part,
     block_words: tl.constexpr,
     nested_block: tl.constexpr,
     is_nested: tl.constexpr,
@@ -82,31 +100,37 @@ def matmul_kernel(
     WORDS: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
-    """x (m, 8 * n_words), packed (n, n_words) int32 -> y (m, n). WORDS: of a step, no more than a block has."""
+    """x (m, 8 * n_words), packed (n, n_words) int32 -> sums (splits, m, n), each over `part` words of a row.
+
+    WORDS: of a step, no more than a block has
+    """
     entries = table(levels, SHUFFLE)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     column = tl.program_id(1) * BM + tl.arange(0, BM)  # of y^T: a row of x
-    word_at = row.to(tl.int64)[:, None] * n_words + tl.arange(0, WORDS)[None, :]
-    block = row.to(tl.int64) * (n_words // block_words)
-    x_at = column.to(tl.int64)[None, :] * (8 * n_words) + tl.arange(0, 8 * WORDS)[:, None]
-    sums = tl.zeros((BN, BM), tl.float32)
-    for first in range(0, n_words, WORDS):
-        word = tl.load(packed + word_at + first, mask=row[:, None] < n, other=0)
+    # What lies beyond the last is read as the last, so that the loop needs no masks.
+    w_row, x_row = tl.minimum(row, n - 1), tl.minimum(column, m - 1)
+    word_at = w_row[:, None] * n_words + tl.arange(0, WORDS)[None, :]
+    block = w_row * (n_words // block_words)
+    x_at = x_row[None, :] * (8 * n_words) + tl.arange(0, 8 * WORDS)[:, None]
+    y = tl.zeros((BN, BM), tl.float32)
+    begin = tl.program_id(2) * part
+    for first in range(begin, min(begin + part, n_words), WORDS):
+        word = tl.load(packed + word_at + first)
         scale = load_absmax(
             absmax,
             dynamic_map,
             nested_absmax,
             nested_offset,
             block + first // block_words,
-            row < n,
+            None,
             nested_block,
             is_nested,
         )
-        x_tile = tl.load(x + x_at + 8 * first, mask=column[None, :] < m, other=0)
+        x_tile = tl.load(x + x_at + 8 * first)
         v = decode(entries, word, SHUFFLE)
         even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
         odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
         w = tl.reshape(tl.join(even, odd), (BN, 8 * WORDS)) * scale[:, None]
-        sums = tl.dot(w.to(x_tile.dtype), x_tile, sums, input_precision="ieee")
-    y_at = column.to(tl.int64)[None, :] * n + row[:, None]
-    tl.store(y + y_at, sums.to(y.dtype.element_ty), mask=(row[:, None] < n) & (column[None, :] < m))
+        y = tl.dot(w.to(x_tile.dtype), x_tile, y, input_precision="ieee")
+    y_at = (tl.program_id(2).to(tl.int64) * m + column[None, :]) * n + row[:, None]
+    tl.store(sums + y_at, y.to(sums.dtype.element_ty), mask=(row[:, None] < n) & (column[None, :] < m))

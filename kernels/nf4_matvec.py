@@ -1,11 +1,16 @@
-"""y = W' x for one or two vectors x, W in NF4: each weight is decoded where it is used, and full-size W' is never written.
+"""y = W' x for one or two vectors x, W in NF4, decoded where it is used: full-size W' is never written.
 
-A program takes some rows of W. A thread takes a 32-bit word, eight weights of a row, multiplies them by their x, and the
-sum by their absmax, once: they lie in one block. So the loop needs few instructions a weight, which is what bounds it
-on a GPU with much bandwidth: at 3 TB/s a weight's 0.516 bytes leave room for 4.9 (H100).
+A program takes some rows of W. A thread takes a 32-bit word, eight weights of a row, multiplies them by their x, and
+their sum by their absmax, once: they lie in one block. So the loop needs few instructions a weight, which is what
+bounds it on a GPU with much bandwidth: at 3 TB/s a weight's 0.516 bytes leave room for 4.9 (H100).
+
+Where the rows are too few to fill a GPU, K is split between programs too, whose sums a second launch adds up: in a
+fixed order, so the same input gives the same bits, which atomics would not.
 
 Sums are float32, in another order than the definition's; no product is rounded to 16 bits.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -18,20 +23,24 @@ from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 
 ROWS, WORDS, WARPS = 32, 32, 4  # of a tile: eight rows a thread, which share what x costs
 MAX_VECTORS = 2
+PROGRAMS = 8  # wanted on each multiprocessor: enough loads under way to keep its memory busy
 
 
-def matvec(x: Tensor, weight: NF4Tensor, shuffle: bool = False) -> Tensor:
+def matvec(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | None = None) -> Tensor:
     """x (M, K), M = 1 or 2, times the transpose of a weight (N, K) -> (M, N) in x's dtype.
 
     shuffle: look levels up by exchange between lanes, in PTX (`nf4_table`)
+    splits: parts of K in work at the same time, of whole tiles; None is as many as the device wants
 
-    Raises ValueError where x does not fit the weight, M is larger, a row is not whole blocks, or bytes are no whole words.
+    Raises ValueError where x does not fit the weight, M is larger, a row is not whole blocks, or bytes are no words.
     """
     check_product(x, weight, MAX_VECTORS)
     n_rows, k = weight.shape
-    y = torch.empty(len(x), n_rows, dtype=x.dtype, device=x.device)
+    tiles = triton.cdiv(n_rows, ROWS)
+    splits, part = split(k // 8, WORDS, tiles, PROGRAMS, x.device, splits)
+    sums = torch.empty(splits, len(x), n_rows, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     nested = weight.nested_absmax is not None
-    matvec_kernel[(triton.cdiv(n_rows, ROWS),)](
+    matvec_kernel[(tiles, splits)](
         x.contiguous(),
         weight.packed.view(torch.int32),
         levels(x.device),
@@ -39,20 +48,49 @@ def matvec(x: Tensor, weight: NF4Tensor, shuffle: bool = False) -> Tensor:
         dynamic_map(x.device) if nested else None,
         weight.nested_absmax,
         weight.nested_offset,
-        y,
+        sums,
         n_rows,
         k // 8,
+        part,
         block_words=weight.block_size // 8,
         nested_block=NESTED_BLOCK_SIZE,
         is_nested=nested,
         M=len(x),
         ROWS=ROWS,
         WORDS=WORDS,
+        EVEN=k // 8 % WORDS == 0,
         SHUFFLE=shuffle,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
-    return y
+    return sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
+
+
+def split(
+    n_words: int, step: int, tiles: int, wanted: int, device: torch.device, splits: int | None = None
+) -> tuple[int, int]:
+    """(parts that a row's words are done in, words of each): whole steps, four at least, so many parts that `wanted`
+    programs come on a multiprocessor where `tiles` programs do all rows; or as many as asked for."""
+    steps = triton.cdiv(n_words, step)
+    if splits is None:
+        splits = min(wanted * multiprocessors(device) // tiles, steps // 4)
+    part = triton.cdiv(steps, max(1, splits))
+    return triton.cdiv(steps, part), part * step
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter's CPU counts as one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Such as 90 for compute capability 9.0; the interpreter takes the way of a Hopper GPU."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def check_product(x: Tensor, weight: NF4Tensor, most: int) -> None:
@@ -65,6 +103,8 @@ def check_product(x: Tensor, weight: NF4Tensor, most: int) -> None:
         raise ValueError(f"x is {x.dtype} on {x.device}; it must be floating point on {weight.packed.device}")
     if weight.shape[1] % weight.block_size:
         raise ValueError(f"rows of {weight.shape[1]} weights are not whole blocks of {weight.block_size}")
+    if weight.n >= 1 << 34 or x.numel() >= 1 << 31:
+        raise ValueError(f"{weight.shape} weights or x of shape {tuple(x.shape)} are more than 32 bits can count")
     if not is_whole(weight.packed):
         raise ValueError("the packed bytes do not begin at a multiple of four bytes")
 
@@ -78,50 +118,59 @@ def matvec_kernel(
     dynamic_map,
     nested_absmax,
     nested_offset,
-    y,
+    sums,
     n_rows,
     n_words,
+    part,
     block_words: tl.constexpr,
     nested_block: tl.constexpr,
     is_nested: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
+    EVEN: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
-    """x (M, 8 * n_words), packed (n_rows, n_words) int32 -> y (M, n_rows)."""
+    """x (M, 8 * n_words), packed (n_rows, n_words) int32 -> sums (splits, M, n_rows), each over `part` words.
+
+    EVEN: a row is whole steps of WORDS
+    """
     entries = table(levels, SHUFFLE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = row.to(tl.int64)[:, None] * n_words
-    sums = tl.zeros((ROWS, WORDS), tl.float32)
-    sums_2 = tl.zeros((ROWS, WORDS), tl.float32)
-    for first in range(0, n_words, WORDS):
+    at = (
+        tl.minimum(row, n_rows - 1)[:, None] * n_words
+    )  # rows beyond the last are read as the last: no mask in the loop
+    y = tl.zeros((ROWS, WORDS), tl.float32)
+    y_2 = tl.zeros((ROWS, WORDS), tl.float32)
+    begin = tl.program_id(1) * part
+    for first in range(begin, min(begin + part, n_words), WORDS):
         column = first + tl.arange(0, WORDS)[None, :]
-        inside = (row[:, None] < n_rows) & (column < n_words)
+        inside = (column < n_words) | EVEN
         word = tl.load(packed + at + column, mask=inside, other=0)
         scale = load_absmax(
             absmax,
             dynamic_map,
             nested_absmax,
             nested_offset,
-            (at + column) // block_words,
+            (at + column).to(tl.uint32) // block_words,  # unsigned: a shift
             inside,
             nested_block,
             is_nested,
         )
         w = decode(entries, word, SHUFFLE)
-        sums += dot8(w, x, column, n_words) * scale
+        y += dot8(w, x, column, inside) * scale
         if M == 2:
-            sums_2 += dot8(w, x + 8 * n_words, column, n_words) * scale
-    tl.store(y + row, tl.sum(sums, axis=1).to(y.dtype.element_ty), mask=row < n_rows)
+            y_2 += dot8(w, x + 8 * n_words, column, inside) * scale
+    at_y = tl.program_id(1).to(tl.int64) * (M * n_rows) + row
+    tl.store(sums + at_y, tl.sum(y, axis=1).to(sums.dtype.element_ty), mask=row < n_rows)
     if M == 2:
-        tl.store(y + n_rows + row, tl.sum(sums_2, axis=1).to(y.dtype.element_ty), mask=row < n_rows)
+        tl.store(sums + at_y + n_rows, tl.sum(y_2, axis=1).to(sums.dtype.element_ty), mask=row < n_rows)
 
 
 @triton.jit
-def dot8(w, x, column, n_words):
+def dot8(w, x, column, inside):
     """sum_j w[j] x[8 column + j], in float32."""
-    v = vectors(x, column, n_words)
+    v = vectors(x, column, inside)
     total = w[0] * v[0]
     for j in tl.static_range(1, 8):
         total += w[j] * v[j]
@@ -129,10 +178,11 @@ def dot8(w, x, column, n_words):
 
 
 @triton.jit
-def vectors(x, column, n_words):
+def vectors(x, column, inside):
     """The eight parts (1, W) float32 of x that the words of `column` (1, W) are multiplied by."""
     at = tl.reshape(column, (column.shape[1], 1)) * 8 + tl.arange(0, 8)[None, :]
-    values = tl.load(x + at, mask=at < n_words * 8, other=0).to(tl.float32)
+    mask = tl.broadcast_to(tl.reshape(inside, (column.shape[1], 1)), at.shape)
+    values = tl.load(x + at, mask=mask, other=0).to(tl.float32)
     even, odd = tl.split(tl.reshape(values, (column.shape[1], 2, 2, 2)))
     v04, v26 = tl.split(even)
     v15, v37 = tl.split(odd)

@@ -1,8 +1,8 @@
 """Eight codes of a 32-bit word to eight levels: what the kernels share that use a weight where they decode it.
 
-Plain: eight look-ups in the table of 16 levels, about nine instructions a weight. By shuffle: lane i of a warp keeps level
-i mod 16 in a register, and a look-up is an exchange between lanes, `shfl.idx`, whose index is the word, shifted; only its
-lowest five bits count, and since the table stands twice in 32 lanes, bit four may be anything. About two a weight.
+Plain: eight look-ups in the table of 16 levels, some five instructions a weight. By shuffle: lane i of a warp keeps
+level i mod 16 in a register, and a look-up is an exchange between lanes, `shfl.idx`, whose index is the word, shifted;
+only its lowest five bits count, and since the table stands twice in 32 lanes, bit four may be anything. Some two.
 
 Triton has no word for that, so it is PTX. `tests/test_kernels_nf4_table.py` emulates it instruction by instruction.
 """

@@ -43,6 +43,14 @@ def test_one_weight_at_a_time() -> None:
     assert torch.equal(matmul(torch.eye(64, device=DEVICE), weight), weight.dequantize(torch.float32).T)
 
 
+@pytest.mark.parametrize("splits", [2, 3, 7, 100])
+def test_split_columns(splits: int) -> None:
+    """Parts that are alike and parts that are not, and no more of them than there are tiles."""
+    weight = quantize_nf4(random(40, 3 * 256 + 64))
+    x = random(5, 3 * 256 + 64, seed=1)
+    torch.testing.assert_close(matmul(x, weight, splits=splits), matmul(x, weight, splits=1), rtol=1e-5, atol=1e-4)
+
+
 def test_strides() -> None:
     weight = quantize_nf4(random(8, 128))
     x = random(128, 5, seed=1)
