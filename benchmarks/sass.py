@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks.harness import machine, write_result
 
 ARCHITECTURES = (75, 80, 90, 100)
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 
 
 @dataclass(frozen=True)
@@ -239,11 +240,15 @@ def _weight_constants(nested: bool) -> dict[str, Any]:
 
 # -- bitsandbytes' -----------------------------------------------------------------------------------------------------
 
-# What stands beside ours: our kernel's name, the peer's function (mangled names hold these words), weights of a thread.
-PEERS = (
-    ("dequantize", "kDequantizeBlockwise", "{type}Li512ELi64ELi8ELi2E", 16.0),
-    ("quantize", "kQuantizeBlockwiseSmall", "{type}Li64ELi2E", 2.0),
-)
+# What stands beside ours: the peer's function (mangled names hold these words), a thread's weights; in a loop?
+PEERS = {
+    "dequantize": ("kDequantizeBlockwise", "{type}Li512ELi64ELi8ELi2E", 16, False),
+    "quantize": ("kQuantizeBlockwiseSmall", "{type}Li64ELi2E", 2, False),
+    "matvec M=1": ("gemm_4bit_simt", "{type}Li1E", 32, True),
+    "matvec M=2": ("gemm_4bit_simt", "{type}Li2E", 32, True),
+    "matmul M=16": ("gemm_4bit_sm80", "{type}Li32ELi64ELi128E", 64 * 128 / 256, True),
+    "matmul M=256": ("gemm_4bit_sm80", "{type}Li128ELi128ELi64E", 128 * 64 / 256, True),
+}
 MANGLED = {"*bf16": "__nv_bfloat16", "*fp16": "__half"}
 
 
@@ -269,11 +274,13 @@ def peer_counts(arch: int) -> dict[str, float]:
     """Instructions a weight of bitsandbytes' kernels, by our kernel's name."""
     listings, dtype = peer_listings(arch), MANGLED["*fp16" if arch < 80 else "*bf16"]
     found = {}
-    for name, function, arguments, weights in PEERS:
+    for name, (function, arguments, weights, in_loop) in PEERS.items():
         wanted = arguments.format(type=dtype)
         matching = [listing for mangled, listing in listings.items() if function in mangled and wanted in mangled]
-        if len(matching) == 1:
-            found[name] = len(matching[0].opcodes) / weights
+        # Several loops, which older architectures have for each exchange, or none: there is no one loop to count.
+        if len(matching) == 1 and (len(matching[0].loops) == 1 or not in_loop):
+            listing = matching[0].longest_loop if in_loop else matching[0]
+            found[name] = len(listing.opcodes) / weights
     return found
 
 
@@ -284,36 +291,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="some of ours, by the names that the table has")
+    parser.add_argument("--only_ours", action="store_true", help="without bitsandbytes, which need not be installed")
     parser.add_argument("--out", metavar="FILE", help="instead of results/sass.json")
     parsed = parser.parse_args(argv)
     table = Table("instructions a weight", "sm", "minilora", "bitsandbytes", "registers", "spilled bytes")
     cases = []
     for arch in parsed.arch:
-        peers = peer_counts(arch)
+        peers = {} if parsed.only_ours else peer_counts(arch)
         for kernel in kernels(arch):
-            done = Compiled.of(kernel, arch)
-            peer = peers.get(kernel.name.partition(",")[0])
-            cases.append(
-                {
-                    "kernel": kernel.name,
-                    "arch": arch,
-                    "instructions_per_weight": done.per_weight,
-                    "bitsandbytes": peer,
-                    **done.resources,
-                }
-            )
-            shown = f"{peer:.1f}" if peer else "-"
-            table.add_row(
-                kernel.name,
-                str(arch),
-                f"{done.per_weight:.1f}",
-                shown,
-                str(done.resources["reg"]),
-                str(done.resources["local"]),
-            )
+            if parsed.kernel and kernel.name not in parsed.kernel:
+                continue
+            case = _case(Compiled.of(kernel, arch), peers.get(kernel.name.partition(",")[0]))
+            cases.append(case)
+            peer = f"{case['bitsandbytes']:.1f}" if case["bitsandbytes"] else "-"
+            ours = f"{case['instructions_per_weight']:.1f}"
+            table.add_row(kernel.name, str(arch), ours, peer, str(case["reg"]), str(case["stack"]))
     write_result("sass", {"cases": cases, "machine": machine()}, parsed.out)
     Console().print(table)
     return 0
+
+
+def _case(done: Compiled, peer: float | None) -> dict[str, Any]:
+    """What is told of a kernel. tensor_cores: the instruction, or None; stack: bytes a thread spills, and the like."""
+    listing = done.listing
+    return {
+        "kernel": done.kernel.name,
+        "arch": done.arch,
+        "instructions_per_weight": done.per_weight,
+        "bitsandbytes": peer,
+        "tensor_cores": next((name for name in TENSOR_CORES if listing.has(name)), None),
+        "spills": listing.has("LDL") or listing.has("STL"),
+        "stores_16_bytes": listing.has("STG.E.128"),
+        "shuffles": listing.has("SHFL.IDX"),
+        **done.resources,
+    }
 
 
 if __name__ == "__main__":

@@ -7,8 +7,13 @@ only its lowest five bits count, and since the table stands twice in 32 lanes, b
 Triton has no word for that, so it is PTX. `tests/test_kernels_nf4_table.py` emulates it instruction by instruction.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+
+from minilora.nf4 import levels
 
 # The first weight is in the high nibble of the lowest byte.
 SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
@@ -48,6 +53,30 @@ LOOK_UP = tl.constexpr(
 }
 """
 )
+
+
+@cache
+def shuffle_is_right(device: torch.device) -> bool:
+    """Whether the PTX finds the levels that the plain look-up finds: tried on the device with every byte, once.
+
+    What it rests on, that lanes keep apart what looks like one value to the compiler, no compiler promises.
+    """
+    n_words = 256
+    words = torch.arange(4 * n_words, device=device).remainder(256).to(torch.uint8)
+    words = words.view(4, n_words).T.contiguous().view(torch.int32).view(-1)  # each byte at each place of a word
+    found = [torch.empty(8, n_words, device=device) for _ in range(2)]
+    for shuffle, out in enumerate(found):
+        decode_kernel[(n_words // 128,)](words, levels(device), out, n_words, WORDS=128, SHUFFLE=bool(shuffle))
+    return torch.equal(*found)
+
+
+@triton.jit
+def decode_kernel(words, levels, out, n_words, WORDS: tl.constexpr, SHUFFLE: tl.constexpr):
+    """words (n_words,) int32 -> out (8, n_words) float32."""
+    at = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    found = decode(table(levels, SHUFFLE), tl.load(words + at), SHUFFLE)
+    for j in tl.static_range(8):
+        tl.store(out + j * n_words + at, found[j])
 
 
 @triton.jit

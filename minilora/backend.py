@@ -1,6 +1,9 @@
 """What a device can do, as pure functions: which one is used, and what it computes in."""
 
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
@@ -28,6 +31,29 @@ def abilities(device: torch.device) -> str:
     card = torch.cuda.get_device_properties(device)
     bfloat16 = "bfloat16" if card.major >= 8 else "no bfloat16"
     return f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB, {bfloat16}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes with NF4, and why."""
+
+    name: Literal["triton", "torch"]
+    reason: str
+
+
+@cache
+def backend_for(device: torch.device) -> Backend:
+    """The Triton kernels on NVIDIA GPUs since Turing, else the definitions in plain torch."""
+    if device.type != "cuda":
+        return Backend("torch", "the kernels are for GPUs")
+    if torch.version.hip is not None:
+        return Backend("torch", "the kernels are counted and tested for NVIDIA's GPUs only")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 5):
+        return Backend("torch", f"compute capability {capability[0]}.{capability[1]} is below 7.5")
+    if find_spec("triton") is None:
+        return Backend("torch", "Triton is not installed")
+    return Backend("triton", f"compute capability {capability[0]}.{capability[1]}")
 
 
 def pick_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:

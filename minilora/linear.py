@@ -3,6 +3,8 @@
 The weight is decoded for the product and thrown away; backward decodes it again, so that no full-size weight is kept
 between the two. W' gets no gradient: only dL/dx = dL/dy W' is needed to train what lies before and beside it.
 
+Few rows of x are multiplied without decoding the weight first, where a kernel can (`dispatch.py`).
+
 On a CPU the weight is decoded a few rows at a time, into one small buffer that stays in the cache: the product then
 reads what was just written, and the full-size weight exists nowhere. (New memory costs more than the decoding does.)
 """
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.backend import product_dtype
+from minilora.dispatch import decode, fused_product
 from minilora.nf4 import NF4Tensor
 from minilora.scratch import scratch
 
@@ -22,6 +25,8 @@ SLICE_BYTES = 16 << 20  # of decoded weight in work at a time on a CPU; smaller 
 
 def multiply(x: Tensor, weight: NF4Tensor | Tensor, out: Tensor | None = None) -> Tensor:
     """x (N, in) times the transpose of a frozen weight (out, in), -> (N, out) in x's dtype. Not differentiated."""
+    if isinstance(weight, NF4Tensor) and (fused := fused_product(x, weight)) is not None:
+        return fused if out is None else out.copy_(fused)
     y = x.new_empty(len(x), weight.shape[0]) if out is None else out
     for start, stop, rows in slices(weight, x):
         torch.mm(x, rows.T, out=y[:, start:stop])
@@ -52,7 +57,7 @@ def slices(weight: NF4Tensor | Tensor, like: Tensor) -> Iterator[tuple[int, int,
     for start in range(0, n_out, rows):
         stop = min(start + rows, n_out)
         if isinstance(weight, NF4Tensor):
-            weight.decode(start * n_in, stop * n_in, buffer[: stop - start].view(-1))
+            decode(weight, start * n_in, stop * n_in, buffer[: stop - start].view(-1))
         else:
             buffer[: stop - start] = weight[start:stop]
         yield start, stop, buffer[: stop - start]

@@ -1,5 +1,6 @@
 """A tiny base on the disk, small files of chats and text, and the configuration of a short run."""
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,9 @@ from tiny_runs import TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_json
 
 from minilora.checkpoint.save import save_hf
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated, so before any of them is imported
 
 
 @pytest.fixture(autouse=True, scope="session")

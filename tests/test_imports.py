@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "scratch", "config", "nf4", "kv_cache"),
     ("kernels",),
-    ("backend",),
+    ("backend", "dispatch"),
     ("norm", "rope", "attention", "loss", "linear", "lora"),
     ("model", "fused"),
     ("base", "memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),

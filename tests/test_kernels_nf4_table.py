@@ -3,11 +3,13 @@
 import random
 import re
 
+import pytest
 import torch
 
-from minilora.kernels.nf4_table import LANE_LEVEL, LOOK_UP
-from minilora.nf4 import LEVELS, unpack
+from minilora.kernels.nf4_table import LANE_LEVEL, LOOK_UP, decode_kernel, shuffle_is_right
+from minilora.nf4 import LEVELS, levels, unpack
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LANES = range(32)
 
 
@@ -75,3 +77,17 @@ def test_words_give_their_levels_in_order() -> None:
         for lane, word in enumerate(words):
             packed = torch.tensor(list(word.to_bytes(4, "little")), dtype=torch.uint8)
             assert [registers[f"${j}"][lane] for j in range(8)] == [LEVELS[code] for code in unpack(packed, 8).tolist()]
+
+
+def test_plain_look_up_of_every_byte() -> None:
+    """What the shuffle is held against at its first use."""
+    words = torch.arange(4 * 256, device=DEVICE).remainder(256).to(torch.uint8)
+    found = torch.empty(8, 256, device=DEVICE)
+    decode_kernel[(2,)](words.view(torch.int32), levels(DEVICE), found, 256, WORDS=128, SHUFFLE=False)
+    assert torch.equal(found.T.reshape(-1), levels(DEVICE)[unpack(words, 2048).int()])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter knows no PTX")
+def test_the_shuffle_on_a_gpu() -> None:
+    assert shuffle_is_right(DEVICE)

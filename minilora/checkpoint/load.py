@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.open import open_checkpoint
+from minilora.dispatch import quantize as quantize_nf4
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
 from minilora.model import Mistral
-from minilora.nf4 import NF4Tensor, quantize_nf4
+from minilora.nf4 import NF4Tensor
 
 
 def load_model(

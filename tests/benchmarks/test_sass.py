@@ -1,0 +1,69 @@
+"""The counter of instructions on a fixed listing, in the form that nvdisasm prints."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.sass import Compiled, Kernel, Listing, main, parse
+
+LISTING = """\
+	.headerflags	@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+
+//--------------------- .text.first --------------------------
+	.section	.text.first,"ax",@progbits
+first:
+.text.first:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   S2R R0, SR_TID.X ;
+        /*0020*/               @P0 EXIT ;
+.L_x_0:
+        /*0030*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0040*/              @!P1 FMUL R4, R4, R5 ;
+.L_x_1:
+        /*0050*/                   SHFL.IDX PT, R6, R7, R8, 0x1f ;
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+        /*0070*/              @UP3 IADD3 R2, R2, 0x10, RZ ;
+        /*0080*/               @P1 BRA `(.L_x_0) ;
+        /*0090*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00a0*/                   BRA `(.L_x_3) ;
+        /*00b0*/                   NOP ;
+.L_x_3:
+        /*00c0*/                   EXIT ;
+.L_x_2:
+        /*00d0*/                   BRA `(.L_x_2);
+        /*00e0*/                   NOP;
+
+//--------------------- .text.second --------------------------
+	.section	.text.second,"ax",@progbits
+.text.second:
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_instructions_of_each_function() -> None:
+    found = parse(LISTING)
+    assert list(found) == ["first", "second"]
+    # Without the two NOP and the jump to itself behind the end.
+    assert len(found["first"].opcodes) == 12
+    assert found["first"].opcodes[:4] == ("LDC", "S2R", "EXIT", "LDG.E.128.CONSTANT")
+    assert found["second"] == Listing(("EXIT",))
+
+
+def test_loops_are_jumps_back() -> None:
+    first = parse(LISTING)["first"]
+    assert first.loops == ((5, 7), (3, 9))
+    assert first.longest_loop.opcodes == ("LDG.E.128.CONSTANT", "FMUL", "SHFL.IDX", "BRA", "IADD3", "BRA")
+    assert first.has("STG.E.128")
+    assert not first.longest_loop.has("STG.E.128")
+
+
+def test_instructions_a_weight() -> None:
+    kernel = Kernel("", "", "", {}, {}, weights=4.0)
+    assert Compiled(kernel, 90, parse(LISTING)["first"]).per_weight == 12 / 4
+    in_loop = Kernel("", "", "", {}, {}, weights=4.0, in_loop=True)
+    assert Compiled(in_loop, 90, parse(LISTING)["first"]).per_weight == 6 / 4
+
+
+def test_the_interpreter_cannot_be_compiled(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        main(["--only_ours", "--arch", "90", "--out", str(tmp_path / "sass.json")])

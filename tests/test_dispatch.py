@@ -1,0 +1,125 @@
+"""Which way a product takes, and that a layer computes the same by each of them: in the interpreter, or on a GPU."""
+
+import json
+
+import pytest
+import torch
+
+import minilora.dispatch as dispatch
+from minilora.backend import Backend, backend_for
+from minilora.config import LoraConfig
+from minilora.dispatch import TABLE, Entry, Limits, entry_for, table
+from minilora.linear import NF4Linear
+from minilora.lora import LoRALinear
+from minilora.nf4 import NF4Tensor, quantize_nf4
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels also where the interpreter runs them."""
+    monkeypatch.setattr(dispatch, "backend_for", lambda _: Backend("triton", "a test"))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def test_the_table_is_whole() -> None:
+    archs = [entry.arch for entry in table()]
+    assert archs == sorted(set(archs))
+    assert archs[0] == 75
+    for entry in table():
+        floors = [limits.least_weights for limits in entry.limits]
+        assert floors == sorted(set(floors))
+        assert floors[0] == 0
+        assert all(0 <= limits.matvec <= 2 and limits.matvec <= limits.matmul <= 256 for limits in entry.limits)
+        # What no card has shown to be right is off.
+        assert entry.card is not None or not entry.shuffle
+    assert json.loads(TABLE.read_text())
+
+
+def test_turing_has_no_tensor_cores_in_triton() -> None:
+    assert all(limits.matmul <= limits.matvec for limits in entry_for(75).limits)
+
+
+@pytest.mark.parametrize(("arch", "entry"), [(75, 75), (79, 75), (80, 80), (86, 80), (89, 80), (90, 90), (999, 120)])
+def test_an_architecture_has_the_entry_of_the_newest_before_it(arch: int, entry: int) -> None:
+    assert entry_for(arch).arch == entry
+
+
+def test_ways_by_rows_and_weights() -> None:
+    entry = Entry(90, None, False, (Limits(0, 2, 2), Limits(1 << 20, 1, 64)))
+    assert [entry.way(m, 512, 512) for m in (1, 2, 3)] == ["matvec", "matvec", "dequantize"]
+    assert [entry.way(m, 1024, 1024) for m in (1, 2, 64, 65)] == ["matvec", "matmul", "matmul", "dequantize"]
+
+
+def test_a_cpu_has_the_definitions() -> None:
+    assert backend_for(torch.device("cpu")).name == "torch"
+    assert dispatch.fused_product(random(1, 64).cpu(), quantize_nf4(random(4, 64).cpu())) is None
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 40, 300])
+def test_a_layer_computes_the_same(rows: int, double_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward and the adapter's branch; 300 rows are more than any kernel takes."""
+    weight = quantize_nf4(0.02 * random(96, 128), double_quant=double_quant)
+    layer = LoRALinear(NF4Linear(weight), LoraConfig(rank=4, alpha=8)).to(DEVICE)
+    torch.nn.init.normal_(layer.lora_B, generator=torch.Generator(DEVICE).manual_seed(0))
+    results = []
+    for backend in ("triton", "torch"):
+        monkeypatch.setattr(dispatch, "backend_for", lambda _, name=backend: Backend(name, "a test"))
+        x = random(rows, 128, seed=1).requires_grad_()
+        y = layer(x)
+        layer.zero_grad()
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, layer.lora_A.grad, layer.lora_B.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_the_kernels_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test before would compare torch with itself."""
+    from minilora.kernels import nf4_dequantize, nf4_matmul, nf4_matvec, nf4_quantize
+
+    called = []
+
+    def spy(module: object, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (called.append(name), function(*a, **k))[1])
+
+    spy(nf4_dequantize, "dequantize")
+    spy(nf4_matvec, "matvec")
+    spy(nf4_matmul, "matmul")
+    spy(nf4_quantize, "quantize_nf4")
+    layer = NF4Linear(dispatch.quantize(0.02 * random(96, 128)))
+    for rows in (1, 3, 300):
+        layer(random(rows, 128))
+    assert called == ["quantize_nf4", "matvec", "matmul", "dequantize"]
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_what_the_kernels_do_not_take_is_decoded() -> None:
+    """Rows that are not whole blocks, no rows at all, bytes at an odd place."""
+    odd = quantize_nf4(random(6, 96))
+    assert dispatch.fused_product(random(1, 96), odd) is None
+    layer = NF4Linear(odd)
+    torch.testing.assert_close(layer(random(2, 96)), random(2, 96) @ odd.dequantize().T, rtol=1e-5, atol=1e-5)
+    whole = quantize_nf4(random(4, 64))
+    assert NF4Linear(whole)(random(0, 64)).shape == (0, 4)
+    moved = torch.empty(len(whole.packed) + 1, dtype=torch.uint8, device=DEVICE)
+    moved[1:] = whole.packed
+    assert whole.nested_absmax is not None
+    parts = whole.shape, whole.dtype, whole.block_size, whole.nested_absmax, whole.nested_offset
+    layer = NF4Linear(NF4Tensor(moved[1:], whole.absmax, *parts))
+    torch.testing.assert_close(layer(random(2, 64)), random(2, 64) @ whole.dequantize().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_the_same_bytes() -> None:
+    weight = 0.02 * random(50, 72)
+    ours, plain = dispatch.quantize(weight), quantize_nf4(weight)
+    for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
+        assert torch.equal(getattr(ours, name), getattr(plain, name)), name
