@@ -7,6 +7,7 @@ Heavy modules are imported inside the verbs, so that help and usage errors come 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -350,6 +351,34 @@ def explain(args: list[str]) -> None:
     show(weight, name=name, block=parsed.block, seed=parsed.seed, console=Console())
 
 
+def verify(args: list[str]) -> None:
+    """Hold this machine's kernels against their definitions and against float64: minilora verify kernels"""
+    parser = _parser(verify)
+    parser.add_argument("what", choices=["kernels"])
+    parser.add_argument("--model.device", default="auto", help="auto, cpu or cuda")
+    parsed = _parse(parser, args)
+
+    if find_spec("triton") is None:
+        raise UserError("Triton is not installed; there are no kernels to verify")
+
+    from minilora.backend import pick_device
+    from minilora.evaluate.kernel_check import check_kernels
+    from minilora.report.kernel_table import error_table, print_ways
+
+    console, device = Console(), pick_device(parsed.model.device)
+    print_ways(device, console)
+    checks = list(check_kernels(device))
+    console.print(error_table(checks))
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        first = failed[0]
+        raise UserError(
+            f"{len(failed)} of {len(checks)} checks failed, the first: {first.operation} in {first.dtype}, "
+            f"{first.case}: {first.error:.2g} where {first.allowed:.2g} is allowed; do not train with them, report it"
+        )
+    print(f"{len(checks)} checks passed")
+
+
 def demo(args: list[str]) -> None:
     """The whole story with nothing downloaded: base, QLoRA, before and after, forgetting, report, merge check."""
     parser = _parser(demo)
@@ -363,5 +392,5 @@ def demo(args: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    f.__name__: f for f in (demo, train, evaluate, generate, quantize, merge, explain)
+    f.__name__: f for f in (demo, train, evaluate, generate, quantize, merge, explain, verify)
 }

@@ -1,0 +1,114 @@
+"""What this machine's kernels are off by: each NF4 operation against its definition, and against float64.
+
+Quantizing and dequantizing must give the bits of the definition. A product, forward and backward, must be off by no
+more than twice what plain torch is off by in the same dtype, or than K terms summed in float32 are in any order: both
+against the same product in float64. Where there is no GPU, the interpreter of Triton runs the kernels, in the dtypes
+that it computes rightly.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minilora.nf4 import NF4Tensor
+from minilora.nf4 import quantize_nf4 as quantize_by_definition
+
+# (N, K): one block, tails of every tile; on a GPU layers, too, for which the interpreter would take minutes
+SHAPES = ((1, 64), (129, 192), (40, 576))
+LAYERS = ((4096, 4096), (14336, 4096))
+ROWS = (1, 2, 3, 100, 256)
+TWICE = 2.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """An operation, on what, and its error: how many numbers differ, or the largest error of a sum over the largest sum
+    of its terms' magnitudes."""
+
+    operation: str
+    dtype: str
+    case: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # a NaN is not
+
+
+def check_kernels(device: torch.device) -> Iterator[Check]:
+    """Each check as it is done. On a CPU, switches Triton's interpreter on for the process."""
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, which the functions below do
+    dtypes = [torch.float32, torch.float16]
+    if on_gpu and torch.cuda.get_device_capability(device) >= (8, 0):
+        dtypes.append(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for n, k in (*SHAPES, *(LAYERS if on_gpu else ())):
+        dense = (0.02 * torch.randn(n, k, generator=generator)).to(device)
+        for double_quant in (False, True):
+            weight = quantize_by_definition(dense, double_quant=double_quant)
+            case = f"{n} x {k}" + ", nested" * double_quant
+            yield _quantized(dense, weight, case)
+            for dtype in dtypes:
+                yield _dequantized(weight, dtype, case)
+                for m in ROWS:
+                    x = torch.randn(m, k, generator=generator).to(device, dtype)
+                    yield from _products(x, weight, f"{m} rows, {case}")
+
+
+def _quantized(dense: Tensor, weight: NF4Tensor, case: str) -> Check:
+    from minilora.kernels.nf4_quantize import quantize_nf4
+
+    ours = quantize_nf4(dense, double_quant=weight.nested_absmax is not None)
+    pairs = zip(_parts(ours), _parts(weight), strict=True)
+    return Check("quantize", "float32", case, sum(int((a != b).sum()) for a, b in pairs), 0)
+
+
+def _parts(weight: NF4Tensor) -> list[Tensor]:
+    parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset)
+    return [part for part in parts if part is not None]
+
+
+def _dequantized(weight: NF4Tensor, dtype: torch.dtype, case: str) -> Check:
+    from minilora.kernels.nf4_dequantize import dequantize
+
+    differ = int((dequantize(weight, dtype) != weight.dequantize(dtype)).sum())
+    return Check("dequantize", _name(dtype), case, differ, 0)
+
+
+def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
+    """y = x W'^T by each kernel that takes so many rows, and dx = y W' by decoding with the kernel."""
+    from minilora.kernels.nf4_dequantize import dequantize
+    from minilora.kernels.nf4_matmul import matmul
+    from minilora.kernels.nf4_matvec import MAX_VECTORS, matvec
+    from minilora.kernels.nf4_table import shuffle_is_right
+
+    reference = weight.dequantize(torch.float32)
+    plain = x @ weight.dequantize(x.dtype).T
+    shuffles = (False, True) if x.device.type == "cuda" and shuffle_is_right(x.device) else (False,)
+    for operation in (matvec, matmul):
+        if operation is matmul or len(x) <= MAX_VECTORS:
+            for shuffle in shuffles:
+                name, y = operation.__name__ + ", shuffle" * shuffle, operation(x, weight, shuffle)
+                yield _compared(name, case, y, plain, x, reference.T)
+    dy = plain
+    plain = dy @ weight.dequantize(x.dtype)
+    yield _compared("backward", case, dy @ dequantize(weight, x.dtype), plain, dy, reference)
+
+
+def _compared(operation: str, case: str, y: Tensor, plain: Tensor, a: Tensor, b: Tensor) -> Check:
+    """y and plain torch's own against a @ b in float64."""
+    a, b = a.double(), b.double()
+    exact, terms = a @ b, float((a.abs() @ b.abs()).max())
+    ours, theirs = (float((product.double() - exact).abs().max()) / terms for product in (y, plain))
+    in_float32 = a.shape[1] ** 0.5 * 2**-24  # as roundings add up that do not know of each other
+    return Check(operation, _name(y.dtype), case, ours, max(TWICE * theirs, in_float32))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,50 @@
+"""What `minilora verify kernels` prints: which way a product takes on each architecture, and each operation's error."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from minilora.backend import abilities, backend_for
+from minilora.dispatch import table as dispatch_table
+from minilora.evaluate.kernel_check import Check
+from minilora.report.console import table
+
+
+def print_ways(device: torch.device, console: Console) -> None:
+    """The device, what computes there, and the whole table of ways."""
+    backend = backend_for(device)
+    console.print(f"device: {abilities(device)}", highlight=False)
+    console.print(f"NF4 is computed by {backend.name}: {backend.reason}", highlight=False)
+    if device.type != "cuda":
+        console.print("the kernels are run by Triton's interpreter", highlight=False)
+    rows = [
+        [
+            f"sm_{entry.arch}",
+            "any" if limits.least_weights == 0 else f"{limits.least_weights:,} weights and more",
+            str(limits.matvec),
+            str(limits.matmul),
+            "yes" if entry.shuffle else "no",
+            entry.card or "an estimate",
+        ]
+        for entry in dispatch_table()
+        for limits in entry.limits
+    ]
+    console.print(table(["since", "N * K", "matvec up to M", "matmul up to M", "shuffle", "measured on"], rows))
+
+
+def error_table(checks: Sequence[Check]) -> Table:
+    """The worst of each operation and dtype: the error that is nearest to, or furthest over, what is allowed."""
+    rows = []
+    for operation, dtype in dict.fromkeys((check.operation, check.dtype) for check in checks):
+        group = [check for check in checks if (check.operation, check.dtype) == (operation, dtype)]
+        worst = _worst(group)
+        failed = sum(not check.passed for check in group)
+        verdict = f"{failed} of {len(group)} failed" if failed else f"{len(group)} passed"
+        rows.append([operation, dtype, verdict, f"{worst.error:.2g}", f"{worst.allowed:.2g}", worst.case])
+    return table(["operation", "dtype", "checks", "worst error", "allowed", "where"], rows)
+
+
+def _worst(checks: Iterable[Check]) -> Check:
+    return max(checks, key=lambda check: (not check.passed, check.error / max(check.allowed, 1e-300)))

@@ -1,0 +1,55 @@
+"""`minilora verify kernels`: what it says of kernels that are right, and of one that is not."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from minilora.cli import main
+from minilora.evaluate import kernel_check
+from minilora.evaluate.kernel_check import Check
+from minilora.kernels import nf4_dequantize, nf4_matmul
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_check, "SHAPES", ((3, 64), (20, 128)))
+    monkeypatch.setattr(kernel_check, "LAYERS", ())
+    monkeypatch.setattr(kernel_check, "ROWS", (1, 3))
+
+
+def test_kernels_that_are_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "kernels"]) == 0
+    out = capsys.readouterr().out
+    for words in ("NF4 is computed by", "sm_90", "an estimate", "matvec", "backward", "checks passed"):
+        assert words in out
+    assert "failed" not in out
+
+
+def test_a_bit_that_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = nf4_dequantize.dequantize
+
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = right(*args, **kwargs)
+        out.view(-1)[5] = torch.nextafter(out.view(-1)[5].float(), torch.tensor(9.0)).to(out.dtype) + 2**-14
+        return out
+
+    monkeypatch.setattr(nf4_dequantize, "dequantize", wrong)
+    assert main(["verify", "kernels"]) == 1
+    captured = capsys.readouterr()
+    assert "4 of 4 failed" in captured.out
+    assert captured.err.startswith("minilora verify: ")
+    assert "the first: dequantize in float32, 3 x 64: 1 where 0 is allowed" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_product_that_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = nf4_matmul.matmul
+    monkeypatch.setattr(nf4_matmul, "matmul", lambda *a: (right(*a).double() * (1 + 2**-9)).to(a[0].dtype))
+    nf4_matmul.matmul.__name__ = "matmul"
+    assert main(["verify", "kernels"]) == 1
+    assert "the first: matmul in float32, 1 rows, 3 x 64" in capsys.readouterr().err
+
+
+def test_no_number_does_not_pass() -> None:
+    assert not Check("matmul", "float32", "", float("nan"), 1.0).passed
