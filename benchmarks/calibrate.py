@@ -1,0 +1,110 @@
+"""From how many rows on which way is faster, measured on this GPU: python -m benchmarks.calibrate
+
+Times matvec, matmul, and decoding with torch's product, in turns, over a grid of rows for the 7B's weights, and writes
+the entry of this architecture in minilora/dispatch.json, card's name and all. The look-up by lane exchange is switched
+on if the card has it right and it is faster in the sum over the grid. `minilora verify kernels` prints the table.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.gpu_harness import dense_weight, in_turns, nf4_sets
+from benchmarks.nf4_matvec import SHAPES, decoded_product
+from minilora.dispatch import TABLE
+
+ROWS = (1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+
+# Microseconds by way and rows.
+Grid = Mapping[str, Mapping[int, float]]
+
+
+def limits(grid: Grid) -> tuple[int, int]:
+    """(rows up to which matvec is the fastest, rows up to which matvec or matmul is): no slower way up to there."""
+    matvec = matmul = 0
+    for m in sorted(grid["matmul"]):
+        one = grid["matvec"].get(m, float("inf"))
+        if one <= min(grid["matmul"][m], grid["dequantize"][m]) and matvec == matmul:
+            matvec = matmul = m
+        elif min(one, grid["matmul"][m]) <= grid["dequantize"][m]:
+            matmul = m
+        else:
+            break
+    return matvec, matmul
+
+
+def entry(arch: int, card: str, plain: Mapping[int, Grid], shuffled: Mapping[int, Grid] | None) -> dict[str, Any]:
+    """What dispatch.json says of a card. plain, shuffled: grids by the number N * K of the weight."""
+    faster = shuffled is not None and _sum(shuffled) < _sum(plain)
+    rows: list[dict[str, int]] = []
+    for n_weights, grid in sorted((shuffled if faster and shuffled is not None else plain).items()):
+        matvec, matmul = limits(grid)
+        if not rows or (matvec, matmul) != (rows[-1]["matvec"], rows[-1]["matmul"]):
+            rows.append({"least_weights": n_weights if rows else 0, "matvec": matvec, "matmul": matmul})
+    return {"arch": arch, "card": card, "shuffle": faster, "limits": rows}
+
+
+def _sum(grids: Mapping[int, Grid]) -> float:
+    return sum(us for grid in grids.values() for way in ("matvec", "matmul") for us in grid[way].values())
+
+
+def with_entry(table: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The table with this entry in place of, or between, the others."""
+    return sorted([*(old for old in table if old["arch"] != new["arch"]), new], key=lambda old: int(old["arch"]))
+
+
+def as_text(table: Sequence[Mapping[str, Any]]) -> str:
+    """JSON, an entry a line."""
+    return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in table) + "\n]\n"
+
+
+def measure(device: torch.device, shuffle: bool, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[int, Grid]:
+    """Grids by the number of weights."""
+    from minilora.kernels.nf4_matmul import matmul
+    from minilora.kernels.nf4_matvec import MAX_VECTORS, matvec
+
+    grids: dict[int, Grid] = {}
+    for n, k in shapes:
+        dense = dense_weight(n, k, device)
+        sets, scratch = nf4_sets(dense), torch.empty_like(dense)
+        grid: dict[str, dict[int, float]] = {"matvec": {}, "matmul": {}, "dequantize": {}}
+        for m in ROWS:
+            x = torch.randn(m, k, device=device).to(dense.dtype)
+            ways = {
+                "matmul": [partial(matmul, x, weight, shuffle) for weight in sets],
+                "dequantize": [partial(decoded_product, x, weight, scratch) for weight in sets],
+            }
+            if m <= MAX_VECTORS:
+                ways["matvec"] = [partial(matvec, x, weight, shuffle) for weight in sets]
+            for way, timing in in_turns(ways, device, rounds=30).items():
+                grid[way][m] = timing.median_us
+        grids[n * k] = grid
+    return grids
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibrate", description=__doc__.split("\n")[0])
+    parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("calibrate: there is no GPU to measure", file=sys.stderr)
+        return 1
+    from minilora.kernels.nf4_matvec import architecture
+    from minilora.kernels.nf4_table import shuffle_is_right
+
+    device = torch.device("cuda")
+    shuffled = measure(device, True) if shuffle_is_right(device) else None
+    new = entry(architecture(device), torch.cuda.get_device_name(device), measure(device, False), shuffled)
+    TABLE.write_text(as_text(with_entry(json.loads(TABLE.read_text("utf-8")), new)), "utf-8")
+    Console().print(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Everything that needs a GPU, in one command: python -m benchmarks.gpu [--only equality|ceilings|ops]
+
+    equality    each kernel against its definition and float64, first: a figure of a wrong kernel is worth nothing
+    ceilings    what the card copies and multiplies, by torch
+    ops         each kernel beside bitsandbytes (where it is installed), plain torch and a copy
+
+A part that fails is told and the next one runs. Needs torch, triton, numpy and safetensors; no network. `--dry` runs
+all of it on a CPU on small data, to see that it runs.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.gpu_harness import in_turns, n_sets, sixteen_bits
+from benchmarks.harness import machine, show, write_result
+
+
+def equality(device: torch.device) -> dict[str, Any]:
+    """Every check of `minilora verify kernels`; an error if one failed."""
+    from minilora.evaluate.kernel_check import check_kernels
+    from minilora.kernels.nf4_table import shuffle_is_right
+
+    checks = list(check_kernels(device))
+    failed = [check for check in checks if not check.passed]
+    found: dict[str, Any] = {
+        "checks": len(checks),
+        "worst": {check.operation: check.error for check in sorted(checks, key=lambda check: check.error)},
+        "failed": [vars(check) for check in failed],
+        "shuffle_is_right": device.type == "cuda" and shuffle_is_right(device),
+    }
+    return found | ({"error": f"{len(failed)} of {len(checks)} checks failed"} if failed else {})
+
+
+def ceilings(device: torch.device) -> dict[str, Any]:
+    """Bytes a second of a copy, read and written, and FLOP a second of a square product in 16 bits."""
+    n_bytes, size = (256 << 20, 8192) if device.type == "cuda" else (1 << 16, 64)
+    sources = torch.empty(n_sets(n_bytes, device), n_bytes, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(sources[0])
+    a = torch.randn(size, size, device=device).to(sixteen_bits(device))
+    copies = [partial(target.copy_, source) for source in sources]
+    timings = in_turns({"copy": copies, "matmul": [partial(torch.mm, a, a)]}, device)
+    copy_us, matmul_us = timings["copy"].median_us, timings["matmul"].median_us
+    return {
+        "copy_gb_per_s": 2 * n_bytes / copy_us / 1e3,
+        "matmul_tflop_per_s": 2 * size**3 / matmul_us / 1e6,
+        "timings": {name: timing.figures() for name, timing in timings.items()},
+    }
+
+
+def operation(name: str) -> Callable[[torch.device], dict[str, Any]]:
+    """The part that benchmarks/nf4_NAME.py measures."""
+
+    def measure(device: torch.device) -> dict[str, Any]:
+        from importlib import import_module
+
+        cases: dict[str, Any] = import_module(f"benchmarks.nf4_{name}").measure(device)
+        return {"cases": cases, "rows": [line for case in cases.values() for line in case.pop("rows")]}
+
+    return measure
+
+
+PARTS: dict[str, tuple[str, Callable[[torch.device], dict[str, Any]]]] = {
+    "equality": ("equality", equality),
+    "ceilings": ("ceilings", ceilings),
+    **{name: ("ops", operation(name)) for name in ("dequantize", "quantize", "matvec", "matmul")},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=sorted({kind for kind, _ in PARTS.values()}))
+    parser.add_argument("--dry", action="store_true", help="on a CPU, small: to see that all of it runs")
+    parser.add_argument("--out", metavar="FILE", help="instead of results/gpu.json")
+    parsed = parser.parse_args(argv)
+    if parsed.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+    elif not torch.cuda.is_available():
+        print("gpu: there is no GPU; --dry runs all of it on a CPU, small", file=sys.stderr)
+        return 1
+    device, console = torch.device("cpu" if parsed.dry else "cuda"), Console()
+    card = {"gpu": "none, a dry run" if parsed.dry else torch.cuda.get_device_name(device)}
+    parts: dict[str, Any] = {}
+    for name, (kind, measure) in PARTS.items():
+        if parsed.only not in (None, kind):
+            continue
+        start = time.monotonic()
+        try:
+            parts[name] = measure(device)
+        except Exception as error:
+            traceback.print_exc()
+            parts[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        parts[name] |= {"seconds_in_all": time.monotonic() - start, "machine": machine() | card}
+        console.print(f"{name}: {parts[name]['seconds_in_all']:.0f} s", highlight=False)
+        if parsed.out or not parsed.dry:
+            write_result("gpu", {"parts": {name: parts[name]}}, parsed.out)
+    show({"parts": parts}, console)
+    return 1 if any("error" in part for part in parts.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""From measured times to the table of ways."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import calibrate
+from benchmarks.calibrate import as_text, entry, limits, measure, with_entry
+from minilora.dispatch import TABLE
+
+
+def grid(**us: list[float]) -> dict[str, dict[int, float]]:
+    """Times at 1, 2, 4 and 8 rows, matvec at the first two."""
+    return {way: dict(zip((1, 2, 4, 8), times, strict=False)) for way, times in us.items()}
+
+
+@pytest.mark.parametrize(
+    ("times", "found"),
+    [
+        ({"matvec": [1, 2], "matmul": [3, 3, 3, 4], "dequantize": [5, 5, 5, 5]}, (2, 8)),
+        ({"matvec": [1, 4], "matmul": [3, 3, 3, 6], "dequantize": [5, 5, 5, 5]}, (1, 4)),
+        ({"matvec": [9, 9], "matmul": [3, 3, 3, 6], "dequantize": [5, 5, 5, 5]}, (0, 4)),
+        ({"matvec": [1, 9], "matmul": [9, 9, 3, 3], "dequantize": [5, 5, 5, 5]}, (1, 1)),  # no slower way up to there
+        ({"matvec": [9, 9], "matmul": [9, 9, 9, 9], "dequantize": [5, 5, 5, 5]}, (0, 0)),
+    ],
+)
+def test_limits(times: dict[str, list[float]], found: tuple[int, int]) -> None:
+    assert limits(grid(**times)) == found
+
+
+def test_an_entry() -> None:
+    fast = grid(matvec=[1, 2], matmul=[3, 3, 3, 4], dequantize=[5, 5, 5, 5])
+    slow = grid(matvec=[2, 3], matmul=[4, 4, 4, 6], dequantize=[5, 5, 5, 5])
+    made = entry(90, "a card", {100: slow, 200: fast, 300: fast}, None)
+    assert made["limits"] == [
+        {"least_weights": 0, "matvec": 2, "matmul": 4},
+        {"least_weights": 200, "matvec": 2, "matmul": 8},
+    ]
+    assert (made["card"], made["shuffle"]) == ("a card", False)
+    assert entry(90, "", {100: slow}, {100: fast})["shuffle"] is True
+    assert entry(90, "", {100: fast}, {100: slow})["shuffle"] is False
+
+
+def test_the_table_with_another_entry() -> None:
+    table: list[Any] = json.loads(TABLE.read_text())
+    new = {"arch": 86, "card": "a card", "shuffle": True, "limits": []}
+    assert [old["arch"] for old in with_entry(table, new)] == [75, 80, 86, 90, 100, 120]
+    assert with_entry(with_entry(table, new), new) == with_entry(table, new)
+    assert as_text(table) == TABLE.read_text()
+
+
+def test_a_measurement_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "ROWS", (1, 3))
+    grids = measure(torch.device("cpu"), False, [(48, 128)])
+    assert grids[48 * 128].keys() == {"matvec", "matmul", "dequantize"}
+    assert grids[48 * 128]["matvec"].keys() == {1}
+    assert grids[48 * 128]["matmul"].keys() == {1, 3}

@@ -1,0 +1,69 @@
+"""All that needs a GPU, on a CPU: that each part runs, what a failing one does, and how times become figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks.gpu as gpu
+from benchmarks.gpu_harness import Timing, in_turns, report
+from benchmarks.harness import rows_of
+
+
+def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--dry", "--only", "ops", "--out", str(out)]) == 0
+    parts = json.loads(out.read_text())["parts"]
+    assert parts.keys() == {"dequantize", "quantize", "matvec", "matmul"}
+    for name, part in parts.items():
+        assert part["machine"]["gpu"] == "none, a dry run"
+        for what, case in part["cases"].items():
+            assert what.startswith(name)
+            assert {"minilora"} < case["timings"].keys()
+    assert "share_of_copy" in next(iter(parts["dequantize"]["cases"].values()))
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_a_part_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: torch.device) -> dict[str, object]:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "PARTS", {"first": ("ops", fails), "ceilings": ("ceilings", gpu.ceilings)})
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--dry", "--out", str(out)]) == 1
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["first"]["error"] == "RuntimeError: no such kernel"
+    assert parts["ceilings"]["copy_gb_per_s"] > 0
+    assert "failed: parts/first: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 1
+    assert capsys.readouterr().err == "gpu: there is no GPU; --dry runs all of it on a CPU, small\n"
+
+
+def test_every_set_of_data_has_its_turn() -> None:
+    called: list[int] = []
+    timings = in_turns({"a": [lambda i=i: called.append(i) for i in range(2)]}, torch.device("cpu"))
+    assert called == [0, 1, 0, 1]  # a warm-up of each, then two rounds
+    assert len(timings["a"].us) == 2
+
+
+def test_figures() -> None:
+    timings = {
+        "minilora": Timing((4.0, 5.0, 6.0, 5.0, 50.0)),
+        "slow": Timing((20.0,) * 5),
+        "bitsandbytes": Timing((10.0,) * 5),
+        "copy": Timing((2.5,) * 5),
+    }
+    case = report("an operation", timings, 5e6, 1e9, peers=("slow", "bitsandbytes", "not run"))
+    assert case["timings"]["minilora"] == {"median_us": 5.0, "p20_us": 4.8, "p80_us": pytest.approx(14.8), "n": 5}
+    assert case["gb_per_s"] == pytest.approx(1000)  # 5 MB in 5 us
+    assert case["tflop_per_s"] == pytest.approx(200)
+    assert case["speed_ratio"] == {"slow": 4.0, "bitsandbytes": 2.0, "copy": 0.5}
+    [(line, _)] = rows_of(case)
+    assert line == {"what": "an operation", "ours": "5.0 us", "peer": "10.0 us (bitsandbytes)", "ratio": "2.00"}

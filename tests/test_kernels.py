@@ -1,0 +1,43 @@
+"""A kernel is whole when five places exist: definition, kernel, test, benchmark, and its row in kernels/README.md."""
+
+import ast
+import inspect
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora import nf4
+
+ROOT = Path(__file__).parents[1]
+OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "nf4_table")
+# The launcher, and what it does the same as: torch's own product has no name of ours.
+DEFINITIONS = {
+    "nf4_dequantize": ("dequantize", nf4.NF4Tensor.dequantize),
+    "nf4_quantize": ("quantize_nf4", nf4.quantize_nf4),
+    "nf4_matvec": ("matvec", torch.matmul),
+    "nf4_matmul": ("matmul", torch.matmul),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_five_places_of_a_kernel(name: str) -> None:
+    launcher, definition = DEFINITIONS[name]
+    ours = getattr(import_module(f"minilora.kernels.{name}"), launcher)
+    if definition is not torch.matmul:
+        theirs = list(inspect.signature(definition).parameters)
+        assert list(inspect.signature(ours).parameters)[1:] == theirs[1:]  # the first is the weight, called self there
+    for place in (f"tests/test_kernels_{name}.py", f"benchmarks/{name}.py"):
+        assert (ROOT / place).is_file(), place
+    assert f"| `{name}.py` |" in (ROOT / "kernels" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_fusion_of_products_and_sums_is_set(name: str) -> None:
+    """Triton's default differs by version, and bits hang on it."""
+    tree = ast.parse((ROOT / "kernels" / f"{name}.py").read_text())
+    launches = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    assert launches
+    for launch in launches:
+        assert "enable_fp_fusion" in {keyword.arg for keyword in launch.keywords}
