@@ -25,14 +25,17 @@ TILES = 8  # a program's
 def dequantize(weight: NF4Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     """What `NF4Tensor.dequantize` does, with the same arguments.
 
-    Raises ValueError where `out` is not contiguous, of another shape or on another device.
+    Raises ValueError where `out` is not contiguous, of another shape, on another device or not floating point, and as
+    `check_nf4` does.
     """
+    check_nf4(weight)
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.packed.device)
-    if tuple(out.shape) != weight.shape or not out.is_contiguous() or out.device != weight.packed.device:
+    fits = tuple(out.shape) == weight.shape and out.device == weight.packed.device
+    if not fits or not out.is_contiguous() or not out.is_floating_point():
         raise ValueError(
-            f"out must be contiguous, {weight.shape}, on {weight.packed.device}; it is {tuple(out.shape)} with strides "
-            f"{out.stride()} on {out.device}"
+            f"out must be contiguous, {weight.shape}, floating point, on {weight.packed.device}; it is "
+            f"{tuple(out.shape)} with strides {out.stride()}, {out.dtype}, on {out.device}"
         )
     words = weight.packed.view(torch.int32) if is_whole(weight.packed) else weight.packed
     nested = weight.nested_absmax is not None
@@ -55,6 +58,28 @@ def dequantize(weight: NF4Tensor, dtype: torch.dtype | None = None, out: Tensor 
         enable_fp_fusion=False,
     )
     return out
+
+
+def check_nf4(weight: NF4Tensor) -> None:
+    """Raise ValueError unless a weight's parts are what the kernels take them for: they read memory, not tensors."""
+    n_blocks = -(-weight.n // weight.block_size)
+    nested = weight.nested_absmax is not None
+    wanted = [
+        ("packed", weight.packed, torch.uint8, (weight.n + 1) // 2),
+        ("absmax", weight.absmax, torch.uint8 if nested else torch.float32, n_blocks),
+    ]
+    if weight.nested_absmax is not None and weight.nested_offset is not None:
+        n_nested = -(-n_blocks // NESTED_BLOCK_SIZE)
+        wanted += [
+            ("nested_absmax", weight.nested_absmax, torch.float32, n_nested),
+            ("nested_offset", weight.nested_offset, torch.float32, 1),
+        ]
+    for name, part, dtype, n in wanted:
+        if part.dtype != dtype or part.numel() != n or not part.is_contiguous() or part.device != weight.packed.device:
+            raise ValueError(
+                f"{name} must be {n} contiguous {dtype} on {weight.packed.device}; it is {part.numel()} {part.dtype} "
+                f"with strides {part.stride()} on {part.device}"
+            )
 
 
 def is_whole(packed: Tensor) -> bool:

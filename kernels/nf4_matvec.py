@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.kernels.nf4_dequantize import is_whole, load_absmax
+from minilora.kernels.nf4_dequantize import check_nf4, is_whole, load_absmax
 from minilora.kernels.nf4_table import decode, table
 from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 
 ROWS, WORDS, WARPS = 32, 32, 4  # of a tile: eight rows a thread, which share what x costs
 MAX_VECTORS = 2
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROGRAMS = 8  # wanted on each multiprocessor: enough loads under way to keep its memory busy
 
 
@@ -99,8 +100,11 @@ def check_product(x: Tensor, weight: NF4Tensor, most: int) -> None:
         raise ValueError(
             f"x of shape {tuple(x.shape)} does not fit a weight of shape {weight.shape}, at most {most} rows"
         )
-    if not x.is_floating_point() or x.device != weight.packed.device:
-        raise ValueError(f"x is {x.dtype} on {x.device}; it must be floating point on {weight.packed.device}")
+    if x.dtype not in DTYPES or x.device != weight.packed.device:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}; it must be float32, float16 or bfloat16 on {weight.packed.device}"
+        )
+    check_nf4(weight)
     if weight.shape[1] % weight.block_size:
         raise ValueError(f"rows of {weight.shape[1]} weights are not whole blocks of {weight.block_size}")
     if weight.n >= 1 << 34 or x.numel() >= 1 << 31:

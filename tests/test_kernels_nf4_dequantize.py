@@ -67,7 +67,28 @@ def test_into_memory_that_is_there() -> None:
     assert bool((out[[0, 7]] == 7).all())
 
 
-@pytest.mark.parametrize("out", [torch.empty(6, 65), torch.empty(64, 6).T, torch.empty(6, 64, device="meta")])
+@pytest.mark.parametrize(
+    "out",
+    [torch.empty(6, 65), torch.empty(64, 6).T, torch.empty(6, 64, device="meta"), torch.ones(6, 64, dtype=torch.int32)],
+)
 def test_memory_that_cannot_be_written_to(out: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="out must be contiguous"):
         dequantize(quantize_nf4(weight(6, 64)), out=out)
+
+
+def test_parts_that_are_not_what_the_kernel_reads() -> None:
+    """It would read memory that is another's, or numbers that are not there."""
+    plain, nested = quantize_nf4(weight(8, 64), double_quant=False), quantize_nf4(weight(8, 64))
+    for tensor, changes, name in (
+        (plain, {"packed": plain.packed.repeat_interleave(2)[::2]}, "packed must be 256 contiguous torch.uint8"),
+        (plain, {"packed": plain.packed[:-1]}, "packed must be 256"),
+        (plain, {"packed": plain.packed.view(torch.int8)}, "packed must be 256"),
+        (plain, {"absmax": plain.absmax.double()}, "absmax must be 8 contiguous torch.float32"),
+        (plain, {"absmax": plain.absmax[:7]}, "absmax must be 8"),
+        (plain, {"absmax": plain.absmax.to("meta")}, "on meta"),
+        (nested, {"absmax": plain.absmax}, "absmax must be 8 contiguous torch.uint8"),
+        (nested, {"nested_absmax": torch.ones(2, device=DEVICE)}, "nested_absmax must be 1"),
+        (nested, {"nested_offset": torch.ones((), dtype=torch.float64, device=DEVICE)}, "nested_offset must be 1"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            dequantize(replace(tensor, **changes))

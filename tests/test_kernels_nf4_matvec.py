@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minilora.kernels.nf4_matvec import matvec
+from minilora.kernels.nf4_matvec import check_product, matvec
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,6 +57,13 @@ def test_split_columns(splits: int) -> None:
     torch.testing.assert_close(matvec(x, weight, splits=splits), matvec(x, weight, splits=1), rtol=1e-5, atol=1e-4)
 
 
+def huge() -> NF4Tensor:
+    """2^14 x 2^20 weights, of no memory."""
+    n = 1 << 34
+    packed = torch.empty(n // 2, dtype=torch.uint8, device="meta")
+    return NF4Tensor(packed, torch.empty(n // 64, device="meta"), (1 << 14, 1 << 20), torch.float32)
+
+
 def test_strides() -> None:
     weight = quantize_nf4(random(8, 128))
     x = random(128, 2, seed=1)
@@ -68,8 +75,14 @@ def test_what_does_not_fit() -> None:
     for x in (random(3, 128), random(1, 64), random(128), random(0, 128)):
         with pytest.raises(ValueError, match="does not fit a weight of shape"):
             matvec(x, weight)
-    with pytest.raises(ValueError, match="must be floating point"):
+    with pytest.raises(ValueError, match="must be float32, float16 or bfloat16"):
         matvec(torch.ones(1, 128, dtype=torch.int64, device=DEVICE), weight)
+    with pytest.raises(ValueError, match="must be float32, float16 or bfloat16"):
+        matvec(random(1, 128).double(), weight)
+    with pytest.raises(ValueError, match="packed must be 512 contiguous"):
+        matvec(random(1, 128), replace(weight, packed=weight.packed.repeat_interleave(2)[::2]))
+    with pytest.raises(ValueError, match="more than 32 bits can count"):
+        check_product(torch.empty(1, 1 << 20, device="meta"), huge(), 1)
     with pytest.raises(ValueError, match="on meta"):
         matvec(torch.ones(1, 128, device="meta"), weight)
     with pytest.raises(ValueError, match="not whole blocks of 64"):
