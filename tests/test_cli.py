@@ -81,8 +81,8 @@ def test_an_unknown_verb(run: Run) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_unknown_flag(run: Run, verb: str, toml: Path) -> None:
-    two = ["a", "b"]
-    needed = {"train": [toml], "evaluate": ["f"], "generate": ["p"], "merge": two, "quantize": two}.get(verb, [])
+    two, one = ["a", "b"], {"train": toml, "evaluate": "f", "generate": "p", "verify": "kernels"}
+    needed = {"merge": two, "quantize": two}.get(verb, [one[verb]] if verb in one else [])
     refused(run(verb, *needed, "--nonsense", "3"), 2, f"minilora {verb}:", "nonsense", "--help")
 
 
