@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sass import Compiled, Kernel, Listing, main, parse
+from benchmarks.sass import Compiled, Kernel, Listing, _rows, main, parse
 
 LISTING = """\
 	.headerflags	@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
@@ -67,3 +67,16 @@ def test_instructions_a_weight() -> None:
 def test_the_interpreter_cannot_be_compiled(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
         main(["--only_ours", "--arch", "90", "--out", str(tmp_path / "sass.json")])
+
+
+def test_rows_for_the_readme() -> None:
+    """Where a kernel also reads absmax in 8 bits, that is the one to show; no row without a peer, none of another GPU."""
+
+    def case(kernel: str, ours: float, peer: float | None, arch: int = 90) -> dict[str, object]:
+        return {"kernel": kernel, "arch": arch, "instructions_per_weight": ours, "bitsandbytes": peer}
+
+    cases = [case("a", 1, 9), case("a, nested", 2, 9), case("b", 3, None), case("c", 4, 6), case("c", 4, 6, arch=80)]
+    assert _rows(cases) == [
+        {"what": "instructions a weight, sm_90, a, nested", "ours": "2.0", "peer": "9.0", "ratio": "4.50"},
+        {"what": "instructions a weight, sm_90, c", "ours": "4.0", "peer": "6.0", "ratio": "1.50"},
+    ]
