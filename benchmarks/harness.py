@@ -39,7 +39,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_S = 0.005  # between two readings of a child's memory
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "mistral-common", "safetensors")
+LIBRARIES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mistral-common", "safetensors")
 CPU_FLAGS = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 # A step as a child has it: keyword arguments from the parent, a JSON object (or None) back to it.

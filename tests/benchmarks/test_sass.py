@@ -70,7 +70,7 @@ def test_the_interpreter_cannot_be_compiled(tmp_path: Path) -> None:
 
 
 def test_rows_for_the_readme() -> None:
-    """Where a kernel also reads absmax in 8 bits, that is the one to show; no row without a peer, none of another GPU."""
+    """Where a kernel also reads absmax in 8 bits, that is the one to show; only beside a peer, only of Hopper."""
 
     def case(kernel: str, ours: float, peer: float | None, arch: int = 90) -> dict[str, object]:
         return {"kernel": kernel, "arch": arch, "instructions_per_weight": ours, "bitsandbytes": peer}
