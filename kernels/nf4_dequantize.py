@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minilora.kernels.nf4_table import decode, joined
 from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 
 WORDS = 128  # a tile's, one a thread: eight neighbouring results a thread need no exchange between threads
@@ -120,7 +121,7 @@ def dequantize_kernel(
             nested_block,
             is_nested,
         )
-        values = look_up(levels, word) * scale[:, None]
+        values = tl.reshape(joined(decode(levels, word, False)), (WORDS, 8)) * scale[:, None]
         at = (first + tile * WORDS) * 8 + tl.arange(0, WORDS * 8)
         tl.store(out + at, tl.reshape(values, (WORDS * 8,)).to(out.dtype.element_ty), mask=at < n)
 
@@ -157,23 +158,3 @@ def load_absmax(
 @triton.jit
 def load_inside(at, inside):
     return tl.load(at) if inside is None else tl.load(at, mask=inside, other=0)
-
-
-@triton.jit
-def look_up(levels, word):
-    """The levels (W, 8) float32 of the eight codes of each word (W,); the first is in the high nibble of byte 0."""
-    # A join adds a last dimension of two, so the parts joined first differ in the highest bit of the weight's number.
-    even = tl.join(
-        tl.join(level(levels, word, 4), level(levels, word, 20)),
-        tl.join(level(levels, word, 12), level(levels, word, 28)),
-    )
-    odd = tl.join(
-        tl.join(level(levels, word, 0), level(levels, word, 16)),
-        tl.join(level(levels, word, 8), level(levels, word, 24)),
-    )
-    return tl.reshape(tl.join(even, odd), (word.shape[0], 8))
-
-
-@triton.jit
-def level(levels, word, shift: tl.constexpr):
-    return tl.load(levels + ((word >> shift) & 15))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minilora.kernels.nf4_dequantize import load_absmax
 from minilora.kernels.nf4_matvec import architecture, check_product, split
-from minilora.kernels.nf4_table import decode, table
+from minilora.kernels.nf4_table import decode, joined, table
 from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 
 MAX_ROWS = 256
@@ -127,10 +127,7 @@ def matmul_kernel(
             is_nested,
         )
         x_tile = tl.load(x + x_at + 8 * first)
-        v = decode(entries, word, SHUFFLE)
-        even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
-        odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
-        w = tl.reshape(tl.join(even, odd), (BN, 8 * WORDS)) * scale[:, None]
+        w = tl.reshape(joined(decode(entries, word, SHUFFLE)), (BN, 8 * WORDS)) * scale[:, None]
         y = tl.dot(w.to(x_tile.dtype), x_tile, y, input_precision="ieee")
     y_at = (tl.program_id(2).to(tl.int64) * m + column[None, :]) * n + row[:, None]
     tl.store(sums + y_at, y.to(sums.dtype.element_ty), mask=(row[:, None] < n) & (column[None, :] < m))

@@ -141,9 +141,8 @@ def matvec_kernel(
     """
     entries = table(levels, SHUFFLE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = (
-        tl.minimum(row, n_rows - 1)[:, None] * n_words
-    )  # rows beyond the last are read as the last: no mask in the loop
+    # Rows beyond the last are read as the last, so that the loop needs no mask for them.
+    at = tl.minimum(row, n_rows - 1)[:, None] * n_words
     y = tl.zeros((ROWS, WORDS), tl.float32)
     y_2 = tl.zeros((ROWS, WORDS), tl.float32)
     begin = tl.program_id(1) * part

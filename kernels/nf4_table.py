@@ -1,4 +1,4 @@
-"""Eight codes of a 32-bit word to eight levels: what the kernels share that use a weight where they decode it.
+"""Eight codes of a 32-bit word to eight levels: what the kernels that decode share.
 
 Plain: eight look-ups in the table of 16 levels, some five instructions a weight. By shuffle: lane i of a warp keeps
 level i mod 16 in a register, and a look-up is an exchange between lanes, `shfl.idx`, whose index is the word, shifted;
@@ -14,9 +14,6 @@ import triton
 import triton.language as tl
 
 from minilora.nf4 import levels
-
-# The first weight is in the high nibble of the lowest byte.
-SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
 
 LANE_LEVEL = tl.constexpr(
     """
@@ -91,7 +88,8 @@ def table(levels, SHUFFLE: tl.constexpr):
 
 @triton.jit
 def decode(entries, word, SHUFFLE: tl.constexpr):
-    """The levels of the eight codes of `word`, eight float32 tensors of its shape, in the order of the weights."""
+    """Levels of the eight codes of `word`, eight float32 tensors of its shape, in the order of the weights: the first
+    is in the high nibble of the lowest byte."""
     if SHUFFLE:
         found = tl.inline_asm_elementwise(
             LOOK_UP,
@@ -113,3 +111,12 @@ def decode(entries, word, SHUFFLE: tl.constexpr):
             tl.load(entries + ((word >> 24) & 15)),
         )
     return found
+
+
+@triton.jit
+def joined(v):
+    """Eight tensors of one shape (...), in order, -> (..., 2, 2, 2)."""
+    # A join adds a last dimension of two, so the parts joined first differ in the highest bit of the weight's number.
+    even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
+    odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
+    return tl.join(even, odd)
