@@ -59,6 +59,7 @@ def products(operation: Any, name: str, n: int, k: int, rows: tuple[int, ...], d
 
 
 def decoded_product(x: Tensor, weight: NF4Tensor, scratch: Tensor) -> Tensor:
+    """x (M, K) -> (M, N) by decoding the weight into `scratch` (N, K) and torch's product."""
     from minilora.kernels.nf4_dequantize import dequantize
 
     return torch.nn.functional.linear(x, dequantize(weight, out=scratch))

@@ -11,12 +11,14 @@ where no GPU was to be had it is an estimate by counted instructions (`benchmark
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from minilora.backend import backend_for
@@ -98,12 +100,21 @@ def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:
         return None
     from minilora.kernels.nf4_matmul import matmul
     from minilora.kernels.nf4_matvec import architecture, matvec
-    from minilora.kernels.nf4_table import shuffle_is_right
 
     (m, k), n = x.shape, weight.shape[0]
     entry = entry_for(architecture(x.device))
     way = entry.way(m, n, k)
     if way == "dequantize" or m == 0 or k % weight.block_size or weight.packed.data_ptr() % 4:
         return None
-    shuffle = entry.shuffle and shuffle_is_right(x.device)
-    return (matvec if way == "matvec" else matmul)(x, weight, shuffle)
+    return (matvec if way == "matvec" else matmul)(x, weight, entry.shuffle and _may_shuffle(x.device))
+
+
+@cache
+def _may_shuffle(device: torch.device) -> bool:
+    """Whether the device has the look-up by lane exchange right; if not, warns once that the plain one is taken."""
+    from minilora.kernels.nf4_table import shuffle_is_right
+
+    right = shuffle_is_right(device)
+    if not right:
+        warnings.warn(f"{device}: the look-up by lane exchange is wrong here; the plain one is taken", stacklevel=2)
+    return right

@@ -123,3 +123,14 @@ def test_the_same_bytes() -> None:
     ours, plain = dispatch.quantize(weight), quantize_nf4(weight)
     for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
         assert torch.equal(getattr(ours, name), getattr(plain, name)), name
+
+
+def test_a_card_that_has_the_exchange_wrong_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minilora.kernels import nf4_table
+
+    monkeypatch.setattr(nf4_table, "shuffle_is_right", lambda _: False)
+    dispatch._may_shuffle.cache_clear()
+    with pytest.warns(UserWarning, match="the plain one is taken") as told:
+        assert [dispatch._may_shuffle(DEVICE) for _ in range(2)] == [False, False]
+    assert len(told) == 1
+    dispatch._may_shuffle.cache_clear()
