@@ -2,26 +2,15 @@
 
 import pytest
 import torch
+from nf4_products import DEVICE, DTYPES, assert_product, random
 
 from minilora.kernels.nf4_matmul import matmul
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
 
 def assert_close(x: torch.Tensor, weight: NF4Tensor) -> None:
-    """Off by no more than float32 sums of K terms and one rounding to x's dtype allow, weights rounded to x's dtype."""
-    dense = weight.dequantize(x.dtype).double()
-    exact, y = x.double() @ dense.T, matmul(x, weight)
-    assert y.dtype == x.dtype
-    terms = x.double().abs() @ dense.abs().T
-    rounding = torch.finfo(x.dtype).eps / 2 * exact.abs() if x.dtype != torch.float32 else 0
-    assert bool(((y.double() - exact).abs() <= weight.shape[1] * 2**-24 * terms + rounding).all())
+    """Each weight is rounded to x's dtype before it is multiplied."""
+    assert_product(matmul(x, weight), x, weight.dequantize(x.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
