@@ -97,8 +97,7 @@ def quantize_kernel(
         magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.max(magnitudes, axis=1).to(tl.float32, bitcast=True)
         tl.store(absmax + block, largest, mask=block * block_size < n)
-        # Below 1e-38 the reciprocal would be infinite; a block of zeros stays zeros.
-        scaled = values * tl.div_rn(1.0, tl.maximum(largest, 1e-38))[:, None]
+        scaled = values * tl.div_rn(1.0, divisor(largest))[:, None]
         high, low = tl.split(tl.reshape(code(thresholds, scaled), (blocks, block_size // 2, 2)))
         byte = block[:, None] * (block_size // 2) + tl.arange(0, block_size // 2)[None, :]
         tl.store(packed + byte, ((high << 4) | low).to(tl.uint8), mask=byte < n_bytes)
@@ -114,8 +113,15 @@ def double_quantize_kernel(
     values = tl.where(at < n, tl.load(absmax + at, mask=at < n, other=0) - tl.load(offset), 0.0)
     largest = tl.max(tl.abs(values), axis=1)
     tl.store(nested_absmax + block, largest, mask=block * block_size < n)
-    scaled = tl.div_rn(values, tl.broadcast_to(tl.maximum(largest, 1e-38)[:, None], values.shape))
+    scaled = tl.div_rn(values, tl.broadcast_to(divisor(largest)[:, None], values.shape))
     tl.store(codes + at, count_below(thresholds, scaled, 8).to(tl.uint8), mask=at < n)
+
+
+@triton.jit
+def divisor(largest):
+    """largest (blocks,) but at least 1e-38, below which the reciprocal would be infinite: a block of zeros stays zeros."""
+    # A literal below 2^-126 is a float64 to Triton.
+    return tl.maximum(largest, tl.full(largest.shape, 1e-38, tl.float32))
 
 
 @triton.jit
