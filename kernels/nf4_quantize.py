@@ -119,7 +119,7 @@ def double_quantize_kernel(
 
 @triton.jit
 def divisor(largest):
-    """largest (blocks,) but at least 1e-38, below which the reciprocal would be infinite: a block of zeros stays zeros."""
+    """largest (blocks,), but at least 1e-38: below, the reciprocal would be infinite. A block of zeros stays zeros."""
     # A literal below 2^-126 is a float64 to Triton.
     return tl.maximum(largest, tl.full(largest.shape, 1e-38, tl.float32))
 

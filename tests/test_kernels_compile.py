@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# Most instructions a weight on sm_90: of the whole kernel or, of a product's loop, over the weights of one turn.
+# Most instructions a weight on sm_90: of the whole kernel or, of a product's loop, over the weights of one turn. By
+# Triton 3.7 and later: 3.6 spreads the look-ups over the threads in another way than the words, and moves them between.
 LIMITS = {
     "quantize": 40,
     "dequantize": 12,
@@ -29,6 +31,7 @@ COMPILED = [
     *(f"matvec M=1{way}, nested" for way in ("", ", shuffle")),
     *(f"matmul M={m}{way}, nested" for m in (16, 64, 256) for way in ("", ", shuffle")),
 ]
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 TENSOR_CORES = {75: None, 80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 Cases = dict[str, dict[str, Any]]
@@ -66,7 +69,7 @@ def test_products_run_on_tensor_cores(compiled: tuple[int, Cases]) -> None:
 
 def test_few_instructions_a_weight(compiled: tuple[int, Cases]) -> None:
     arch, cases = compiled
-    if arch == 90:
+    if arch == 90 and TRITON >= (3, 7):
         assert {name: n for name, n in LIMITS.items() if not 1 < cases[name]["instructions_per_weight"] <= n} == {}
     for name in (name for name in cases if "shuffle" in name):
         plain = cases.get(name.replace(", shuffle", ""))
