@@ -29,8 +29,8 @@ def ours(base: str, dtype: str, feed: Feed, checkpointing: bool) -> Step:
     train = TrainConfig(strategy="qlora", activation_checkpointing=checkpointing)
     apply_strategy(model, RunConfig(lora=LoraConfig(rank=RANK, alpha=ALPHA), train=train)).train()
     weights = trainable(model)
-    _same_adapters(weights.items())
-    optimizer = _adamw(weights.values())
+    same_adapters(weights.items())
+    optimizer = adamw(weights.values())
     batches, tokens, turns = packed_batches(feed), tokens_of_steps(feed), count()
     loss_scale = LossScale(False)
 
@@ -59,8 +59,6 @@ def peer(
     float32; form: see `peer_batches`; compute: what the 4-bit layers compute in, `dtype` if None
     """
     import transformers
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model, prepare_model_for_kbit_training
 
     transformers.utils.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -75,17 +73,10 @@ def peer(
             bnb_4bit_compute_dtype=getattr(torch, compute or dtype),
         ),
     )
-    how = {"use_reentrant": False}
-    if prepared:
-        model = prepare_model_for_kbit_training(model, checkpointing, gradient_checkpointing_kwargs=how)
-    elif checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-    targets = list(PROJECTIONS)
-    model = get_peft_model(model, PeftConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets))
-    model.train()
+    model = peft_model(model, checkpointing, prepared)
     weights = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    _same_adapters(weights)
-    optimizer = _adamw(p for _, p in weights)
+    same_adapters(weights)
+    optimizer = adamw(p for _, p in weights)
     batches, tokens, turns = peer_batches(feed, form), tokens_of_steps(feed), count()
 
     def step() -> dict[str, Any]:
@@ -99,6 +90,20 @@ def peer(
 
     gc.collect()
     return step
+
+
+def peft_model(model: Any, checkpointing: bool, prepared: bool) -> Any:
+    """A 4-bit model of transformers with PEFT's adapters, in train mode."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    how = {"use_reentrant": False}
+    if prepared:
+        model = prepare_model_for_kbit_training(model, checkpointing, gradient_checkpointing_kwargs=how)
+    elif checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    targets = list(PROJECTIONS)
+    return get_peft_model(model, PeftConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets)).train()
 
 
 def matmul_ceiling(dtype: str, seconds: float = 1.0) -> Step:
@@ -119,14 +124,16 @@ def matmul_ceiling(dtype: str, seconds: float = 1.0) -> Step:
     return step
 
 
-def _same_adapters(weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+def same_adapters(weights: Iterable[tuple[str, nn.Parameter]]) -> None:
     """The same A on both sides, B zero: the layers come in the same order, whatever they are called."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in weights:
             if "lora_A" in name:
-                weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
+            else:
+                weight.zero_()
 
 
-def _adamw(weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def adamw(weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(weights), lr=LEARNING_RATE, weight_decay=0.0, fused=True)

@@ -1,11 +1,13 @@
-"""Everything that needs a GPU, in one command: python -m benchmarks.gpu [--only equality|ceilings|ops]
+"""Everything that needs a GPU, in one command: python -m benchmarks.gpu [--only PART]
 
     equality    each kernel against its definition and float64, first: a figure of a wrong kernel is worth nothing
     ceilings    what the card copies and multiplies, by torch
-    ops         each kernel beside bitsandbytes (where it is installed), plain torch and a copy
+    ops         each kernel beside bitsandbytes, plain torch and a copy
+    train       a QLoRA step of the 7B beside transformers + peft + bitsandbytes
+    decode      generating with the 7B beside transformers + bitsandbytes
 
-A part that fails is told and the next one runs. Needs torch, triton, numpy and safetensors; no network. `--dry` runs
-all of it on a CPU on small data, to see that it runs.
+A part that fails is told and the next one runs. Needs torch, triton, numpy and safetensors, and takes the peers where
+they are installed; no network. `--dry` runs all of it on a CPU on small data, to see that it runs.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.gpu_harness import in_turns, n_sets, sixteen_bits
+from benchmarks.gpu_harness import in_turns, matmul_tflop_per_s, n_sets
 from benchmarks.harness import machine, show, write_result
 
 
@@ -42,27 +44,25 @@ def equality(device: torch.device) -> dict[str, Any]:
 
 def ceilings(device: torch.device) -> dict[str, Any]:
     """Bytes a second of a copy, read and written, and FLOP a second of a square product in 16 bits."""
-    n_bytes, size = (256 << 20, 8192) if device.type == "cuda" else (1 << 16, 64)
+    n_bytes = 256 << 20 if device.type == "cuda" else 1 << 16
     sources = torch.empty(n_sets(n_bytes, device), n_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(sources[0])
-    a = torch.randn(size, size, device=device).to(sixteen_bits(device))
     copies = [partial(target.copy_, source) for source in sources]
-    timings = in_turns({"copy": copies, "matmul": [partial(torch.mm, a, a)]}, device)
-    copy_us, matmul_us = timings["copy"].median_us, timings["matmul"].median_us
+    copy = in_turns({"copy": copies}, device)["copy"]
     return {
-        "copy_gb_per_s": 2 * n_bytes / copy_us / 1e3,
-        "matmul_tflop_per_s": 2 * size**3 / matmul_us / 1e6,
-        "timings": {name: timing.figures() for name, timing in timings.items()},
+        "copy_gb_per_s": 2 * n_bytes / copy.median_us / 1e3,
+        "matmul_tflop_per_s": matmul_tflop_per_s(device),
+        "copy": copy.figures(),
     }
 
 
-def operation(name: str) -> Callable[[torch.device], dict[str, Any]]:
-    """The part that benchmarks/nf4_NAME.py measures."""
+def measured_by(module: str) -> Callable[[torch.device], dict[str, Any]]:
+    """The part that benchmarks/MODULE.py measures: cases by name, whose rows become the part's."""
 
     def measure(device: torch.device) -> dict[str, Any]:
         from importlib import import_module
 
-        cases: dict[str, Any] = import_module(f"benchmarks.nf4_{name}").measure(device)
+        cases: dict[str, Any] = import_module(f"benchmarks.{module}").measure(device)
         return {"cases": cases, "rows": [line for case in cases.values() for line in case.pop("rows")]}
 
     return measure
@@ -71,7 +71,9 @@ def operation(name: str) -> Callable[[torch.device], dict[str, Any]]:
 PARTS: dict[str, tuple[str, Callable[[torch.device], dict[str, Any]]]] = {
     "equality": ("equality", equality),
     "ceilings": ("ceilings", ceilings),
-    **{name: ("ops", operation(name)) for name in ("dequantize", "quantize", "matvec", "matmul")},
+    **{name: ("ops", measured_by(f"nf4_{name}")) for name in ("dequantize", "quantize", "matvec", "matmul")},
+    "train": ("train", measured_by("gpu_train")),
+    "decode": ("decode", measured_by("gpu_decode")),
 }
 
 

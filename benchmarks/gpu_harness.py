@@ -13,6 +13,7 @@ means anything.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from statistics import median, quantiles
 from typing import Any
@@ -84,6 +85,14 @@ def _on_cpu(contestants: Mapping[str, Sequence[Call]], turns: range) -> dict[str
             calls[turn % len(calls)]()
             found[name].append(1e6 * (time.perf_counter() - start))
     return found
+
+
+def matmul_tflop_per_s(device: torch.device) -> float:
+    """What the card reaches in 16 bits: a square product by torch."""
+    size = 8192 if device.type == "cuda" else 64
+    a = torch.randn(size, size, device=device).to(sixteen_bits(device))
+    timings = in_turns({"matmul": [partial(torch.mm, a, a)]}, device)
+    return 2 * size**3 / timings["matmul"].median_us / 1e6
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import torch
 
 import benchmarks.gpu as gpu
 from benchmarks.gpu_harness import Timing, in_turns, report
-from benchmarks.harness import rows_of
+from benchmarks.gpu_train import agreeing
+from benchmarks.harness import Measured, Record, rows_of
 
 
 def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +24,36 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert {"minilora"} < case["timings"].keys()
     assert "share_of_copy" in next(iter(parts["dequantize"]["cases"].values()))
     assert "failed" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides draw the same weights and adapters, so they learn the same and say the same."""
+    out = tmp_path / "gpu.json"
+    for part in ("train", "decode"):
+        assert gpu.main(["--dry", "--only", part, "--out", str(out)]) == 0
+    parts = json.loads(out.read_text())["parts"]
+    assert len(parts["train"]["cases"]) == 2
+    for case in parts["train"]["cases"].values():
+        ours, peer = case["sides"].values()
+        assert ours["losses"] == pytest.approx(peer["losses"], rel=1e-4)
+        assert ours["losses"][0] < ours["first_loss"]
+    [decoding] = parts["decode"]["cases"].values()
+    assert decoding["share_of_equal_tokens"] == 1
+    assert len(parts["train"]["rows"]) == 3
+    assert len(parts["decode"]["rows"]) == 1
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_who_has_another_loss_is_out() -> None:
+    ours, same, other = (record(loss) for loss in (10.0, 10.01, 11.0))
+    assert agreeing(ours, same, other, Record("failed", error="out of memory")) == [same]
+    assert agreeing(Record("failed"), same) == []
+
+
+def record(loss: float) -> Record:
+    step = Measured(1.0, 0, 0, {"loss": loss})
+    return Record("a side", [step], step)
 
 
 def test_a_part_that_fails_does_not_stop_the_others(

@@ -1,0 +1,59 @@
+"""Generating with the 7B in NF4 on a GPU, one sequence, against transformers + bitsandbytes: `benchmarks.gpu` runs it.
+
+Both decode greedily after the same random prompt. One token takes the prefill, 1 + N of them N decoding steps more; the
+difference is what a decoding step takes. The peer has its default cache, in eval mode.
+"""
+
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Contestant, Record, race, row, started
+
+SHAPE, PROMPTS, NEW = "mistral-7b-v0.3", (128, 2048), 64
+DRY_SHAPE, DRY_PROMPTS, DRY_NEW = "tiny", (16,), 2
+ROUNDS, CAP_S, STEP_CAP_S = 5, 30.0, 60.0
+
+
+def measure(device: torch.device) -> dict[str, Any]:
+    """Cases by length of the prompt."""
+    is_dry = device.type != "cuda"
+    name, prompts, new = (DRY_SHAPE, DRY_PROMPTS, DRY_NEW) if is_dry else (SHAPE, PROMPTS, NEW)
+    arguments = {"shape_name": name, "device": device.type, "adapters": False}
+    contestants = [
+        Contestant(side, f"benchmarks.gpu_models:{function}", arguments)
+        for side, function in (("minilora", "ours"), ("transformers", "peer"))
+    ]
+    rounds, cases = 1 if is_dry else ROUNDS, dict[str, Any]()
+    with started(contestants) as entrants:
+        for prompt in prompts:
+            setting: dict[str, Any] = {"watch": False, "work": "generate", "prompt": prompt}
+            one, many = (race(entrants, rounds, 1, CAP_S, STEP_CAP_S, new=n, **setting) for n in (1, 1 + new))
+            what = f"decoding, {name} in NF4, after {prompt} tokens"
+            ours, peer = (_figures(*records, new) for records in zip(one, many, strict=True))
+            cases[what] = _case(what, ours, peer)
+    return cases
+
+
+def _case(what: str, ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    case: dict[str, Any] = {"minilora": ours, "transformers": peer, "rows": []}
+    if "error" in ours or "error" in peer:
+        return case
+    pairs = list(zip(ours["tokens"], peer["tokens"], strict=True))
+    case["share_of_equal_tokens"] = sum(a == b for a, b in pairs) / len(pairs)
+    rate, peer_rate = (f"{side['tok_per_s']:.1f} tokens/s" for side in (ours, peer))
+    case["rows"] = [row(what, rate, peer_rate, f"{ours['tok_per_s'] / peer['tok_per_s']:.2f}")]
+    return case
+
+
+def _figures(one: Record, many: Record, new: int) -> dict[str, Any]:
+    if not one.steps or not many.steps:
+        return {"error": one.error or many.error or "no step"}
+    return {
+        "prefill_s": one.seconds,
+        "seconds": many.seconds,
+        "seconds_of_each": [step.seconds for step in many.steps],
+        "tok_per_s": new / max(many.seconds - one.seconds, 1e-9),
+        "tokens": many.steps[0].result["tokens"],
+        "peak_reserved_bytes": many.steps[-1].result.get("peak_reserved_bytes"),
+    }

@@ -1,0 +1,184 @@
+"""A model of full size on a GPU, by minilora and by transformers + peft + bitsandbytes: the contestants' processes.
+
+Its weights are random and made on the device, one tensor at a time, by the same draws on both sides; so the first loss
+must be equal. Linear layers of the blocks are NF4 with double quantization. A process does what it is asked for:
+
+    train      one QLoRA step over random tokens, as in `contestants`
+    generate   some tokens after a random prompt, greedily, with a KV cache
+
+A new setting begins with fresh adapters and an empty cache of memory; its first step is a warm-up.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contestants import ALPHA, LEARNING_RATE, RANK, adamw, peft_model, same_adapters
+from benchmarks.feeds import packed_batches, peer_batches
+from benchmarks.gpu_harness import sixteen_bits
+from benchmarks.harness import Step
+from benchmarks.shapes import shape
+from minilora.checkpoint.config_files import config_to_hf
+from minilora.checkpoint.names import TensorSpec, tensor_specs
+from minilora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.dispatch import quantize
+from minilora.generation import generate
+from minilora.linear import NF4Linear
+from minilora.model import Mistral
+from minilora.train.step import LossScale, train_step
+from minilora.train.strategies import apply_strategy, trainable
+
+Work = Callable[..., dict[str, Any]]
+
+
+def ours(shape_name: str, device: str, adapters: bool) -> Step:
+    """minilora's own pieces."""
+    config, where = shape(shape_name), torch.device(device)
+    model = our_model(config, where)
+    if adapters:
+        lora = LoraConfig(rank=RANK, alpha=ALPHA)
+        apply_strategy(model, RunConfig(lora=lora, train=TrainConfig(strategy="qlora"))).train()
+    weights = trainable(model) if adapters else {}
+    state: dict[str, Any] = {}
+
+    def begin() -> None:
+        same_adapters(weights.items())
+        state["optimizer"] = adamw(weights.values()) if weights else None
+
+    def train(rows: int, length: int, checkpointing: bool) -> dict[str, Any]:
+        model.activation_checkpointing = checkpointing
+        [batch] = packed_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size})
+        done = train_step(model, state["optimizer"], [batch], LEARNING_RATE, 0.0, LossScale(False))
+        return {"loss": done.loss}
+
+    def continue_(prompt: int, new: int) -> dict[str, Any]:
+        tokens = generate(model, random_prompt(config, prompt, where), new)
+        return {"tokens": tokens[0, prompt:].tolist()}
+
+    return _steps(where, begin, {"train": train, "generate": continue_})
+
+
+def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False) -> Step:
+    """The usual stack; prepared: by `prepare_model_for_kbit_training`. Attention by sdpa."""
+    config, where = shape(shape_name), torch.device(device)
+    model = peer_model(config, where)
+    model = peft_model(model, checkpointing=False, prepared=prepared) if adapters else model.eval()
+    weights = [(name, p) for name, p in model.named_parameters() if p.requires_grad] if adapters else []
+    state: dict[str, Any] = {}
+
+    def begin() -> None:
+        same_adapters(weights)
+        state["optimizer"] = adamw(p for _, p in weights) if weights else None
+
+    def train(rows: int, length: int, checkpointing: bool) -> dict[str, Any]:
+        base = model.base_model.model
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_disable()
+        [batch] = peer_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size}, "rows")
+        state["optimizer"].zero_grad()
+        loss = model(**{name: part.to(where) for name, part in batch.items()}, use_cache=False).loss
+        loss.backward()
+        state["optimizer"].step()
+        return {"loss": float(loss)}
+
+    def continue_(prompt: int, new: int) -> dict[str, Any]:
+        tokens = random_prompt(config, prompt, where)
+        ids = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=new, max_new_tokens=new
+        )
+        return {"tokens": ids[0, prompt:].tolist()}
+
+    return _steps(where, begin, {"train": train, "generate": continue_})
+
+
+def _steps(device: torch.device, begin: Callable[[], None], works: Mapping[str, Work]) -> Step:
+    """Each step ends when the device has done it; its result holds the device's memory at its peak."""
+    last: list[object] = []
+
+    def step(work: str, **setting: Any) -> dict[str, Any]:
+        if [work, setting] != last:
+            last[:] = [work, setting]
+            begin()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if device.type != "cuda":
+            return works[work](**setting)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = works[work](**setting)
+        torch.cuda.synchronize(device)
+        return result | {
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
+
+    return step
+
+
+# -- the models --------------------------------------------------------------------------------------------------------
+
+
+def our_model(config: ModelConfig, device: torch.device) -> Mistral:
+    """NF4 in the blocks, the rest in 16 bits; no parameter requires a gradient."""
+    with torch.device("meta"):
+        model = Mistral(config)
+    for spec, weight in random_weights(config, device):
+        if spec.is_projection:
+            _put(model, spec.module, NF4Linear(quantize(weight, double_quant=True)))
+        else:
+            model.get_submodule(spec.module).register_parameter("weight", nn.Parameter(weight))
+    return model.requires_grad_(False).eval()
+
+
+def peer_model(config: ModelConfig, device: torch.device) -> Any:
+    """transformers' Mistral of the same weights, the blocks' layers bitsandbytes' Linear4bit."""
+    import transformers
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    transformers.utils.logging.set_verbosity_error()
+    dtype = compute_dtype(device)
+    with torch.device("meta"):
+        settings = transformers.MistralConfig(**config_to_hf(config, str(dtype).removeprefix("torch.")))
+        model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+    for spec, weight in random_weights(config, device):
+        name = spec.key("hf").removesuffix(".weight")
+        if spec.is_projection:
+            n_out, n_in = spec.shape
+            layer = Linear4bit(n_in, n_out, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+            values = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer)
+            layer.weight = values.to(device)
+            _put(model, name, layer)
+        else:
+            model.get_submodule(name).register_parameter("weight", nn.Parameter(weight))
+    model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)  # its table is no weight: not on meta
+    model.is_loaded_in_4bit = True  # PEFT asks
+    return model.requires_grad_(False)
+
+
+def random_weights(config: ModelConfig, device: torch.device) -> Iterator[tuple[TensorSpec, Tensor]]:
+    """Every tensor in the dtype that is computed in: norms are ones, the rest normal, std 0.02."""
+    generator = torch.Generator(device).manual_seed(0)
+    for spec in tensor_specs(config):
+        weight = torch.ones(spec.shape, dtype=compute_dtype(device), device=device)
+        yield spec, weight if len(spec.shape) == 1 else weight.normal_(std=0.02, generator=generator)
+
+
+def random_prompt(config: ModelConfig, length: int, device: torch.device) -> Tensor:
+    """(1, length) tokens, always the same."""
+    drawn = torch.randint(10, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    return drawn.to(device)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """16 bits on a GPU, float32 in a dry run."""
+    return sixteen_bits(device) if device.type == "cuda" else torch.float32
+
+
+def _put(model: Any, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

@@ -1,0 +1,109 @@
+"""A whole QLoRA step of the 7B on a GPU against transformers + peft + bitsandbytes: `benchmarks.gpu` runs it.
+
+Each side is a process with its model on the device (`gpu_models`); they step in turns. Ours and the peer, plain and
+prepared for k-bit training, each keep all activations or checkpoint them. A ratio is against the fastest of the peer's
+that does the same, and of all that the peer has. Who has another first loss did other work and is out.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import isclose
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_harness import matmul_tflop_per_s
+from benchmarks.harness import Contestant, Entrant, Record, race, ratio, ratio_text, row, started
+from benchmarks.shapes import qlora_step_flops, shape
+
+SHAPE, LENGTHS = "mistral-7b-v0.3", (512, 1024, 2048)
+DRY_SHAPE, DRY_LENGTHS = "tiny", (16,)
+POLICIES = {"kept": False, "checkpointed": True}
+ROUNDS, CAP_S, STEP_CAP_S = 7, 20.0, 60.0
+RTOL = 5e-3  # of the first losses: 16 bits on both sides
+
+
+def measure(device: torch.device) -> dict[str, Any]:
+    """Cases by length and what is kept. `share_of_matmul`: model FLOPs a second over those of a square product."""
+    is_dry = device.type != "cuda"
+    name, lengths = (DRY_SHAPE, DRY_LENGTHS) if is_dry else (SHAPE, LENGTHS)
+    arguments = {"shape_name": name, "device": device.type, "adapters": True}
+    contestants = [
+        Contestant("minilora", "benchmarks.gpu_models:ours", arguments),
+        *(
+            Contestant(f"peft{said}", "benchmarks.gpu_models:peer", arguments | {"prepared": prepared})
+            for said, prepared in ((", prepared", True), (", plain", False))[: 1 if is_dry else 2]
+        ),
+    ]
+    ceiling = matmul_tflop_per_s(device)
+    cases: dict[str, Any] = {}
+    with started(contestants) as entrants:
+        for length in lengths:
+            records = {
+                policy: _race(entrants, 1 if is_dry else ROUNDS, rows=1, length=length, checkpointing=checkpointing)
+                for policy, checkpointing in POLICIES.items()
+            }
+            cases |= _cases(name, length, records, ceiling)
+    return cases
+
+
+def _race(entrants: Sequence[Entrant], rounds: int, **setting: Any) -> list[Record]:
+    return race(entrants, rounds, 2, CAP_S, STEP_CAP_S, watch=False, work="train", **setting)
+
+
+def _cases(name: str, length: int, records: Mapping[str, list[Record]], ceiling: float) -> dict[str, Any]:
+    flops, cases = qlora_step_flops(shape(name), 1, length), {}
+    peers = [peer for policy in records.values() for peer in agreeing(*policy)]
+    for policy, (ours, *theirs) in records.items():
+        what = f"QLoRA step, {name}, 1 x {length} tokens, activations {policy}"
+        sides = {record.name: _figures(record, length, flops, ceiling) for record in (ours, *theirs)}
+        case: dict[str, Any] = {"sides": sides, "rows": []}
+        same = agreeing(ours, *theirs)
+        for against, rivals in (("the same", same), ("its fastest", peers)):
+            if not rivals or (against == "its fastest" and policy != "kept"):
+                continue
+            rival = min(rivals, key=lambda record: record.seconds)
+            case[f"ratio to {against}"] = {"peer": rival.name, **ratio(ours, rival)}
+            rate, rival_rate = (f"{length / record.seconds:.0f} tokens/s" for record in (ours, rival))
+            said = what if against == "the same" else f"{what}, the peer at its fastest"
+            case["rows"].append(row(said, rate, rival_rate, ratio_text(ratio(ours, rival))))
+        if same and "peak_reserved_bytes" in sides[ours.name]:
+            lean = min(same, key=_reserved)
+            peak, lean_peak = (f"{_reserved(record) / 1e9:.2f} GB" for record in (ours, lean))
+            times = f"{_reserved(lean) / _reserved(ours):.2f}"
+            case["rows"].append(row(f"{what}: peak memory", peak, lean_peak, times))
+        cases[what] = case
+    return cases
+
+
+def agreeing(ours: Record, *theirs: Record) -> list[Record]:
+    """Those whose first loss is ours."""
+    if not ours.steps or ours.first is None:
+        return []
+    loss = ours.first.result["loss"]
+    return [
+        record
+        for record in theirs
+        if record.steps and record.first and isclose(loss, record.first.result["loss"], rel_tol=RTOL)
+    ]
+
+
+def _figures(record: Record, length: int, flops: float, ceiling: float) -> dict[str, Any]:
+    if not record.steps:
+        return {"error": record.error or "no step"}
+    peaks = {key: max(step.result[key] for step in record.steps) for key in record.steps[0].result if "bytes" in key}
+    return {
+        "seconds": record.seconds,
+        "seconds_of_each": [step.seconds for step in record.steps],
+        "tok_per_s": median(length / step.seconds for step in record.steps),
+        "model_tflop_per_s": flops / record.seconds / 1e12,
+        "share_of_matmul": flops / record.seconds / 1e12 / ceiling,
+        "losses": [step.result["loss"] for step in record.steps],
+        "first_loss": record.first.result["loss"] if record.first else None,
+        **peaks,
+        **({"error": record.error} if record.error else {}),
+    }
+
+
+def _reserved(record: Record) -> int:
+    return max(int(step.result["peak_reserved_bytes"]) for step in record.steps)
