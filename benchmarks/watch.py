@@ -90,7 +90,7 @@ def _owner(operator: str) -> str:
     in_block = bool(called & {"Block.forward", "FusedBlock.forward"})
     if within.endswith(".backward") or "slices" in called:
         return "scratch"
-    if within == "_ChunkedCrossEntropy.forward":
+    if within == "_TiledCrossEntropy.forward":
         return "logits"
     if "cross_entropy_sum" in called or (within == "RMSNorm.forward" and not in_block):
         return "final hidden"

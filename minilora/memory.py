@@ -6,7 +6,7 @@ activations: what forward keeps for backward; scratch: what comes and goes withi
 
 `StepPlan.predict` is the largest of four moments of a step, and of what else a run does in between (`forward`):
 
-    loss     activations of all blocks, and a chunk of logits
+    loss     activations of all blocks, and a tile of logits
     last     without logits, but with the last block's MLP in backward, whose products are the widest
     first    one block's activations in backward, and the gradients of the others
     update   no activations, all gradients
@@ -30,7 +30,7 @@ from minilora.backend import product_dtype
 from minilora.config import LoraConfig, ModelConfig
 from minilora.linear import SLICE_BYTES, NF4Linear
 from minilora.lora import LoRALinear
-from minilora.loss import CHUNK_BYTES
+from minilora.loss import tile
 from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE
 
 DenseDtype = Literal["float32", "bfloat16", "float16"]
@@ -193,17 +193,16 @@ class StepPlan:
         return add_up(shared, max({"scratch": max(mlp, attention)}, last, key=lambda owners: sum(owners.values())))
 
     def loss(self) -> dict[str, int]:
-        """The final norm's input and output, and the loss's chunk of logits with what becomes of it (loss.py)."""
+        """The final norm's input and output, and the loss's tile of logits with what becomes of it (loss.py)."""
         config, targets = self.config, self.tokens if self.targets is None else self.targets
-        n_chunks = max(1, ceil(4 * targets * config.vocab_size / CHUNK_BYTES))
-        rows, number = ceil(targets / n_chunks), self.computed
-        number += (0 if number == 4 else 4) + (0 if self.on_cpu else 4)  # in float32, and its softmax
-        chunk = rows * (config.vocab_size * number + self.config.dim * self.computed * (2 if self.cast else 1))
-        learns = 0 if self.lora else 4 * config.dim  # the head's gradient and what a chunk adds; the norm's x / rms
+        learns = 0 if self.lora else 4 * config.dim  # the head's gradient and what a tile adds; the norm's x / rms
+        rows, columns = tile(targets, config.vocab_size, "cpu" if self.on_cpu else "cuda", bool(learns))
+        number = 4 if self.computed == 4 else 2 * self.computed + 4  # the product, in float32, and again in 16 bits
+        in_work = rows * (columns * number + config.dim * (4 + self.computed))  # and h's gradient, the label's row
+        in_work += config.dim * self.computed * (rows + columns) if self.cast else 0
         hidden = (self.tokens + targets) * self.config.dim * self.stored + learns * self.tokens
-        logits = chunk + targets * self.config.dim * self.stored + 2 * learns * config.vocab_size
+        logits = in_work + targets * self.config.dim * self.stored + 2 * learns * config.vocab_size
         kept = {"final hidden": hidden, "logits": logits}
-        kept |= {"scratch": self.decoded(config.vocab_size, self.config.dim, self.dtype)}
         # The last block's output, which is the norm's input in float32 already if the stream is.
         return add_up(kept, {"residual stream" if self.stored == 4 else "final hidden": 4 * self.d})
 

@@ -1,4 +1,4 @@
-"""The chunked cross entropy against torch's: value, gradients, chunk borders, ignored rows, and what it allocates."""
+"""The tiled cross entropy against torch's: value, gradients, tiles' borders, ignored rows, and what it allocates."""
 
 from typing import Any
 
@@ -25,52 +25,62 @@ def problem(dtype: torch.dtype = torch.float32, ignored: int = 9) -> tuple[Tenso
     return hidden.to(dtype), head.to(dtype), labels
 
 
-def value_and_gradients(function: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+def value_and_gradients(
+    function: Any, hidden: Tensor, head: Tensor, labels: Tensor, head_learns: bool = True
+) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of hidden and, if it learns, of head."""
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_(head_learns)
     value = function(hidden, head, labels)
     value.backward()
-    assert hidden.grad is not None
-    assert head.grad is not None
-    return value.detach(), hidden.grad, head.grad
+    return value.detach(), *(t.grad for t in (hidden, head) if t.grad is not None)
 
 
 def plain(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy((hidden @ head.T).float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
-def set_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * V * rows)
+def set_tile(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int = V) -> None:
+    monkeypatch.setattr(loss_module, "ROWS", {"cpu": rows})
+    monkeypatch.setattr(loss_module, "TILE_BYTES", {"cpu": 4 * rows * columns})
+    monkeypatch.setattr(loss_module, "WHOLE_BYTES", 4 * rows * V)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 27, 28, 29, 1000])
+@pytest.mark.parametrize("columns", [1, 10, 100, 101, 1000])
 @pytest.mark.parametrize("ignored", [0, 9])
-def test_value_and_gradients_equal_torch_wherever_the_chunks_end(
-    rows: int, ignored: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("head_learns", [True, False])
+def test_value_and_gradients_equal_torch_wherever_the_tiles_end(
+    rows: int, columns: int, ignored: int, head_learns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_rows(monkeypatch, rows)
-    ours = value_and_gradients(cross_entropy_sum, *problem(ignored=ignored))
-    for mine, theirs in zip(ours, value_and_gradients(plain, *problem(ignored=ignored)), strict=True):
+    set_tile(monkeypatch, rows, columns)
+    given = problem(ignored=ignored)
+    ours = value_and_gradients(cross_entropy_sum, *given, head_learns=head_learns)
+    for mine, theirs in zip(ours, value_and_gradients(plain, *given, head_learns=head_learns), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_chunk_holds_at_least_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
+@pytest.mark.parametrize("head_learns", [True, False])
+def test_a_tile_holds_at_least_one_number(head_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "TILE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(loss_module, "WHOLE_BYTES", 1)
+    assert loss_module.tile(N, V, "cpu", head_learns) == ((1, V) if head_learns else (N, 1))
     torch.testing.assert_close(cross_entropy_sum(*problem()), plain(*problem()), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_learns", [True, False])
 def test_half_precision_errs_at_most_twice_as_much_as_torch(
-    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, native: bool, head_learns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both where the machine multiplies 16-bit numbers and where the products are widened."""
     monkeypatch.setattr(backend, "_cpu_product_dtype", lambda dtype: dtype if native else torch.float32)
-    set_rows(monkeypatch, 5)
+    set_tile(monkeypatch, 5, 30)
     hidden, head, labels = problem(dtype)
-    exact = value_and_gradients(plain_float64, hidden.double(), head.double(), labels)
-    ours = value_and_gradients(cross_entropy_sum, hidden, head, labels)
-    theirs = value_and_gradients(plain, hidden, head, labels)
-    assert [t.dtype for t in ours] == [torch.float32, dtype, dtype]
+    exact = value_and_gradients(plain_float64, hidden.double(), head.double(), labels, head_learns)
+    ours = value_and_gradients(cross_entropy_sum, hidden, head, labels, head_learns)
+    theirs = value_and_gradients(plain, hidden, head, labels, head_learns)
+    assert [t.dtype for t in ours] == [torch.float32, dtype, dtype][: 2 + head_learns]
     for mine, peer, true in zip(ours, theirs, exact, strict=True):
         assert (mine.double() - true).norm() <= 2 * (peer.double() - true).norm() + 1e-6 * true.norm()
 
@@ -144,21 +154,23 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def largest_tensor(function: Any) -> int:
+def largest_tensor(function: Any, head_learns: bool) -> int:
     with LargestTensor() as largest:
-        value_and_gradients(function, *problem(ignored=0))
+        value_and_gradients(function, *problem(ignored=0), head_learns=head_learns)
     return largest.numel
 
 
 def test_the_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_rows(monkeypatch, 8)
-    assert largest_tensor(plain) == N * V  # the measure sees them where they are
-    assert largest_tensor(cross_entropy_sum) == max(8 * V, V * D)
+    set_tile(monkeypatch, 30, 30)
+    assert largest_tensor(plain, head_learns=False) == N * V  # the measure sees them where they are
+    assert largest_tensor(cross_entropy_sum, head_learns=False) == max(30 * 30, N * D, V * D)
+    set_tile(monkeypatch, 8)
+    assert largest_tensor(cross_entropy_sum, head_learns=True) == max(8 * V, V * D)
 
 
 def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation makes no (V, D) gradient of a head that learns."""
-    set_rows(monkeypatch, 4)
+    set_tile(monkeypatch, 4)
     hidden, head, labels = problem()
     head.requires_grad_()
     with torch.no_grad(), LargestTensor() as largest:
