@@ -61,9 +61,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | tuple[int, ...]) -> T
     sees: a mask (B, 1, Tq, Tk), or the lengths of causal runs, which cost half of a mask's work where there is one run
     and a small part where there are many. Query head h uses key head h // (Hq / Hkv).
     """
-    groups = q.shape[2] // k.shape[2]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     if isinstance(sees, Tensor):
         return _softmax_product(q, k, v, sees)
     if len(set(sees)) == 1:
@@ -77,4 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | tuple[int, ...]) -> T
 def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Over (B, T, H, Dh), under `mask`, or causal without one."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, Dh)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped).transpose(
+        1, 2
+    )

@@ -11,14 +11,15 @@ made again in backward. No product is computed twice: recomputing saves memory b
     y  = x W'^T + s P B^T                    dx = dy W' + (s dy B) A
     dB = s dy^T P                            dA = (s dy B)^T x
 
-all added in place onto the frozen layer's product, so an adapter costs little more than its FLOPs. Weights are decoded
-by slices (`linear.slices`); products run in `backend.product_dtype`, where a 16-bit x is widened once.
+all added in place onto the frozen layer's product, the A of layers with the same x in one product, so adapters cost
+little more than their FLOPs. Weights are decoded by slices (`linear.slices`); products run in `backend.product_dtype`,
+where a 16-bit x is widened once.
 
 `fuse` puts the fast block where it applies: frozen bases and norms, no dropout. It falls back to the plain block where
 there is nothing to differentiate, so inference and the KV cache have one definition.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,67 +35,108 @@ from minilora.model import Block, Context, Mistral
 from minilora.nf4 import NF4Tensor
 from minilora.norm import RMSNorm
 
-ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+@dataclass(frozen=True)
+class Adapter:
+    """A (rank, in) and B (out, rank), float32, whose product is added `scale` times."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A frozen weight (out, in) and its adapter, if it has one: A (rank, in) and B (out, rank), float32."""
+class Projections:
+    """Layers of one input: their frozen weights (out, in), and the adapters that some of them have."""
 
-    weight: NF4Tensor | Tensor
-    adapter: tuple[Tensor, Tensor] | None = None
-    scale: float = 0.0
+    weights: tuple[NF4Tensor | Tensor, ...]
+    adapters: tuple[Adapter | None, ...]
 
     @staticmethod
-    def of(layer: nn.Module) -> "Projection":
-        """What an `nn.Linear`, `NF4Linear` or `LoRALinear` computes."""
-        if isinstance(layer, LoRALinear):
-            return Projection(layer.base.weight, (layer.lora_A, layer.lora_B) if layer.enabled else None, layer.scale)
-        assert isinstance(layer, nn.Linear | NF4Linear)
-        return Projection(layer.weight)
+    def of(*layers: nn.Module) -> "Projections":
+        """What each `nn.Linear`, `NF4Linear` or `LoRALinear` computes."""
+        weights, adapters = list[NF4Tensor | Tensor](), list[Adapter | None]()
+        for layer in layers:
+            base, adapter = layer, None
+            if isinstance(layer, LoRALinear):
+                base, adapter = layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scale) if layer.enabled else None
+            assert isinstance(base, nn.Linear | NF4Linear)
+            weights.append(base.weight)
+            adapters.append(adapter)
+        return Projections(tuple(weights), tuple(adapters))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (N, in) -> y (N, out), and x A^T (N, rank) for backward."""
-        y = multiply(x, self.weight)
-        if self.adapter is None:
-            return y, None
-        down, up = (part.to(x.dtype) for part in self.adapter)
-        reduced = x @ down.T
-        return y.addmm_(reduced, up.T, alpha=self.scale), reduced
+    @property
+    def learned(self) -> list[Tensor]:
+        """A and B of each adapter: what is handed to an autograd function as arguments of its own."""
+        return [tensor for adapter in self.adapters if adapter for tensor in (adapter.down, adapter.up)]
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """x (N, in) -> y (N, out) of each, and x A^T (N, sum of ranks) for backward."""
+        ys = [multiply(x, weight) for weight in self.weights]
+        if not self.learned:
+            return ys, None
+        reduced = x @ self._down(x.dtype).T
+        for adapter, y, part in self._adapted(ys, reduced):
+            y.addmm_(part, adapter.up.to(x.dtype).T, alpha=adapter.scale)
+        return ys, reduced
 
     def backward(
-        self, dy: Tensor, x: Tensor, reduced: Tensor | None, onto: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """dx (N, in), added to `onto` in place if given, and the float32 gradients of A and B."""
-        dx = multiply_back(dy, self.weight, onto)
-        if self.adapter is None or reduced is None:
-            return dx, None, None
-        down, up = (part.to(dy.dtype) for part in self.adapter)
-        d_reduced = (dy @ up).mul_(self.scale)
-        return dx.addmm_(d_reduced, down), (d_reduced.T @ x).float(), (dy.T @ reduced).mul_(self.scale).float()
+        self, dys: Sequence[Tensor], x: Tensor, reduced: Tensor | None, needs_dx: bool = True
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """dx (N, in), if it is needed, and the float32 gradients of what is `learned`."""
+        dx: Tensor | None = None
+        for dy, weight in zip(dys, self.weights, strict=True):
+            dx = multiply_back(dy, weight, dx) if needs_dx else None
+        if reduced is None:
+            return dx, []
+        d_reduced, d_ups = torch.empty_like(reduced), list[Tensor]()
+        for adapter, dy, part in self._adapted(dys, reduced):
+            d_ups.append((dy.T @ part).mul_(adapter.scale).float())
+        for adapter, dy, part in self._adapted(dys, d_reduced):
+            torch.mm(dy, adapter.up.to(dy.dtype), out=part).mul_(adapter.scale)
+        if dx is not None:
+            dx.addmm_(d_reduced, self._down(x.dtype))
+        d_downs = (d_reduced.T @ x).split(self._ranks)
+        pairs = zip(d_downs, d_ups, strict=True)
+        return dx, [grad for d_down, d_up in pairs for grad in (d_down.to(torch.float32, copy=True), d_up)]
+
+    @property
+    def _ranks(self) -> list[int]:
+        return [len(adapter.down) for adapter in self.adapters if adapter]
+
+    def _down(self, dtype: torch.dtype) -> Tensor:
+        """Every A, one below the other: (sum of ranks, in). They read x once."""
+        return torch.cat([adapter.down for adapter in self.adapters if adapter]).to(dtype)
+
+    def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[Adapter, Tensor, Tensor]]:
+        """Each adapter with its y and its columns of x A^T."""
+        with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, ys, strict=True) if adapter]
+        for (adapter, y), part in zip(with_adapter, reduced.split(self._ranks, dim=1), strict=True):
+            yield adapter, y, part
 
 
-def _normalize(norm: RMSNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """norm(x) (N, D) in `dtype`; x / rms and 1 / rms (N, 1) in float32, which its backward needs."""
+def _normalize(norm: RMSNorm, x: Tensor, dtype: torch.dtype, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """norm(x) (N, D) in `dtype`, and 1 / rms (N, 1) float32, which is made where it is not given."""
     x = x.float()
-    inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).pow(2) / x.shape[-1] + norm.eps)
-    unit = x * inverse
-    return (unit * norm.weight).to(dtype), unit, inverse
+    if inverse is None:
+        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).pow_(2) / x.shape[-1] + norm.eps)
+    return (x * inverse).mul_(norm.weight).to(dtype), inverse
 
 
-def _normalize_back(norm: RMSNorm, dn: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """dx = (dn w - unit mean(dn w unit)) / rms, (N, D) float32."""
-    d_unit = dn.float() * norm.weight
-    mean = torch.linalg.vecdot(d_unit, unit)[:, None] / unit.shape[-1]
-    return d_unit.addcmul_(unit, mean, value=-1).mul_(inverse)
+def _normalize_back(norm: RMSNorm, dn: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """dx = (dn w - x mean(dn w x) / rms^2) / rms, (N, D) float32; `dn` may be overwritten."""
+    x, d_unit = x.float(), dn.float().mul_(norm.weight)
+    mean = torch.linalg.vecdot(d_unit, x)[:, None] / x.shape[-1]
+    return d_unit.mul_(inverse).addcmul_(x, mean.mul_(inverse.pow(3)), value=-1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn the half-split pairs of x (N, H, Dh) in place, by cos, sin (N, 1, Dh/2)."""
-    a, b = x.unflatten(-1, (2, -1)).unbind(-2)
-    turned = (a * cos).addcmul_(b, sin, value=-1)
-    b.mul_(cos).addcmul_(a, sin)
-    a.copy_(turned)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (N, H, Dh), its half-split pairs turned by cos, sin (N, 1, Dh/2)."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (a, b), (c, d) = (t.unflatten(-1, (2, -1)).unbind(-2) for t in (x, y))
+    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=d).addcmul_(a, sin)
+    return y
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -105,45 +147,35 @@ class _QKV(torch.autograd.Function):
     """x (B, T, D) -> rotated q (B, T, Hq, Dh), rotated k and v (B, T, Hkv, Dh), in the dtype of the products."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], context: Context, *_adapters: Tensor
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, norm: RMSNorm, parts: Projections, context: Context, *_learned: Tensor) -> Any:
         dtype = product_dtype(x)
-        normed, _, _ = _normalize(norm, _rows(x), dtype)
+        normed, inverse = _normalize(norm, _rows(x), dtype)
         ctx.rotation = [r.flatten(0, 1)[:, None].to(dtype) for r in (context.cos, context.sin)]
-        made = [part.forward(normed) for part in parts]
-        heads = [y.view(len(y), -1, 2 * context.cos.shape[-1]) for y, _ in made]
-        for y in heads[:2]:
-            _rotate(y, *ctx.rotation)
+        ys, reduced = parts.forward(normed)
+        q, k, v = (y.unflatten(1, (-1, 2 * context.cos.shape[-1])) for y in ys)
         ctx.norm, ctx.parts = norm, parts
-        ctx.save_for_backward(x, *(reduced for _, reduced in made))
-        return tuple(y.view(*x.shape[:2], *y.shape[1:]) for y in heads)
+        ctx.save_for_backward(x, inverse, reduced)
+        rotated = (_rotated(q, *ctx.rotation), _rotated(k, *ctx.rotation), v)
+        return tuple(y.unflatten(0, x.shape[:2]) for y in rotated)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, *reduced = ctx.saved_tensors
+        x, inverse, reduced = ctx.saved_tensors
         cos, sin = ctx.rotation
-        normed, unit, inverse = _normalize(ctx.norm, _rows(x), grads[0].dtype)
-        dn: Tensor | None = None
-        adapters: list[Tensor | None] = []
-        for i, (part, dy) in enumerate(zip(ctx.parts, grads, strict=True)):
-            dy = dy.flatten(0, 1)
-            if i < 2:
-                dy = dy.clone(memory_format=torch.contiguous_format)
-                _rotate(dy, cos, -sin)
-            dn, d_A, d_B = part.backward(dy.flatten(1), normed, reduced[i], dn)
-            adapters += [d_A, d_B]
-        assert dn is not None
-        dx = _normalize_back(ctx.norm, dn, unit, inverse).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, *adapters
+        dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
+        dys = [dy.flatten(1) for dy in (_rotated(dq, cos, -sin), _rotated(dk, cos, -sin), dv)]
+        normed, _ = _normalize(ctx.norm, _rows(x), dv.dtype, inverse)
+        dn, learned = ctx.parts.backward(dys, normed, reduced, ctx.needs_input_grad[0])
+        dx = None if dn is None else _normalize_back(ctx.norm, dn, _rows(x), inverse).to(x.dtype).view(x.shape)
+        return dx, None, None, None, *learned
 
 
 class _Output(torch.autograd.Function):
     """residual (B, T, D) + a W^T, a (B, T, Hq * Dh) the attention's output."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, a: Tensor, part: Projection, *_adapters: Tensor) -> Tensor:
-        y, reduced = part.forward(_rows(a))
+    def forward(ctx: Any, residual: Tensor, a: Tensor, part: Projections, *_learned: Tensor) -> Tensor:
+        (y,), reduced = part.forward(_rows(a))
         ctx.part = part
         ctx.save_for_backward(a, reduced)
         return residual + y.view(residual.shape).to(residual.dtype)
@@ -152,39 +184,35 @@ class _Output(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         a, reduced = ctx.saved_tensors
         dy = grads[0]
-        da, d_A, d_B = ctx.part.backward(_rows(dy).to(a.dtype), _rows(a), reduced)
-        return dy, da.view(a.shape), None, d_A, d_B
+        da, learned = ctx.part.backward([_rows(dy).to(a.dtype)], _rows(a), reduced)
+        return dy, da.view(a.shape), None, *learned
 
 
 class _MLP(torch.autograd.Function):
     """x (B, T, D) -> x + down(silu(gate(norm(x))) * up(norm(x)))."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: RMSNorm, parts: Sequence[Projection], *_adapters: Tensor) -> Tensor:
-        normed, _, _ = _normalize(norm, _rows(x), product_dtype(x))
-        gate_part, up_part, down_part = parts
-        gate, gate_reduced = gate_part.forward(normed)
-        up, up_reduced = up_part.forward(normed)
-        y, down_reduced = down_part.forward(silu(gate).mul_(up))
-        ctx.norm, ctx.parts = norm, parts
-        ctx.save_for_backward(x, gate.to(x.dtype), up.to(x.dtype), gate_reduced, up_reduced, down_reduced)
+    def forward(ctx: Any, x: Tensor, norm: RMSNorm, wide: Projections, down: Projections, *_learned: Tensor) -> Tensor:
+        normed, inverse = _normalize(norm, _rows(x), product_dtype(x))
+        (gate, up), wide_reduced = wide.forward(normed)
+        (y,), down_reduced = down.forward(silu(gate).mul_(up))
+        ctx.norm, ctx.wide, ctx.down = norm, wide, down
+        ctx.save_for_backward(x, inverse, gate.to(x.dtype), up.to(x.dtype), wide_reduced, down_reduced)
         return x + y.view(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, gate, up, gate_reduced, up_reduced, down_reduced = ctx.saved_tensors
-        gate_part, up_part, down_part = ctx.parts
+        x, inverse, gate, up, wide_reduced, down_reduced = ctx.saved_tensors
         dtype, dy = product_dtype(x), grads[0]
-        normed, unit, inverse = _normalize(ctx.norm, _rows(x), dtype)
         gate, up = gate.to(dtype), up.to(dtype)
         gated = silu(gate)
-        dh, *d_down = down_part.backward(_rows(dy).to(dtype), gated * up, down_reduced)
+        dh, of_down = ctx.down.backward([_rows(dy).to(dtype)], gated * up, down_reduced)
         d_up = gated.mul_(dh)
         d_gate = torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh)
-        dn, *d_gate_adapter = gate_part.backward(d_gate, normed, gate_reduced)
-        dn, *d_up_adapter = up_part.backward(d_up, normed, up_reduced, dn)
-        dx = _normalize_back(ctx.norm, dn, unit, inverse).view(x.shape).add_(dy).to(x.dtype)
-        return dx, None, None, *d_gate_adapter, *d_up_adapter, *d_down
+        normed, _ = _normalize(ctx.norm, _rows(x), dtype, inverse)
+        dn, of_wide = ctx.wide.backward([d_gate, d_up], normed, wide_reduced)
+        dx = _normalize_back(ctx.norm, dn, _rows(x), inverse).view(x.shape).add_(dy).to(x.dtype)
+        return dx, None, None, None, *of_wide, *of_down
 
 
 _qkv: Callable[..., tuple[Tensor, Tensor, Tensor]] = _QKV.apply
@@ -204,18 +232,15 @@ class FusedBlock(Block):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if not torch.is_grad_enabled() or context.cache is not None:
             return super().forward(x, context)
-        qkv = [Projection.of(getattr(self.self_attn, name)) for name in ATTENTION]
-        output = Projection.of(self.self_attn.o_proj)
-        mlp = [Projection.of(getattr(self.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]
-        q, k, v = _qkv(x, self.input_layernorm, qkv, context, *_adapters(qkv))
-        a = attend(q, k, v, context.sees)
-        x = _output(x, a.flatten(-2), output, *_adapters([output]))
-        return _mlp(x, self.post_attention_layernorm, mlp, *_adapters(mlp))
-
-
-def _adapters(parts: Sequence[Projection]) -> list[Tensor | None]:
-    """What is trained, to be handed to an autograd function as arguments of its own."""
-    return [tensor for part in parts for tensor in part.adapter or (None, None)]
+        attention, mlp = self.self_attn, self.mlp
+        qkv, output = (
+            Projections.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            Projections.of(attention.o_proj),
+        )
+        wide, down = Projections.of(mlp.gate_proj, mlp.up_proj), Projections.of(mlp.down_proj)
+        q, k, v = _qkv(x, self.input_layernorm, qkv, context, *qkv.learned)
+        x = _output(x, attend(q, k, v, context.sees).flatten(-2), output, *output.learned)
+        return _mlp(x, self.post_attention_layernorm, wide, down, *wide.learned, *down.learned)
 
 
 def fuse(model: Mistral) -> bool:

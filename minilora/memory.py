@@ -148,7 +148,8 @@ class StepPlan:
         The plain block's norms keep their input in float32, dropout its mask and what it let through.
         """
         number, lora = self.computed if self.fused else self.stored, self.lora
-        heads = self.q + 2 * max(self.q, self.kv) + self.q * (2 if self.sees == "runs" else 1)  # repeated k, v; outputs
+        repeated = self.sees == "mask" and not self.on_cpu  # k and v (attention.py)
+        heads = self.q * (3 if self.sees == "runs" else 2) + 2 * (self.q if repeated else self.kv)  # q, outputs, k, v
         kept = {
             "residual stream": 2 * self.d * self.stored if self.fused or self.stored == 4 else 0,
             "norms": 2 * self.d * 4 if not self.fused and self.stored != 4 else 0,
@@ -163,15 +164,15 @@ class StepPlan:
         return kept | {"adapter inputs": self.tokens * number * (reduced + 2 * let_through)}
 
     def scratch(self) -> int:
-        """What is alive besides in backward of a block's MLP: when down_proj's is done, or in the end its norm's."""
+        """What is alive besides in backward of a block's MLP: at down_proj, at the other two, or at its norm."""
         d, f, stored, computed = self.d, self.f, self.stored, self.computed
         decoded = self.decoded(self.config.dim, self.config.hidden_dim, self.storage)
         if not self.fused:
             return (d + 2 * f) * stored + decoded
-        casts = (d + 2 * f) * computed if self.cast else 0  # dy, gate, up
-        wide = d * stored + d * (computed + 4) + 2 * f * computed  # dy, norm(x), x / rms, d_up, d_gate
-        of_norm = d * (computed + 4 + (0 if computed == 4 else 4) + (0 if stored == 4 else stored))
-        return wide + casts + max(f * computed + decoded, of_norm)
+        down = (3 * f + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
+        wide = (2 * f + 2 * d) * computed  # d_gate, d_up; norm(x) and its gradient
+        norm = 4 * d * (1 + (computed != 4) + (stored != 4))  # what it multiplies, and in float32
+        return d * stored + (2 * f * computed if self.cast else 0) + max(down, wide + max(decoded, norm))
 
     def forward(self, new: int | None = None) -> dict[str, int]:
         """What a pass without gradients takes: the widest of the MLP, attention and loss; an estimate.
@@ -185,7 +186,8 @@ class StepPlan:
         frozen = replace(self, lora=self.lora or LoraConfig())  # without gradients a head that learns has none either
         decoded = frozen.decoded(config.dim, config.hidden_dim, self.storage)
         mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + decoded
-        heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim  # joined with the cache, then repeated
+        repeated = 0 if self.on_cpu else config.n_heads
+        heads = 2 * (config.n_kv_heads + repeated) * config.head_dim  # joined with the cache, then repeated
         attention = (2 * self.d + 3 * self.q + keys * heads + mask) * stored + self.q * cast
         last = frozen.loss() if new is None else {"logits": self.rows * config.vocab_size * 4}
         cache = {"KV cache": 2 * config.n_layers * self.rows * slots * config.n_kv_heads * config.head_dim * stored}
