@@ -214,7 +214,7 @@ class StepPlan:
         if self.lora is None or _DENSE_BYTES.get(storage) == self.computed:
             return 0
         in_work = size // ceil(size * self.computed / SLICE_BYTES) if self.on_cpu else size
-        decoding = 6 * min(nf4._chunk(self.device, BLOCK_SIZE), in_work) + 4 * size // BLOCK_SIZE
+        decoding = 6 * min(nf4.decode_chunk(self.device), in_work) + 4 * size // BLOCK_SIZE
         return in_work * self.computed + (0 if storage in _DENSE_BYTES else decoding)
 
 

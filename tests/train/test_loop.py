@@ -22,7 +22,7 @@ from minilora.data import pack
 from minilora.data.pack import epoch_rows
 from minilora.errors import UserError
 from minilora.evaluate.perplexity import mean_loss
-from minilora.fused import Projection
+from minilora.fused import Projections
 from minilora.train import loop, setup
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import LineLog
@@ -235,13 +235,13 @@ def test_a_model_that_has_learnt_by_heart_is_measured_where_it_was_best(
 def test_a_forgotten_adapter_stops_the_run_by_name(
     make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of = Projection.of
+    of = Projections.of
 
-    def forgetful(layer: torch.nn.Module) -> Projection:
-        part = of(layer)
-        return replace(part, adapter=None) if part.weight.shape[1] == TINY.hidden_dim else part
+    def forgetful(*layers: torch.nn.Module) -> Projections:
+        parts = of(*layers)
+        return replace(parts, adapters=(None,)) if parts.weights[0].shape[1] == TINY.hidden_dim else parts
 
-    monkeypatch.setattr(Projection, "of", staticmethod(forgetful))
+    monkeypatch.setattr(Projections, "of", staticmethod(forgetful))
     with pytest.raises(UserError, match=r"after update 1, 4 of 28 .*layers.0.mlp.down_proj.lora_A \(got no gradient\)"):
         fine_tune(make_config(), quiet)
     assert quiet.ended
