@@ -23,8 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import row, write_result
+from minilora.errors import UserError
 
 ARCHITECTURES = (75, 80, 90, 100)
+OTHERS = (86, 89, 120)  # that can be asked for: with less shared memory
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 
 
@@ -118,7 +120,7 @@ class Kernel:
     fusion: bool = False  # of products and sums, where bits need not be equal
 
     def compile(self, arch: int) -> Any:
-        """Raises RuntimeError where the interpreter is on: what it decorates cannot be compiled."""
+        """Raises UserError where the interpreter is on: what it decorates cannot be compiled."""
         from importlib import import_module
 
         import triton
@@ -127,7 +129,7 @@ class Kernel:
 
         function = getattr(import_module(self.module), self.function)
         if not isinstance(function, triton.JITFunction):
-            raise RuntimeError("TRITON_INTERPRET is set; kernels can be compiled without it only")
+            raise UserError("TRITON_INTERPRET is set; kernels can be compiled without it only")
         signature = {name: self.signature.get(name, "constexpr") for name in function.arg_names}
         aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.signature}
         constants = {name: self.constants.get(name) for name in function.arg_names if name not in self.signature}
@@ -145,9 +147,11 @@ class Compiled:
 
     @staticmethod
     def of(kernel: Kernel, arch: int) -> "Compiled":
-        cubin = kernel.compile(arch).asm["cubin"]
+        compiled = kernel.compile(arch)
+        cubin = compiled.asm["cubin"]
         [listing] = disassemble(cubin).values()
-        return Compiled(kernel, arch, listing, resources(cubin))
+        # The cubin has none of the shared memory that a launch adds.
+        return Compiled(kernel, arch, listing, resources(cubin) | {"shared": compiled.metadata.shared})
 
     @property
     def per_weight(self) -> float:
@@ -156,7 +160,7 @@ class Compiled:
 
 
 def kernels(arch: int) -> list[Kernel]:
-    """All that we run there, in the 16-bit dtype that the architecture computes in."""
+    """All that we run there, in the 16-bit dtype that the architecture computes in; matmul in float32, too."""
     sixteen = "*fp16" if arch < 80 else "*bf16"
     found = [quantize_kernel(sixteen)]
     for nested in (False, True):
@@ -165,6 +169,7 @@ def kernels(arch: int) -> list[Kernel]:
             found += [matvec_kernel(sixteen, nested, shuffle, m) for m in (1, 2)]
             if arch >= 80:  # Triton has no way to the tensor cores of Turing
                 found += [matmul_kernel(arch, nested, shuffle, m) for m in (16, 64, 256)]
+                found.append(matmul_kernel(arch, nested, shuffle, 32, "*fp32"))
     return found
 
 
@@ -210,16 +215,17 @@ def matvec_kernel(sixteen: str, nested: bool, shuffle: bool, m: int) -> Kernel:
     )
 
 
-def matmul_kernel(arch: int, nested: bool, shuffle: bool, m: int) -> Kernel:
+def matmul_kernel(arch: int, nested: bool, shuffle: bool, m: int, dtype: str = "*bf16") -> Kernel:
     from minilora.kernels.nf4_matmul import BN, tile
 
-    bm, warps = tile(m, arch)
+    in_float32 = dtype == "*fp32"
+    bm, warps = tile(m, arch, 4 if in_float32 else 2)
     return Kernel(
-        f"matmul M={m}" + ", shuffle" * shuffle + ", nested" * nested,
+        f"matmul M={m}" + ", float32" * in_float32 + ", shuffle" * shuffle + ", nested" * nested,
         "minilora.kernels.nf4_matmul",
         "matmul_kernel",
         _weight_signature(nested)
-        | {"x": "*bf16", "sums": "*bf16", "m": "i32", "n": "i32", "n_words": "i32", "part": "i32"},
+        | {"x": dtype, "sums": dtype, "m": "i32", "n": "i32", "n_words": "i32", "part": "i32"},
         _weight_constants(nested) | {"BM": bm, "BN": BN, "WORDS": 8, "SHUFFLE": shuffle},
         weights=BN * 64 / (32 * warps),
         in_loop=True,
@@ -290,26 +296,40 @@ def peer_counts(arch: int) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted((*ARCHITECTURES, *OTHERS)))
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="some of ours, by the names that the table has")
     parser.add_argument("--only_ours", action="store_true", help="without bitsandbytes, which need not be installed")
-    parser.add_argument("--out", metavar="FILE", help="instead of results/sass.json")
+    parser.add_argument("--out", metavar="FILE", help="instead of results/sass.json, which has all of it or nothing")
     parsed = parser.parse_args(argv)
+    archs = parsed.arch or ARCHITECTURES
+    names = list(dict.fromkeys(kernel.name for arch in archs for kernel in kernels(arch)))
+    if unknown := [name for name in parsed.kernel or () if name not in names]:
+        parser.error(f"there is no kernel {unknown[0]!r}; there are {'; '.join(names)}")
+    is_whole = not (parsed.arch or parsed.kernel or parsed.only_ours)
+    try:
+        cases = _cases(archs, parsed.kernel or names, parsed.only_ours)
+    except (UserError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"sass: {error}", file=sys.stderr)
+        return 1
+    if parsed.out or is_whole:
+        write_result("sass", {"cases": cases, "rows": _rows(cases)}, parsed.out)
     table = Table("instructions a weight", "sm", "minilora", "bitsandbytes", "registers", "spilled bytes")
-    cases = []
-    for arch in parsed.arch:
-        peers = {} if parsed.only_ours else peer_counts(arch)
-        for kernel in kernels(arch):
-            if parsed.kernel and kernel.name not in parsed.kernel:
-                continue
-            case = _case(Compiled.of(kernel, arch), peers.get(kernel.name.partition(",")[0]))
-            cases.append(case)
-            peer = f"{case['bitsandbytes']:.1f}" if case["bitsandbytes"] else "-"
-            ours = f"{case['instructions_per_weight']:.1f}"
-            table.add_row(kernel.name, str(arch), ours, peer, str(case["reg"]), str(case["stack"]))
-    write_result("sass", {"cases": cases, "rows": _rows(cases)}, parsed.out)
+    for case in cases:
+        peer = f"{case['bitsandbytes']:.1f}" if case["bitsandbytes"] else "-"
+        ours = f"{case['instructions_per_weight']:.1f}"
+        table.add_row(case["kernel"], str(case["arch"]), ours, peer, str(case["reg"]), str(case["stack"]))
     Console().print(table)
     return 0
+
+
+def _cases(archs: Sequence[int], names: Sequence[str], only_ours: bool) -> list[dict[str, Any]]:
+    found = []
+    for arch in archs:
+        peers = {} if only_ours else peer_counts(arch)
+        for kernel in kernels(arch):
+            if kernel.name in names:
+                found.append(_case(Compiled.of(kernel, arch), peers.get(kernel.name.partition(",")[0])))
+    return found
 
 
 def _rows(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -8,6 +8,9 @@ is rounded to x's dtype after its product with absmax, as dequantizing would; su
 
 Where that makes too few programs to fill a GPU, K is split between them as in `nf4_matvec`.
 
+In float32 there are no tensor cores: a weight costs a multiplication for each row of x, so tiles are small, and beyond
+one of them decoding first is better (`dispatch`).
+
 Bytes moved: 0.516 a weight for each BM rows of x. Bound by instructions: the decoding is done again for every BM rows.
 """
 
@@ -37,7 +40,7 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
     check_product(x, weight, MAX_ROWS)
     m, (n, k) = len(x), weight.shape
     nested = weight.nested_absmax is not None
-    bm, warps = tile(m, architecture(x.device))
+    bm, warps = tile(m, architecture(x.device), x.itemsize)
     words = min(8, weight.block_size // 8)
     tiles = triton.cdiv(n, BN), triton.cdiv(m, bm)
     splits, part = split(k // 8, words, tiles[0] * tiles[1], PROGRAMS, x.device, splits)
@@ -69,13 +72,16 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
     return sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
 
 
-def tile(m: int, arch: int) -> tuple[int, int]:
+def tile(m: int, arch: int, itemsize: int) -> tuple[int, int]:
     """(rows of x in a program's tile, warps) for M rows: as many as can be held in registers, for W to be decoded once.
 
-    arch: such as 90. Before Hopper, x must come into registers too.
+    arch: such as 90
+    itemsize: bytes of a number of x
     """
-    bm = min(256 if arch >= 90 else 128, max(16, triton.next_power_of_2(m)))
-    return bm, 8 if bm > 64 or (bm == 64 and arch < 90) else 4
+    # At most, and with four warps. Tensor cores of Hopper and sm_100 read x from shared memory, others from registers.
+    most, by_four = (32, 16) if itemsize == 4 else (256, 64) if 90 <= arch < 120 else (128, 32)
+    bm = min(most, max(16, triton.next_power_of_2(m)))
+    return bm, 4 if bm <= by_four else 8
 
 
 @triton.jit

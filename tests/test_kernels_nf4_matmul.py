@@ -4,8 +4,12 @@ import pytest
 import torch
 from nf4_products import DEVICE, DTYPES, assert_product, random
 
-from minilora.kernels.nf4_matmul import matmul
+from minilora.kernels.nf4_matmul import matmul, tile
 from minilora.nf4 import NF4Tensor, quantize_nf4
+
+
+HOPPERS = [(16, 4), (64, 4), (128, 8), (256, 8)]
+TILES = {80: (OTHERS := [(16, 4), (64, 8), (128, 8), (128, 8)]), 90: HOPPERS, 103: HOPPERS, 120: OTHERS, 121: OTHERS}
 
 
 def assert_close(x: torch.Tensor, weight: NF4Tensor) -> None:
@@ -44,6 +48,12 @@ def test_strides() -> None:
     weight = quantize_nf4(random(8, 128))
     x = random(128, 5, seed=1)
     assert torch.equal(matmul(x.T, weight), matmul(x.T.contiguous(), weight))
+
+
+@pytest.mark.parametrize(("arch", "tiles"), TILES.items())
+def test_tiles(arch: int, tiles: list[tuple[int, int]]) -> None:
+    assert [tile(m, arch, 2) for m in (1, 64, 65, 256)] == tiles
+    assert [tile(m, arch, 4) for m in (1, 17, 256)] == [(16, 4), (32, 8), (32, 8)]
 
 
 def test_what_does_not_fit() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sass
 from benchmarks.sass import Compiled, Kernel, Listing, _rows, main, parse
 
 LISTING = """\
@@ -64,9 +65,24 @@ def test_instructions_a_weight() -> None:
     assert Compiled(in_loop, 90, parse(LISTING)["first"]).per_weight == 6 / 4
 
 
-def test_the_interpreter_cannot_be_compiled(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        main(["--only_ours", "--arch", "90", "--out", str(tmp_path / "sass.json")])
+def test_the_interpreter_cannot_be_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only_ours", "--arch", "90", "--out", str(tmp_path / "sass.json")]) == 1
+    assert capsys.readouterr().err == "sass: TRITON_INTERPRET is set; kernels can be compiled without it only\n"
+
+
+def test_a_kernel_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--kernel", "quantize", "nonsense"])
+    assert "there is no kernel 'nonsense'; there are quantize; dequantize; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("some", [["--arch", "90"], ["--kernel", "quantize"], ["--only_ours"]])
+def test_a_part_does_not_take_the_place_of_the_whole(some: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(sass, "_cases", lambda *_: [])
+    monkeypatch.setattr(sass, "write_result", lambda name, _, out: written.append((name, out)))
+    assert [main(words) for words in (some, [], [*some, "--out", "x.json"])] == [0, 0, 0]
+    assert written == [("sass", None), ("sass", "x.json")]
 
 
 def test_rows_for_the_readme() -> None:
