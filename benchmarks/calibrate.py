@@ -95,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("calibrate: there is no GPU to measure", file=sys.stderr)
         return 1
-    from minilora.kernels.nf4_matvec import architecture
-    from minilora.kernels.nf4_table import shuffle_is_right
+    from minilora.kernels.nf4_matvec import architecture, shuffle_is_right
 
     device = torch.device("cuda")
     shuffled = measure(device, True) if shuffle_is_right(device) else None

@@ -29,7 +29,7 @@ from benchmarks.harness import machine, show, write_result
 def equality(device: torch.device) -> dict[str, Any]:
     """Every check of `minilora verify kernels`; an error if one failed."""
     from minilora.evaluate.kernel_check import check_kernels
-    from minilora.kernels.nf4_table import shuffle_is_right
+    from minilora.kernels.nf4_matvec import shuffle_is_right
 
     checks = list(check_kernels(device))
     failed = [check for check in checks if not check.passed]

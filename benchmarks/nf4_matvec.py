@@ -32,7 +32,7 @@ def products(operation: Any, name: str, n: int, k: int, rows: tuple[int, ...], d
 
     Ours is the plain look-up, and with "shuffle" the other one where the device has it right.
     """
-    from minilora.kernels.nf4_table import shuffle_is_right
+    from minilora.kernels.nf4_matvec import shuffle_is_right
 
     dense, cases = dense_weight(n, k, device), {}
     sets = nf4_sets(dense)

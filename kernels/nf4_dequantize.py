@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.kernels.nf4_table import decode, joined
-from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
+from minilora.kernels.nf4_table import decode, joined, on
+from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_block_size, dynamic_map, levels
 
 WORDS = 128  # a tile's, one a thread: eight neighbouring results a thread need no exchange between threads
 TILES = 8  # a program's
@@ -26,61 +26,76 @@ TILES = 8  # a program's
 def dequantize(weight: NF4Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     """What `NF4Tensor.dequantize` does, with the same arguments.
 
-    Raises ValueError where `out` is not contiguous, of another shape, on another device or not floating point, and as
-    `check_nf4` does.
+    Raises ValueError where `out` is not contiguous, of another shape, on another device, a negated view, not floating
+    point of 16 bits or more, or wants a gradient, and as `check_nf4` and `on` do.
     """
     check_nf4(weight)
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.packed.device)
     fits = tuple(out.shape) == weight.shape and out.device == weight.packed.device
-    if not fits or not out.is_contiguous() or not out.is_floating_point():
+    if not fits or not _is_plain(out) or not out.is_floating_point() or out.itemsize < 2:
         raise ValueError(
-            f"out must be contiguous, {weight.shape}, floating point, on {weight.packed.device}; it is "
-            f"{tuple(out.shape)} with strides {out.stride()}, {out.dtype}, on {out.device}"
+            f"out must be contiguous, {weight.shape}, floating point of 16 bits or more, on {weight.packed.device}; "
+            f"it is {_told(out)}"
         )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out requires a gradient, and there is none through it")
     words = weight.packed.view(torch.int32) if is_whole(weight.packed) else weight.packed
     nested = weight.nested_absmax is not None
     grid = (triton.cdiv(weight.n, 8 * WORDS * TILES),)
-    dequantize_kernel[grid](
-        words,
-        levels(out.device),
-        weight.absmax,
-        dynamic_map(out.device) if nested else None,
-        weight.nested_absmax,
-        weight.nested_offset,
-        out,
-        weight.n,
-        block_words=weight.block_size // 8,
-        nested_block=NESTED_BLOCK_SIZE,
-        is_nested=nested,
-        is_whole=words.dtype == torch.int32,
-        WORDS=WORDS,
-        TILES=TILES,
-        enable_fp_fusion=False,
-    )
+    with on(out.device):
+        dequantize_kernel[grid](
+            words,
+            levels(out.device),
+            weight.absmax,
+            dynamic_map(out.device) if nested else None,
+            weight.nested_absmax,
+            weight.nested_offset,
+            out,
+            weight.n,
+            block_words=weight.block_size // 8,
+            nested_block=NESTED_BLOCK_SIZE,
+            is_nested=nested,
+            is_whole=words.dtype == torch.int32,
+            WORDS=WORDS,
+            TILES=TILES,
+            enable_fp_fusion=False,
+        )
+    torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
     return out
 
 
 def check_nf4(weight: NF4Tensor) -> None:
     """Raise ValueError unless a weight's parts are what the kernels take them for: they read memory, not tensors."""
+    check_block_size(weight.block_size)
+    nested_absmax, nested_offset = weight.nested_absmax, weight.nested_offset
+    if (nested_absmax is None) != (nested_offset is None):
+        raise ValueError("nested_absmax and nested_offset must both be there or neither")
     n_blocks = -(-weight.n // weight.block_size)
-    nested = weight.nested_absmax is not None
     wanted = [
         ("packed", weight.packed, torch.uint8, (weight.n + 1) // 2),
-        ("absmax", weight.absmax, torch.uint8 if nested else torch.float32, n_blocks),
+        ("absmax", weight.absmax, torch.float32 if nested_absmax is None else torch.uint8, n_blocks),
     ]
-    if weight.nested_absmax is not None and weight.nested_offset is not None:
-        n_nested = -(-n_blocks // NESTED_BLOCK_SIZE)
+    if nested_absmax is not None and nested_offset is not None:
         wanted += [
-            ("nested_absmax", weight.nested_absmax, torch.float32, n_nested),
-            ("nested_offset", weight.nested_offset, torch.float32, 1),
+            ("nested_absmax", nested_absmax, torch.float32, -(-n_blocks // NESTED_BLOCK_SIZE)),
+            ("nested_offset", nested_offset.reshape(-1), torch.float32, 1),
         ]
     for name, part, dtype, n in wanted:
-        if part.dtype != dtype or part.numel() != n or not part.is_contiguous() or part.device != weight.packed.device:
+        if part.dtype != dtype or part.shape != (n,) or not _is_plain(part) or part.device != weight.packed.device:
             raise ValueError(
-                f"{name} must be {n} contiguous {dtype} on {weight.packed.device}; it is {part.numel()} {part.dtype} "
-                f"with strides {part.stride()} on {part.device}"
+                f"{name} must be {n} contiguous {dtype} on {weight.packed.device}, flattened; it is {_told(part)}"
             )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers lie in memory in order and as they are."""
+    return tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_neg()
+
+
+def _told(tensor: Tensor) -> str:
+    strides = f"strides {tensor.stride()}" if tensor.layout == torch.strided else tensor.layout
+    return f"{tuple(tensor.shape)} {tensor.dtype}{' negated' * tensor.is_neg()}, {strides}, on {tensor.device}"
 
 
 def is_whole(packed: Tensor) -> bool:

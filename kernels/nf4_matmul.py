@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minilora.kernels.nf4_dequantize import load_absmax
 from minilora.kernels.nf4_matvec import architecture, check_product, split
-from minilora.kernels.nf4_table import decode, joined, table
+from minilora.kernels.nf4_table import decode, joined, on, table
 from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 
 MAX_ROWS = 256
@@ -37,38 +37,41 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
 
     Raises ValueError as `nf4_matvec.matvec` does.
     """
-    check_product(x, weight, MAX_ROWS)
+    check_product(x, weight, MAX_ROWS, shuffle, splits)
     m, (n, k) = len(x), weight.shape
+    if weight.n == 0:
+        return x.new_zeros(m, n)
     nested = weight.nested_absmax is not None
     bm, warps = tile(m, architecture(x.device), x.itemsize)
     words = min(8, weight.block_size // 8)
     tiles = triton.cdiv(n, BN), triton.cdiv(m, bm)
     splits, part = split(k // 8, words, tiles[0] * tiles[1], PROGRAMS, x.device, splits)
     sums = torch.empty(splits, m, n, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    matmul_kernel[(*tiles, splits)](
-        x.contiguous(),
-        weight.packed.view(torch.int32),
-        levels(x.device),
-        weight.absmax,
-        dynamic_map(x.device) if nested else None,
-        weight.nested_absmax,
-        weight.nested_offset,
-        sums,
-        m,
-        n,
-        k // 8,
-        part,
-        block_words=weight.block_size // 8,
-        nested_block=NESTED_BLOCK_SIZE,
-        is_nested=nested,
-        BM=bm,
-        BN=BN,
-        WORDS=words,
-        SHUFFLE=shuffle,
-        num_warps=warps,
-        num_stages=3,
-        enable_fp_fusion=False,
-    )
+    with on(x.device):
+        matmul_kernel[(*tiles, splits)](
+            x.resolve_neg().contiguous(),
+            weight.packed.view(torch.int32),
+            levels(x.device),
+            weight.absmax,
+            dynamic_map(x.device) if nested else None,
+            weight.nested_absmax,
+            weight.nested_offset,
+            sums,
+            m,
+            n,
+            k // 8,
+            part,
+            block_words=weight.block_size // 8,
+            nested_block=NESTED_BLOCK_SIZE,
+            is_nested=nested,
+            BM=bm,
+            BN=BN,
+            WORDS=words,
+            SHUFFLE=shuffle,
+            num_warps=warps,
+            num_stages=3,
+            enable_fp_fusion=False,
+        )
     return sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora.kernels.nf4_dequantize import check_nf4, is_whole, load_absmax
-from minilora.kernels.nf4_table import decode, table
+from minilora.kernels.nf4_table import decode, decode_kernel, on, table
 from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 
 ROWS, WORDS, WARPS = 32, 32, 4  # of a tile: eight rows a thread, which share what x costs
@@ -33,37 +33,43 @@ def matvec(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
     shuffle: look levels up by exchange between lanes, in PTX (`nf4_table`)
     splits: parts of K in work at the same time, of whole tiles; None is as many as the device wants
 
-    Raises ValueError where x does not fit the weight, M is larger, a row is not whole blocks, or bytes are no words.
+    Absmax come after the sum of eight, so x of about 1e38 can give infinities where the definition gives numbers.
+
+    Raises ValueError where x does not fit the weight, M is larger, a row is not whole blocks, bytes are no words, or
+    splits are less than one; for shuffle in the interpreter; and as `check_nf4` and `on` do.
     """
-    check_product(x, weight, MAX_VECTORS)
+    check_product(x, weight, MAX_VECTORS, shuffle, splits)
     n_rows, k = weight.shape
+    if weight.n == 0:
+        return x.new_zeros(len(x), n_rows)
     tiles = triton.cdiv(n_rows, ROWS)
     splits, part = split(k // 8, WORDS, tiles, PROGRAMS, x.device, splits)
     sums = torch.empty(splits, len(x), n_rows, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     nested = weight.nested_absmax is not None
-    matvec_kernel[(tiles, splits)](
-        x.contiguous(),
-        weight.packed.view(torch.int32),
-        levels(x.device),
-        weight.absmax,
-        dynamic_map(x.device) if nested else None,
-        weight.nested_absmax,
-        weight.nested_offset,
-        sums,
-        n_rows,
-        k // 8,
-        part,
-        block_words=weight.block_size // 8,
-        nested_block=NESTED_BLOCK_SIZE,
-        is_nested=nested,
-        M=len(x),
-        ROWS=ROWS,
-        WORDS=WORDS,
-        EVEN=k // 8 % WORDS == 0,
-        SHUFFLE=shuffle,
-        num_warps=WARPS,
-        enable_fp_fusion=True,
-    )
+    with on(x.device):
+        matvec_kernel[(tiles, splits)](
+            x.resolve_neg().contiguous(),
+            weight.packed.view(torch.int32),
+            levels(x.device),
+            weight.absmax,
+            dynamic_map(x.device) if nested else None,
+            weight.nested_absmax,
+            weight.nested_offset,
+            sums,
+            n_rows,
+            k // 8,
+            part,
+            block_words=weight.block_size // 8,
+            nested_block=NESTED_BLOCK_SIZE,
+            is_nested=nested,
+            M=len(x),
+            ROWS=ROWS,
+            WORDS=WORDS,
+            EVEN=k // 8 % WORDS == 0,
+            SHUFFLE=shuffle,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
     return sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
 
 
@@ -94,15 +100,45 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def check_product(x: Tensor, weight: NF4Tensor, most: int) -> None:
-    """Raise ValueError unless x (M, K), 1 <= M <= `most`, can be multiplied by a weight (N, K) word by word."""
+@cache
+def shuffle_is_right(device: torch.device) -> bool:
+    """Whether the exchange between lanes finds what the plain look-up finds: tried on the device, once, with each byte
+    at each place of a word, and in the loop of a small matvec.
+
+    What it rests on, that lanes keep apart what looks like one value to the compiler, no compiler promises.
+    """
+    n_words, rows = 256, 40
+    packed = torch.arange(4 * n_words, device=device).remainder(256).to(torch.uint8).view(4, n_words).T.flatten()
+    found = [torch.empty(8, n_words, device=device) for _ in range(2)]
+    for shuffle, out in enumerate(found):
+        with on(device):
+            decode_kernel[(n_words // 128,)](
+                packed.view(torch.int32),
+                levels(device),
+                out,
+                n_words,
+                WORDS=128,
+                SHUFFLE=bool(shuffle),
+                enable_fp_fusion=False,
+            )
+    absmax = torch.linspace(0.5, 1, rows * n_words // 8, device=device)
+    weight = NF4Tensor(packed.repeat(rows), absmax, (rows, 8 * n_words), torch.float32)
+    x = torch.linspace(-1, 1, 8 * n_words, device=device)[None]
+    plain, shuffled = (matvec(x, weight, shuffle) for shuffle in (False, True))
+    return torch.equal(*found) and torch.allclose(plain, shuffled, rtol=1e-4, atol=1e-3)
+
+
+def check_product(x: Tensor, weight: NF4Tensor, most: int, shuffle: bool = False, splits: int | None = None) -> None:
+    """Raise ValueError unless x (M, K), 1 <= M <= `most`, can be multiplied by a weight (N, K) word by word, so looked
+    up and split."""
     if len(weight.shape) != 2 or x.dim() != 2 or x.shape[1] != weight.shape[1] or not 1 <= len(x) <= most:
         raise ValueError(
             f"x of shape {tuple(x.shape)} does not fit a weight of shape {weight.shape}, at most {most} rows"
         )
-    if x.dtype not in DTYPES or x.device != weight.packed.device:
+    if x.dtype not in DTYPES or x.layout != torch.strided or x.device != weight.packed.device:
         raise ValueError(
-            f"x is {x.dtype} on {x.device}; it must be float32, float16 or bfloat16 on {weight.packed.device}"
+            f"x is {x.dtype}, {x.layout}, on {x.device}; it must be float32, float16 or bfloat16, strided, on "
+            f"{weight.packed.device}"
         )
     check_nf4(weight)
     if weight.shape[1] % weight.block_size:
@@ -111,6 +147,10 @@ def check_product(x: Tensor, weight: NF4Tensor, most: int) -> None:
         raise ValueError(f"{weight.shape} weights or x of shape {tuple(x.shape)} are more than 32 bits can count")
     if not is_whole(weight.packed):
         raise ValueError("the packed bytes do not begin at a multiple of four bytes")
+    if splits is not None and (not isinstance(splits, int) or splits < 1):
+        raise ValueError(f"splits is {splits!r}, but must be a whole number from 1 on")
+    if shuffle and x.device.type == "cpu":
+        raise ValueError("the interpreter knows no PTX, so there is no shuffle on a CPU")
 
 
 @triton.jit

@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minilora.kernels.nf4_table import on
 from minilora.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
     NF4Tensor,
     check_weight,
     dynamic_thresholds,
+    mean_absmax,
     refuse_not_finite,
     thresholds,
 )
@@ -31,25 +33,28 @@ NESTED_TILE = 1024  # absmax of a program
 
 
 def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = True) -> NF4Tensor:
-    """What `nf4.quantize_nf4` does, with the same arguments and errors."""
+    """What `nf4.quantize_nf4` does, with the same arguments and errors, and those of `on`."""
     check_weight(weight, block_size)
-    flat = weight.detach().reshape(-1).contiguous()  # a strided vector stays one in reshape
+    flat = weight.detach().resolve_neg().reshape(-1).contiguous()  # a strided vector stays one in reshape
+    if flat.itemsize < 2:
+        flat = flat.float()  # of the 8-bit floats, a GPU before Hopper knows some only
     n, device = flat.numel(), flat.device
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(triton.cdiv(n, block_size), dtype=torch.float32, device=device)
     blocks = max(1, TILE // block_size)
-    quantize_kernel[(triton.cdiv(len(absmax), blocks * TILES),)](
-        flat,
-        thresholds(device),
-        packed,
-        absmax,
-        n,
-        len(packed),
-        block_size=block_size,
-        blocks=blocks,
-        TILES=TILES,
-        enable_fp_fusion=False,
-    )
+    with on(device):
+        quantize_kernel[(triton.cdiv(len(absmax), blocks * TILES),)](
+            flat,
+            thresholds(device),
+            packed,
+            absmax,
+            n,
+            len(packed),
+            block_size=block_size,
+            blocks=blocks,
+            TILES=TILES,
+            enable_fp_fusion=False,
+        )
     tensor = NF4Tensor(packed, absmax, tuple(weight.shape), weight.dtype, block_size)
     refuse_not_finite(tensor, flat)
     return double_quantize(tensor) if double_quant else tensor
@@ -58,21 +63,22 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
 def double_quantize(tensor: NF4Tensor) -> NF4Tensor:
     """The same weight with its absmax in 8 bits, as `nf4.double_quantize` has it."""
     absmax, device = tensor.absmax, tensor.absmax.device
-    offset = absmax.mean()
+    offset = mean_absmax(absmax)
     codes = torch.empty(len(absmax), dtype=torch.uint8, device=device)
     nested_absmax = torch.empty(triton.cdiv(len(absmax), NESTED_BLOCK_SIZE), dtype=torch.float32, device=device)
     blocks = NESTED_TILE // NESTED_BLOCK_SIZE
-    double_quantize_kernel[(triton.cdiv(len(nested_absmax), blocks),)](
-        absmax,
-        offset,
-        dynamic_thresholds(device),
-        codes,
-        nested_absmax,
-        len(absmax),
-        block_size=NESTED_BLOCK_SIZE,
-        blocks=blocks,
-        enable_fp_fusion=False,
-    )
+    with on(device):
+        double_quantize_kernel[(triton.cdiv(len(nested_absmax), blocks),)](
+            absmax,
+            offset,
+            dynamic_thresholds(device),
+            codes,
+            nested_absmax,
+            len(absmax),
+            block_size=NESTED_BLOCK_SIZE,
+            blocks=blocks,
+            enable_fp_fusion=False,
+        )
     return NF4Tensor(tensor.packed, codes, tensor.shape, tensor.dtype, tensor.block_size, nested_absmax, offset)
 
 

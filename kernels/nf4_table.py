@@ -1,4 +1,4 @@
-"""Eight codes of a 32-bit word to eight levels: what the kernels that decode share.
+"""Eight codes of a 32-bit word to eight levels, and the device of a launch: what the kernels share.
 
 Plain: eight look-ups in the table of 16 levels, some five instructions a weight. By shuffle: lane i of a warp keeps
 level i mod 16 in a register, and a look-up is an exchange between lanes, `shfl.idx`, whose index is the word, shifted;
@@ -7,13 +7,11 @@ only its lowest five bits count, and since the table stands twice in 32 lanes, b
 Triton has no word for that, so it is PTX. `tests/test_kernels_nf4_table.py` emulates it instruction by instruction.
 """
 
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
-
-from minilora.nf4 import levels
 
 LANE_LEVEL = tl.constexpr(
     """
@@ -52,19 +50,16 @@ LOOK_UP = tl.constexpr(
 )
 
 
-@cache
-def shuffle_is_right(device: torch.device) -> bool:
-    """Whether the PTX finds the levels that the plain look-up finds: tried on the device with every byte, once.
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Where a launch stands: Triton launches on the current GPU, whatever GPU the tensors are on.
 
-    What it rests on, that lanes keep apart what looks like one value to the compiler, no compiler promises.
+    Raises ValueError where no kernel runs.
     """
-    n_words = 256
-    words = torch.arange(4 * n_words, device=device).remainder(256).to(torch.uint8)
-    words = words.view(4, n_words).T.contiguous().view(torch.int32).view(-1)  # each byte at each place of a word
-    found = [torch.empty(8, n_words, device=device) for _ in range(2)]
-    for shuffle, out in enumerate(found):
-        decode_kernel[(n_words // 128,)](words, levels(device), out, n_words, WORDS=128, SHUFFLE=bool(shuffle))
-    return torch.equal(*found)
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type != "cpu" or isinstance(decode_kernel, triton.JITFunction):
+        raise ValueError(f"the kernels run on a GPU, or by Triton's interpreter (TRITON_INTERPRET=1), not on {device}")
+    return nullcontext()
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:
 @cache
 def _may_shuffle(device: torch.device) -> bool:
     """Whether the device has the look-up by lane exchange right; if not, warns once that the plain one is taken."""
-    from minilora.kernels.nf4_table import shuffle_is_right
+    from minilora.kernels.nf4_matvec import shuffle_is_right
 
     right = shuffle_is_right(device)
     if not right:

@@ -32,6 +32,7 @@ from minilora.errors import UserError
 from minilora.scratch import scratch
 
 BLOCK_SIZE = 64
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 _CODE_OF_ZERO = 7
 # Numbers in work at a time. On a CPU a chunk's temporaries (4 to 6 MB) stay in the cache, which is worth a factor of
@@ -215,9 +216,15 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
 
 def check_weight(weight: Tensor, block_size: int) -> None:
     """Raise ValueError for what is no weight or no block size."""
-    if not weight.is_floating_point() or weight.numel() == 0:
-        raise ValueError(f"cannot quantize a {weight.dtype} tensor of shape {tuple(weight.shape)}")
-    if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+    if not weight.is_floating_point() or weight.numel() == 0 or weight.layout != torch.strided or weight.is_meta:
+        what = f"{weight.dtype} tensor of shape {tuple(weight.shape)}, {weight.layout}, on {weight.device}"
+        raise ValueError(f"cannot quantize a {what}")
+    check_block_size(block_size)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise ValueError for what is no block size."""
+    if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size}, but must be a power of two from 32 to 4096")
 
 
@@ -251,8 +258,8 @@ def _blocks(values: Tensor, block_size: int) -> Tensor:
 
 
 def double_quantize(tensor: NF4Tensor) -> NF4Tensor:
-    """The same weight with its absmax in 8 bits."""
-    offset = tensor.absmax.mean()
+    """The same weight with its absmax in 8 bits. Raises UserError as `mean_absmax` does."""
+    offset = mean_absmax(tensor.absmax)
     blocks = _blocks(tensor.absmax - offset, NESTED_BLOCK_SIZE)
     nested_absmax = blocks.abs().amax(dim=1)
     scaled = blocks / nested_absmax.clamp(min=1e-38)[:, None]
@@ -266,6 +273,15 @@ def double_quantize(tensor: NF4Tensor) -> NF4Tensor:
         nested_absmax,
         offset,
     )
+
+
+def mean_absmax(absmax: Tensor) -> Tensor:
+    """The mean of absmax (n,), (). Raises UserError where their sum is more than float32 can hold."""
+    mean = absmax.mean()
+    if not mean.isfinite():
+        largest = f"{absmax.max():g}, the largest of {len(absmax)} absmax"
+        raise UserError(f"{largest}, is too large for double quantization: their sum overflows; fetch the file again")
+    return mean
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -126,9 +126,9 @@ def test_the_same_bytes() -> None:
 
 
 def test_a_card_that_has_the_exchange_wrong_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minilora.kernels import nf4_table
+    from minilora.kernels import nf4_matvec
 
-    monkeypatch.setattr(nf4_table, "shuffle_is_right", lambda _: False)
+    monkeypatch.setattr(nf4_matvec, "shuffle_is_right", lambda _: False)
     dispatch._may_shuffle.cache_clear()
     with pytest.warns(UserWarning, match="the plain one is taken") as told:
         assert [dispatch._may_shuffle(DEVICE) for _ in range(2)] == [False, False]

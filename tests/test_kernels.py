@@ -36,8 +36,19 @@ def test_the_five_places_of_a_kernel(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_fusion_of_products_and_sums_is_set(name: str) -> None:
     """Triton's default differs by version, and bits hang on it."""
-    tree = ast.parse((ROOT / "kernels" / f"{name}.py").read_text())
-    launches = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
-    assert launches
-    for launch in launches:
+    for launch in launches(ast.parse((ROOT / "kernels" / f"{name}.py").read_text())):
         assert "enable_fp_fusion" in {keyword.arg for keyword in launch.keywords}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_launch_is_on_the_tensors_gpu(name: str) -> None:
+    """Triton launches on the current one."""
+    tree = ast.parse((ROOT / "kernels" / f"{name}.py").read_text())
+    withs = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
+    on = [node for node in withs if ast.unparse(node.items[0].context_expr).startswith("on(")]
+    assert launches(tree)
+    assert launches(tree) == [launch for node in on for launch in launches(node)]
+
+
+def launches(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]

@@ -69,11 +69,46 @@ def test_into_memory_that_is_there() -> None:
 
 @pytest.mark.parametrize(
     "out",
-    [torch.empty(6, 65), torch.empty(64, 6).T, torch.empty(6, 64, device="meta"), torch.ones(6, 64, dtype=torch.int32)],
+    [
+        torch.empty(6, 65),
+        torch.empty(64, 6).T,
+        torch.empty(6, 64, device="meta"),
+        torch.ones(6, 64, dtype=torch.int32),
+        torch.ones(6, 64).to(torch.float8_e4m3fn),
+        torch._neg_view(torch.zeros(6, 64)),
+        torch.zeros(6, 64).to_sparse(),
+    ],
 )
 def test_memory_that_cannot_be_written_to(out: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="out must be contiguous"):
         dequantize(quantize_nf4(weight(6, 64)), out=out)
+
+
+def test_eight_bits_are_too_few() -> None:
+    with pytest.raises(ValueError, match="floating point of 16 bits or more"):
+        dequantize(quantize_nf4(weight(6, 64)), torch.float8_e4m3fn)
+
+
+def test_autograd_knows_of_memory_that_was_written_to() -> None:
+    packed = quantize_nf4(weight(6, 64))
+    saved, x = torch.ones(6, 64, device=DEVICE), torch.ones(6, 64, device=DEVICE, requires_grad=True)
+    product = (x * saved).sum()
+    dequantize(packed, out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with pytest.raises(ValueError, match="requires a gradient"):
+        dequantize(packed, out=x)
+    with torch.no_grad():
+        assert dequantize(packed, out=x) is x
+    with torch.inference_mode():
+        assert torch.equal(dequantize(packed, out=torch.empty_like(saved)), saved)
+
+
+def test_no_weights() -> None:
+    nothing = NF4Tensor(
+        torch.empty(0, dtype=torch.uint8, device=DEVICE), torch.empty(0, device=DEVICE), (0, 64), torch.float32
+    )
+    assert dequantize(nothing).shape == (0, 64)
 
 
 def test_parts_that_are_not_what_the_kernel_reads() -> None:
@@ -86,6 +121,12 @@ def test_parts_that_are_not_what_the_kernel_reads() -> None:
         (plain, {"absmax": plain.absmax.double()}, "absmax must be 8 contiguous torch.float32"),
         (plain, {"absmax": plain.absmax[:7]}, "absmax must be 8"),
         (plain, {"absmax": plain.absmax.to("meta")}, "on meta"),
+        (plain, {"packed": plain.packed.view(-1, 1)}, r"flattened; it is \(256, 1\)"),
+        (plain, {"packed": plain.packed.to_sparse()}, "torch.sparse_coo"),
+        (plain, {"absmax": torch._neg_view(plain.absmax)}, "torch.float32 negated"),
+        (plain, {"block_size": 0}, "block_size is 0"),
+        (plain, {"block_size": 48}, "block_size is 48"),
+        (nested, {"nested_offset": None}, "nested_absmax and nested_offset must both be there"),
         (nested, {"absmax": plain.absmax}, "absmax must be 8 contiguous torch.uint8"),
         (nested, {"nested_absmax": torch.ones(2, device=DEVICE)}, "nested_absmax must be 1"),
         (nested, {"nested_offset": torch.ones((), dtype=torch.float64, device=DEVICE)}, "nested_offset must be 1"),

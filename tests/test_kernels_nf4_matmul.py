@@ -7,7 +7,6 @@ from nf4_products import DEVICE, DTYPES, assert_product, random
 from minilora.kernels.nf4_matmul import matmul, tile
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
-
 HOPPERS = [(16, 4), (64, 4), (128, 8), (256, 8)]
 TILES = {80: (OTHERS := [(16, 4), (64, 8), (128, 8), (128, 8)]), 90: HOPPERS, 103: HOPPERS, 120: OTHERS, 121: OTHERS}
 
@@ -48,6 +47,19 @@ def test_strides() -> None:
     weight = quantize_nf4(random(8, 128))
     x = random(128, 5, seed=1)
     assert torch.equal(matmul(x.T, weight), matmul(x.T.contiguous(), weight))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (8, 0)])
+def test_no_weights(shape: tuple[int, int]) -> None:
+    """As torch has it, the sum of nothing is zero."""
+    packed = torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    nothing = NF4Tensor(packed, torch.empty(0, device=DEVICE), shape, torch.float32)
+    assert torch.equal(matmul(random(2, shape[1]), nothing), torch.zeros(2, shape[0], device=DEVICE))
+
+
+def test_a_negated_view() -> None:
+    weight, x = quantize_nf4(random(8, 128)), random(2, 128, seed=1)
+    assert torch.equal(matmul(torch._neg_view(x), weight), matmul(-x, weight))
 
 
 @pytest.mark.parametrize(("arch", "tiles"), TILES.items())

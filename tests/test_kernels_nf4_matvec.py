@@ -1,11 +1,13 @@
 """The matvec kernel against a product in float64: in Triton's interpreter, or on a GPU."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from nf4_products import DEVICE, DTYPES, assert_product, random
 
+from minilora.kernels import nf4_matvec
 from minilora.kernels.nf4_matvec import check_product, matvec
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
@@ -59,6 +61,19 @@ def test_strides() -> None:
     assert torch.equal(matvec(x.T, weight), matvec(x.T.contiguous(), weight))
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (8, 0)])
+def test_no_weights(shape: tuple[int, int]) -> None:
+    """As torch has it, the sum of nothing is zero."""
+    packed = torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    nothing = NF4Tensor(packed, torch.empty(0, device=DEVICE), shape, torch.float32)
+    assert torch.equal(matvec(random(2, shape[1]), nothing), torch.zeros(2, shape[0], device=DEVICE))
+
+
+def test_a_negated_view() -> None:
+    weight, x = quantize_nf4(random(8, 128)), random(2, 128, seed=1)
+    assert torch.equal(matvec(torch._neg_view(x), weight), matvec(-x, weight))
+
+
 def test_what_does_not_fit() -> None:
     weight = quantize_nf4(random(8, 128))
     for x in (random(3, 128), random(1, 64), random(128), random(0, 128)):
@@ -68,6 +83,8 @@ def test_what_does_not_fit() -> None:
         matvec(torch.ones(1, 128, dtype=torch.int64, device=DEVICE), weight)
     with pytest.raises(ValueError, match="must be float32, float16 or bfloat16"):
         matvec(random(1, 128).double(), weight)
+    with pytest.raises(ValueError, match=r"x is torch\.float32, torch\.sparse_coo"):
+        matvec(random(1, 128).to_sparse(), weight)
     with pytest.raises(ValueError, match="packed must be 512 contiguous"):
         matvec(random(1, 128), replace(weight, packed=weight.packed.repeat_interleave(2)[::2]))
     with pytest.raises(ValueError, match="more than 32 bits can count"):
@@ -79,3 +96,32 @@ def test_what_does_not_fit() -> None:
     moved = torch.empty(len(weight.packed) + 4, dtype=torch.uint8, device=DEVICE)[2:-2]
     with pytest.raises(ValueError, match="multiple of four bytes"):
         matvec(random(1, 128), replace(weight, packed=moved))
+    for splits in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"splits is {splits}"):
+            matvec(random(1, 128), weight, splits=splits)
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match="the interpreter knows no PTX"):
+            matvec(random(1, 128), weight, shuffle=True)
+
+
+@pytest.mark.parametrize("wrong", [(), ("look-up",), ("product",)])
+def test_the_shuffle_is_held_against_the_plain_look_up(wrong: tuple[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins that look up plainly, and are off where they should shuffle."""
+    plain_product, plain_look_up = nf4_matvec.matvec, nf4_matvec.decode_kernel
+
+    def product(x: torch.Tensor, weight: NF4Tensor, shuffle: bool) -> torch.Tensor:
+        return plain_product(x, weight) + (shuffle and "product" in wrong)
+
+    def look_up(*arguments: Any, SHUFFLE: bool, **options: Any) -> None:
+        plain_look_up[(2,)](*arguments, SHUFFLE=False, **options)
+        arguments[2].add_(SHUFFLE and "look-up" in wrong)
+
+    monkeypatch.setattr(nf4_matvec, "matvec", product)
+    monkeypatch.setattr(nf4_matvec, "decode_kernel", {(2,): look_up})
+    assert nf4_matvec.shuffle_is_right.__wrapped__(DEVICE) == (not wrong)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter knows no PTX")
+def test_the_shuffle_on_a_gpu() -> None:
+    assert nf4_matvec.shuffle_is_right(DEVICE)

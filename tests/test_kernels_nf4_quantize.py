@@ -1,5 +1,7 @@
 """The quantize kernel against the definition, byte for byte: in Triton's interpreter, or on a GPU."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,22 @@ def test_on_and_beside_every_threshold() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-39, 1e-37, 1e30, 3e38])
 def test_the_ends_of_the_numbers(scale: float) -> None:
     values = torch.linspace(-1, 1, 200)
-    assert_same((values * scale).to(DEVICE), double_quant=scale < 1e38)  # else the mean of the absmax is infinite
+    assert_same((values * scale).to(DEVICE), double_quant=scale < 1e38)  # else the sum of the absmax is infinite
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
+def test_eight_bits(dtype: torch.dtype) -> None:
+    assert_same(weight(3, 67).abs().to(dtype))
+
+
+def test_a_negated_view() -> None:
+    assert_same(torch._neg_view(weight(3, 67)))
+
+
+def test_absmax_whose_sum_overflows() -> None:
+    for make in (quantize_nf4, nf4.quantize_nf4):
+        with pytest.raises(UserError, match="too large for double quantization"):
+            make(torch.full((128,), 3e38, device=DEVICE))
 
 
 def test_strides() -> None:
@@ -77,8 +94,16 @@ def test_what_is_no_number_is_refused_by_its_place(at: int, bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "block_size"), [(torch.ones(4, dtype=torch.int32), 64), (torch.ones(0), 64), (torch.ones(64), 48)]
+    ("values", "block_size"),
+    [
+        (torch.ones(4, dtype=torch.int32), 64),
+        (torch.ones(0), 64),
+        (torch.ones(64), 48),
+        (torch.eye(8).to_sparse(), 64),
+        (torch.ones(64, device="meta"), 64),
+    ],
 )
-def test_what_is_no_weight(values: torch.Tensor, block_size: int) -> None:
+@pytest.mark.parametrize("make", [quantize_nf4, nf4.quantize_nf4])
+def test_what_is_no_weight(make: Any, values: torch.Tensor, block_size: int) -> None:
     with pytest.raises(ValueError, match=r"cannot quantize|block_size is"):
-        quantize_nf4(values, block_size)
+        make(values, block_size)

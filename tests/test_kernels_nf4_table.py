@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from minilora.kernels.nf4_table import LANE_LEVEL, LOOK_UP, decode_kernel, shuffle_is_right
+from minilora.kernels import nf4_table
+from minilora.kernels.nf4_table import LANE_LEVEL, LOOK_UP, decode_kernel, on
 from minilora.nf4 import LEVELS, levels, unpack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +88,16 @@ def test_plain_look_up_of_every_byte() -> None:
     assert torch.equal(found.T.reshape(-1), levels(DEVICE)[unpack(words, 2048).int()])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter knows no PTX")
-def test_the_shuffle_on_a_gpu() -> None:
-    assert shuffle_is_right(DEVICE)
+def test_the_gpu_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", entered.append)
+    on(torch.device("cuda", 1))
+    assert entered == [torch.device("cuda", 1)]
+
+
+def test_where_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"run on a GPU, or by Triton's interpreter .*, not on meta"):
+        on(torch.device("meta"))
+    monkeypatch.setattr(nf4_table.triton, "JITFunction", type(decode_kernel))  # as without the interpreter
+    with pytest.raises(ValueError, match="not on cpu"):
+        on(torch.device("cpu"))

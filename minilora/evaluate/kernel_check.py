@@ -85,8 +85,7 @@ def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
     """y = x W'^T by each kernel that takes so many rows, and dx = y W' by decoding with the kernel."""
     from minilora.kernels.nf4_dequantize import dequantize
     from minilora.kernels.nf4_matmul import matmul
-    from minilora.kernels.nf4_matvec import MAX_VECTORS, matvec
-    from minilora.kernels.nf4_table import shuffle_is_right
+    from minilora.kernels.nf4_matvec import MAX_VECTORS, matvec, shuffle_is_right
 
     reference = weight.dequantize(torch.float32)
     plain = x @ weight.dequantize(x.dtype).T
