@@ -3,7 +3,7 @@
 A product x W'^T with few rows of x costs the reading of W, with many the multiplying. So there are three ways to it:
 
     matvec        one or two rows: each weight decoded where it is used
-    matmul        some more: decoded within the loop, tensor cores
+    matmul        some more: decoded within the loop, tensor cores; in float32, which has none, up to 32 rows
     dequantize    else, and always backward: into memory that is used again, then torch's own product
 
 `TABLE` says up to which M each is taken, by the architecture of the GPU. `python -m benchmarks.calibrate` measures it;
@@ -12,20 +12,23 @@ where no GPU was to be had it is an estimate by counted instructions (`benchmark
 
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from minilora.backend import backend_for
+from minilora.errors import UserError
 from minilora.nf4 import BLOCK_SIZE, NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
 
 TABLE = Path(__file__).with_name("dispatch.json")
+OLDEST = 75
+MOST = {"least_weights": 1 << 34, "matvec": 2, "matmul": 256}  # what the launchers take
+FLOAT32_ROWS = 32  # one tile of `nf4_matmul`, estimated; with two, each weight is decoded twice
 Way = Literal["matvec", "matmul", "dequantize"]
 
 
@@ -36,6 +39,13 @@ class Limits:
     least_weights: int
     matvec: int
     matmul: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= most:
+                raise ValueError(f"{name} is {value!r}, but must be a whole number from 0 to {most}")
 
 
 @dataclass(frozen=True)
@@ -52,22 +62,56 @@ class Entry:
     shuffle: bool
     limits: tuple[Limits, ...]
 
-    def way(self, m: int, n: int, k: int) -> Way:
-        """How M rows of x are multiplied by a weight (N, K)."""
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        for name, kind in (("arch", int), ("card", str | None), ("shuffle", bool), ("limits", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which is of the wrong type")
+        floors = [limits.least_weights for limits in self.limits]
+        if not floors or floors[0] != 0 or floors != sorted(set(floors)):
+            raise ValueError(f"limits have the least_weights {floors}, but must rise from 0")
+
+    def way(self, m: int, n: int, k: int, dtype: torch.dtype) -> Way:
+        """How M rows of x in `dtype` are multiplied by a weight (N, K)."""
         limits = [limits for limits in self.limits if n * k >= limits.least_weights][-1]
-        return "matvec" if m <= limits.matvec else "matmul" if m <= limits.matmul else "dequantize"
+        matmul = min(limits.matmul, FLOAT32_ROWS) if dtype == torch.float32 else limits.matmul
+        return "matvec" if m <= limits.matvec else "matmul" if m <= matmul else "dequantize"
 
 
 @cache
 def table() -> tuple[Entry, ...]:
-    """The entries of dispatch.json, by rising architecture."""
-    return tuple(_entry(entry) for entry in json.loads(TABLE.read_text("utf-8")))
+    """The entries of dispatch.json, by rising architecture. Raises UserError where the file is damaged."""
+    try:
+        found = json.loads(TABLE.read_text("utf-8"))
+        if not isinstance(found, list):
+            raise ValueError("there must be a list of entries")
+        entries = sorted((_entry(item, f"[{i}]") for i, item in enumerate(found)), key=lambda entry: entry.arch)
+        if not entries or entries[0].arch > OLDEST:
+            raise ValueError(f"there is no entry for arch {OLDEST}")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{TABLE}: {why}; install minilora again, then measure this GPU with python -m benchmarks.calibrate"
+        ) from None
+    return tuple(entries)
 
 
-def _entry(entry: Mapping[str, object]) -> Entry:
-    limits = entry["limits"]
-    assert isinstance(limits, list)
-    return Entry(**{**entry, "limits": tuple(Limits(**row) for row in limits)})  # type: ignore[arg-type]
+def _entry(found: Any, where: str) -> Entry:
+    if isinstance(found, dict) and isinstance(rows := found.get("limits"), list):
+        found = found | {"limits": tuple(_built(Limits, row, f"{where}.limits[{i}]") for i, row in enumerate(rows))}
+    entry: Entry = _built(Entry, found, where)
+    return entry
+
+
+def _built(kind: Any, found: Any, where: str) -> Any:
+    """A dataclass from an object of just its keys. Raises ValueError that says where in the file."""
+    names = [field.name for field in fields(kind)]
+    if not isinstance(found, dict) or found.keys() != set(names):
+        raise ValueError(f"{where} must have just {', '.join(names)}")
+    try:
+        return kind(**found)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def entry_for(arch: int) -> Entry:
@@ -98,13 +142,15 @@ def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:
     """x (M, K) times the transpose of W' (N, K), (M, N) in x's dtype; None where `decode` and a product are better."""
     if backend_for(x.device).name != "triton":
         return None
+    from minilora.kernels.nf4_dequantize import is_whole
     from minilora.kernels.nf4_matmul import matmul
-    from minilora.kernels.nf4_matvec import architecture, matvec
+    from minilora.kernels.nf4_matvec import DTYPES, architecture, matvec
 
     (m, k), n = x.shape, weight.shape[0]
     entry = entry_for(architecture(x.device))
-    way = entry.way(m, n, k)
-    if way == "dequantize" or m == 0 or k % weight.block_size or weight.packed.data_ptr() % 4:
+    way = entry.way(m, n, k, x.dtype)
+    fits = x.dtype in DTYPES and m > 0 and k % weight.block_size == 0 and is_whole(weight.packed)
+    if way == "dequantize" or not fits:
         return None
     return (matvec if way == "matvec" else matmul)(x, weight, entry.shuffle and _may_shuffle(x.device))
 

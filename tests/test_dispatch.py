@@ -1,6 +1,10 @@
 """Which way a product takes, and that a layer computes the same by each of them: in the interpreter, or on a GPU."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,10 @@ import torch
 import minilora.dispatch as dispatch
 from minilora.backend import Backend, backend_for
 from minilora.config import LoraConfig
-from minilora.dispatch import TABLE, Entry, Limits, entry_for, table
+from minilora.dispatch import FLOAT32_ROWS, MOST, TABLE, Entry, Limits, entry_for, table
+from minilora.errors import UserError
+from minilora.kernels.nf4_matmul import MAX_ROWS, tile
+from minilora.kernels.nf4_matvec import MAX_VECTORS
 from minilora.linear import NF4Linear
 from minilora.lora import LoRALinear
 from minilora.nf4 import NF4Tensor, quantize_nf4
@@ -20,6 +27,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels also where the interpreter runs them."""
     monkeypatch.setattr(dispatch, "backend_for", lambda _: Backend("triton", "a test"))
+
+
+@pytest.fixture
+def table_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What is read in place of dispatch.json; it is not there yet."""
+    monkeypatch.setattr(dispatch, "TABLE", tmp_path / "dispatch.json")
+    table.cache_clear()
+    yield tmp_path / "dispatch.json"
+    table.cache_clear()
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,8 +67,68 @@ def test_an_architecture_has_the_entry_of_the_newest_before_it(arch: int, entry:
 
 def test_ways_by_rows_and_weights() -> None:
     entry = Entry(90, None, False, (Limits(0, 2, 2), Limits(1 << 20, 1, 64)))
-    assert [entry.way(m, 512, 512) for m in (1, 2, 3)] == ["matvec", "matvec", "dequantize"]
-    assert [entry.way(m, 1024, 1024) for m in (1, 2, 64, 65)] == ["matvec", "matmul", "matmul", "dequantize"]
+    in_bfloat16 = partial(entry.way, dtype=torch.bfloat16)
+    assert [in_bfloat16(m, 512, 512) for m in (1, 2, 3)] == ["matvec", "matvec", "dequantize"]
+    assert [in_bfloat16(m, 1024, 1024) for m in (1, 2, 64, 65)] == ["matvec", "matmul", "matmul", "dequantize"]
+
+
+def test_float32_has_no_tensor_cores() -> None:
+    """One tile of rows, and where the table has no matmul for 16 bits, none."""
+    assert tile(256, 80, 4)[0] == tile(256, 90, 4)[0] == FLOAT32_ROWS
+    assert [entry_for(90).way(m, 4096, 4096, torch.float32) for m in (2, 3, 32, 33)] == [
+        "matvec", "matmul", "matmul", "dequantize",
+    ]  # fmt: skip
+    assert entry_for(75).way(3, 4096, 4096, torch.float32) == "dequantize"
+
+
+def test_the_table_and_the_launchers_agree() -> None:
+    assert (MOST["matvec"], MOST["matmul"]) == (MAX_VECTORS, MAX_ROWS)
+
+
+LIMITS = {"least_weights": 0, "matvec": 2, "matmul": 2}
+ENTRY = {"arch": 75, "card": None, "shuffle": False, "limits": [LIMITS]}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({}, "there must be a list of entries"),
+        ([], "there is no entry for arch 75"),
+        ([ENTRY | {"arch": 80}], "there is no entry for arch 75"),
+        ([7], "[0] must have just arch, card, shuffle, limits"),
+        ([ENTRY, {"arch": 80}], "[1] must have just arch, card, shuffle, limits"),
+        ([ENTRY | {"more": 1}], "[0] must have just"),
+        ([ENTRY | {"arch": "75"}], "[0]: arch is '75', which is of the wrong type"),
+        ([ENTRY | {"shuffle": 0}], "[0]: shuffle is 0"),
+        ([ENTRY | {"limits": None}], "[0]: limits is None"),
+        ([ENTRY | {"limits": []}], "[0]: limits have the least_weights [], but must rise from 0"),
+        ([ENTRY | {"limits": [LIMITS, LIMITS]}], "[0]: limits have the least_weights [0, 0]"),
+        ([ENTRY | {"limits": [{"matvec": 2}]}], "[0].limits[0] must have just least_weights, matvec, matmul"),
+        ([ENTRY | {"limits": [LIMITS | {"matmul": 257}]}], "[0].limits[0]: matmul is 257"),
+        ([ENTRY | {"limits": [LIMITS | {"matvec": 3}]}], "[0].limits[0]: matvec is 3"),
+        ([ENTRY | {"limits": [LIMITS | {"matvec": True}]}], "[0].limits[0]: matvec is True"),
+    ],
+)
+def test_a_damaged_table(found: object, words: str, table_file: Path) -> None:
+    table_file.write_text(json.dumps(found))
+    with pytest.raises(UserError) as told:
+        table()
+    assert str(told.value).startswith(f"{table_file}: {words}")
+    assert "install minilora again" in str(told.value)
+
+
+def test_a_table_that_is_not_there_or_no_json(table_file: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        table()
+    table_file.write_text("{")
+    with pytest.raises(UserError, match="Expecting property name"):
+        table()
+
+
+def test_entries_in_any_order(table_file: Path) -> None:
+    table_file.write_text(json.dumps([ENTRY | {"arch": arch} for arch in (90, 75, 80)]))
+    assert [entry.arch for entry in table()] == [75, 80, 90]
+    assert entry_for(86).arch == 80
 
 
 def test_a_cpu_has_the_definitions() -> None:
@@ -61,7 +137,7 @@ def test_a_cpu_has_the_definitions() -> None:
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 3, 40, 300])
+@pytest.mark.parametrize("rows", [1, 2, 3, 20, 300])
 def test_a_layer_computes_the_same(rows: int, double_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, backward and the adapter's branch; 300 rows are more than any kernel takes."""
     weight = quantize_nf4(0.02 * random(96, 128), double_quant=double_quant)
@@ -115,6 +191,10 @@ def test_what_the_kernels_do_not_take_is_decoded() -> None:
     parts = whole.shape, whole.dtype, whole.block_size, whole.nested_absmax, whole.nested_offset
     layer = NF4Linear(NF4Tensor(moved[1:], whole.absmax, *parts))
     torch.testing.assert_close(layer(random(2, 64)), random(2, 64) @ whole.dequantize().T, rtol=1e-5, atol=1e-5)
+    at_three = torch.frombuffer(bytearray(len(whole.packed) + 4), dtype=torch.uint8, offset=1)[3:]
+    at_three.copy_(whole.packed)  # an address of whole words, but no view of 32 bits
+    assert dispatch.fused_product(random(1, 64).cpu(), replace(whole, packed=at_three)) is None
+    assert dispatch.fused_product(random(1, 64).double(), whole) is None
 
 
 @pytest.mark.usefixtures("on_triton")

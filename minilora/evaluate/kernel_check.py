@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minilora.dispatch import entry_for
 from minilora.nf4 import NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
 
@@ -82,16 +83,18 @@ def _dequantized(weight: NF4Tensor, dtype: torch.dtype, case: str) -> Check:
 
 
 def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
-    """y = x W'^T by each kernel that takes so many rows, and dx = y W' by decoding with the kernel."""
+    """y = x W'^T by each kernel that takes so many rows and has a place in the table of ways, and dx = y W' by decoding
+    with the kernel."""
     from minilora.kernels.nf4_dequantize import dequantize
     from minilora.kernels.nf4_matmul import matmul
-    from minilora.kernels.nf4_matvec import MAX_VECTORS, matvec, shuffle_is_right
+    from minilora.kernels.nf4_matvec import MAX_VECTORS, architecture, matvec, shuffle_is_right
 
+    takes_matmul = any(limits.matmul > limits.matvec for limits in entry_for(architecture(x.device)).limits)
     reference = weight.dequantize(torch.float32)
     plain = x @ weight.dequantize(x.dtype).T
     shuffles = (False, True) if x.device.type == "cuda" and shuffle_is_right(x.device) else (False,)
     for operation in (matvec, matmul):
-        if operation is matmul or len(x) <= MAX_VECTORS:
+        if takes_matmul if operation is matmul else len(x) <= MAX_VECTORS:
             for shuffle in shuffles:
                 name, y = operation.__name__ + ", shuffle" * shuffle, operation(x, weight, shuffle)
                 yield _compared(name, case, y, plain, x, reference.T)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minilora.backend import abilities, backend_for
+from minilora.dispatch import FLOAT32_ROWS
 from minilora.dispatch import table as dispatch_table
 from minilora.evaluate.kernel_check import Check
 from minilora.report.console import table
@@ -32,6 +33,7 @@ def print_ways(device: torch.device, console: Console) -> None:
         for limits in entry.limits
     ]
     console.print(table(["since", "N * K", "matvec up to M", "matmul up to M", "shuffle", "measured on"], rows))
+    console.print(f"in float32, matmul up to M = {FLOAT32_ROWS} at most", highlight=False)
 
 
 def error_table(checks: Sequence[Check]) -> Table:

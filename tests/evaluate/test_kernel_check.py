@@ -8,7 +8,7 @@ import torch
 from minilora.cli import main
 from minilora.evaluate import kernel_check
 from minilora.evaluate.kernel_check import Check
-from minilora.kernels import nf4_dequantize, nf4_matmul
+from minilora.kernels import nf4_dequantize, nf4_matmul, nf4_matvec
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,12 @@ def test_a_product_that_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     nf4_matmul.matmul.__name__ = "matmul"
     assert main(["verify", "kernels"]) == 1
     assert "the first: matmul in float32, 1 rows, 3 x 64" in capsys.readouterr().err
+
+
+def test_a_card_whose_table_has_no_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4_matvec, "architecture", lambda _: 75)
+    operations = {check.operation for check in kernel_check.check_kernels(torch.device("cpu"))}
+    assert operations == {"quantize", "dequantize", "matvec", "backward"}
 
 
 def test_no_number_does_not_pass() -> None:
