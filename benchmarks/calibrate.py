@@ -18,6 +18,8 @@ from rich.console import Console
 from benchmarks.gpu_harness import dense_weight, in_turns, nf4_sets
 from benchmarks.nf4_matvec import SHAPES, decoded_product
 from minilora.dispatch import TABLE
+from minilora.dispatch import table as dispatch_table
+from minilora.errors import UserError
 
 ROWS = (1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 
@@ -26,13 +28,13 @@ Grid = Mapping[str, Mapping[int, float]]
 
 
 def limits(grid: Grid) -> tuple[int, int]:
-    """(rows up to which matvec is the fastest, rows up to which matvec or matmul is): no slower way up to there."""
+    """(rows up to which matvec is the fastest, rows up to which it, then matmul, is no slower than decoding)."""
     matvec = matmul = 0
     for m in sorted(grid["matmul"]):
         one = grid["matvec"].get(m, float("inf"))
         if one <= min(grid["matmul"][m], grid["dequantize"][m]) and matvec == matmul:
             matvec = matmul = m
-        elif min(one, grid["matmul"][m]) <= grid["dequantize"][m]:
+        elif grid["matmul"][m] <= grid["dequantize"][m]:
             matmul = m
         else:
             break
@@ -94,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("calibrate: there is no GPU to measure", file=sys.stderr)
+        return 1
+    try:
+        dispatch_table()  # a file that cannot be used is found before measuring
+    except UserError as error:
+        print(f"calibrate: {error}", file=sys.stderr)
         return 1
     from minilora.kernels.nf4_matvec import architecture, shuffle_is_right
 

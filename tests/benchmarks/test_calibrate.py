@@ -1,11 +1,13 @@
 """From measured times to the table of ways."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import minilora.dispatch as dispatch
 from benchmarks import calibrate
 from benchmarks.calibrate import as_text, entry, limits, measure, with_entry
 from minilora.dispatch import TABLE
@@ -23,6 +25,7 @@ def grid(**us: list[float]) -> dict[str, dict[int, float]]:
         ({"matvec": [1, 4], "matmul": [3, 3, 3, 6], "dequantize": [5, 5, 5, 5]}, (1, 4)),
         ({"matvec": [9, 9], "matmul": [3, 3, 3, 6], "dequantize": [5, 5, 5, 5]}, (0, 4)),
         ({"matvec": [1, 9], "matmul": [9, 9, 3, 3], "dequantize": [5, 5, 5, 5]}, (1, 1)),  # no slower way up to there
+        ({"matvec": [9, 1], "matmul": [3, 9, 9, 9], "dequantize": [5, 5, 5, 5]}, (0, 1)),  # two rows would take matmul
         ({"matvec": [9, 9], "matmul": [9, 9, 9, 9], "dequantize": [5, 5, 5, 5]}, (0, 0)),
     ],
 )
@@ -49,6 +52,18 @@ def test_the_table_with_another_entry() -> None:
     assert [old["arch"] for old in with_entry(table, new)] == [75, 80, 86, 90, 100, 120]
     assert with_entry(with_entry(table, new), new) == with_entry(table, new)
     assert as_text(table) == TABLE.read_text()
+
+
+def test_a_damaged_table_is_found_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "TABLE", tmp_path / "dispatch.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dispatch.table.cache_clear()
+    assert calibrate.main([]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"calibrate: {tmp_path / 'dispatch.json'}: No such file")
+    assert err.count("\n") == 1
 
 
 def test_a_measurement_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
