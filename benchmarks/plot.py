@@ -28,22 +28,26 @@ def points(result: Mapping[str, Any]) -> dict[str, list[tuple[float, float, str]
 
 
 def draw(result: Mapping[str, Any], out: Path) -> None:
-    """Write the figure. Raises ValueError where the result has no ceilings or no products."""
-    ceilings, products = result["parts"].get("ceilings", {}), points(result)
-    if "copy_gb_per_s" not in ceilings or not products:
-        raise ValueError("the result has no ceilings or no products; run python -m benchmarks.gpu")
+    """Write the figure. Raises ValueError where the result has no ceilings or no products, or is of another shape."""
+    try:
+        ceilings, products = result["parts"].get("ceilings", {}), points(result)
+        if "copy_gb_per_s" not in ceilings or not products:
+            raise ValueError("the result has no ceilings or no products; run python -m benchmarks.gpu")
+        bandwidth, roof = ceilings["copy_gb_per_s"] / 1e3, float(ceilings["matmul_tflop_per_s"])  # TB/s, TFLOP/s
+        title = _title(ceilings)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"the result is not one of python -m benchmarks.gpu ({error})") from None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    bandwidth, roof = ceilings["copy_gb_per_s"] / 1e3, ceilings["matmul_tflop_per_s"]  # TB/s, TFLOP/s
     xs = [2.0**i for i in range(-1, 14)]
     axes.plot(xs, [min(x * bandwidth, roof) for x in xs], color="black", label="copy, product in 16 bits")
     for part, found in products.items():
         axes.plot([x for x, _, _ in found], [y for _, y, _ in found], "o", label=part)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s", title=_title(ceilings))
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s", title=title)
     axes.legend()
     figure.savefig(out, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
@@ -63,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         draw(json.loads(parsed.result.read_text()), parsed.out)
     except (OSError, ValueError) as error:
-        print(f"plot: {parsed.result}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        where = getattr(error, "filename", None) or parsed.result
+        print(f"plot: {where}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 1
     return 0
 

@@ -33,9 +33,25 @@ def test_the_figure(tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_place_that_cannot_be_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, out = tmp_path / "gpu.json", tmp_path / "no" / "roofline.png"
+    result.write_text(json.dumps(RESULT))
+    assert main([str(result), str(out)]) == 1
+    assert capsys.readouterr().err == f"plot: {out}: No such file or directory\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(None, "No such file"), ("{", "Expecting property name"), ('{"parts": {}}', "no ceilings or no products")],
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ('{"parts": {}}', "no ceilings or no products"),
+        ("[]", "not one of python -m benchmarks.gpu"),
+        ("{}", "not one of python -m benchmarks.gpu ('parts')"),
+        ('{"parts": []}', "not one of python -m benchmarks.gpu"),
+        ('{"parts": {"matvec": {"cases": {"one": {}}}}}', "not one of python -m benchmarks.gpu ('timings')"),
+        ('{"parts": {"ceilings": {"copy_gb_per_s": 1}, "matvec": {"cases": []}}}', "not one of"),
+    ],
 )
 def test_what_cannot_be_drawn(text: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = tmp_path / "gpu.json"
@@ -45,4 +61,5 @@ def test_what_cannot_be_drawn(text: str | None, words: str, tmp_path: Path, caps
     err = capsys.readouterr().err
     assert err.startswith(f"plot: {result}: ")
     assert words in err
+    assert err.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
