@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu_harness import in_turns, matmul_tflop_per_s, n_sets
-from benchmarks.harness import machine, show, write_result
+from benchmarks.harness import check_result, machine, show, write_result
+from minilora.errors import UserError
 
 
 def equality(device: torch.device) -> dict[str, Any]:
@@ -89,6 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("gpu: there is no GPU; --dry runs all of it on a CPU, small", file=sys.stderr)
         return 1
+    writes = bool(parsed.out) or not parsed.dry
+    try:
+        if writes:
+            check_result("gpu", parsed.out)
+    except UserError as error:
+        print(f"gpu: {error}", file=sys.stderr)
+        return 1
     device, console = torch.device("cpu" if parsed.dry else "cuda"), Console()
     card = {"gpu": "none, a dry run" if parsed.dry else torch.cuda.get_device_name(device)}
     parts: dict[str, Any] = {}
@@ -103,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
         parts[name] |= {"seconds_in_all": time.monotonic() - start, "machine": machine() | card}
         console.print(f"{name}: {parts[name]['seconds_in_all']:.0f} s", highlight=False)
-        if parsed.out or not parsed.dry:
+        if writes:
             write_result("gpu", {"parts": {name: parts[name]}}, parsed.out)
     show({"parts": parts}, console)
     return 1 if any("error" in part for part in parts.values()) else 0

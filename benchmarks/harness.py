@@ -36,6 +36,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from minilora.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_S = 0.005  # between two readings of a child's memory
@@ -427,7 +429,7 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
     Where `data` has "parts" (objects by name, measured together or not), each part gets machine and command for itself,
     and the parts of an older file that were not measured anew stay.
     """
-    path = Path(out) if out else RESULTS / f"{name}.json"
+    path = result_path(name, out)
     stamp = {"machine": machine(), "command": command()}
     if "parts" in data:
         old = json.loads(path.read_text())["parts"] if path.exists() else {}
@@ -437,6 +439,27 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(whole), indent=1, sort_keys=True) + "\n")
     return path
+
+
+def result_path(name: str, out: str | Path | None = None) -> Path:
+    return Path(out) if out else RESULTS / f"{name}.json"
+
+
+def check_result(name: str, out: str | Path | None = None) -> None:
+    """Raise UserError where `write_result` could not add parts to its file; to be known before measuring."""
+    path = result_path(name, out)
+    was_there = path.exists()
+    try:
+        if was_there and not isinstance(json.loads(path.read_text())["parts"], dict):
+            raise TypeError
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; write to another file with --out") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f'{path}: is no object with "parts"; write to another file with --out') from None
 
 
 def _rounded(value: Any) -> Any:

@@ -77,6 +77,40 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "gpu: there is no GPU; --dry runs all of it on a CPU, small\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", 'no object with "parts"'),
+        ("{}", 'no object with "parts"'),
+        ('{"parts": []}', 'no object with "parts"'),
+        ("junk", 'no object with "parts"'),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_result_that_cannot_be_added_to_is_found_first(
+    text: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "PARTS", {})
+    out = tmp_path / "gpu.json"
+    if text is None:
+        out.mkdir()
+    else:
+        out.write_text(text)
+    assert gpu.main(["--dry", "--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"gpu: {out}: {words}" if text is None else f"gpu: {out}: is {words}")
+    assert err.count("\n") == 1
+    if text is not None:
+        assert out.read_text() == text
+
+
+def test_a_result_is_not_made_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PARTS", {})
+    out = tmp_path / "results" / "gpu.json"
+    assert gpu.main(["--dry", "--out", str(out)]) == 0
+    assert not out.exists()
+
+
 def test_every_set_of_data_has_its_turn() -> None:
     called: list[int] = []
     timings = in_turns({"a": [lambda i=i: called.append(i) for i in range(2)]}, torch.device("cpu"))
