@@ -27,6 +27,7 @@ from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 MAX_ROWS = 256
 BN = 128
 PROGRAMS = 2  # wanted on each multiprocessor
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | None = None) -> Tensor:
@@ -35,14 +36,16 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
     shuffle: look levels up by exchange between lanes, in PTX (`nf4_table`)
     splits: as in `nf4_matvec.matvec`
 
-    Raises ValueError as `nf4_matvec.matvec` does.
+    Raises ValueError as `nf4_matvec.matvec` does, and where not `is_exact`.
     """
     check_product(x, weight, MAX_ROWS, shuffle, splits)
-    m, (n, k) = len(x), weight.shape
+    m, (n, k), arch = len(x), weight.shape, architecture(x.device)
+    if not is_exact(x.dtype, arch):
+        raise ValueError(f"Triton below 3.8 rounds float32 on sm_{arch}; x must be float16 or bfloat16")
     if weight.n == 0:
         return x.new_zeros(m, n)
     nested = weight.nested_absmax is not None
-    bm, warps = tile(m, architecture(x.device), x.itemsize)
+    bm, warps = tile(m, arch, x.itemsize)
     words = min(8, weight.block_size // 8)
     tiles = triton.cdiv(n, BN), triton.cdiv(m, bm)
     splits, part = split(k // 8, words, tiles[0] * tiles[1], PROGRAMS, x.device, splits)
@@ -73,6 +76,12 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
             enable_fp_fusion=False,
         )
     return sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
+
+
+def is_exact(dtype: torch.dtype, arch: int) -> bool:
+    """Whether products are of numbers in `dtype` as they are: before 3.8, Triton has the tensor cores of sm_100 round
+    float32 to ten bits, whatever its input_precision."""
+    return dtype != torch.float32 or not 100 <= arch < 120 or TRITON >= (3, 8)
 
 
 def tile(m: int, arch: int, itemsize: int) -> tuple[int, int]:

@@ -115,8 +115,8 @@ def _built(kind: Any, found: Any, where: str) -> Any:
 
 
 def entry_for(arch: int) -> Entry:
-    """The entry of an architecture, or of the newest one before it."""
-    return [entry for entry in table() if entry.arch <= arch][-1]
+    """The entry of an architecture, or of the newest one before it; of one that is older than all, the oldest."""
+    return [entry for entry in table() if entry.arch <= max(arch, OLDEST)][-1]
 
 
 def quantize(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = True) -> NF4Tensor:
@@ -143,14 +143,15 @@ def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:
     if backend_for(x.device).name != "triton":
         return None
     from minilora.kernels.nf4_dequantize import is_whole
-    from minilora.kernels.nf4_matmul import matmul
+    from minilora.kernels.nf4_matmul import is_exact, matmul
     from minilora.kernels.nf4_matvec import DTYPES, architecture, matvec
 
     (m, k), n = x.shape, weight.shape[0]
-    entry = entry_for(architecture(x.device))
+    arch = architecture(x.device)
+    entry = entry_for(arch)
     way = entry.way(m, n, k, x.dtype)
     fits = x.dtype in DTYPES and m > 0 and k % weight.block_size == 0 and is_whole(weight.packed)
-    if way == "dequantize" or not fits:
+    if way == "dequantize" or not fits or (way == "matmul" and not is_exact(x.dtype, arch)):
         return None
     return (matvec if way == "matvec" else matmul)(x, weight, entry.shuffle and _may_shuffle(x.device))
 

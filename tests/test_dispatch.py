@@ -14,6 +14,7 @@ from minilora.backend import Backend, backend_for
 from minilora.config import LoraConfig
 from minilora.dispatch import FLOAT32_ROWS, MOST, TABLE, Entry, Limits, entry_for, table
 from minilora.errors import UserError
+from minilora.kernels import nf4_matmul, nf4_matvec
 from minilora.kernels.nf4_matmul import MAX_ROWS, tile
 from minilora.kernels.nf4_matvec import MAX_VECTORS
 from minilora.linear import NF4Linear
@@ -60,7 +61,7 @@ def test_turing_has_no_tensor_cores_in_triton() -> None:
     assert all(limits.matmul <= limits.matvec for limits in entry_for(75).limits)
 
 
-@pytest.mark.parametrize(("arch", "entry"), [(75, 75), (79, 75), (80, 80), (86, 80), (89, 80), (90, 90), (999, 120)])
+@pytest.mark.parametrize(("arch", "entry"), [(70, 75), (79, 75), (80, 80), (86, 80), (89, 80), (90, 90), (999, 120)])
 def test_an_architecture_has_the_entry_of_the_newest_before_it(arch: int, entry: int) -> None:
     assert entry_for(arch).arch == entry
 
@@ -79,6 +80,16 @@ def test_float32_has_no_tensor_cores() -> None:
         "matvec", "matmul", "matmul", "dequantize",
     ]  # fmt: skip
     assert entry_for(75).way(3, 4096, 4096, torch.float32) == "dequantize"
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_float32_that_triton_rounds_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = quantize_nf4(random(4, 64))
+    monkeypatch.setattr(nf4_matvec, "architecture", lambda _: 100)
+    monkeypatch.setattr(nf4_matmul, "TRITON", (3, 7))
+    taken = [dispatch.fused_product(random(m, 64), weight) is not None for m in (1, 2, 3)]
+    assert taken == [True, True, False]
+    assert dispatch.fused_product(random(3, 64).half(), weight) is not None
 
 
 def test_the_table_and_the_launchers_agree() -> None:

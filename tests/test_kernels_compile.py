@@ -86,7 +86,8 @@ def test_sixteen_bytes_are_stored_at_a_time(compiled: tuple[int, Cases]) -> None
 def test_products_run_on_tensor_cores(compiled: tuple[int, Cases]) -> None:
     arch, cases = compiled
     for name, case in cases.items():
-        on_them = name.startswith("matmul") and "float32" not in name
+        # Where float32 is on them, it is rounded: `nf4_matmul.is_exact`.
+        on_them = name.startswith("matmul") and ("float32" not in name or (arch == 100 and TRITON < (3, 8)))
         assert case["tensor_cores"] == (TENSOR_CORES[arch] if on_them else None), name
 
 

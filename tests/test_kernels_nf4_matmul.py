@@ -4,6 +4,7 @@ import pytest
 import torch
 from nf4_products import DEVICE, DTYPES, assert_product, random
 
+from minilora.kernels import nf4_matmul
 from minilora.kernels.nf4_matmul import matmul, tile
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
@@ -66,6 +67,17 @@ def test_a_negated_view() -> None:
 def test_tiles(arch: int, tiles: list[tuple[int, int]]) -> None:
     assert [tile(m, arch, 2) for m in (1, 64, 65, 256)] == tiles
     assert [tile(m, arch, 4) for m in (1, 17, 256)] == [(16, 4), (32, 8), (32, 8)]
+
+
+def test_a_card_on_which_triton_rounds_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = quantize_nf4(random(8, 128)), random(3, 128, seed=1)
+    monkeypatch.setattr(nf4_matmul, "architecture", lambda _: 100)
+    monkeypatch.setattr(nf4_matmul, "TRITON", (3, 7))
+    with pytest.raises(ValueError, match="rounds float32 on sm_100"):
+        matmul(x, weight)
+    assert_close(x.half(), weight)
+    monkeypatch.setattr(nf4_matmul, "TRITON", (3, 8))
+    assert_close(x, weight)
 
 
 def test_what_does_not_fit() -> None:

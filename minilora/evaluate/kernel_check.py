@@ -86,10 +86,11 @@ def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
     """y = x W'^T by each kernel that takes so many rows and has a place in the table of ways, and dx = y W' by decoding
     with the kernel."""
     from minilora.kernels.nf4_dequantize import dequantize
-    from minilora.kernels.nf4_matmul import matmul
+    from minilora.kernels.nf4_matmul import is_exact, matmul
     from minilora.kernels.nf4_matvec import MAX_VECTORS, architecture, matvec, shuffle_is_right
 
-    takes_matmul = any(limits.matmul > limits.matvec for limits in entry_for(architecture(x.device)).limits)
+    arch = architecture(x.device)
+    takes_matmul = is_exact(x.dtype, arch) and any(row.matmul > row.matvec for row in entry_for(arch).limits)
     reference = weight.dequantize(torch.float32)
     plain = x @ weight.dequantize(x.dtype).T
     shuffles = (False, True) if x.device.type == "cuda" and shuffle_is_right(x.device) else (False,)
