@@ -28,4 +28,4 @@ def test_a_step_takes_what_was_predicted(dtype: str, checkpointing: bool, rows: 
     measured, _ = step()
     assert {owner: measured[owner] for owner in AT_REST} == {owner: predicted[owner] for owner in AT_REST}
     assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE
-    assert measured.keys() >= {"attention", "residual stream"}
+    assert measured.keys() >= {"attention", "residual stream"} | (set() if checkpointing else {"adapter inputs"})
