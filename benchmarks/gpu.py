@@ -2,7 +2,7 @@
 
     equality    each kernel against its definition and float64, first: a figure of a wrong kernel is worth nothing
     ceilings    what the card copies and multiplies, by torch
-    ops         each kernel beside bitsandbytes, plain torch and a copy
+    ops         the ceilings, and each kernel beside bitsandbytes, plain torch and a copy, with its share of them
     train       a QLoRA step of the 7B beside transformers + peft + bitsandbytes
     decode      generating with the 7B beside transformers + bitsandbytes
 
@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,17 @@ def measured_by(module: str) -> Callable[[torch.device], dict[str, Any]]:
     return measure
 
 
+def add_shares(cases: Mapping[str, Any], ceilings: Mapping[str, Any]) -> None:
+    """Add `share_of_ceiling` to each case: the least time its bytes and FLOP need at the ceilings over what ours took.
+
+    Where the ceilings could not be measured, nothing.
+    """
+    if "copy_gb_per_s" in ceilings:
+        for case in cases.values():
+            rates = ("gb_per_s", "copy_gb_per_s"), ("tflop_per_s", "matmul_tflop_per_s")
+            case["share_of_ceiling"] = max(case[ours] / ceilings[most] for ours, most in rates)
+
+
 PARTS: dict[str, tuple[str, Callable[[torch.device], dict[str, Any]]]] = {
     "equality": ("equality", equality),
     "ceilings": ("ceilings", ceilings),
@@ -101,11 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = {"gpu": "none, a dry run" if parsed.dry else torch.cuda.get_device_name(device)}
     parts: dict[str, Any] = {}
     for name, (kind, measure) in PARTS.items():
-        if parsed.only not in (None, kind):
+        if parsed.only not in (None, kind) and (parsed.only, name) != ("ops", "ceilings"):
             continue
         start = time.monotonic()
         try:
             parts[name] = measure(device)
+            if kind == "ops":
+                add_shares(parts[name]["cases"], parts.get("ceilings", {}))
         except Exception as error:
             traceback.print_exc()
             parts[name] = {"error": f"{type(error).__name__}: {error}"[:500]}

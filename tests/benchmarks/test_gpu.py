@@ -11,17 +11,22 @@ from benchmarks.gpu_harness import Timing, in_turns, report
 from benchmarks.gpu_train import agreeing
 from benchmarks.harness import Measured, Record, rows_of
 
+RATES = (("gb", "copy_gb"), ("tflop", "matmul_tflop"))
+
 
 def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
     assert gpu.main(["--dry", "--only", "ops", "--out", str(out)]) == 0
     parts = json.loads(out.read_text())["parts"]
-    assert parts.keys() == {"dequantize", "quantize", "matvec", "matmul"}
+    assert parts.keys() == {"ceilings", "dequantize", "quantize", "matvec", "matmul"}
+    ceilings = parts.pop("ceilings")
     for name, part in parts.items():
         assert part["machine"]["gpu"] == "none, a dry run"
         for what, case in part["cases"].items():
             assert what.startswith(name)
             assert {"minilora"} < case["timings"].keys()
+            of_copy, of_matmul = (case[f"{rate}_per_s"] / ceilings[f"{most}_per_s"] for rate, most in RATES)
+            assert case["share_of_ceiling"] == pytest.approx(max(of_copy, of_matmul), rel=1e-4)
     assert "share_of_copy" in next(iter(parts["dequantize"]["cases"].values()))
     assert "failed" not in capsys.readouterr().out
 
