@@ -23,11 +23,11 @@ from minilora.scratch import scratch
 SLICE_BYTES = 16 << 20  # of decoded weight in work at a time on a CPU; smaller slices make the products inefficient
 
 
-def multiply(x: Tensor, weight: NF4Tensor | Tensor, out: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, weight: NF4Tensor | Tensor) -> Tensor:
     """x (N, in) times the transpose of a frozen weight (out, in), -> (N, out) in x's dtype. Not differentiated."""
     if isinstance(weight, NF4Tensor) and (fused := fused_product(x, weight)) is not None:
-        return fused if out is None else out.copy_(fused)
-    y = x.new_empty(len(x), weight.shape[0]) if out is None else out
+        return fused
+    y = x.new_empty(len(x), weight.shape[0])
     for start, stop, rows in slices(weight, x):
         torch.mm(x, rows.T, out=y[:, start:stop])
     return y
