@@ -73,8 +73,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | tuple[int, ...]) -> T
 
 def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Over (B, T, H, Dh), under `mask`, or causal without one."""
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1 and mask is not None and q.device.type != "cpu":  # a GPU's fast kernels take a mask or fewer k and v
+        k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, Dh)
-    grouped = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped).transpose(
-        1, 2
-    )
+    y = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
+    return y.transpose(1, 2)

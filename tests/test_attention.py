@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minilora import attention
 from minilora.attention import attend, causal_runs, visible
 
 
@@ -163,3 +164,23 @@ def test_an_unpacked_row_is_one_run() -> None:
     positions = torch.arange(70).expand(3, 70)
     assert causal_runs(positions, None) == (70, 70, 70)
     assert causal_runs(positions, 69) is None
+
+
+@pytest.mark.parametrize(("device", "masked", "heads"), [("cpu", True, 2), ("meta", False, 2), ("meta", True, 4)])
+def test_keys_are_repeated_where_no_fast_kernel_takes_fewer(
+    device: str, masked: bool, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask and fewer key heads than query heads, a GPU would fall back to T x T scores of every head. (A device
+    without memory stands for it.)"""
+    seen: list[int] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, **_: object) -> Tensor:
+        assert v.shape == k.shape
+        assert enable_gqa == (k.shape[1] != q.shape[1])
+        seen.append(k.shape[1])
+        return q
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
+    q, k, v = (torch.empty(1, 8, n, 4, device=device) for n in (4, 2, 2))
+    attend(q, k, v, torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device) if masked else (8,))
+    assert seen == [heads]
