@@ -11,6 +11,8 @@ look-up takes about ten, so the table may be read as plainly as it is here.
 Equal bit for bit to `NF4Tensor.dequantize`: float32 products, one rounding, no fused multiply-add.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -41,21 +43,13 @@ def dequantize(weight: NF4Tensor, dtype: torch.dtype | None = None, out: Tensor 
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires a gradient, and there is none through it")
     words = weight.packed.view(torch.int32) if is_whole(weight.packed) else weight.packed
-    nested = weight.nested_absmax is not None
     grid = (triton.cdiv(weight.n, 8 * WORDS * TILES),)
     with on(out.device):
         dequantize_kernel[grid](
-            words,
-            levels(out.device),
-            weight.absmax,
-            dynamic_map(out.device) if nested else None,
-            weight.nested_absmax,
-            weight.nested_offset,
-            out,
-            weight.n,
-            block_words=weight.block_size // 8,
-            nested_block=NESTED_BLOCK_SIZE,
-            is_nested=nested,
+            packed=words,
+            **levels_and_absmax(weight),
+            out=out,
+            n=weight.n,
             is_whole=words.dtype == torch.int32,
             WORDS=WORDS,
             TILES=TILES,
@@ -86,6 +80,21 @@ def check_nf4(weight: NF4Tensor) -> None:
             raise ValueError(
                 f"{name} must be {n} contiguous {dtype} on {weight.packed.device}, flattened; it is {_told(part)}"
             )
+
+
+def levels_and_absmax(weight: NF4Tensor) -> dict[str, Any]:
+    """What every kernel that decodes is handed of a weight beside its bytes, by the kernels' names for it."""
+    device, nested = weight.packed.device, weight.nested_absmax is not None
+    return {
+        "levels": levels(device),
+        "absmax": weight.absmax,
+        "dynamic_map": dynamic_map(device) if nested else None,
+        "nested_absmax": weight.nested_absmax,
+        "nested_offset": weight.nested_offset,
+        "block_words": weight.block_size // 8,
+        "nested_block": NESTED_BLOCK_SIZE,
+        "is_nested": nested,
+    }
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.kernels.nf4_dequantize import load_absmax
+from minilora.kernels.nf4_dequantize import levels_and_absmax, load_absmax
 from minilora.kernels.nf4_matvec import architecture, check_product, split
 from minilora.kernels.nf4_table import decode, joined, on, table
-from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
+from minilora.nf4 import NF4Tensor
 
 MAX_ROWS = 256
 BN = 128
@@ -44,7 +44,6 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
         raise ValueError(f"Triton below 3.8 rounds float32 on sm_{arch}; x must be float16 or bfloat16")
     if weight.n == 0:
         return x.new_zeros(m, n)
-    nested = weight.nested_absmax is not None
     bm, warps = tile(m, arch, x.itemsize)
     words = min(8, weight.block_size // 8)
     tiles = triton.cdiv(n, BN), triton.cdiv(m, bm)
@@ -52,21 +51,14 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
     sums = torch.empty(splits, m, n, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     with on(x.device):
         matmul_kernel[(*tiles, splits)](
-            x.resolve_neg().contiguous(),
-            weight.packed.view(torch.int32),
-            levels(x.device),
-            weight.absmax,
-            dynamic_map(x.device) if nested else None,
-            weight.nested_absmax,
-            weight.nested_offset,
-            sums,
-            m,
-            n,
-            k // 8,
-            part,
-            block_words=weight.block_size // 8,
-            nested_block=NESTED_BLOCK_SIZE,
-            is_nested=nested,
+            x=x.resolve_neg().contiguous(),
+            packed=weight.packed.view(torch.int32),
+            **levels_and_absmax(weight),
+            sums=sums,
+            m=m,
+            n=n,
+            n_words=k // 8,
+            part=part,
             BM=bm,
             BN=BN,
             WORDS=words,

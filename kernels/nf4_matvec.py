@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.kernels.nf4_dequantize import check_nf4, is_whole, load_absmax
+from minilora.kernels.nf4_dequantize import check_nf4, is_whole, levels_and_absmax, load_absmax
 from minilora.kernels.nf4_table import decode, decode_kernel, on, table
-from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
+from minilora.nf4 import NF4Tensor, levels
 
 ROWS, WORDS, WARPS = 32, 32, 4  # of a tile: eight rows a thread, which share what x costs
 MAX_VECTORS = 2
@@ -45,23 +45,15 @@ def matvec(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
     tiles = triton.cdiv(n_rows, ROWS)
     splits, part = split(k // 8, WORDS, tiles, PROGRAMS, x.device, splits)
     sums = torch.empty(splits, len(x), n_rows, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    nested = weight.nested_absmax is not None
     with on(x.device):
         matvec_kernel[(tiles, splits)](
-            x.resolve_neg().contiguous(),
-            weight.packed.view(torch.int32),
-            levels(x.device),
-            weight.absmax,
-            dynamic_map(x.device) if nested else None,
-            weight.nested_absmax,
-            weight.nested_offset,
-            sums,
-            n_rows,
-            k // 8,
-            part,
-            block_words=weight.block_size // 8,
-            nested_block=NESTED_BLOCK_SIZE,
-            is_nested=nested,
+            x=x.resolve_neg().contiguous(),
+            packed=weight.packed.view(torch.int32),
+            **levels_and_absmax(weight),
+            sums=sums,
+            n_rows=n_rows,
+            n_words=k // 8,
+            part=part,
             M=len(x),
             ROWS=ROWS,
             WORDS=WORDS,
