@@ -429,7 +429,7 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
     Where `data` has "parts" (objects by name, measured together or not), each part gets machine and command for itself,
     and the parts of an older file that were not measured anew stay.
     """
-    path = result_path(name, out)
+    path = _result_path(name, out)
     stamp = {"machine": machine(), "command": command()}
     if "parts" in data:
         old = json.loads(path.read_text())["parts"] if path.exists() else {}
@@ -441,13 +441,13 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
     return path
 
 
-def result_path(name: str, out: str | Path | None = None) -> Path:
+def _result_path(name: str, out: str | Path | None = None) -> Path:
     return Path(out) if out else RESULTS / f"{name}.json"
 
 
 def check_result(name: str, out: str | Path | None = None) -> None:
     """Raise UserError where `write_result` could not add parts to its file; to be known before measuring."""
-    path = result_path(name, out)
+    path = _result_path(name, out)
     was_there = path.exists()
     try:
         if was_there and not isinstance(json.loads(path.read_text())["parts"], dict):

@@ -73,7 +73,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     p.scatter_add_(1, y, -sums)
                     _add_product(grad_head, p.to(dtype).T, (h / sums).to(dtype))
             total += (largest + sums.log() - label_logit).sum()
-            of_label = head.index_select(0, y[:, 0])
+            of_label = head.index_select(0, y[:, 0])  # an error where there is no such label, without gradients too
             if grad_hidden is not None:
                 grad_hidden[start : start + n_rows] = grad.div_(sums).sub_(of_label)
         ctx.save_for_backward(grad_hidden, grad_head)
