@@ -108,8 +108,8 @@ def _told(tensor: Tensor) -> str:
 
 
 def is_whole(packed: Tensor) -> bool:
-    """Whether the bytes are 32-bit words, in number and in place."""
-    return packed.numel() % 4 == 0 and packed.storage_offset() % 4 == 0 and packed.data_ptr() % 4 == 0
+    """Whether the bytes are 32-bit words: a view asks it of their number and offset, a load of their address."""
+    return packed.numel() % 4 == 0 and int(packed.storage_offset()) % 4 == 0 and packed.data_ptr() % 4 == 0
 
 
 @triton.jit
