@@ -1,19 +1,10 @@
 """The sizes that are measured, by name. Their weights are random: speed and memory do not ask what was learnt."""
 
-from minilora.config import ModelConfig
+from minilora.config import MISTRAL_7B, ModelConfig
 from minilora.errors import UserError
 
 SHAPES = {
-    "mistral-7b-v0.3": ModelConfig(
-        dim=4096,
-        n_layers=32,
-        head_dim=128,
-        hidden_dim=14336,
-        n_heads=32,
-        n_kv_heads=8,
-        vocab_size=32768,
-        rope_theta=1e6,
-    ),
+    "mistral-7b-v0.3": MISTRAL_7B,
     "1.1b": ModelConfig(
         dim=2048, n_layers=22, head_dim=64, hidden_dim=5632, n_heads=32, n_kv_heads=4, vocab_size=32768
     ),

@@ -7,6 +7,7 @@ Heavy modules are imported inside the verbs, so that help and usage errors come 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
 from rich.console import Console
 
-from minilora.config import BaseConfig, RunConfig, base_folder
+from minilora.config import MISTRAL_7B, BaseConfig, RunConfig, base_folder
 from minilora.errors import UserError, is_out_of_memory
+from minilora.recipes import recipe_file, recipe_names, summary
 
 _Share = restricted_number_type("_Share", float, [(">", 0), ("<=", 1)])
 _Seed = restricted_number_type("_Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
@@ -91,25 +93,47 @@ def _parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         raise SystemExit(2) from None
 
 
+def _run_parser(verb: Callable[[list[str]], None]) -> ArgumentParser:
+    """Of a verb that takes a configuration: a recipe, CONFIG.toml and --section.key, the later over the earlier."""
+    parser = _parser(verb)
+    parser.add_argument("--config", action="config", help="a TOML file; the word after the verb is the same")
+    parser.add_argument("--recipe", metavar="NAME", help="begin with one of `minilora train --list-recipes`")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def _parse_run(parser: ArgumentParser, args: Sequence[str]) -> tuple[RunConfig, Namespace]:
+    """The configuration, and all that was parsed. Raises UserError for what is wrong in a file."""
+    args, files = list(args), list[str]()
+    for i, arg in enumerate(args):
+        if arg.partition("=")[0] == "--recipe" and ("=" in arg or i + 1 < len(args)):
+            name = arg.partition("=")[2] or args[i + 1]
+            files.append(str(recipe_file(name)))
+            del args[i : i + 1 + ("=" not in arg)]
+            break
+    if args and not args[0].startswith("-"):
+        files.append(args.pop(0))
+    for file in files:
+        _check_toml(file)
+    parsed = _parse(parser, [*(f"--config={file}" for file in files), *args])
+    return RunConfig(**{f.name: getattr(parsed, f.name) for f in fields(RunConfig)}), parsed
+
+
 def train(args: list[str]) -> None:
     """Fine-tune a model as a TOML file says: minilora train CONFIG.toml [--section.key value ...]"""
-    parser = _parser(train)
+    parser = _run_parser(train)
     parser.usage = "minilora train [CONFIG.toml] [--section.key value ...] [--resume | --overwrite] [--dry-run]"
-    parser.add_argument("--config", action="config", help="a TOML file; the word after `train` is the same")
-    parser.add_class_arguments(RunConfig, as_group=False)
+    parser.add_argument("--list-recipes", action="store_true", help="show the recipes, with the memory each needs")
     parser.add_argument("--print-config", action="store_true", help="print the complete TOML file and exit")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in train.output, exactly")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     parser.add_argument(
         "--dry-run", action="store_true", help="config, data, shapes, one step, save, reload, generate; keeps nothing"
     )
-    if args and not args[0].startswith("-"):
-        _check_toml(args[0])
-        args = ["--config", *args]
-    parsed = _parse(parser, args)
-    sections = {name: getattr(parsed, name) for name in ("model", "lora", "data", "train", "eval")}
-    config = RunConfig(**sections)
-    if parsed.print_config:
+    config, parsed = _parse_run(parser, args)
+    if parsed.list_recipes:
+        _list_recipes()
+    elif parsed.print_config:
         from minilora.train.run_folder import config_toml
 
         print(config_toml(config), end="")
@@ -117,6 +141,16 @@ def train(args: list[str]) -> None:
         _dry_run(config)
     else:
         _train(config, parsed.resume, parsed.overwrite)
+
+
+def _list_recipes() -> None:
+    from minilora.memory import as_text
+    from minilora.train.ledger import on_gpu
+
+    for name in recipe_names():
+        config, _ = _parse_run(_run_parser(train), ["--recipe", name])
+        predicted = as_text(sum(on_gpu(config, MISTRAL_7B).values()))
+        print(f"{name:18} {predicted:>8} predicted for a 7B  {summary(name)}")
 
 
 def _check_toml(path: str) -> None:

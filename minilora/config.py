@@ -62,6 +62,11 @@ class ModelConfig:
         return self.n_layers * block + heads * self.vocab_size * self.dim + self.dim
 
 
+MISTRAL_7B = ModelConfig(
+    dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=32768, rope_theta=1e6
+)  # v0.3
+
+
 @dataclass(frozen=True)
 class BaseConfig:
     """The base model of a run: the `[model]` section.

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "scratch", "config", "nf4", "kv_cache"),
+    ("errors", "scratch", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
     ("norm", "rope", "attention", "loss", "linear", "lora"),

@@ -15,7 +15,16 @@ import torch
 
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
-from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.config import (
+    MISTRAL_7B,
+    BaseConfig,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import ChatRecord, read_records
 from minilora.demo.dictionary import DATA, phoneme_errors, raw_prompt
@@ -36,9 +45,6 @@ from minilora.train.setup import Run
 
 LONGEST_ANSWER = 32  # tokens; the longest word of the test has 22
 BATCH = 100
-MISTRAL_7B = ModelConfig(
-    dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=32768, rope_theta=1e6
-)
 
 
 def demo_config(output: Path, seed: int) -> RunConfig:

@@ -16,6 +16,14 @@ from minilora.memory import DenseDtype, StepPlan, as_text, free_bytes, private_b
 LEAST_LENGTH = 64  # shorter rows are not advised
 
 
+def on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
+    """Bytes by owner on a GPU, before there are data: full rows, every token a target. `model.dtype` must be named."""
+    shape = (config.train.batch_size, config.data.max_seq_len)
+    zeros, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).expand(shape)
+    full = PackedBatch(zeros, zeros, positions, zeros.int())
+    return Ledger(config, sizes, torch.device("cuda"), full, shape[1]).predict()
+
+
 @dataclass(frozen=True)
 class Ledger:
     """The memory of a run. sample: its first micro-batch, which the others are like; longest: positions of a sample."""
