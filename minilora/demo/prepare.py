@@ -2,6 +2,7 @@
 
     pretrain.jsonl                              raw lines, {"text": ...}: what the base reads (9 MB, not committed)
     heldout.jsonl                               raw lines of words it never reads: its own perplexity, before and after
+    replay.jsonl                                raw lines that it has read, of words in no chat: to remember by
     chat_train.jsonl chat_validation.jsonl chat_test.jsonl      {"messages": [...]}: the question, answered in IPA
     tokenizer.model                             sentencepiece, with the control tokens of Mistral's v3
 
@@ -24,6 +25,7 @@ CONTROL_TOKENS = [
     "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
     "[IMG]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
 ]  # fmt: skip
+N_REPLAY = 1000  # words, two lines each
 N_SPECIAL = 3 + len(CONTROL_TOKENS) + 256  # <unk> <s> </s>, control tokens, bytes
 
 CHUNK_END = "|"  # no piece crosses it: keeps a training text apart from the "▁" that sentencepiece puts before it
@@ -58,6 +60,7 @@ def all_texts() -> dict[str, list[dict[str, Any]]]:
     return {
         "pretrain.jsonl": raw_texts(split.pretraining, sounds),
         "heldout.jsonl": raw_texts(split.held_out, sounds),
+        "replay.jsonl": raw_texts(split.pretraining[len(split.chat) :][:N_REPLAY], sounds),
         "chat_train.jsonl": conversations(split.chat, sounds),
         "chat_validation.jsonl": conversations(split.validation, sounds),
         "chat_test.jsonl": conversations(split.test, sounds),

@@ -224,6 +224,16 @@ def test_a_conversation_is_the_question_and_the_ipa_alone() -> None:
     ]
 
 
+def test_what_is_replayed_tells_nothing_of_what_is_asked() -> None:
+    """Its words were read before, and no chat or measure has one of them."""
+    words = {contents(record)[0].split('"')[1] for record in texts()["replay.jsonl"]}
+    asked = {contents(record)[0].split('"')[1] for name in CHAT_FILES for record in texts()[name]}
+    measured = {contents(record)[0].split('"')[1] for record in texts()["heldout.jsonl"]}
+    assert len(words) == 1000
+    assert words <= set(split().pretraining)
+    assert not words & (asked | measured)
+
+
 def test_raw_lines_begin_with_the_raw_prompt() -> None:
     assert raw_lines("mistral", sounds()["mistral"]) == ['"mistral" M IH1 S T R AH0 L', '"mistral" ˈmɪstɹəl']
     assert raw_prompt("mistral") + to_ipa(sounds()["mistral"]) == raw_lines("mistral", sounds()["mistral"])[1]
@@ -274,7 +284,7 @@ def test_the_raw_prompt_ends_where_a_token_ends() -> None:
 
 
 def test_every_packaged_text_comes_back() -> None:
-    for name in (*CHAT_FILES, "heldout.jsonl"):
+    for name in (*CHAT_FILES, "heldout.jsonl", "replay.jsonl"):
         for record in texts()[name]:
             for text in contents(record):
                 ids = tokenizer().encode(text)
