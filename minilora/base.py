@@ -65,9 +65,9 @@ class Base:
         quantized = self.checkpoint.nf4 or self.quantize is not None
         double_quant = self.checkpoint.double_quant if self.checkpoint.nf4 else self.double_quant
         storage = dense if not quantized else "nf4 double-quantized" if double_quant else "nf4"
-        lora = None if self.adapter is None else read_adapter_config(Path(self.adapter))
-        plan = StepPlan(self.checkpoint.config, storage, dense, lora, rows, length, sees="mask", device=self.device)
-        at_rest = predict(self.checkpoint.config, storage, dense, lora)
+        added = None if self.adapter is None else read_adapter_config(Path(self.adapter), self.checkpoint.config)
+        plan = StepPlan(self.checkpoint.config, storage, dense, added, rows, length, sees="mask", device=self.device)
+        at_rest = predict(self.checkpoint.config, storage, dense, added)
         learning = ("gradients", "optimizer")
         process = {"process": private_bytes()} if self.device.type == "cpu" else {}
         held = process | {owner: n for owner, n in at_rest.items() if owner not in learning}

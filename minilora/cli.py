@@ -300,12 +300,14 @@ def merge(args: list[str]) -> None:
     parsed = _parse(parser, args)
 
     from minilora.base import Base
-    from minilora.checkpoint.adapter import read_provenance
+    from minilora.checkpoint.adapter import read_adapter_config, read_provenance
+    from minilora.checkpoint.merge import refuse_prefix
     from minilora.checkpoint.write import check_target
     from minilora.data.encode import check_vocab, encode_records
     from minilora.data.records import read_records
     from minilora.evaluate.merge_audit import merge_with_audit
 
+    refuse_prefix(read_adapter_config(Path(parsed.adapter_folder)))
     text = parsed.text or read_provenance(parsed.adapter_folder).get("validation_path")
     if not text:
         raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")

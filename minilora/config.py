@@ -98,6 +98,7 @@ class LoraConfig:
         dropout: probability of zeroing an input of A while training
         targets: names of the linear layers that get an adapter
         rslora: divide alpha by sqrt(rank) (https://arxiv.org/abs/2312.03732)
+        dora: learn the length of each row of W + scale * B A apart from its direction (https://arxiv.org/abs/2402.09353)
     """
 
     rank: int = 16
@@ -105,6 +106,7 @@ class LoraConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = PROJECTIONS
     rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         _check(0 < self.rank < 2**31, f"lora.rank is {self.rank}, but must be above 0 and below 2^31")
@@ -116,6 +118,17 @@ class LoraConfig:
     def scale(self) -> float:
         """What B A x is multiplied by."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """Trained keys and values that stand before the tokens in every layer (prefix.py).
+
+    Args:
+        n_tokens: how many tokens' worth of them
+    """
+
+    n_tokens: int
 
 
 @dataclass(frozen=True)
@@ -146,7 +159,15 @@ class TrainConfig:
 
     Args:
         output: the run folder
-        strategy: which weights learn: "qlora" and "lora" the adapters, "full" every weight
+        strategy: which weights learn: "qlora" and "lora" the adapters, "prefix" keys and values before the tokens of
+            every layer (P-tuning v2), "partial" some of the weights, "full" every weight; these two in float32
+        layers: of "partial": that many layers at the top, with their norms
+        parameters: of "partial": names of parameters or of what holds them, such as lm_head or layers.3.mlp.*
+        reinit: weights that begin as random numbers of `seed`, not as the base's: "none", "top:N" for those of the N
+            layers at the top, "all"; of "full", and top:N of "partial", too
+        prefix_tokens: length of the prefix, in tokens
+        lora_plus_ratio: LoRA+, learning rate of B as a multiple of A's; 1 is off (https://arxiv.org/abs/2402.12354)
+        neftune_alpha: strength of NEFTune's noise on the embeddings; 0 is off (https://arxiv.org/abs/2310.05914)
         seed: of new adapters, dropout and the order of the data
         max_steps: optimizer steps; None means as many as `epochs` needs
         epochs: passes over the training file
@@ -167,7 +188,13 @@ class TrainConfig:
     """
 
     output: str = "runs/train"
-    strategy: Literal["qlora", "lora", "full"] = "qlora"
+    strategy: Literal["qlora", "lora", "prefix", "partial", "full"] = "qlora"
+    layers: int | None = None
+    parameters: tuple[str, ...] = ()
+    reinit: str = "none"
+    prefix_tokens: int = 32
+    lora_plus_ratio: float = 1.0
+    neftune_alpha: float = 0.0
     seed: int = 0
     max_steps: int | None = None
     epochs: float = 1.0
@@ -187,10 +214,19 @@ class TrainConfig:
     max_bad_steps: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+        above_0 = ("batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "prefix_tokens")
+        for name in above_0:
             _check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be above 0")
         steps = self.max_steps
         _check(steps is None or steps > 0, f"train.max_steps is {steps}, but must be above 0")
+        _check(self.layers is None or self.layers > 0, f"train.layers is {self.layers}, but must be above 0")
+        kind, _, top = self.reinit.partition(":")
+        is_count = kind == "top" and top.isascii() and top.isdigit() and int(top) > 0
+        known = self.reinit in ("none", "all") or is_count
+        _check(known, f'train.reinit is {self.reinit!r}, but must be "none", "all", or "top:N" with N above 0')
+        ratio, alpha = self.lora_plus_ratio, self.neftune_alpha
+        _check(1 <= ratio < inf, f"train.lora_plus_ratio is {ratio}, but must be at least 1, and finite")
+        _check(0 <= alpha < inf, f"train.neftune_alpha is {alpha}, but must not be negative, and finite")
         _check(0 < self.epochs <= 10_000, f"train.epochs is {self.epochs}, but must be above 0 and at most 10,000")
         _check(0 < self.lr < inf, f"train.lr is {self.lr}, but must be above 0")
         _check(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}, but must not be negative")
@@ -201,6 +237,16 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"train.{name} is {value}, but must be at least 0 and below 1")
+
+    @property
+    def base_learns(self) -> bool:
+        """Whether weights of the base learn, and not what is added to it."""
+        return self.strategy in ("partial", "full")
+
+    @property
+    def reinit_top(self) -> int | None:
+        """How many layers `reinit` draws anew; None for every weight."""
+        return {"none": 0, "all": None}.get(self.reinit) if ":" not in self.reinit else int(self.reinit[4:])
 
 
 @dataclass(frozen=True)
@@ -243,8 +289,22 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.train.strategy == "qlora" and self.model.quantize == "none":
             raise UserError('train.strategy "qlora" needs model.quantize "auto"; "lora" trains on a plain base')
-        if self.train.strategy == "full" and self.model.quantize == "nf4":
-            raise UserError('train.strategy "full" cannot train NF4 weights; set model.quantize to "none" or "auto"')
+        train, named = self.train, f'train.strategy "{self.train.strategy}"'
+        if train.base_learns and self.model.quantize == "nf4":
+            raise UserError(f'{named} cannot train NF4 weights; set model.quantize to "none" or "auto"')
+        if train.strategy == "partial":
+            some = train.layers is not None or bool(train.parameters)
+            _check(some, f"{named} needs train.layers, train.parameters, or both, to say what learns")
+        else:
+            for key, is_set in (("layers", train.layers is not None), ("parameters", bool(train.parameters))):
+                _check(not is_set, f'train.{key} says what learns of the strategy "partial"; {named} has no use for it')
+        _check(train.reinit == "none" or train.base_learns, f"train.reinit would leave {named} weights it cannot train")
+        _check(train.reinit != "all" or train.strategy == "full", f'{named} cannot train what train.reinit "all" draws')
+        if train.strategy not in ("lora", "qlora"):
+            _check(not self.lora.dora, f"lora.dora is an option of lora and qlora; {named} has no adapters")
+            _check(
+                train.lora_plus_ratio == 1, f"train.lora_plus_ratio is one of lora and qlora; {named} has no A and B"
+            )
 
     @property
     def quantize(self) -> Literal["nf4"] | None:

@@ -230,7 +230,7 @@ class FusedBlock(Block):
         self.train(block.training)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if not torch.is_grad_enabled() or context.cache is not None:
+        if not torch.is_grad_enabled() or context.cache is not None or context.prefix:
             return super().forward(x, context)
         attention, mlp = self.self_attn, self.mlp
         qkv, output = (
@@ -246,12 +246,14 @@ class FusedBlock(Block):
 def fuse(model: Mistral) -> bool:
     """Put the fast block in place of each plain one, if it applies to all of them; whether it did.
 
-    It does if no weight of the blocks learns but adapters, and these have no dropout.
+    It does if no weight of the blocks learns but adapters, and these are plain: without dropout, not DoRA's. (Under a
+    prefix the fast block falls back to the plain one, so there `fuse` would gain nothing.)
     """
     for block in model.layers:
         adapted = [m for m in block.modules() if isinstance(m, LoRALinear)]
         learn = {id(p) for p in block.parameters() if p.requires_grad}
-        if not learn <= {id(p) for m in adapted for p in (m.lora_A, m.lora_B)} or any(m.dropout for m in adapted):
+        plain = all(m.dropout == 0 and m.lora_magnitude_vector is None for m in adapted)
+        if not (plain and learn <= {id(p) for m in adapted for p in (m.lora_A, m.lora_B)}):
             return False
     for i, block in enumerate(model.layers):
         if not isinstance(block, FusedBlock):

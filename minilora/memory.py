@@ -15,10 +15,10 @@ What a real step takes, benchmarks/watch.py sees, without these formulas.
 """
 
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from math import ceil, inf
+from math import ceil, inf, prod
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +27,13 @@ from torch import Tensor, nn
 
 from minilora import nf4
 from minilora.backend import product_dtype
-from minilora.config import LoraConfig, ModelConfig
+from minilora.checkpoint.names import tensor_specs
+from minilora.config import LoraConfig, ModelConfig, PrefixConfig
 from minilora.linear import SLICE_BYTES, NF4Linear
-from minilora.lora import LoRALinear
+from minilora.lora import Added, LoRALinear
 from minilora.loss import tile
 from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE
+from minilora.prefix import prefix_width
 
 DenseDtype = Literal["float32", "bfloat16", "float16"]
 Storage = DenseDtype | Literal["nf4", "nf4 double-quantized"]
@@ -55,7 +57,9 @@ def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def predict(config: ModelConfig, storage: Storage, dense: DenseDtype, lora: LoraConfig | None) -> dict[str, int]:
+def predict(
+    config: ModelConfig, storage: Storage, dense: DenseDtype, adapter: LoraConfig | PrefixConfig | None
+) -> dict[str, int]:
     """Bytes by owner of a model at rest and of what training adapters adds; activations are not in it.
 
     storage: of the blocks' linear layers; dense: of embeddings, head and norms
@@ -71,17 +75,49 @@ def predict(config: ModelConfig, storage: Storage, dense: DenseDtype, lora: Lora
         owners["packed weights"] = sum(-(-n // 2) for n in sizes)
         owners["absmax"] = sum(b + 4 * -(-b // NESTED_BLOCK_SIZE) + 4 if nested else 4 * b for b in blocks)
     owners["embeddings, head, norms"] = (config.n_parameters - sum(sizes)) * _DENSE_BYTES[dense]
-    if lora is not None:
-        adapter = config.n_layers * lora.rank * sum(sum(shapes[t]) for t in lora.targets if t in shapes) * 4
-        owners |= {"adapters": adapter, "gradients": adapter, "optimizer": 2 * adapter}
-    return owners
+    if adapter is None:
+        return owners
+    learned, fixed = 0, 0  # numbers
+    if isinstance(adapter, PrefixConfig):
+        learned = adapter.n_tokens * prefix_width(config)
+    else:
+        targets = [shapes[t] for t in adapter.targets if t in shapes]
+        fixed = config.n_layers * sum(out for out, _ in targets) if adapter.dora else 0  # of each row, as of m
+        learned = config.n_layers * adapter.rank * sum(map(sum, targets)) + fixed
+    return owners | {"adapters": 4 * (learned + fixed), "gradients": 4 * learned, "optimizer": 8 * learned}
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How many numbers of the base learn: `n` in all, `blocks` of each block; `head` of what the loss multiplies by."""
+
+    n: int
+    blocks: tuple[int, ...]
+    embedding: int
+    norm: int
+    head: int
+
+    @staticmethod
+    def of(config: ModelConfig, names: Container[str] | None = None) -> "Learned":
+        """Those of the parameters called `names`, or of all. A tied head is the embedding."""
+        of = {s.module: prod(s.shape) for s in tensor_specs(config) if names is None or s.name in names}
+        blocks = [sum(n for name, n in of.items() if name.startswith(f"layers.{i}.")) for i in range(config.n_layers)]
+        head = of.get("embed_tokens" if config.tied_embeddings else "lm_head", 0)
+        return Learned(sum(of.values()), tuple(blocks), of.get("embed_tokens", 0), of.get("norm", 0), head)
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """The blocks that backward goes through: from the lowest on that learns, or all for the embedding's sake."""
+        lowest = next((i for i, n in enumerate(self.blocks) if n), len(self.blocks))
+        return self.blocks[0 if self.embedding else lowest :]
 
 
 @dataclass
 class StepPlan:
     """What a training step's memory depends on, and what of it follows. Sizes are bytes.
 
-    lora: None where all weights learn; rows, length: of a micro-batch; targets: how many of its tokens are, None: all
+    adapter: None where weights of the base learn: those of `learned`, or all if that is None
+    rows, length: of a micro-batch; targets: how many of its tokens are, None: all
     sees: a row is one causal run, or falls into several, or a mask says who sees whom (`attention.causal_runs`)
     accumulated: the gradients of earlier micro-batches are there, too
     """
@@ -89,25 +125,29 @@ class StepPlan:
     config: ModelConfig
     storage: Storage
     dtype: DenseDtype
-    lora: LoraConfig | None
+    adapter: LoraConfig | PrefixConfig | None
     rows: int
     length: int
     targets: int | None = None
     sees: Literal["rows", "runs", "mask"] = "rows"
     checkpointing: bool = False
     accumulated: bool = False
+    learned: Learned | None = None
     device: torch.device = CPU
 
     def __post_init__(self) -> None:
         config, self.tokens = self.config, self.rows * self.length
         self.d, self.f = self.tokens * config.dim, self.tokens * config.hidden_dim  # numbers of all tokens' x, gate,
         self.q, self.kv = (self.tokens * n * config.head_dim for n in (config.n_heads, config.n_kv_heads))  # q and k
-        self.fused = self.lora is not None and self.lora.dropout == 0
+        self.lora = self.adapter if isinstance(self.adapter, LoraConfig) else None
+        self.before = self.adapter.n_tokens if isinstance(self.adapter, PrefixConfig) else 0
+        self.base = None if self.adapter else self.learned or Learned.of(config)
+        self.fused = self.lora is not None and self.lora.dropout == 0 and not self.lora.dora
         self.on_cpu, self.stored = self.device.type == "cpu", _DENSE_BYTES[self.dtype]  # of the residual stream
         product = product_dtype(torch.empty(0, dtype=getattr(torch, self.dtype))).itemsize
         self.computed = product if self.on_cpu else self.stored
         self.cast = self.stored != self.computed
-        self.mask = self.tokens * self.length if self.sees == "mask" else 0
+        self.mask = self.tokens * (self.length + self.before) if self.sees == "mask" else 0
         self.rotation = self.tokens * config.head_dim * self.computed if self.fused and self.cast else 0
 
     def predict(self, in_between: Sequence[dict[str, int]] = ()) -> dict[str, int]:
@@ -117,24 +157,26 @@ class StepPlan:
         For the fast block on a CPU, tensor by tensor; for the plain one (dropout, or all weights learn) the scratch is
         an estimate. On a GPU the allocator's rounding comes on top.
         """
-        config, n_layers = self.config, self.config.n_layers
-        rest = predict(config, self.storage, self.dtype, self.lora)
-        if self.lora is None:
-            rest |= {"gradients": 4 * config.n_parameters, "optimizer": 8 * config.n_parameters}
-        gradients, head = rest.pop("gradients"), 0 if self.lora else 4 * config.vocab_size * config.dim
-        block, scratch = self.block(), {"scratch": self.scratch()}
-        if self.checkpointing:
-            again = block if not self.cast else block | {"mlp": 0}  # backward casts gate and up, then these go
-            block = {"residual stream": block["residual stream"] // 2, "attention": self.rotation}
+        config, n_layers, base = self.config, self.config.n_layers, self.base
+        rest = predict(config, self.storage, self.dtype, self.adapter)
+        if base is not None:
+            rest |= {"gradients": 4 * base.n, "optimizer": 8 * base.n}
+        gradients, head = rest.pop("gradients"), 4 * base.head if base else 0
+        kept = [self.block(n > 0) for n in (base.reached if base else (1,) * n_layers)]
+        scratch = {"scratch": self.scratch() if kept else 0}
+        if self.checkpointing and kept:
+            again = kept[0] if not self.cast else kept[0] | {"mlp": 0}  # backward casts gate and up, then these go
+            block = {"residual stream": kept[0]["residual stream"] // 2, "attention": self.rotation}
             scratch = add_up(scratch, again, {kind: -n for kind, n in block.items()})
-        blocks = {kind: n * n_layers for kind, n in block.items()}
+            kept = [block] * len(kept)
+        blocks = add_up(*kept)
         shared = {"attention": self.tokens * config.head_dim * self.stored + self.mask}  # cos, sin, and who sees whom
-        first = head + (gradients - head) * (n_layers - 1) // n_layers
-        loss, last, first = (gradients if self.accumulated else n for n in (0, head, first))
+        lowest = 4 * (base.reached[0] if base.reached else 0) if base else gradients // n_layers
+        loss, last, first = (gradients if self.accumulated else n for n in (0, head, gradients - lowest))
         moments: list[dict[str, int]] = [
             add_up(shared, blocks, self.loss(), {"gradients": loss}),
             add_up(shared, blocks, scratch, {"gradients": last}),
-            add_up(shared, block, scratch, {"gradients": first}),
+            add_up(shared, *kept[:1], scratch, {"gradients": first}),
             # A tied embedding's gradient and the head's are made whole before they are added.
             {"gradients": gradients, "scratch": 2 * head if config.tied_embeddings else 0},
             *in_between,
@@ -142,26 +184,35 @@ class StepPlan:
         worst = max(moments, key=lambda owners: sum(owners.values()))
         return {owner: n for owner, n in add_up(rest, worst).items() if n}
 
-    def block(self) -> dict[str, int]:
+    def block(self, learns: bool = True) -> dict[str, int]:
         """What a block keeps for backward: what fused.py says, or what autograd takes of the plain block.
 
-        The plain block's norms keep their input in float32, dropout its mask and what it let through.
+        The plain block's norms keep their input in float32, dropout its mask and what it let through, DoRA the inputs
+        of A and what it multiplies. learns: something of the block does; else gradients only pass through it
         """
         number, lora = self.computed if self.fused else self.stored, self.lora
         repeated = self.sees == "mask" and not self.on_cpu  # k and v (attention.py)
         heads = self.q * (3 if self.sees == "runs" else 2) + 2 * (self.q if repeated else self.kv)  # q, outputs, k, v
+        heads += 2 * self.before * self.rows * self.config.head_dim * self.config.n_kv_heads
         kept = {
             "residual stream": 2 * self.d * self.stored if self.fused or self.stored == 4 else 0,
             "norms": 2 * self.d * 4 if not self.fused and self.stored != 4 else 0,
             "attention": (heads + self.mask) * number + 4 * self.tokens * self.config.n_heads + self.rotation,
-            "mlp": self.f * self.stored * (2 if self.fused else 3 if lora else 4),
+            "mlp": self.f * self.stored * (2 if self.fused else 3),
         }
-        if lora is None:  # x / rms and that times the weight
-            return kept | {"norms": 4 * self.d * 4}
+        if self.base and learns:  # x / rms and that times the weight, and down's input
+            return kept | {"norms": 4 * self.d * 4, "mlp": self.f * self.stored * 4}
+        if lora is None:
+            return kept
         shapes = projection_shapes(self.config)  # a target that it lacks, add_lora refuses
-        let_through = sum(shapes[t][1] for t in lora.targets if t in shapes) if lora.dropout else 0
+        outs, ins = ({t: shapes[t][i] for t in lora.targets if t in shapes} for i in (0, 1))
+        let_through = sum(ins.values()) if lora.dropout else 0
+        kept_of_dora = 0
+        if lora.dora:  # what m multiplies, and A's inputs, of which layers share some
+            inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+            kept_of_dora = sum(outs.values()) + sum({inputs.get(t, t): n for t, n in ins.items()}.values())
         reduced = lora.rank * len(lora.targets)
-        return kept | {"adapter inputs": self.tokens * number * (reduced + 2 * let_through)}
+        return kept | {"adapter inputs": self.tokens * number * (reduced + 2 * let_through + kept_of_dora)}
 
     def scratch(self) -> int:
         """What is alive besides in backward of a block's MLP: at down_proj, at the other two, or at its norm."""
@@ -181,9 +232,9 @@ class StepPlan:
         """
         config, stored = self.config, self.stored
         slots = 0 if new is None else min(config.sliding_window or self.length + new, self.length + new)
-        keys, cast = self.rows * (self.length + slots), self.computed if self.cast else 0
+        keys, cast = self.rows * (self.length + slots + self.before), self.computed if self.cast else 0
         mask = self.mask if new is None else keys * self.length
-        frozen = replace(self, lora=self.lora or LoraConfig())  # without gradients a head that learns has none either
+        frozen = replace(self, adapter=self.adapter or LoraConfig())  # without gradients a head that learns has none
         decoded = frozen.decoded(config.dim, config.hidden_dim, self.storage)
         mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + decoded
         repeated = 0 if self.on_cpu else config.n_heads
@@ -197,13 +248,15 @@ class StepPlan:
     def loss(self) -> dict[str, int]:
         """The final norm's input and output, and the loss's tile of logits with what becomes of it (loss.py)."""
         config, targets = self.config, self.tokens if self.targets is None else self.targets
-        learns = 0 if self.lora else 4 * config.dim  # the head's gradient and what a tile adds; the norm's x / rms
+        base = self.base
+        learns, norm = (4 * config.dim if base and n else 0 for n in (base and base.head, base and base.norm))
         rows, columns = tile(targets, config.vocab_size, "cpu" if self.on_cpu else "cuda", bool(learns))
         number = 4 if self.computed == 4 else 2 * self.computed + 4  # the product, in float32, and again in 16 bits
         in_work = rows * (columns * number + config.dim * (4 + self.computed))  # and h's gradient, the label's row
         in_work += config.dim * self.computed * (rows + columns) if self.cast else 0
-        hidden = (self.tokens + targets) * self.config.dim * self.stored + learns * self.tokens
-        logits = in_work + targets * self.config.dim * self.stored + 2 * learns * config.vocab_size
+        hidden = (self.tokens + targets) * self.config.dim * self.stored + norm * self.tokens  # of it: x / rms
+        head = learns * config.vocab_size  # the gradient; backward makes it anew, scaled, once the tiles are gone
+        logits = max(in_work, head) + head + targets * self.config.dim * self.stored
         kept = {"final hidden": hidden, "logits": logits}
         # The last block's output, which is the norm's input in float32 already if the stream is.
         return add_up(kept, {"residual stream" if self.stored == 4 else "final hidden": 4 * self.d})
@@ -211,7 +264,7 @@ class StepPlan:
     def decoded(self, n_out: int, n_in: int, storage: Storage) -> int:
         """The slice of a frozen weight that is in work at a time, in the products' dtype, and what decoding takes."""
         size = n_out * n_in
-        if self.lora is None or _DENSE_BYTES.get(storage) == self.computed:
+        if self.adapter is None or _DENSE_BYTES.get(storage) == self.computed:
             return 0
         in_work = size // ceil(size * self.computed / SLICE_BYTES) if self.on_cpu else size
         decoding = 6 * min(nf4.decode_chunk(self.device), in_work) + 4 * size // BLOCK_SIZE
@@ -260,8 +313,9 @@ def named_storages(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         if isinstance(module, NF4Linear):
             absmax = (module.absmax, module.nested_absmax, module.nested_offset)
             owned += [("packed weights", module.packed), *(("absmax", part) for part in absmax)]
-        elif isinstance(module, LoRALinear):
+        elif isinstance(module, Added):
             owner = "adapters"
+            owned += [(owner, module.squared_rows)] if isinstance(module, LoRALinear) else []
         elif isinstance(module, nn.Linear) and name.startswith("layers."):
             owner = "linear weights"
         for parameter in module.parameters(recurse=False):

@@ -15,12 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from minilora.attention import attend, causal_runs, visible
 from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
+from minilora.neftune import with_noise
 from minilora.norm import RMSNorm
+from minilora.prefix import Prefix
 from minilora.rope import apply_rope, rope_cos_sin
 
 
 class Context:
-    """What all blocks of one forward pass share: the rotation of each position, who sees whom, and the cache."""
+    """What all blocks of one forward pass share: rotations, who sees whom, the cache, and a prefix (prefix.py)."""
 
     def __init__(
         self,
@@ -29,12 +31,29 @@ class Context:
         segments: Tensor | None,
         cache: KVCache | None,
         dtype: torch.dtype,
+        prefix: Prefix | None = None,
     ) -> None:
         self.positions, self.cache = positions, cache
-        self.cos, self.sin = rope_cos_sin(positions, config.head_dim, config.rope_theta, dtype)
-        runs = causal_runs(positions, config.sliding_window, segments) if cache is None else None
+        self.prefix = prefix.by_layer(dtype) if prefix is not None and prefix.enabled else ()
+        n_before = len(self.prefix[0]) if self.prefix else 0
+        self.cos, self.sin = rope_cos_sin(positions + n_before, config.head_dim, config.rope_theta, dtype)
+        alone = cache is None and not self.prefix
+        runs = causal_runs(positions, config.sliding_window, segments) if alone else None
         k_positions = positions if cache is None else torch.cat([cache.positions, positions], dim=1)
         self.sees = runs or visible(positions, k_positions, config.sliding_window, segments, segments)
+        if isinstance(self.sees, Tensor) and self.prefix:
+            before = torch.arange(n_before, device=positions.device).expand(len(positions), -1)
+            sees_prefix = visible(positions + n_before, before, config.sliding_window)
+            self.sees = torch.cat([sees_prefix, self.sees], dim=-1)
+
+    def join(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v (B, T, Hkv, Dh) of the tokens, and before them those of the prefix and of the cache."""
+        if self.cache is not None:
+            k, v = self.cache.append(layer, k, v, self.positions)
+        if self.prefix:
+            before = (part.expand(len(k), -1, -1, -1) for part in self.prefix[2 * layer : 2 * layer + 2])
+            k, v = (torch.cat([part, x], dim=1) for part, x in zip(before, (k, v), strict=True))
+        return k, v
 
 
 class Attention(nn.Module):
@@ -54,8 +73,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, Hkv, Dh)
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
-        if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v, context.positions)
+        k, v = context.join(self.layer, k, v)
         y: Tensor = self.o_proj(attend(q, k, v, context.sees).flatten(-2))  # (B, T, Hq * Dh) -> (B, T, D)
         return y
 
@@ -102,6 +120,8 @@ class Mistral(nn.Module):
         self.activation_checkpointing = False
         self.base_fingerprint: str | None = None  # of the files that the weights came from
         self.lora_config: LoraConfig | None = None  # once it has adapters
+        self.prefix: Prefix | None = None
+        self.neftune_alpha = 0.0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -113,10 +133,16 @@ class Mistral(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def init_weights(self, seed: int) -> None:
-        """Random weights to train from: N(0, 0.02), the layers that write to the residual stream 1/sqrt(2L) of that."""
+    def init_weights(self, seed: int, top: int | None = None) -> None:
+        """Random weights to train from: N(0, 0.02), the layers that write to the residual stream 1/sqrt(2L) of that.
+
+        top: only those of the `top` last blocks
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
+        of_blocks = tuple(f"layers.{i}." for i in range(self.config.n_layers)[-top:]) if top else ()
         for name, weight in self.named_parameters():
+            if top is not None and not name.startswith(of_blocks):
+                continue
             if weight.dim() == 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02
@@ -140,7 +166,9 @@ class Mistral(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.embed_tokens(tokens)
-        context = Context(self.config, positions, segments, cache, x.dtype)
+        if self.neftune_alpha and self.training:
+            x = with_noise(x, segments, self.neftune_alpha)
+        context = Context(self.config, positions, segments, cache, x.dtype, self.prefix)
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False)

@@ -62,10 +62,11 @@ def make_config(tiny_base: Path, data_folder: Path, tmp_path: Path) -> MakeConfi
     )
 
     def make(config: RunConfig = default, **changes: Any) -> RunConfig:
+        sections: dict[str, dict[str, Any]] = {}
         for key, value in changes.items():
             section, _, name = key.partition("__")
-            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-        return config
+            sections.setdefault(section, {})[name] = value
+        return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
 
     return make
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("errors", "scratch", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
-    ("norm", "rope", "attention", "loss", "linear", "lora"),
+    ("norm", "rope", "attention", "loss", "linear", "lora", "neftune", "prefix"),
     ("model", "fused"),
     ("base", "memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report"),

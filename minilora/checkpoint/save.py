@@ -18,7 +18,7 @@ from torch import Tensor
 from minilora.checkpoint.config_files import config_to_hf, config_to_params
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.layout import CONFIG_NAMES, WEIGHTS_NAMES, Layout
-from minilora.checkpoint.merge import plain_weight
+from minilora.checkpoint.merge import plain_weight, refuse_prefix
 from minilora.checkpoint.names import tensor_specs
 from minilora.checkpoint.safetensors_file import Line, write_safetensors
 from minilora.checkpoint.write import atomic_folder
@@ -88,6 +88,7 @@ def model_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:
 
     Raises UserError if the model has adapters, which a file of weights would silently lack.
     """
+    refuse_prefix(model.prefix)
     for spec in tensor_specs(model.config):
         layer = model.get_submodule(spec.module)
         if isinstance(layer, LoRALinear):

@@ -136,8 +136,13 @@ def _header(run_folder: Path, config: Mapping[str, Any], summary: Mapping[str, A
     facts = [f"{n_steps:,} step{'' if n_steps == 1 else 's'}"]
     if train.get("strategy"):
         facts.append(f"strategy {train['strategy']}")
-    if lora.get("rank") and train.get("strategy") != "full":
-        facts.append(f"rank {lora['rank']}")
+    if lora.get("rank") and train.get("strategy") not in ("full", "partial", "prefix"):
+        facts.append(f"rank {lora['rank']}" + " with DoRA" * bool(lora.get("dora")))
+    for strategy, key in (("partial", "layers"), ("partial", "parameters"), ("prefix", "prefix_tokens")):
+        if train.get("strategy") == strategy and train.get(key):
+            facts.append(f"{key.replace('_', ' ')} {train[key]}")
+    if train.get("reinit", "none") != "none":
+        facts.append(f"begun anew: {train['reinit']}")
     if model.get("path"):
         facts.append(f"base {model['path']}")
     if not summary:

@@ -8,10 +8,11 @@ import torch
 
 from minilora.attention import causal_runs
 from minilora.backend import pick_dtype
-from minilora.config import ModelConfig, RunConfig
+from minilora.config import ModelConfig, PrefixConfig, RunConfig
 from minilora.data.pack import PackedBatch
 from minilora.errors import UserError
-from minilora.memory import DenseDtype, StepPlan, as_text, free_bytes, private_bytes
+from minilora.memory import DenseDtype, Learned, StepPlan, as_text, free_bytes, private_bytes
+from minilora.train.strategies import learned_names
 
 LEAST_LENGTH = 64  # shorter rows are not advised
 
@@ -37,15 +38,19 @@ class Ledger:
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
         model, train, length, sample = self.config.model, self.config.train, self.config.data.max_seq_len, self.sample
-        full, on_cpu = train.strategy == "full", self.device.type == "cpu"
-        dtype = torch.float32 if full else pick_dtype(self.device, model.dtype)[0]
+        base_learns, on_cpu = train.base_learns, self.device.type == "cpu"
+        is_prefix = train.strategy == "prefix"
+        dtype = torch.float32 if base_learns else pick_dtype(self.device, model.dtype)[0]
         dense = cast(DenseDtype, str(dtype).removeprefix("torch."))
-        runs = causal_runs(sample.positions, self.sizes.sliding_window, sample.segments) if on_cpu else None
+        alone = on_cpu and not is_prefix
+        runs = causal_runs(sample.positions, self.sizes.sliding_window, sample.segments) if alone else None
+        added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         plan = StepPlan(
             self.sizes,
             storage=dense if not self.config.quantize else "nf4 double-quantized" if model.double_quant else "nf4",
             dtype=dense,
-            lora=None if full else self.config.lora,
+            adapter=added,
+            learned=Learned.of(self.sizes, learned_names(self.sizes, train)) if base_learns else None,
             rows=train.batch_size,
             length=length,
             targets=round(train.batch_size * length * sample.n_targets / sample.tokens.numel()),
@@ -97,10 +102,15 @@ class Ledger:
             yield "eval.batch_size", str(n), {"eval": {"batch_size": n}}
         while (length := length // 2) >= max(self.longest, LEAST_LENGTH):
             yield "data.max_seq_len", str(length), {"data": {"max_seq_len": length}}
-        if train.strategy != "full" and pick_dtype(self.device, self.config.model.dtype)[0] == torch.float32:
+        for n in range((train.layers or 1) - 1, 0, -1):
+            yield "train.layers", str(n), {"train": {"layers": n}}
+        if not train.base_learns and pick_dtype(self.device, self.config.model.dtype)[0] == torch.float32:
             yield "model.dtype", "bfloat16", {"model": {"dtype": "bfloat16"}}
-        if not self.config.quantize:
-            yield "train.strategy", "qlora", {"model": {"quantize": "auto"}, "train": {"strategy": "qlora"}}
+        if train.strategy == "prefix" and not self.config.quantize:
+            yield "model.quantize", "nf4", {"model": {"quantize": "nf4"}}
+        elif not self.config.quantize:
+            weights = {"strategy": "qlora", "layers": None, "parameters": (), "reinit": "none"}
+            yield "train.strategy", "qlora", {"model": {"quantize": "auto"}, "train": weights}
 
     def _with(self, changes: dict[str, Any]) -> "Ledger":
         new = {section: replace(getattr(self.config, section), **values) for section, values in changes.items()}

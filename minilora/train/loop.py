@@ -205,7 +205,7 @@ def finish(run: Run) -> None:
         raise UserError(f"{folder.path}: no step could be taken, loss or gradient was never finite; lower train.lr")
     if counters.best_loss is not None and counters.best_step != counters.step:
         load_weights(run.state.weights, folder.checkpoint("best", counters.best_step))
-    if run.config.train.strategy == "full":
+    if run.config.train.base_learns:
         save_hf(run.model, folder.path / "model", dtype=torch.float32, tokenizer=run.tokenizer.path, overwrite=True)
     else:
         provenance = {k: run.state.origin[k] for k in ("base", "data", "dtype", "tokenizer")} | {

@@ -69,12 +69,13 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
 
     device = pick_device(config.model.device)
     dtype, why = pick_dtype(device, config.model.dtype)
-    if config.train.strategy == "full":
+    if config.train.base_learns:
         if config.model.dtype not in ("auto", "float32"):
+            strategy = config.train.strategy
             raise UserError(
-                f'train.strategy "full" trains float32 weights; model.dtype {config.model.dtype!r} is not one'
+                f'train.strategy "{strategy}" trains float32 weights; model.dtype {config.model.dtype!r} is not one'
             )
-        dtype, why = torch.float32, "every weight learns"
+        dtype, why = torch.float32, "weights of the base learn"
     if checkpoint.nf4:  # the files say how they are quantized
         if config.quantize is None:
             checkpoint.refuse_nf4(f'train.strategy "{config.train.strategy}"')
@@ -124,7 +125,7 @@ def dtypes(config: RunConfig, dtype: torch.dtype) -> str:
     """What is stored and computed in which dtype, so that no cast is hidden."""
     compute = str(dtype).removeprefix("torch.")
     storage = f"NF4{', absmax in 8 bits' if config.model.double_quant else ''}" if config.quantize else compute
-    learns = "weights" if config.train.strategy == "full" else "adapters"
+    learns = "weights" if config.train.base_learns else "prefix" if config.train.strategy == "prefix" else "adapters"
     return (
         f"linear layers {storage}; embeddings, head and activations {compute}; {learns}, gradients and optimizer "
         "float32; norms, softmax and loss float32"
@@ -150,15 +151,22 @@ def _rows_of_epochs(samples: list[Sample], config: RunConfig) -> float:
 
 
 def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay pulls at matrices only, not at norms."""
-    matrices = [p for p in weights.values() if p.dim() > 1]
-    vectors = [p for p in weights.values() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    """AdamW; weight decay pulls at matrices only, not at norms. With LoRA+ B and DoRA's m learn faster, as in PEFT."""
+    decay, ratio = config.train.weight_decay, config.train.lora_plus_ratio
+    kinds = {
+        name: (p.dim() > 1, ratio if name.endswith(("lora_B", "lora_magnitude_vector")) else 1.0)
+        for name, p in weights.items()
+    }
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [weights[name] for name, its in kinds.items() if its == kind],
+            "weight_decay": decay * kind[0],
+            "lr_ratio": kind[1],
+        }
+        for kind in dict.fromkeys(kinds.values())
     ]
     betas = (config.train.beta1, config.train.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.train.lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=config.train.lr, betas=betas, fused=True)
 
 
 def _what_must_stay(config: RunConfig) -> dict[str, Any]:

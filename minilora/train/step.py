@@ -98,6 +98,6 @@ def train_step(
     loss_scale.update(overflowed=not isfinite(norm))
     if finite:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         optimizer.step()
     return StepResult(float(total), norm, finite)

@@ -1,22 +1,78 @@
-"""Which weights learn: the adapters of a frozen base ("qlora" on NF4, "lora" on a plain one), or all ("full")."""
+"""Which weights learn: all ("full"), some of them ("partial"), or what is added to a frozen base: adapters ("qlora" on
+NF4, "lora" on a plain base), or keys and values before the tokens of every layer ("prefix")."""
+
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from minilora.config import RunConfig
+from minilora.checkpoint.names import tensor_specs
+from minilora.config import ModelConfig, PrefixConfig, RunConfig, TrainConfig
+from minilora.errors import UserError
 from minilora.fused import fuse
 from minilora.lora import add_lora
 from minilora.model import Mistral
+from minilora.prefix import add_prefix
 
 
 def apply_strategy(model: Mistral, config: RunConfig) -> Mistral:
-    """Make the model of a run from its base, in place. New adapters are drawn from torch's global random state."""
-    model.activation_checkpointing = config.train.activation_checkpointing
-    if config.train.strategy == "full":
-        return model.requires_grad_(True)
-    add_lora(model, config.lora)
-    fuse(model)
+    """Make the model of a run from its base, in place. What is added is drawn from torch's global random state."""
+    train = config.train
+    model.activation_checkpointing, model.neftune_alpha = train.activation_checkpointing, train.neftune_alpha
+    if train.base_learns:
+        learned = learned_names(model.config, train)
+        if train.reinit != "none":
+            model.init_weights(train.seed, train.reinit_top)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in learned)
+    elif train.strategy == "prefix":
+        add_prefix(model, PrefixConfig(train.prefix_tokens))
+    else:
+        add_lora(model, config.lora)
+        fuse(model)
     return model
+
+
+def learned_names(sizes: ModelConfig, train: TrainConfig) -> set[str]:
+    """The names of the base's parameters that "full" or "partial" trains.
+
+    Raises UserError where there are not so many layers, where a name of `train.parameters` is none of this model's, and
+    where `train.reinit` draws what would not learn.
+    """
+    names = [spec.name for spec in tensor_specs(sizes)]
+    for key, n in (("layers", train.layers or 0), ("reinit", train.reinit_top or 0)):
+        if n > sizes.n_layers:
+            raise UserError(f"train.{key} is {getattr(train, key)!r}, but the model has {sizes.n_layers} layers")
+    if train.strategy == "full":
+        return set(names)
+    learned = set(_of_top(names, sizes, train.layers or 0))
+    for pattern in train.parameters:
+        matches = {name for name in names if _is_named(name, pattern)}
+        if not matches:
+            near = get_close_matches(pattern, {part for name in names for part in _holders(name)}, cutoff=0.4)
+            raise UserError(
+                f"train.parameters names {pattern!r}, which no parameter is called; near: {', '.join(near)}"
+            )
+        learned |= matches
+    if not learned.issuperset(_of_top(names, sizes, train.reinit_top or 0)):
+        raise UserError(f"train.reinit {train.reinit!r} draws weights anew that train.layers and parameters let be")
+    return learned
+
+
+def _of_top(names: list[str], sizes: ModelConfig, n: int) -> list[str]:
+    """The names in the n layers at the top."""
+    return [name for name in names if name.startswith("layers.") and int(name.split(".")[1]) >= sizes.n_layers - n]
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    return any(fnmatchcase(part, pattern) for part in _holders(name))
+
+
+def _holders(name: str) -> list[str]:
+    """A parameter's name, and those of the modules that it lies in: layers.0.mlp.up_proj.weight, layers.0.mlp, ..."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

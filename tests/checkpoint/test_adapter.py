@@ -128,7 +128,7 @@ def assert_refused(originals: Path, folder: Path, message: str) -> None:
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'; only LORA"),
+    ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; only LORA and PREFIX_TUNING"),
     ({"peft_type": ...}, "peft_type is None"),
     ({"r": 0}, "r is 0, but must be a whole number above 0"),
     ({"r": "4"}, "r is '4'"),
@@ -142,7 +142,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
     ({"lora_dropout": float("nan")}, "lora_dropout is nan"),
     ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
-    ({"use_dora": True}, "use_dora is True, which is not supported"),
+    ({"use_dora": "yes"}, "use_dora is 'yes'"),
+    ({"use_dora": True}, r"lacks .*lora_magnitude_vector, which adapter_config\.json asks for"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], which is not supported"),
     ({"bias": "lora_only"}, "bias is 'lora_only'"),
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
@@ -161,7 +162,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": [["q_proj"]]}, "target_modules names"),
     ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, r"lacks .*layers\.0\.self_attn\.v_proj\.lora_A\.weight"),
     ({"target_modules": ["q_proj"]}, r"holds .*layers\.0\.mlp\.down_proj\.lora_[AB]\.weight"),
-    ({"r": 8}, r"q_proj\.lora_A\.weight has shape \(4, 128\); rank and base want \(8, 128\)"),
+    ({"r": 8}, r"q_proj\.lora_A\.weight has shape \(4, 128\); adapter_config.json and base want \(8, 128\)"),
 ]
 
 
