@@ -228,7 +228,11 @@ def test_a_folder_that_holds_a_run(run: Run, finished: Path) -> None:
 
 
 def test_a_dry_run_goes_the_whole_way_and_keeps_nothing(run: Run, toml: Path, tmp_path: Path) -> None:
-    for flags in ([], ["--train.strategy", "lora"], ["--train.strategy", "full"]):
+    strategies = (
+        "qlora", "lora --lora.dora true", "full --train.reinit top:1", "prefix --model.quantize nf4",
+        "partial --train.layers 1 --train.parameters [lm_head,norm]",
+    )  # fmt: skip
+    for flags in (["--train.strategy", *strategy.split()] for strategy in strategies):
         before = sorted(tmp_path.rglob("*"))
         status, out, err = run("train", toml, "--dry-run", *flags)
         assert (status, err) == (0, ""), flags

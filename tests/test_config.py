@@ -41,6 +41,11 @@ SECTIONS: list[tuple[type, str, Any]] = [
     *((LoraConfig, "alpha", value) for value in (0.0, -1.0, nan, inf)),
     *((LoraConfig, "dropout", value) for value in (-0.1, 1.0, 2.0, nan)),
     (LoraConfig, "targets", ()),
+    *((TrainConfig, "reinit", value) for value in ("top:x", "top:0", "top:-1", "top:", "top", "all:1", "", "top:²")),
+    *((TrainConfig, "layers", value) for value in (0, -1)),
+    *((TrainConfig, "prefix_tokens", value) for value in (0, -1)),
+    *((TrainConfig, "lora_plus_ratio", value) for value in (0.0, 0.5, -1.0, nan, inf)),
+    *((TrainConfig, "neftune_alpha", value) for value in (-1.0, nan, inf)),
     *((DataConfig, "max_seq_len", value) for value in (1, 0, -8)),
     *((TrainConfig, name, value) for name in ("batch_size", "accumulate", "checkpoint_every", "keep_checkpoints",
                                               "max_bad_steps", "max_steps") for value in (0, -1)),
@@ -68,10 +73,35 @@ def test_a_bad_setting_is_refused_by_its_key(section: type, name: str, value: An
         section(**{name: value})
 
 
-@pytest.mark.parametrize(("strategy", "quantize"), [("qlora", "none"), ("full", "nf4")])
+@pytest.mark.parametrize(("strategy", "quantize"), [("qlora", "none"), ("full", "nf4"), ("partial", "nf4")])
 def test_a_strategy_that_cannot_train_the_storage_is_refused(strategy: Any, quantize: Any) -> None:
     with pytest.raises(UserError, match=r"train\.strategy .*model\.quantize"):
         RunConfig(model=BaseConfig(quantize=quantize), train=TrainConfig(strategy=strategy))
+
+
+COMBINATIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"strategy": "partial"}, {}, "needs train.layers, train.parameters, or both"),
+    *(({"strategy": s, "layers": 1}, {}, f'train.layers .*"{s}" has no use for it') for s in ("qlora", "full")),
+    *(({"strategy": s, "parameters": ("lm_head",)}, {}, "train.parameters .* no use") for s in ("prefix", "full")),
+    *(({"strategy": s, "reinit": "top:1"}, {}, "train.reinit would leave") for s in ("lora", "qlora", "prefix")),
+    ({"strategy": "partial", "layers": 1, "reinit": "all"}, {}, '"partial" cannot train what train.reinit "all" draws'),
+    ({"strategy": "full"}, {"dora": True}, "lora.dora is an option of lora and qlora"),
+    ({"strategy": "partial", "layers": 1}, {"dora": True}, "lora.dora is an option"),
+    ({"strategy": "prefix"}, {"dora": True}, "lora.dora is an option"),
+    *(({"strategy": s, "lora_plus_ratio": 2.0}, {}, "train.lora_plus_ratio is one of") for s in ("full", "prefix")),
+]
+
+
+@pytest.mark.parametrize(("train", "lora", "message"), COMBINATIONS)
+def test_keys_that_do_not_go_together_are_refused(train: dict[str, Any], lora: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RunConfig(lora=LoraConfig(**lora), train=TrainConfig(**train))
+
+
+def test_what_reinit_draws() -> None:
+    assert [TrainConfig(reinit=r).reinit_top for r in ("none", "top:3", "all")] == [0, 3, None]
+    RunConfig(train=TrainConfig(strategy="partial", layers=2, reinit="top:2"))
+    RunConfig(lora=LoraConfig(dora=True), train=TrainConfig(lora_plus_ratio=16.0, neftune_alpha=5.0))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +114,8 @@ def test_a_strategy_that_cannot_train_the_storage_is_refused(strategy: Any, quan
         ("lora", "nf4", "nf4"),
         ("full", "auto", None),
         ("full", "none", None),
+        ("prefix", "auto", None),
+        ("prefix", "nf4", "nf4"),
     ],
 )
 def test_auto_quantization_follows_the_strategy(strategy: Any, quantize: Any, resolved: str | None) -> None:

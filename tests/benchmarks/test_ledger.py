@@ -1,6 +1,8 @@
 """What the ledger predicts against every byte that a real step takes, as benchmarks/watch.py sees them."""
 
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,14 @@ import torch
 from benchmarks.feeds import random_batch
 from benchmarks.ledger import CLOSE, Cell, _step, random_model, run_config
 from benchmarks.shapes import shape
+from benchmarks.watch import StepWatch
 from minilora import scratch
+from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.model import Mistral
 from minilora.train.ledger import Ledger
+from minilora.train.setup import _optimizer
+from minilora.train.step import LossScale, train_step
+from minilora.train.strategies import apply_strategy, trainable
 
 AT_REST = ("packed weights", "absmax", "embeddings, head, norms", "adapters")
 
@@ -29,3 +37,51 @@ def test_a_step_takes_what_was_predicted(dtype: str, checkpointing: bool, rows: 
     assert {owner: measured[owner] for owner in AT_REST} == {owner: predicted[owner] for owner in AT_REST}
     assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE
     assert measured.keys() >= {"attention", "residual stream"} | (set() if checkpointing else {"adapter inputs"})
+
+
+STRATEGIES: list[dict[str, Any]] = [
+    {"strategy": "full"},
+    {"strategy": "full", "activation_checkpointing": True},
+    {"strategy": "partial", "layers": 1},
+    {"strategy": "partial", "layers": 1, "activation_checkpointing": True},
+    {"strategy": "partial", "parameters": ("lm_head", "norm")},
+    {"strategy": "partial", "parameters": ("embed_tokens", "layers.1.mlp")},
+    {"strategy": "lora", "dora": True},
+    {"strategy": "qlora", "dora": True, "dtype": "bfloat16"},
+    {"strategy": "qlora", "dora": True, "activation_checkpointing": True},
+    {"strategy": "prefix"},
+    {"strategy": "prefix", "quantize": "nf4", "prefix_tokens": 100, "dtype": "bfloat16"},
+    {"strategy": "prefix", "activation_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tied"), [*((each, False) for each in STRATEGIES), *((STRATEGIES[i], True) for i in (0, 2, 5))]
+)
+def test_every_strategy_takes_what_was_predicted(settings: dict[str, Any], tied: bool) -> None:
+    keys, rows, length = dict(settings), 4, 256
+    base = {"dtype": keys.pop("dtype", "float32"), "quantize": keys.pop("quantize", "auto")}
+    lora = LoraConfig(rank=16, dora=keys.pop("dora", False))
+    train = TrainConfig(batch_size=rows, **keys)
+    run = RunConfig(BaseConfig(**base), lora, DataConfig(max_seq_len=length), train)
+    sizes = replace(shape("tiny"), tied_embeddings=tied)
+    batch = random_batch(rows, length, sizes.vocab_size)
+    predicted = Ledger(run, sizes, torch.device("cpu"), batch, length).predict()
+    del predicted["process"]
+    scratch._held.__dict__.clear()
+    if run.quantize:
+        model = random_model(sizes, getattr(torch, base["dtype"]))
+    else:
+        model = Mistral(sizes)
+        model.init_weights(0)
+    model = apply_strategy(model.requires_grad_(False), run).train()
+    optimizer = _optimizer(trainable(model), run)
+    for _ in range(2):
+        with StepWatch(model, optimizer) as watch:
+            train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False))
+    measured = watch.owners()
+    at_rest = ("linear weights", "packed weights", "embeddings, head, norms", "adapters")
+    assert [measured.get(owner) for owner in at_rest] == [predicted.get(owner) for owner in at_rest]
+    # Adam counts its steps in a number of its own for each tensor.
+    assert measured["optimizer"] == predicted["optimizer"] + 4 * len(trainable(model))
+    assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE

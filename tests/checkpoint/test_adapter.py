@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_checkpoints import edit_json, edit_tensors, hf_model, tokens
 
-from minilora.checkpoint.adapter import load_adapter, read_provenance, save_adapter
+from minilora.checkpoint.adapter import load_adapter, read_adapter_config, read_provenance, save_adapter
 from minilora.checkpoint.load import load_model
+from minilora.checkpoint.merge import merged_weights
 from minilora.checkpoint.save import save_hf
-from minilora.config import PROJECTIONS, LoraConfig
+from minilora.config import PROJECTIONS, LoraConfig, PrefixConfig
 from minilora.errors import UserError
 from minilora.lora import add_lora, lora_layers
 from minilora.model import Mistral
+from minilora.prefix import add_prefix
 
 F32 = torch.float32
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -34,7 +36,9 @@ def randomize(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+            elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
@@ -60,36 +64,39 @@ def adapter(originals: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
 @pytest.mark.parametrize("targets", [PROJECTIONS, ("v_proj", "q_proj")])
-def test_peft_loads_ours(originals: Path, tmp_path: Path, rslora: bool, targets: tuple[str, ...]) -> None:
-    model = adapted(originals, rslora=rslora, targets=targets)
+def test_peft_loads_ours(originals: Path, tmp_path: Path, options: dict[str, bool], targets: tuple[str, ...]) -> None:
+    model = adapted(originals, targets=targets, **options)
     save_adapter(model, tmp_path / "a")
     theirs = PeftModel.from_pretrained(hf_model(), tmp_path / "a").eval()
     assert_same_logits(model, theirs, load_model(originals / "hf", dtype=F32))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("rslora", "dora"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("targets", [list(PROJECTIONS), ["q_proj", "v_proj"]])
-def test_we_load_pefts(originals: Path, tmp_path: Path, rslora: bool, targets: list[str]) -> None:
+def test_we_load_pefts(originals: Path, tmp_path: Path, rslora: bool, dora: bool, targets: list[str]) -> None:
     settings = PeftLoraConfig(
-        r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, lora_dropout=0.5, task_type="CAUSAL_LM"
-    )
+        r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, use_dora=dora, lora_dropout=0.5,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     theirs = get_peft_model(hf_model(), settings).eval()
     randomize(theirs)
     theirs.save_pretrained(tmp_path)
     base = load_model(originals / "hf", dtype=F32)
     ours = load_adapter(load_model(originals / "hf", dtype=F32), tmp_path)
     assert_same_logits(ours, theirs, base)  # in eval mode, so without the dropout
-    assert ours.lora_config == LoraConfig(4, 6.0, 0.5, tuple(n for n in PROJECTIONS if n in targets), rslora)
+    assert ours.lora_config == LoraConfig(4, 6.0, 0.5, tuple(n for n in PROJECTIONS if n in targets), rslora, dora)
     trainable = {name for name, p in ours.named_parameters() if p.requires_grad}
     assert trainable == {name for name, _ in ours.named_parameters() if "lora_" in name}
 
 
-def test_an_adapter_on_nf4_equals_pefts_on_the_dequantized_base(originals: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_nf4_equals_pefts_on_the_dequantized_base(originals: Path, tmp_path: Path, dora: bool) -> None:
     base = load_model(originals / "hf", quantize="nf4", dtype=F32)
     save_hf(base, tmp_path / "dense", dtype=F32)
-    model = add_lora(load_model(originals / "hf", quantize="nf4", dtype=F32), LoraConfig(rank=4, alpha=6.0))
+    settings = LoraConfig(rank=4, alpha=6.0, dora=dora)
+    model = add_lora(load_model(originals / "hf", quantize="nf4", dtype=F32), settings)
     randomize(model)
     save_adapter(model, tmp_path / "a")
     dense = type(hf_model()).from_pretrained(tmp_path / "dense", dtype=F32, attn_implementation="eager")
@@ -111,6 +118,90 @@ def test_round_trip_is_exact_and_float32(originals: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "somewhere"
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_merge_has_doras_rows(originals: Path, tmp_path: Path, quantize: Any) -> None:
+    model = add_lora(load_model(originals / "hf", quantize=quantize, dtype=F32), LoraConfig(rank=4, dora=True))
+    randomize(model)
+    save_hf(model, tmp_path / "merged", dtype=F32, weights=merged_weights(model, F32))
+    with torch.no_grad():
+        merged = load_model(tmp_path / "merged", dtype=F32)(tokens())
+        torch.testing.assert_close(merged, model(tokens()), atol=1e-4, rtol=0)
+
+
+# --- Prefixes -------------------------------------------------------------------------------------------------------
+
+
+def with_prefix(originals: Path, n_tokens: int, **options: Any) -> Mistral:
+    torch.manual_seed(5)
+    return add_prefix(load_model(originals / "hf", dtype=F32, **options), PrefixConfig(n_tokens))
+
+
+@pytest.mark.parametrize("window", [7, None])  # of 7: smaller than prefix and tokens
+@pytest.mark.parametrize("n_tokens", [1, 4, 11])
+def test_peft_loads_our_prefix(tmp_path: Path, n_tokens: int, window: int | None) -> None:
+    hf_model(sliding_window=window).save_pretrained(tmp_path / "hf")
+    model = with_prefix(tmp_path, n_tokens)
+    save_adapter(model, tmp_path / "a")
+    theirs = PeftModel.from_pretrained(hf_model(sliding_window=window), tmp_path / "a").eval()
+    assert_same_logits(model, theirs, load_model(tmp_path / "hf", dtype=F32))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_we_load_pefts_prefix(originals: Path, tmp_path: Path, projection: bool) -> None:
+    """Also one that a network made: what is saved is the prefix itself."""
+    settings = PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=projection, encoder_hidden_size=16, task_type="CAUSAL_LM"
+    )
+    theirs = get_peft_model(hf_model(), settings).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(load_model(originals / "hf", dtype=F32), tmp_path)
+    assert_same_logits(ours, theirs, load_model(originals / "hf", dtype=F32))
+    assert [name for name, p in ours.named_parameters() if p.requires_grad] == ["prefix.prompt_embeddings"]
+
+
+def test_a_prefix_comes_back_exactly_on_nf4_too(originals: Path, tmp_path: Path) -> None:
+    model = with_prefix(originals, 3, quantize="nf4")
+    save_adapter(model, tmp_path / "a")
+    again = load_adapter(load_model(originals / "hf", quantize="nf4", dtype=F32), tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(again(tokens()), model(tokens()))
+    assert read_adapter_config(tmp_path / "a", model.config) == PrefixConfig(3)
+    with pytest.raises(UserError, match="has adapters already"):
+        load_adapter(again, tmp_path / "a")
+
+
+PREFIXES: list[tuple[dict[str, Any], str]] = [
+    ({"num_virtual_tokens": 0}, "num_virtual_tokens is 0, but must be a whole number above 0"),
+    ({"num_virtual_tokens": ...}, "num_virtual_tokens is None"),
+    (
+        {"num_virtual_tokens": 4},
+        r"prompt_embeddings has shape \(3, 512\); .* and base want \(4, 512\)",
+    ),
+    ({"token_dim": 256}, "token_dim is 256; a prefix of this base has 128"),
+    ({"num_layers": 3}, "num_layers is 3; a prefix of this base has 2"),
+    ({"num_attention_heads": 4}, "num_attention_heads is 4; a prefix of this base has 2"),
+    ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], which is not supported"),
+    ({"r": 4}, "r is 4, which is not supported"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), PREFIXES)
+def test_prefixes_that_are_refused(originals: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save_adapter(with_prefix(originals, 3), tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()
+    edit_json(tmp_path / "a" / "adapter_config.json", **changes)
+    assert_refused(originals, tmp_path / "a", message)
+
+
+def test_a_prefix_has_no_place_in_weights(originals: Path, tmp_path: Path) -> None:
+    model = with_prefix(originals, 3)
+    for weights in (merged_weights(model), None):
+        with pytest.raises(UserError, match="a prefix has no place in the weights, so it cannot be merged"):
+            save_hf(model, tmp_path / "merged", weights=weights)
+    assert not list(tmp_path.iterdir())
+
+
 def assert_refused(originals: Path, folder: Path, message: str) -> None:
     """Refused with `message`, and the model is as it was."""
     model = load_model(originals / "hf", dtype=F32)
@@ -125,6 +216,7 @@ def assert_refused(originals: Path, folder: Path, message: str) -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(p.requires_grad for p in model.parameters())
     assert model.lora_config is None
+    assert model.prefix is None
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [

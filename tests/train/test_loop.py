@@ -23,7 +23,8 @@ from minilora.data.pack import epoch_rows
 from minilora.errors import UserError
 from minilora.evaluate.perplexity import mean_loss
 from minilora.fused import Projections
-from minilora.train import loop, setup
+from minilora.generation import generate
+from minilora.train import dry_run, loop, setup
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import LineLog
 from minilora.train.setup import Run
@@ -117,9 +118,77 @@ def test_every_strategy_and_dtype_learns(make_config: MakeConfig, quiet: Quiet, 
         assert all(p.equal(reloaded.get_parameter(name)) for name, p in run.state.weights.items())
 
 
-def test_full_training_in_16_bits_is_refused(make_config: MakeConfig, quiet: Quiet) -> None:
-    with pytest.raises(UserError, match=r'"full" trains float32 weights; model.dtype .bfloat16.'):
-        fine_tune(make_config(train__strategy="full", model__dtype="bfloat16"), quiet)
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "full": {"train__strategy": "full", "train__lr": 1e-3},
+    "full, all begun anew": {"train__strategy": "full", "train__reinit": "all", "train__lr": 1e-2},
+    "partial": {"train__strategy": "partial", "train__layers": 1, "train__parameters": ("lm_head",)},
+    "lora": {"train__strategy": "lora", "train__lora_plus_ratio": 4.0},
+    "qlora": {"train__strategy": "qlora", "train__neftune_alpha": 1.0},
+    "qlora with DoRA": {"train__strategy": "qlora", "lora__dora": True, "lora__dropout": 0.1},
+    "prefix": {"train__strategy": "prefix", "train__prefix_tokens": 8, "train__lr": 0.3},
+    "prefix on NF4": {"train__strategy": "prefix", "train__prefix_tokens": 8, "model__quantize": "nf4",
+                      "train__lr": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_learns_from_chats_and_from_text(
+    make_config: MakeConfig, quiet: Quiet, data_folder: Path, name: str, raw: bool
+) -> None:
+    """The loss falls, what should moves and nothing else does, and what was saved is the model that was measured."""
+    data = str(data_folder / ("text.jsonl" if raw else "train.jsonl"))
+    config = make_config(
+        **{
+            "data__train": data, "data__validation": data, "train__max_steps": 8, "train__lr": 1e-2, "eval__every": 8,
+            "eval__answers": 0, "eval__samples": 0, **STRATEGIES[name],
+        }
+    )  # fmt: skip
+    run = fine_tune(config, quiet)
+    summary = run.folder.read_json("summary.json")
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.2
+    base = load_model(config.model.path, quantize=config.quantize, dtype=torch.float32)
+    frozen = {n: p for n, p in run.model.named_parameters() if n not in run.state.weights}
+    start = {key.replace(".weight", ""): p for key, p in base.named_parameters()}
+    for key, p in frozen.items():
+        assert torch.equal(p, start[key.replace(".base.weight", "").replace(".weight", "")]), key
+    reloaded = dry_run._reload(run)
+    tokens = torch.tensor([run.train[0].tokens[:-1].tolist()])
+    with torch.no_grad():
+        assert torch.equal(reloaded(tokens), run.model(tokens))
+    assert generate(reloaded, tokens, 5).equal(generate(run.model, tokens, 5))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_resumes_exactly(make_config: MakeConfig, tmp_path: Path, name: str) -> None:
+    def config(folder: str) -> RunConfig:
+        return make_config(
+            **{"eval__answers": 0, "eval__samples": 0, "train__accumulate": 2, **STRATEGIES[name],
+               "train__output": str(tmp_path / folder)}
+        )  # fmt: skip
+
+    straight = fine_tune(config("straight"), Quiet()).folder.path
+    with pytest.raises(Stopped):
+        fine_tune(config("cut"), stop_after(2, Quiet()))
+    cut = fine_tune(config("cut"), Quiet(), resume=True).folder.path
+    weights = "model/model.safetensors" if config("cut").train.base_learns else "adapter/adapter_model.safetensors"
+    for file in ("metrics.jsonl", weights):
+        assert (cut / file).read_bytes() == (straight / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("strategy", ["full", "partial"])
+def test_training_the_base_in_16_bits_is_refused(make_config: MakeConfig, quiet: Quiet, strategy: str) -> None:
+    some = {"train__layers": 1} if strategy == "partial" else {}
+    with pytest.raises(UserError, match=rf'"{strategy}" trains float32 weights; model.dtype .bfloat16.'):
+        fine_tune(make_config(train__strategy=strategy, model__dtype="bfloat16", **some), quiet)
+
+
+def test_layers_that_the_base_does_not_have_are_refused_before_it_is_loaded(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"train.layers is 3, but the model has 2 layers"):
+        fine_tune(make_config(train__strategy="partial", train__layers=3), quiet)
 
 
 def test_what_is_seen_is_every_sample_once_an_epoch(

@@ -1,13 +1,19 @@
 """Which weights learn, and the check that each of them moves."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from tiny_runs import MakeConfig, tiny_model
+from tiny_runs import TINY, MakeConfig, tiny_model
 from torch import nn
 
-from minilora.config import LoraConfig
+from minilora.config import LoraConfig, TrainConfig
+from minilora.errors import UserError
+from minilora.fused import FusedBlock, fuse
 from minilora.lora import add_lora
-from minilora.train.strategies import MovementCheck, apply_strategy, trainable
+from minilora.model import Mistral
+from minilora.train.strategies import MovementCheck, apply_strategy, learned_names, trainable
 
 
 @pytest.mark.parametrize("strategy", ["qlora", "lora"])
@@ -26,6 +32,95 @@ def test_full_trains_every_weight(make_config: MakeConfig) -> None:
     model = apply_strategy(tiny_model(), make_config(train__strategy="full"))
     assert list(trainable(model)) == [name for name, _ in model.named_parameters()]
     assert not any("lora" in name for name in trainable(model))
+
+
+PARTIAL: list[tuple[dict[str, Any], set[str]]] = [
+    ({"layers": 1}, {"layers.1"}),
+    ({"layers": 2}, {"layers.0", "layers.1"}),
+    ({"parameters": ("lm_head", "norm")}, {"lm_head", "norm"}),
+    ({"parameters": ("layers.0.mlp.*",)}, {"layers.0.mlp"}),
+    ({"parameters": ("layers.*.self_attn.q_proj.weight",)}, {f"layers.{i}.self_attn.q_proj" for i in (0, 1)}),
+    ({"layers": 1, "parameters": ("embed_tokens",)}, {"layers.1", "embed_tokens"}),
+]
+
+
+@pytest.mark.parametrize(("which", "holders"), PARTIAL)
+def test_partial_trains_what_is_named(make_config: MakeConfig, which: dict[str, Any], holders: set[str]) -> None:
+    model = apply_strategy(
+        tiny_model(), make_config(train__strategy="partial", **{f"train__{k}": v for k, v in which.items()})
+    )
+    expected = [n for n, _ in model.named_parameters() if any(n.startswith(f"{holder}.") for holder in holders)]
+    assert list(trainable(model)) == expected
+    assert 0 < len(expected) < len(list(model.parameters()))
+
+
+def test_a_tied_head_learns_as_the_embedding() -> None:
+    tied = replace(TINY, tied_embeddings=True)
+    assert learned_names(tied, TrainConfig(strategy="partial", parameters=("embed_tokens",))) == {"embed_tokens.weight"}
+    with pytest.raises(UserError, match=r"names 'lm_head', which no parameter is called"):
+        learned_names(tied, TrainConfig(strategy="partial", parameters=("lm_head",)))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (TrainConfig(strategy="partial", layers=3), "train.layers is 3, but the model has 2 layers"),
+        (TrainConfig(strategy="full", reinit="top:3"), "train.reinit is 'top:3', but the model has 2 layers"),
+        (TrainConfig(strategy="partial", parameters=("lm_hed",)), "names 'lm_hed', .*; near: lm_head"),
+        (TrainConfig(strategy="partial", parameters=("layers.2.mlp",)), "names 'layers.2.mlp', .*near: .*layers.1.mlp"),
+        (TrainConfig(strategy="partial", layers=1, reinit="top:2"), "train.reinit 'top:2' draws weights anew that"),
+        (TrainConfig(strategy="partial", parameters=("layers.1.mlp",), reinit="top:1"), "train.reinit 'top:1' draws"),
+    ],
+)
+def test_what_cannot_learn_is_refused(train: TrainConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        learned_names(TINY, train)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reinit", "begun"),
+    [
+        ("full", "all", ("",)),
+        ("full", "top:1", ("layers.1.",)),
+        ("full", "none", ()),
+        ("partial", "top:2", ("layers.0.", "layers.1.")),
+    ],
+)
+def test_reinit_draws_as_a_new_model_is_drawn(
+    make_config: MakeConfig, strategy: str, reinit: str, begun: tuple[str, ...]
+) -> None:
+    layers = 2 if strategy == "partial" else None
+    config = make_config(train__strategy=strategy, train__reinit=reinit, train__seed=3, train__layers=layers)
+    base = tiny_model()
+    with torch.no_grad():
+        base.layers[1].input_layernorm.weight.mul_(2)  # type: ignore[union-attr]
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    model = apply_strategy(base, config)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    matrices = {name for name, p in before.items() if p.dim() == 2 and name.startswith(begun)}
+    assert moved == matrices | {name for name in ("layers.1.input_layernorm.weight",) if name.startswith(begun)}
+    new = Mistral(TINY)
+    new.init_weights(3)
+    for name in moved:
+        mine, fresh = model.get_parameter(name).detach(), new.get_parameter(name).detach()
+        assert mine.dim() < 2 or float(mine.std()) == pytest.approx(float(fresh.std()), rel=0.2), name
+        assert reinit != "all" or torch.equal(mine, fresh)
+    again = apply_strategy(tiny_model(), config)
+    assert all(torch.equal(model.get_parameter(name), again.get_parameter(name)) for name in moved)
+
+
+def test_the_fast_block_is_plain_loras_alone(make_config: MakeConfig) -> None:
+    def is_fast(**changes: Any) -> bool:
+        return isinstance(apply_strategy(tiny_model(), make_config(**changes)).layers[0], FusedBlock)
+
+    assert is_fast(train__strategy="lora")
+    assert is_fast(train__strategy="lora", lora__rslora=True)
+    assert not is_fast(train__strategy="lora", lora__dora=True)
+    assert not is_fast(train__strategy="lora", lora__dropout=0.1)
+    assert not is_fast(train__strategy="prefix")
+    assert not is_fast(train__strategy="partial", train__layers=1)
+    frozen = add_lora(tiny_model(), LoraConfig(rank=2, dora=True)).requires_grad_(False)
+    assert not fuse(frozen), "not even where nothing learns"
 
 
 def test_activation_checkpointing_is_set(make_config: MakeConfig) -> None:
