@@ -5,6 +5,7 @@ Heavy modules are imported inside the verbs, so that help and usage errors come 
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -16,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
 from rich.console import Console
 
-from minilora.config import MISTRAL_7B, BaseConfig, RunConfig, base_folder
+from minilora.config import METRICS, MISTRAL_7B, BaseConfig, EvalConfig, RunConfig, base_folder
 from minilora.errors import UserError, is_out_of_memory
 from minilora.recipes import recipe_file, recipe_names, summary
 
@@ -176,7 +177,9 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     summary = run.folder.read_json("summary.json")
     for name in ("before", "after", "test"):
         if summary[name]:
-            figures = "  ".join(f"{key} {value:.4g}" for key, value in summary[name].items() if value is not None)
+            figures = "  ".join(
+                f"{key} {value:.4g}" for key, value in summary[name].items() if isinstance(value, float)
+            )
             console.print(f"{name:7}{figures}", highlight=False, soft_wrap=True)
     console.print(f"done: {run.stopped_because}; report in {report}", highlight=False, soft_wrap=True)
 
@@ -207,12 +210,16 @@ def _tell(predicted: dict[str, int]) -> None:
 
 
 def evaluate(args: list[str]) -> None:
-    """Perplexity and exact match on a JSONL file: minilora evaluate FILE [--adapter FOLDER] [--model.path FOLDER]"""
+    """Perplexity and task metrics on a JSONL file: minilora evaluate FILE [--adapter FOLDER] [--model.path FOLDER]"""
     parser = _parser(evaluate)
     parser.add_argument("file", help="JSONL of messages or text")
     parser.add_argument(
         "--eval.answers", type=NonNegativeInt, default=64, help="conversations to answer and compare; 0 for none"
     )
+    parser.add_argument(
+        "--eval.metrics", type=tuple[str, ...], default=EvalConfig.metrics, help=f"of {', '.join(METRICS)}"
+    )
+    parser.add_argument("--out", help="also write each answer to this new file, a line of JSON each")
     parser.add_argument("--data.max_seq_len", type=PositiveInt, default=2048)
     parser.add_argument("--eval.max_new_tokens", type=PositiveInt, default=128)
     parser.add_argument("--eval.batch_size", type=PositiveInt, default=8)
@@ -220,12 +227,20 @@ def evaluate(args: list[str]) -> None:
     parsed = _parse(parser, args)
 
     from minilora.base import Base
+    from minilora.checkpoint.write import atomic_write
     from minilora.data.encode import check_vocab, encode_records
-    from minilora.data.records import read_records
-    from minilora.evaluate.answers import answer_samples, exact_match, has_prompt
+    from minilora.data.records import data_fingerprint, read_records
+    from minilora.evaluate.answers import answer_samples, has_prompt
+    from minilora.evaluate.metrics import check_libraries, score
     from minilora.evaluate.perplexity import mean_loss, perplexity
+    from minilora.report.page import write_report
     from minilora.train.run_folder import to_json
+    from minilora.train.test_once import note_look, run_tested_on
 
+    metrics = EvalConfig(metrics=parsed.eval.metrics).metrics  # which checks their names
+    check_libraries(metrics)
+    if parsed.out and Path(parsed.out).exists():
+        raise UserError(f"{parsed.out}: exists already; name another file with --out")
     base = Base.find(parsed.model, parsed.adapter)
     tokenizer, batch_size = base.tokenizer, parsed.eval.batch_size
     samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
@@ -240,9 +255,17 @@ def evaluate(args: list[str]) -> None:
     loss, n_targets = mean_loss(model, samples, parsed.data.max_seq_len, parsed.eval.batch_size)
     result: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "target_tokens": n_targets}
     chats = [s for s in samples if has_prompt(s)][: parsed.eval.answers]
-    if chats:
-        answers = answer_samples(model, tokenizer, chats, parsed.eval.max_new_tokens, parsed.eval.batch_size)
-        result |= {"exact_match": exact_match(answers), "answers": len(answers)}
+    answers = answer_samples(model, tokenizer, chats, parsed.eval.max_new_tokens, parsed.eval.batch_size)
+    figures, each = score(answers, metrics)
+    result |= figures | ({"answers": len(answers)} if answers else {})
+    if run := run_tested_on(parsed.file, parsed.adapter or parsed.model.path):
+        warning = note_look(run, shlex.join(["evaluate", *args]), data_fingerprint(parsed.file), result)
+        write_report(run)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+    if parsed.out:
+        lines = [to_json(vars(answer) | row) + "\n" for answer, row in zip(answers, each, strict=True)]
+        atomic_write(parsed.out, "".join(lines))
     print(to_json(result, indent=1))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from minilora.errors import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METRICS = ("exact_match", "f1", "bleu", "rouge")
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class DataConfig:
         train: what is learnt
         validation: what is watched while training; without it nothing is
         test: what is measured once, at the end
+        general: text that the base should still predict afterwards: what is forgotten is measured on it
         max_seq_len: tokens in a packed row
         too_long: what to do with a conversation of more than max_seq_len tokens; raw text is cut into pieces
     """
@@ -146,6 +148,7 @@ class DataConfig:
     train: str = ""
     validation: str | None = None
     test: str | None = None
+    general: str | None = None
     max_seq_len: int = 2048
     too_long: Literal["fail", "skip"] = "fail"
 
@@ -185,6 +188,7 @@ class TrainConfig:
         checkpoint_every: steps between saved states
         keep_checkpoints: how many of them to keep
         max_bad_steps: stop after this many steps in a row whose loss or gradient is not finite
+        tensorboard: also write the figures of each step for TensorBoard, into the run folder's tensorboard/
     """
 
     output: str = "runs/train"
@@ -212,6 +216,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     max_bad_steps: int = 5
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         above_0 = ("batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "prefix_tokens")
@@ -257,20 +262,29 @@ class EvalConfig:
         every: steps between validations
         patience: stop after this many validations without a new best; 0 never stops early
         batch_size: rows or prompts in one forward pass
-        answers: conversations of the validation and of the test file that are answered and compared (exact match)
+        answers: conversations of the validation and of the test file that are answered and compared
+        metrics: what they are compared by: "exact_match", "f1", "bleu", "rouge" (evaluate/metrics.py)
         samples: validation prompts answered before and after training, side by side in samples.md
         max_new_tokens: longest answer generated
+        general_tokens: target tokens of data.general on which the distance to the base is measured
+        probes: file of prompts, one a line, that are answered before and after as well; by default eight that ship
+            with the package. samples = 0 leaves them out
     """
 
     every: int = 50
     patience: int = 0
     batch_size: int = 8
     answers: int = 64
+    metrics: tuple[str, ...] = ("exact_match", "f1")
     samples: int = 5
     max_new_tokens: int = 128
+    general_tokens: int = 1024
+    probes: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "batch_size", "max_new_tokens"):
+        for metric in self.metrics:
+            _check(metric in METRICS, f"eval.metrics names {metric!r}; there are {', '.join(METRICS)}")
+        for name in ("every", "batch_size", "max_new_tokens", "general_tokens"):
             _check(getattr(self, name) > 0, f"eval.{name} is {getattr(self, name)}, but must be above 0")
         for name in ("patience", "answers", "samples"):
             _check(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}, but must not be negative")

@@ -1,5 +1,7 @@
 """The one exception for what a user can mend: a message of one line that says what, where, why, and what to do."""
 
+from importlib.util import find_spec
+
 
 class UserError(Exception):
     """Bad input, found by us and explained in one line. The command line prints it and exits with status 1."""
@@ -11,3 +13,9 @@ class UserError(Exception):
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch raised it for want of memory: its own class on a GPU, a RuntimeError among others on a CPU."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def need_library(name: str, extra: str, what: str) -> None:
+    """Raises UserError if the library, of the extra of that name, is not installed; `what` needs it."""
+    if find_spec(name) is None:
+        raise UserError(f"{what} needs {name}, which is not installed: pip install 'minilora[{extra}]'")

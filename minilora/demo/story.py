@@ -10,6 +10,7 @@ can on them when it is asked in its own raw form.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,13 +26,12 @@ from minilora.config import (
     RunConfig,
     TrainConfig,
 )
-from minilora.data.encode import Sample, encode_records
+from minilora.data.encode import encode_records
 from minilora.data.records import ChatRecord, read_records
 from minilora.demo.dictionary import DATA, phoneme_errors, raw_prompt
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer, answer_samples, exact_match
 from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit
-from minilora.evaluate.perplexity import mean_loss, perplexity
 from minilora.generation import answer
 from minilora.memory import DenseDtype, Storage, predict
 from minilora.memory import measure as measured_bytes
@@ -52,7 +52,12 @@ def demo_config(output: Path, seed: int) -> RunConfig:
     return RunConfig(
         model=BaseConfig(path="demo", dtype="float32"),
         lora=LoraConfig(rank=16, alpha=32),
-        data=DataConfig(str(DATA / "chat_train.jsonl"), str(DATA / "chat_validation.jsonl"), max_seq_len=256),
+        data=DataConfig(
+            train=str(DATA / "chat_train.jsonl"),
+            validation=str(DATA / "chat_validation.jsonl"),
+            general=str(DATA / "heldout.jsonl"),  # the base's own lines: what it forgets
+            max_seq_len=256,
+        ),
         train=TrainConfig(
             output=str(output), seed=seed, epochs=3, batch_size=8, lr=3e-3, warmup_steps=10, checkpoint_every=50
         ),
@@ -68,21 +73,13 @@ class Score:
     phoneme_error_rate: float
 
 
-@dataclass(frozen=True)
-class Figures(Score):
-    """A score, and how well the model still predicts the base's own kind of text: what it forgot."""
-
-    own_text_perplexity: float
-
-
 def tell(output: Path, seed: int, console: Console) -> None:
     """Run the demo into the folder `output`; an old demo there is replaced."""
     refuse_other_run(output)
     config = demo_config(output, seed)
     base = open_checkpoint("demo")
     tokenizer = load_tokenizer("demo")
-    chats = _samples("chat_test.jsonl", tokenizer)
-    raw = _samples("heldout.jsonl", tokenizer)
+    chats, _ = encode_records(read_records(DATA / "chat_test.jsonl"), tokenizer, max_seq_len=256)
     console.rule("Memory at rest")
     console.print(memory_table(base.config, config.lora))
 
@@ -93,7 +90,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
         f"Loaded in NF4, embeddings and head in float32: {sum(measured_bytes(model).values()) / 1e6:.2f} MB of tensors "
         f"(predicted {sum(predicted.values()) / 1e6:.2f})."
     )
-    before = measure(model, tokenizer, chats, raw)
+    before = score(answer_samples(model, tokenizer, chats, LONGEST_ANSWER, BATCH))
     ceiling = {
         "nf4": score(ask_raw(model, tokenizer)),
         "bfloat16": score(ask_raw(load_model("demo", dtype=torch.float32), tokenizer)),
@@ -107,13 +104,13 @@ def tell(output: Path, seed: int, console: Console) -> None:
     run = fine_tune(config, ConsoleReporter(console), overwrite=True)
 
     console.rule("After")
-    after = measure(run.model, tokenizer, chats, raw)
+    after = score(answer_samples(run.model, tokenizer, chats, LONGEST_ANSWER, BATCH))
     audit = merge_with_audit(
         run.model, output / "merged", run.validation, config.data.max_seq_len, tokenizer.path, overwrite=True
     )
     write_summary(run, before, after, ceiling, audit)
     report = write_report(output)
-    console.print(result_table(before, after, ceiling["nf4"]))
+    console.print(result_table(run.folder.read_json("summary.json"), ceiling["nf4"]))
     console.print(samples_table(run))
     console.print(f"Merge check: {audit.text()}", highlight=False)
     places = {
@@ -136,18 +133,6 @@ def refuse_other_run(output: Path) -> None:
         raise UserError(f"{output} holds something other than a demo; name another folder with --output")
 
 
-def _samples(name: str, tokenizer: Tokenizer) -> list[Sample]:
-    samples, _ = encode_records(read_records(DATA / name), tokenizer, max_seq_len=256)
-    return samples
-
-
-def measure(model: Mistral, tokenizer: Tokenizer, chats: Sequence[Sample], raw: Sequence[Sample]) -> Figures:
-    """Ask the model about the test words, and read it the base's own held-out lines."""
-    asked = score(answer_samples(model, tokenizer, chats, LONGEST_ANSWER, BATCH))
-    loss, _ = mean_loss(model, raw, max_seq_len=256)
-    return Figures(asked.exact_match, asked.phoneme_error_rate, perplexity(loss))
-
-
 def score(answers: Sequence[Answer]) -> Score:
     """The score of IPA answers."""
     edits, phonemes = zip(*(phoneme_errors(a.given.strip(), a.expected) for a in answers), strict=True)
@@ -164,11 +149,11 @@ def ask_raw(model: Mistral, tokenizer: Tokenizer) -> list[Answer]:
     return [Answer(*row) for row in zip(prompts, expected, given, strict=True)]
 
 
-def write_summary(run: Run, before: Figures, after: Figures, ceiling: dict[str, Score], audit: MergeAudit) -> None:
+def write_summary(run: Run, before: Score, after: Score, ceiling: dict[str, Score], audit: MergeAudit) -> None:
     """Put the demo's figures into the run's summary.json, beside the loop's own."""
     summary = run.folder.read_json("summary.json")
-    summary["before"] |= vars(before)
-    summary["after"] |= vars(after)
+    for when, asked in (("before", before), ("after", after)):
+        summary[when] |= vars(asked) | {"own_text_perplexity": summary["forgetting"][when]["perplexity"]}
     summary["ceiling"] = {name: vars(value) for name, value in ceiling.items()}
     summary["share_of_ceiling"] = after.exact_match / ceiling["nf4"].exact_match
     summary["merge"] = {"merged": vars(audit.merged), "base": vars(audit.base)}
@@ -194,19 +179,19 @@ def memory_table(small: ModelConfig, lora: LoraConfig) -> Table:
     return table(("linear layers in", "demo: weights", "+ adapters", "7B: weights", "+ adapters"), rows)
 
 
-def result_table(before: Figures, after: Figures, ceiling: Score) -> Table:
+def result_table(summary: dict[str, Any], ceiling: Score) -> Table:
     """Before, after, and the ceiling: the base asked in its raw form."""
-    scores = (before, after, ceiling)
+    asked = (summary["before"], summary["after"], vars(ceiling))
     rows = [
-        ["exact match, test words", *(f"{x.exact_match:.1%}" for x in scores)],
-        ["phoneme error rate", *(f"{x.phoneme_error_rate:.1%}" for x in scores)],
-        ["perplexity of its own text", *(f"{x.own_text_perplexity:.3f}" for x in (before, after)), ""],
+        ["exact match, test words", *(f"{figures['exact_match']:.1%}" for figures in asked)],
+        ["phoneme error rate", *(f"{figures['phoneme_error_rate']:.1%}" for figures in asked)],
+        ["perplexity of its own text", *(f"{figures['own_text_perplexity']:.3f}" for figures in asked[:2]), ""],
     ]
     return table(("", "before", "after", "ceiling: base, raw form"), rows)
 
 
 def samples_table(run: Run) -> Table:
     """Five prompts before and after."""
-    pairs = zip(run.after, run.before["samples"], strict=True)
+    pairs = zip(run.after, run.before["answers"], strict=True)
     rows = [[text.strip()[:40] for text in (a.prompt, a.expected, b["given"], a.given)] for a, b in pairs]
     return table(("prompt", "expected", "before", "after"), rows)

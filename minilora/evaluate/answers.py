@@ -11,11 +11,12 @@ from minilora.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Answer:
-    """One question: the prompt's text, what the data says, and what the model says."""
+    """One question: the prompt's text, what the data says, what the model says; where: "file:line"."""
 
     prompt: str
     expected: str
     given: str
+    where: str = ""
 
     @property
     def exact(self) -> bool:
@@ -43,8 +44,8 @@ def answer_samples(
     """The model's likeliest answer to the last turn of each sample."""
     prompts, expected = zip(*map(split_last_turn, samples), strict=True) if samples else ((), ())
     given = answer(model, prompts, max_new_tokens, tokenizer.eos_id, batch_size)
-    decode = tokenizer.decode
-    return [Answer(decode(p), decode(e), decode(g)) for p, e, g in zip(prompts, expected, given, strict=True)]
+    texts = (map(tokenizer.decode, ids) for ids in (prompts, expected, given))
+    return [Answer(*row) for row in zip(*texts, (s.where for s in samples), strict=True)]
 
 
 def exact_match(answers: Sequence[Answer]) -> float:

@@ -20,9 +20,10 @@ from minilora.report.plots import draw
 
 LOWER_IS_BETTER = ("loss", "perplexity", "error_rate")
 HIGHER_IS_BETTER = ("exact_match", "accuracy", "bleu", "rouge", "f1")
+SHOWN_ABOVE = ("before", "after", "test", "test_looks", "forgetting", "advice")
 PEAKS = {"device_allocated": "peak GPU memory", "private": "peak private memory"}  # the first that was measured
 CAPTIONS = {
-    "loss.png": "Training loss step by step, and validation loss where it was measured.",
+    "loss.png": "Training loss step by step; validation loss, and loss on the general text, where they were measured.",
     "learning_rate.png": "The learning rate, and how long the gradient was before it was clipped.",
     "speed.png": "Tokens a second, and memory in use after each step.",
 }
@@ -32,11 +33,14 @@ CONTENTS = {
     "timing.jsonl": "a line a step: seconds, tokens a second, memory",
     "summary.json": "the figures of this page",
     "samples.md": "the same prompts answered before and after",
+    "generated.jsonl": "every validation answer before and after, with its metrics",
+    "test_looks.jsonl": "a line a look at the test file",
     "before.json": "what was measured before the first step",
     "adapter": "the trained adapter, in PEFT's layout",
     "model": "the trained model, in Hugging Face's layout",
     "merged": "base plus adapter as one model, in Hugging Face's layout",
     "checkpoints": "states to resume from",
+    "tensorboard": "what TensorBoard shows",
 }
 
 
@@ -54,10 +58,12 @@ def write_report(run_folder: Path) -> Path:
         atomic_write(run_folder / name, png)
     sections = [
         _header(run_folder, config, summary, metrics),
-        _section("Before and after", _before_after(summary)),
+        _section("Before and after", _before_after(summary) + _test_looks(run_folder / "test_looks.jsonl")),
+        _section("Forgetting", _forgetting(summary)),
+        _section("Advice", _advice(summary)),
         _section("The run", _figures(summary)),
         _section("Plots", "".join(_plot(name, png) for name, png in plots.items())),
-        _section("Samples", _samples(run_folder / "samples.md")),
+        *_samples(run_folder / "samples.md"),
         _section("Settings", _settings(config)),
         _section("Files", _files(run_folder)),
     ]
@@ -77,23 +83,23 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path, key: str = "step", kind: type = int) -> list[dict[str, Any]]:
     """The records of a file, a line each. Half a line at its end, of a run that was killed, is passed over."""
     *whole, rest = _read(path).split("\n")
     records = []
-    for number, line in enumerate([*whole, rest] if _is_record(rest) else whole, 1):
-        if not _is_record(line):
-            raise UserError(f"{path} line {number}: not a JSON object with a step; remove the line")
+    for number, line in enumerate([*whole, rest] if _is_record(rest, key, kind) else whole, 1):
+        if not _is_record(line, key, kind):
+            raise UserError(f"{path} line {number}: not a JSON object with a {key}; remove the line")
         records.append(json.loads(line))
     return records
 
 
-def _is_record(line: str) -> bool:
+def _is_record(line: str, key: str, kind: type) -> bool:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and isinstance(record.get("step"), int)
+    return isinstance(record, dict) and isinstance(record.get(key), kind)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -180,6 +186,29 @@ def _before_after(summary: Mapping[str, Any]) -> str:
     return _table(["", *map(_words, head), "change"], rows) if rows else ""
 
 
+def _test_looks(path: Path) -> str:
+    """How often the test file was opened, and when: only the first figure is one of unseen text."""
+    looks = _read_jsonl(path, "time", str)
+    if not looks:
+        return ""
+    often = "once" if len(looks) == 1 else f"{len(looks)} times: only the first figure counts as unseen"
+    rows = [[escape(look["time"]), f"<code>{escape(str(look.get('command')))}</code>"] for look in looks]
+    return f"<p>The test file was opened {often}.</p>\n" + _table(["when", "by"], rows, numbers=False)
+
+
+def _forgetting(summary: Mapping[str, Any]) -> str:
+    """The general text before and after, and how far the model went from its base."""
+    forgetting = summary.get("forgetting") or {}
+    kl = forgetting.get("kl")
+    distance = f"on {_figure(forgetting.get('kl_tokens'))} tokens of it, KL(base, tuned) is {_figure(kl)} nats a token"
+    return _before_after(forgetting) + (f"<p>{escape(distance)}.</p>" if kl is not None else "")
+
+
+def _advice(summary: Mapping[str, Any]) -> str:
+    sentences = summary.get("advice") or []
+    return f"<ul>{''.join(f'<li>{escape(str(sentence))}</li>' for sentence in sentences)}</ul>" if sentences else ""
+
+
 def _change(key: str, before: Any, after: Any) -> str:
     """After less before, green where that is better and red where it is worse."""
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (before, after)):
@@ -191,7 +220,7 @@ def _change(key: str, before: Any, after: Any) -> str:
 
 
 def _figures(summary: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in summary.items() if key not in ("before", "after", "test")}
+    rest = {key: value for key, value in summary.items() if key not in SHOWN_ABOVE}
     rows = []
     for key, value in _flat(rest).items():
         text = f"{value / 1e9:.3f} GB" if "bytes" in key and isinstance(value, int | float) else _figure(value)
@@ -207,9 +236,16 @@ def _plot(name: str, png: bytes) -> str:
     )
 
 
-def _samples(path: Path) -> str:
-    """The table of samples.md; whatever else may stand there as it is."""
-    lines = [line for line in _read(path).splitlines() if line.strip() and not line.startswith("# ")]
+def _samples(path: Path) -> Iterator[str]:
+    """A section for each "# title" of samples.md, with the table below it; whatever else may stand there as it is."""
+    for part in re.split(r"^# ", _read(path), flags=re.MULTILINE):
+        title, *lines = [line for line in part.splitlines() if line.strip()] or [""]
+        if title.startswith("|"):
+            title, lines = "Samples", [title, *lines]
+        yield _section(title, _markdown(lines))
+
+
+def _markdown(lines: Sequence[str]) -> str:
     rows = [_cells(line) for line in lines if line.startswith("|")]
     if len(rows) < 3 or len(rows) != len(lines) or len({len(row) for row in rows}) != 1:
         return f"<pre>{escape(chr(10).join(lines))}</pre>" if lines else ""

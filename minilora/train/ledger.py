@@ -66,10 +66,14 @@ class Ledger:
             if limits.answers or limits.samples:
                 answered = replace(plan, rows=limits.batch_size, length=self.longest, targets=None)
                 in_between.append(answered.forward(limits.max_new_tokens))
-        return ({"process": private_bytes()} if on_cpu else {}) | plan.predict(in_between)
+        held = {"process": private_bytes()} if on_cpu else {}
+        if on_cpu and self.config.data.general:
+            held["base's predictions"] = 4 * self.sizes.vocab_size * self.config.eval.general_tokens
+        return held | plan.predict(in_between)
 
     def _evaluates(self) -> bool:
-        return bool(self.config.data.validation or self.config.data.test)
+        data = self.config.data
+        return bool(data.validation or data.test or data.general)
 
     def check(self) -> dict[str, int]:
         """The prediction. Raises UserError if it does not fit, with the mildest form of each setting that is enough."""

@@ -7,6 +7,8 @@ measure; then until done: take rows, step, now and then validate and save; then 
 import json
 import statistics
 import time
+from collections.abc import Iterable
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,19 @@ from minilora.config import RunConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import make_batch
 from minilora.errors import UserError, is_out_of_memory
-from minilora.evaluate.answers import Answer, answer_samples, exact_match, has_prompt
+from minilora.evaluate.advice import advise
+from minilora.evaluate.answers import Answer, answer_samples, has_prompt
+from minilora.evaluate.metrics import score
 from minilora.evaluate.perplexity import mean_loss, perplexity
-from minilora.train.run_folder import RunFolder
+from minilora.train.run_folder import RunFolder, to_json
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
 from minilora.train.signals import StopRequest
 from minilora.train.state import load_weights, versions
 from minilora.train.step import train_step
 from minilora.train.strategies import MovementCheck
+from minilora.train.tensorboard import scalars
+from minilora.train.test_once import TRAIN, looks, note_look
 
 
 def fine_tune(config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Run:
@@ -74,24 +80,28 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
             raise UserError(f"{run.folder.path}: finished, and its checkpoints are gone; --overwrite begins anew")
         run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
         metrics, answers = measure(run, run.validation)
-        run.before = {"metrics": metrics, "samples": [vars(a) for a in answers[: run.config.eval.samples]]}
+        run.before = {
+            "metrics": metrics,
+            "answers": [vars(a) for a in answers],
+            "probes": run.forgetting.said,
+            "data": run.state.origin["data"],
+        }
         run.folder.write_json("before.json", run.before)
     run.folder.metrics.cut(run.state.counters.metrics_bytes)
     run.folder.timing.cut(run.state.counters.timing_bytes)
 
 
-def measure(run: Run, samples: list[Sample]) -> tuple[dict[str, float], list[Answer]]:
-    """Loss and perplexity of all samples, and exact match of the first `eval.answers` that end in an answer."""
+def measure(run: Run, samples: list[Sample]) -> tuple[dict[str, Any], list[Answer]]:
+    """Loss and perplexity of all samples, and `eval.metrics` of the first `eval.answers` that end in an answer; those
+    answers, or as many as `eval.samples` shows, if that is more."""
     if not samples:
         return {}, []
     limits = run.config.eval
     loss, _ = mean_loss(run.model, samples, run.config.data.max_seq_len, limits.batch_size)
-    metrics = {"loss": loss, "perplexity": perplexity(loss)}
     chats = [s for s in samples if has_prompt(s)][: max(limits.answers, limits.samples)]
     answers = answer_samples(run.model, run.tokenizer, chats, limits.max_new_tokens, limits.batch_size)
-    if answers[: limits.answers]:
-        metrics["exact_match"] = exact_match(answers[: limits.answers])
-    return metrics, answers
+    figures, _ = score(answers[: limits.answers], limits.metrics)
+    return {"loss": loss, "perplexity": perplexity(loss)} | figures, answers
 
 
 def run_steps(run: Run) -> None:
@@ -100,17 +110,20 @@ def run_steps(run: Run) -> None:
     check: MovementCheck | None = MovementCheck(run.state.weights) if counters.updates < 2 else None
     run.model.train()
     run.reporter.begin(counters.step, run.n_steps)
-    with StopRequest() as stop:
+    board = run.folder.path / "tensorboard"
+    tell = scalars(board, counters.step + 1, run.reporter.say) if run.config.train.tensorboard else nullcontext(_no_one)
+    with StopRequest() as stop, tell as log_scalars:
         while counters.step < run.n_steps and not _out_of_patience(run):
             metrics, timing = one_step(run)
             if check is not None and "skipped" not in metrics:
                 _refuse_still_weights(check, counters.updates, metrics["lr"])
                 check = check if counters.updates < 2 else None
-            if run.validation and (counters.step % run.config.eval.every == 0 or counters.step == run.n_steps):
+            if counters.step % run.config.eval.every == 0 or counters.step == run.n_steps:
                 metrics |= validate(run)
             for log, record in ((run.folder.metrics, metrics), (run.folder.timing, timing)):
                 if trouble := log.append(record):
                     run.reporter.say(f"warning: {trouble}")
+                log_scalars(record)
             run.reporter.step(metrics, timing)
             _refuse_bad_steps(run)
             is_last = counters.step == run.n_steps or _out_of_patience(run)
@@ -118,6 +131,10 @@ def run_steps(run: Run) -> None:
                 save(run)
             stop.follow(f"{run.folder.path}: stopped after step {counters.step}, saved; go on with --resume")
     run.model.eval()
+
+
+def _no_one(_record: dict[str, Any]) -> None:
+    """Who is told a step's figures where nobody asked for them."""
 
 
 def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -170,15 +187,19 @@ def _refuse_still_weights(check: MovementCheck, updates: int, lr: float) -> None
 
 
 def validate(run: Run) -> dict[str, float]:
-    """Loss on the validation file; a new best is saved, and the validations since it are counted."""
+    """Loss on the validation file and on the general text, where they are given; a new best of the former is saved, and
+    the validations since it are counted."""
     counters = run.state.counters
+    general = {f"general_{name}": value for name, value in run.forgetting.measure(run.model).items()}
+    if not run.validation:
+        return general
     loss, _ = mean_loss(run.model, run.validation, run.config.data.max_seq_len, run.config.eval.batch_size)
     if loss < (inf if counters.best_loss is None else counters.best_loss):  # never true of NaN
         counters.best_loss, counters.best_step, counters.validations_since_best = loss, counters.step, 0
         run.state.save(run.folder.checkpoint("best", counters.step), weights_only=True)
     else:
         counters.validations_since_best += 1
-    return {"val_loss": loss, "val_perplexity": perplexity(loss)}
+    return {"val_loss": loss, "val_perplexity": perplexity(loss)} | general
 
 
 def _out_of_patience(run: Run) -> bool:
@@ -217,17 +238,24 @@ def finish(run: Run) -> None:
             "versions": versions(),
         }
         save_adapter(run.model, folder.path / "adapter", provenance=provenance, overwrite=True)
-    after, answers = measure(run, run.validation)
-    test, _ = measure(run, run.test)
-    run.after = answers[: run.config.eval.samples]
-    _write_samples(run)
+    after, run.after = measure(run, run.validation)
+    _write_answers(run)
+    forgetting = run.forgetting.report(run.model)
+    advice = advise(_records(folder.path / "metrics.jsonl"), forgetting)
+    for sentence in advice:
+        run.reporter.say(f"advice: {sentence}")
+    test, n_looks = open_test(run)
+    speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl")]
     summary = {
         "before": run.before["metrics"],
         "after": after,
         "test": test,
+        "test_looks": n_looks,
+        "forgetting": forgetting,
+        "advice": advice,
         "peak_memory_bytes": run.memory.summary(),
         "predicted_memory_bytes": run.predicted_bytes,
-        "tok_per_s": _median_speed(folder.path / "timing.jsonl"),
+        "tok_per_s": statistics.median(speeds) if speeds else None,  # None if the disk was too full to note any
         "steps": counters.step,
         "updates": counters.updates,
         "best_step": counters.best_step,
@@ -237,26 +265,53 @@ def finish(run: Run) -> None:
     folder.write_json("summary.json", summary)
 
 
+def open_test(run: Run) -> tuple[dict[str, Any], int]:
+    """The figures of the test file, and how often it was looked at. What this run has seen of it, it does not see again."""
+    path = run.folder.path
+    own = [look["figures"] for look in looks(path) if look["command"] == TRAIN]
+    if own or not run.test:
+        return (own[0] if own else {}), len(looks(path))
+    figures, _ = measure(run, run.test)
+    if warning := note_look(path, TRAIN, run.state.origin["data"]["test"], figures):
+        run.reporter.say(f"warning: {warning}")
+    return figures, len(looks(path))
+
+
 def _absolute(path: str) -> str:
     """The path as it is found from everywhere; "demo" is a name."""
     return path if path == "demo" else str(Path(path).expanduser().resolve())
 
 
-def _write_samples(run: Run) -> None:
-    """samples.md: the same prompts before and after, side by side."""
-    rows = [
-        f"| {_cell(a.prompt)} | {_cell(a.expected)} | {_cell(before['given'])} | {_cell(a.given)} |"
-        for a, before in zip(run.after, run.before["samples"], strict=True)
+def _write_answers(run: Run) -> None:
+    """generated.jsonl: every validation answer before and after; samples.md: the first, and the probes, side by side."""
+    before, n_samples = run.before["answers"], run.config.eval.samples
+    _, each = score(run.after, run.config.eval.metrics)
+    lines = [
+        to_json(
+            {"where": a.where, "prompt": a.prompt, "expected": a.expected, "before": b["given"], "after": a.given} | m
+        )
+        for a, b, m in zip(run.after, before, each, strict=True)
     ]
-    head = ["| prompt | expected | before | after |", "|---|---|---|---|"]
-    atomic_write(run.folder.path / "samples.md", "\n".join(["# Samples", "", *head, *rows, ""]))
+    atomic_write(run.folder.path / "generated.jsonl", "".join(line + "\n" for line in lines))
+    samples = [(a.prompt, a.expected, b["given"], a.given) for a, b in zip(run.after, before, strict=True)]
+    text = _markdown("Samples", ("prompt", "expected", "before", "after"), samples[:n_samples])
+    if prompts := [run.tokenizer.decode(probe.tokens.tolist()) for probe in run.forgetting.probes]:
+        probes = zip(prompts, run.before["probes"], run.forgetting.answers(run.model), strict=True)
+        text += "\n" + _markdown("Probes", ("prompt", "before", "after"), probes)
+    atomic_write(run.folder.path / "samples.md", text)
+
+
+def _markdown(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table under a title."""
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (head, *rows)]
+    rule = "|" + "---|" * len(list(head))
+    return "\n".join([f"# {title}", "", lines[0], rule, *lines[1:], ""])
 
 
 def _cell(text: str) -> str:
-    return text.strip().replace("|", "\\|").replace("\n", "<br>")
+    return "<br>".join(text.strip().replace("|", "\\|").splitlines())
 
 
-def _median_speed(timing: Path) -> float | None:
-    """None if the disk was too full to note any."""
-    lines = timing.read_text().splitlines() if timing.exists() else []
-    return statistics.median(json.loads(line)["tok_per_s"] for line in lines) if lines else None
+def _records(path: Path) -> list[dict[str, Any]]:
+    """None, if the disk was too full to note any."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -2,7 +2,9 @@
 
 config.toml     complete and re-runnable          metrics.jsonl   a line a step, the same in every run of a seed
 before.json     measured before the first step    timing.jsonl    a line a step: seconds, tokens/s, memory
-checkpoints/    step-00000100/, best-00000050/    summary.json, samples.md, adapter/, report.html, *.png at the end
+checkpoints/    step-00000100/, best-00000050/    test_looks.jsonl   a line a look at the test file, see test_once.py
+tensorboard/    if train.tensorboard asks for it   generated.jsonl    a line an answer, before and after
+at the end      summary.json, samples.md, adapter/, report.html, *.png
 """
 
 import fcntl
@@ -21,10 +23,10 @@ from minilora.config import RunConfig, base_folder, to_dict
 from minilora.errors import UserError
 
 LOCK = ".lock"
-FOLDERS = ("checkpoints", "adapter", "model", "merged")
+FOLDERS = ("checkpoints", "adapter", "model", "merged", "tensorboard")
 FILES = (
     "config.toml", "before.json", "metrics.jsonl", "timing.jsonl", "summary.json", "samples.md",
-    "report.html", "loss.png", "learning_rate.png", "speed.png",
+    "generated.jsonl", "test_looks.jsonl", "report.html", "loss.png", "learning_rate.png", "speed.png",
 )  # fmt: skip
 
 
@@ -158,7 +160,7 @@ class RunFolder:
 def _refuse_own_sources(path: Path, config: RunConfig) -> None:
     """Raise UserError if beginning anew would delete what the new run is made from."""
     sources = (config.model.path, config.model.tokenizer, config.data.train, config.data.validation, config.data.test)
-    for source in filter(None, sources):
+    for source in filter(None, (*sources, config.data.general, config.eval.probes)):
         if path.resolve() in base_folder(source).resolve().parents:
             raise UserError(f"{source} lies in {path}, which would be begun anew; name another --train.output")
 

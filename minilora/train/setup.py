@@ -13,8 +13,10 @@ from minilora.config import RunConfig, to_dict
 from minilora.data.encode import Sample, check_vocab, encode_records
 from minilora.data.pack import RowSampler, epoch_rows, make_batch
 from minilora.data.records import data_fingerprint, read_records
-from minilora.errors import UserError
+from minilora.errors import UserError, need_library
 from minilora.evaluate.answers import Answer
+from minilora.evaluate.forgetting import Forgetting, read_probes
+from minilora.evaluate.metrics import check_libraries
 from minilora.memory import PeakMemory, one_line
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer, load_tokenizer
@@ -50,6 +52,7 @@ class Run:
     reporter: Reporter
     memory: PeakMemory
     predicted_bytes: dict[str, int]
+    forgetting: Forgetting
     before: dict[str, Any] = field(default_factory=dict)
     after: list[Answer] = field(default_factory=list)
     stopped_because: str = "all steps done"
@@ -57,14 +60,18 @@ class Run:
 
 def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
+    check_libraries(config.eval.metrics)
+    if config.train.tensorboard:
+        need_library("tensorboard", "tensorboard", "train.tensorboard")
     checkpoint = open_checkpoint(config.model.path)
     base = checkpoint.folder
     tokenizer = load_tokenizer(config.model.tokenizer or base)
-    files = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
+    files = {name: getattr(config.data, name) for name in ("train", "validation", "test", "general")}
     if not files["train"]:
         raise UserError("data.train is empty; name a JSONL file of messages or text")
     samples = {name: read_samples(path, tokenizer, config, reporter) if path else [] for name, path in files.items()}
-    for part in samples.values():
+    probes = read_probes(config.eval.probes, tokenizer) if config.eval.samples else []
+    for part in (*samples.values(), probes):
         check_vocab(part, checkpoint.config.vocab_size)
 
     device = pick_device(config.model.device)
@@ -88,11 +95,13 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     lengths = [s.length for s in samples["train"]]
     sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed)
     first = make_batch(samples["train"], sampler.rows[: config.train.batch_size], config.data.max_seq_len)
-    predicted = Ledger(config, checkpoint.config, device, first, max(lengths)).check()
+    longest = max(lengths + [probe.length for probe in probes])
+    predicted = Ledger(config, checkpoint.config, device, first, longest).check()
     reporter.say(one_line(predicted))
     model = load_model(
         base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
+    forgetting = Forgetting(config, tokenizer, samples["general"], probes).ask_base(model)
     torch.manual_seed(config.train.seed)
     apply_strategy(model, config)
 
@@ -101,7 +110,11 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         "config": _what_must_stay(config),
         "base": model.base_fingerprint,
         "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.version},
-        "data": {name: data_fingerprint(path) for name, path in files.items() if path},
+        "data": {
+            name: data_fingerprint(path)
+            for name, path in {**files, "probes": config.eval.samples and config.eval.probes}.items()
+            if path
+        },
         "device": device.type,
         "dtype": str(dtype)[6:],
     }
@@ -117,7 +130,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     return Run(
         config, folder, model, tokenizer, samples["train"], samples["validation"], samples["test"],
         RunState(weights, _optimizer(weights, config), sampler, LossScale(dtype == torch.float16), origin),
-        n_steps, reporter, PeakMemory(device), predicted,
+        n_steps, reporter, PeakMemory(device), predicted, forgetting,
     )  # fmt: skip
 
 
@@ -170,11 +183,13 @@ def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> tor
 
 
 def _what_must_stay(config: RunConfig) -> dict[str, Any]:
-    """The settings that an exact resume depends on: all but where things lie and how often the state is saved."""
+    """The settings that an exact resume depends on: all but where things lie, how often the state is saved and who else
+    is told."""
     may_change = {
         "model": ("path", "tokenizer"),
-        "data": ("train", "validation", "test"),
-        "train": ("output", "checkpoint_every", "keep_checkpoints"),
+        "data": ("train", "validation", "test", "general"),
+        "train": ("output", "checkpoint_every", "keep_checkpoints", "tensorboard"),
+        "eval": ("probes",),
     }
     settings = to_dict(config)
     for section, keys in may_change.items():

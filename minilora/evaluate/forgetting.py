@@ -1,0 +1,121 @@
+"""What a fine-tune costs: how well the model still predicts general text, how far it went from its base, what it says.
+
+    perplexity of `data.general` before, during and after;   KL(base || tuned) on its first `eval.general_tokens` targets
+
+The base is asked right after it is loaded, before a strategy touches it, and what it says is kept. So "before" is the
+base for every strategy, also for one that begins by forgetting (prefix, new weights), and after a resume, which loads it
+again. Kept are log-probabilities in float32 on the CPU: 4 bytes x vocabulary x tokens, 134 MB for 1,024 tokens of a
+7B (V = 32,768), and exact: an untouched model's KL is 0.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.config import RunConfig
+from minilora.data.encode import Sample
+from minilora.data.pack import epoch_rows, make_batch
+from minilora.errors import UserError
+from minilora.evaluate.perplexity import mean_loss, perplexity
+from minilora.generation import answer
+from minilora.loss import IGNORE
+from minilora.model import Mistral
+from minilora.tokenizer import Tokenizer
+
+ROWS = 64  # of logits in work at a time: 8 MB at V = 32,768
+
+
+def read_probes(path: str | None, tokenizer: Tokenizer) -> list[Sample]:
+    """Prompts, one a line, as a user's questions without an answer; those that ship with the package if path is None.
+
+    Raises UserError for a file that cannot be read or holds none.
+    """
+    file = Path(__file__).with_name("probes.txt") if path is None else Path(path)
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    probes = []
+    for number, line in enumerate(lines, 1):
+        if line:
+            ids, targets = tokenizer.encode_chat([{"role": "user", "content": line}])
+            probes.append(Sample(np.array(ids, np.int32), np.array(targets), f"{file}:{number}"))
+    if not probes:
+        raise UserError(f"{file}: holds no prompts; write one a line, or leave eval.probes out")
+    return probes
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Mistral, samples: Sequence[Sample], max_seq_len: int, n_tokens: int, batch_size: int = 8
+) -> Iterator[Tensor]:
+    """ln p(v) of n_tokens targets of the first samples that have so many, or of all: (<= ROWS, V) float32 on the CPU
+    at a time, in the order in which they are packed. The model must be in evaluation mode."""
+    reach = accumulate(sample.n_targets for sample in samples)
+    samples = samples[: 1 + sum(n < n_tokens for n in reach)]
+    rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
+    for start in range(0, len(rows), batch_size):
+        batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(model.device)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments)[batch.labels != IGNORE][:n_tokens]
+        n_tokens -= len(hidden)
+        for part in hidden.split(ROWS):
+            yield model.lm_head(part).float().log_softmax(-1).cpu()
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """The general text and the probes of a run, and what its base says of them.
+
+    before: loss and perplexity of the general text, {} without one; log_p: (tokens, V) float32, see above;
+    said: the base's answers to the probes
+    """
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    general: list[Sample]
+    probes: list[Sample]
+    before: dict[str, float] = field(default_factory=dict)
+    log_p: Tensor = field(default_factory=lambda: torch.empty(0))
+    said: list[str] = field(default_factory=list)
+
+    def ask_base(self, model: Mistral) -> "Forgetting":
+        """With the answers of a model that is still the base."""
+        kept = [*self._log_p(model)]
+        return replace(
+            self, before=self.measure(model), log_p=torch.cat(kept) if kept else self.log_p, said=self.answers(model)
+        )
+
+    def measure(self, model: Mistral) -> dict[str, float]:
+        """Loss and perplexity of the whole general text; {} if there is none."""
+        if not self.general:
+            return {}
+        loss, _ = mean_loss(model, self.general, self.config.data.max_seq_len, self.config.eval.batch_size)
+        return {"loss": loss, "perplexity": perplexity(loss)}
+
+    def report(self, model: Mistral) -> dict[str, Any]:
+        """{"before", "after", "kl": KL(base || model) in nats a token, "kl_tokens"}; {} without a general text."""
+        if not self.general:
+            return {}
+        total, start = 0.0, 0
+        for q in self._log_p(model):
+            p = self.log_p[start : start + len(q)]
+            total, start = total + float((p.exp() * (p - q)).sum()), start + len(q)
+        return {"before": self.before, "after": self.measure(model), "kl": total / start, "kl_tokens": start}
+
+    def answers(self, model: Mistral) -> list[str]:
+        """The likeliest answers to the probes."""
+        limits, prompts = self.config.eval, [probe.tokens.tolist() for probe in self.probes]
+        given = answer(model, prompts, limits.max_new_tokens, self.tokenizer.eos_id, limits.batch_size)
+        return [self.tokenizer.decode(ids) for ids in given]
+
+    def _log_p(self, model: Mistral) -> Iterator[Tensor]:
+        limits, length = self.config.eval, self.config.data.max_seq_len
+        if not self.general:
+            return iter(())
+        return log_probabilities(model, self.general, length, limits.general_tokens, limits.batch_size)

@@ -1,0 +1,42 @@
+"""A run's figures for TensorBoard, written by its own library: `tensorboard --logdir RUN` shows them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+@contextmanager
+def scalars(folder: Path, next_step: int, say: Callable[[str], None]) -> Iterator[Callable[[Record], None]]:
+    """Yield log(record): every number of a record as a scalar of its name, at the record's step.
+
+    next_step: what an earlier process wrote from this step on is void, see SummaryWriter's purge_step
+    A disk that is full ends the logging, which `say` is told, and not the training.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=next_step)
+    failed = False
+
+    def attempt(action: Callable[[], None]) -> None:
+        nonlocal failed
+        try:
+            if not failed:
+                action()
+        except OSError as error:
+            failed = True
+            say(f"warning: {folder}: {error.strerror or error}; training goes on without TensorBoard")
+
+    def log(record: Record) -> None:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                attempt(partial(writer.add_scalar, name, value, record["step"]))
+        attempt(writer.flush)
+
+    try:
+        yield log
+    finally:
+        attempt(writer.close)
