@@ -270,7 +270,7 @@ def test_evaluate_agrees_with_the_run(run: Run, finished: Path, data_folder: Pat
     status, out, err = run("evaluate", file, "--adapter", adapter, *flags)
     assert (status, err.partition(":")[0], err.count("\n")) == (0, "memory", 1)
     after = json.loads(out)
-    assert {k: after[k] for k in ("loss", "perplexity", "exact_match")} == summary["after"]
+    assert {k: after[k] for k in ("loss", "perplexity", "exact_match", "f1")} == summary["after"]
     base = tomllib.loads((finished / "config.toml").read_text())["model"]["path"]
     status, out, _ = run("evaluate", file, "--model.path", base, "--model.quantize", "nf4", *flags)
     assert json.loads(out)["loss"] == summary["before"]["loss"]

@@ -149,6 +149,7 @@ def test_to_dict_is_toml_that_gives_the_same_configuration_back() -> None:
     assert "validation" not in plain["data"]  # TOML has no null
     assert plain["train"]["lr"] == 2e-4
     plain["lora"]["targets"] = tuple(plain["lora"]["targets"])
+    plain["eval"]["metrics"] = tuple(plain["eval"]["metrics"])
     plain["train"]["parameters"] = tuple(plain["train"]["parameters"])
     rebuilt = RunConfig(**{f.name: type(getattr(config, f.name))(**plain[f.name]) for f in fields(config)})
     assert rebuilt == config

@@ -1,10 +1,11 @@
 """What a fine-tune costs: how well the model still predicts general text, how far it went from its base, what it says.
 
-    perplexity of `data.general` before, during and after;   KL(base || tuned) on its first `eval.general_tokens` targets
+    perplexity of `data.general` before, during and after
+    KL(base || tuned) on its first `eval.general_tokens` targets
 
 The base is asked right after it is loaded, before a strategy touches it, and what it says is kept. So "before" is the
-base for every strategy, also for one that begins by forgetting (prefix, new weights), and after a resume, which loads it
-again. Kept are log-probabilities in float32 on the CPU: 4 bytes x vocabulary x tokens, 134 MB for 1,024 tokens of a
+base for every strategy, also for one that begins by forgetting (prefix, new weights), and after a resume, which loads
+it again. Kept are log-probabilities in float32 on the CPU: 4 bytes x vocabulary x tokens, 134 MB for 1,024 tokens of a
 7B (V = 32,768), and exact: an untouched model's KL is 0.
 """
 

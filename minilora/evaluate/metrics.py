@@ -67,7 +67,7 @@ def score(answers: Sequence[Answer], names: Collection[str]) -> tuple[dict[str, 
 
 def _bleu(answers: Sequence[Answer]) -> tuple[list[float], dict[str, Any]]:
     """sacrebleu's tokenization "zh" where half of the expected tokens or more are Chinese, else "13a"."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     words = [token for a in answers for token in tokens(a.expected)]
     chinese = 2 * sum(map(_stands_alone, words)) >= len(words) > 0

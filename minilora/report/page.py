@@ -238,11 +238,9 @@ def _plot(name: str, png: bytes) -> str:
 
 def _samples(path: Path) -> Iterator[str]:
     """A section for each "# title" of samples.md, with the table below it; whatever else may stand there as it is."""
-    for part in re.split(r"^# ", _read(path), flags=re.MULTILINE):
-        title, *lines = [line for line in part.splitlines() if line.strip()] or [""]
-        if title.startswith("|"):
-            title, lines = "Samples", [title, *lines]
-        yield _section(title, _markdown(lines))
+    for part in re.split(r"^(?=# )", _read(path), flags=re.MULTILINE):
+        head, _, rest = part.partition("\n") if part.startswith("# ") else ("# Samples", "", part)
+        yield _section(head.removeprefix("# "), _markdown([line for line in rest.splitlines() if line.strip()]))
 
 
 def _markdown(lines: Sequence[str]) -> str:

@@ -37,8 +37,12 @@ from minilora.train.tensorboard import scalars
 from minilora.train.test_once import TRAIN, looks, note_look
 
 
-def fine_tune(config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Run:
+def fine_tune(
+    config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False, with_test: bool = True
+) -> Run:
     """Train as configured and leave the run folder complete but for the report. The model comes back in eval mode.
+
+    with_test: False leaves the test file closed; a resume of the finished run opens it
 
     Raises UserError for what the user can mend, and Stopped (from signals.py) once a signal was followed.
     """
@@ -47,7 +51,7 @@ def fine_tune(config: RunConfig, reporter: Reporter, resume: bool = False, overw
         run = set_up(config, folder, reporter)
         go_on_or_begin(run, resume)
         run_steps(run)
-        finish(run)
+        finish(run, with_test)
         return run
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -219,7 +223,7 @@ def save(run: Run) -> None:
     folder.prune(run.config.train.keep_checkpoints, {counters.best_step})
 
 
-def finish(run: Run) -> None:
+def finish(run: Run, with_test: bool = True) -> None:
     """Put the best weights back, write what was trained, measure again, open the test file."""
     counters, folder = run.state.counters, run.folder
     if counters.updates == 0:
@@ -244,7 +248,7 @@ def finish(run: Run) -> None:
     advice = advise(_records(folder.path / "metrics.jsonl"), forgetting)
     for sentence in advice:
         run.reporter.say(f"advice: {sentence}")
-    test, n_looks = open_test(run)
+    test, n_looks = open_test(run) if with_test else ({}, len(looks(folder.path)))
     speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl")]
     summary = {
         "before": run.before["metrics"],
@@ -266,7 +270,7 @@ def finish(run: Run) -> None:
 
 
 def open_test(run: Run) -> tuple[dict[str, Any], int]:
-    """The figures of the test file, and how often it was looked at. What this run has seen of it, it does not see again."""
+    """The figures of the test file, and how often it was looked at. What this run has seen, it does not see again."""
     path = run.folder.path
     own = [look["figures"] for look in looks(path) if look["command"] == TRAIN]
     if own or not run.test:
@@ -283,7 +287,7 @@ def _absolute(path: str) -> str:
 
 
 def _write_answers(run: Run) -> None:
-    """generated.jsonl: every validation answer before and after; samples.md: the first, and the probes, side by side."""
+    """generated.jsonl: every validation answer before and after; samples.md: the first of them, and the probes."""
     before, n_samples = run.before["answers"], run.config.eval.samples
     _, each = score(run.after, run.config.eval.metrics)
     lines = [

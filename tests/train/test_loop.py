@@ -48,7 +48,7 @@ def test_a_run_and_its_files(make_config: MakeConfig, quiet: Quiet) -> None:
     path = run.folder.path
     assert {c.name for c in path.iterdir()} == {
         ".lock", "config.toml", "before.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "adapter",
-        "summary.json", "samples.md",
+        "summary.json", "samples.md", "generated.jsonl", "test_looks.jsonl",
     }  # fmt: skip
     assert quiet.began == (0, 4)
     assert quiet.ended
@@ -64,11 +64,13 @@ def test_a_run_and_its_files(make_config: MakeConfig, quiet: Quiet) -> None:
     summary = run.folder.read_json("summary.json")
     assert summary["steps"] == summary["updates"] == 4
     assert summary["after"]["loss"] < summary["before"]["loss"]
-    assert summary["after"].keys() == {"loss", "perplexity", "exact_match"} == summary["test"].keys()
+    assert summary["after"].keys() == {"loss", "perplexity", "exact_match", "f1"} == summary["test"].keys()
     assert summary["after"]["perplexity"] == pytest.approx(math.exp(summary["after"]["loss"]))
     assert summary["after"] == summary["test"]
     assert summary["trainable_parameters"] == sum(p.numel() for p in run.state.weights.values())
-    assert (path / "samples.md").read_text().count("\n| ") == 3  # head and two samples
+    samples, probes = (path / "samples.md").read_text().split("# Probes")
+    assert samples.count("\n| ") == 3  # head and two samples
+    assert probes.count("\n| ") == 9  # head and eight probes
 
     provenance = read_provenance(path / "adapter")
     assert provenance["base_path"] == config.model.path

@@ -1,0 +1,117 @@
+"""The test file: opened once, and whoever looks again is told so, in the run's folder and on its page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import MakeConfig, Quiet
+
+from minilora.cli import main
+from minilora.errors import UserError
+from minilora.report.page import write_report
+from minilora.train.loop import fine_tune
+from minilora.train.test_once import looks, run_tested_on
+
+
+def summary(run: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return document
+
+
+@pytest.fixture
+def unseen(data_folder: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "test.jsonl"
+    lines = (data_folder / "validation.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(reversed(lines)))
+    return file
+
+
+def test_a_run_looks_once_also_where_it_is_resumed_after_its_end(
+    make_config: MakeConfig, quiet: Quiet, unseen: Path
+) -> None:
+    config = make_config(data__test=str(unseen))
+    path = fine_tune(config, quiet).folder.path
+    [look] = looks(path)
+    assert look["command"] == "train"
+    assert look["figures"] == summary(path)["test"]
+    assert summary(path)["test_looks"] == 1
+    fine_tune(config, quiet, resume=True)
+    assert looks(path) == [look]
+    assert summary(path)["test"] == look["figures"]
+
+
+def test_a_run_can_leave_it_closed_until_it_is_asked(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:
+    config = make_config(data__test=str(unseen))
+    path = fine_tune(config, quiet, with_test=False).folder.path
+    assert (summary(path)["test"], summary(path)["test_looks"], looks(path)) == ({}, 0, [])
+    fine_tune(config, quiet, resume=True)
+    assert len(looks(path)) == 1
+    assert summary(path)["test"]["loss"] > 0
+
+
+def test_whoever_evaluates_on_it_looks_again(
+    make_config: MakeConfig, quiet: Quiet, unseen: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = fine_tune(make_config(data__test=str(unseen)), quiet).folder.path
+    write_report(path)
+    assert "The test file was opened once." in (path / "report.html").read_text()
+    flags = ["--adapter", str(path / "adapter"), "--eval.max_new_tokens", "4", "--eval.answers", "2"]
+    assert main(["evaluate", str(data_folder / "validation.jsonl"), *flags]) == 0
+    assert len(looks(path)) == 1, "another file"
+    capsys.readouterr()
+
+    moved = unseen.with_name("renamed.jsonl")  # it is known by its bytes
+    unseen.rename(moved)
+    assert main(["evaluate", str(moved), *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "look 2 at the test file" in err
+    assert err.count("\n") == 2, "the memory, and that"
+    assert [look["command"].split()[0] for look in looks(path)] == ["train", "evaluate"]
+    assert looks(path)[1]["figures"]["loss"] == json.loads(out)["loss"]
+    assert summary(path)["test_looks"] == 2
+    assert "opened 2 times: only the first figure counts" in (path / "report.html").read_text()
+
+
+def test_a_model_is_known_by_its_run_too(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:
+    path = fine_tune(make_config(data__test=str(unseen), train__strategy="full"), quiet).folder.path
+    assert run_tested_on(str(unseen), str(path / "model")) == path
+    assert run_tested_on(str(unseen), None) is None
+    assert run_tested_on(str(unseen), str(path.parent)) is None
+
+
+def test_a_damaged_list_is_not_begun_anew(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:
+    config = make_config(data__test=str(unseen))
+    path = fine_tune(config, quiet).folder.path
+    (path / "test_looks.jsonl").write_text('{"time": "20')
+    with pytest.raises(UserError, match=r"test_looks\.jsonl: cannot be read.*nobody knows"):
+        looks(path)
+
+
+def test_answers_are_written_line_by_line(make_config: MakeConfig, quiet: Quiet, data_folder: Path) -> None:
+    run = fine_tune(make_config(eval__answers=3, eval__metrics=("exact_match", "f1", "bleu")), quiet)
+    lines = [json.loads(line) for line in (run.folder.path / "generated.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in lines] == [f"{data_folder / 'validation.jsonl'}:{n}" for n in (1, 2, 3)]
+    after = summary(run.folder.path)["after"]
+    for metric in ("exact_match", "f1"):
+        assert sum(line[metric] for line in lines) / 3 == pytest.approx(after[metric])
+    assert [line["before"] for line in lines] == [a["given"] for a in run.before["answers"]]
+    assert [line["after"] for line in lines] == [a.given for a in run.after]
+
+
+def test_evaluate_writes_its_answers(
+    make_config: MakeConfig, quiet: Quiet, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = str(fine_tune(make_config(), quiet).folder.path / "adapter")
+    command = ["evaluate", str(data_folder / "validation.jsonl"), "--adapter", adapter, "--eval.max_new_tokens", "4"]
+    command += ["--out", str(tmp_path / "answers.jsonl"), "--eval.metrics", '["rouge"]']
+    assert main(command) == 0
+    figures = json.loads(capsys.readouterr().out)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == figures["answers"] == 6
+    assert sum(line["rougeL"] for line in lines) / 6 == pytest.approx(figures["rougeL"])
+    assert lines[0].keys() >= {"where", "prompt", "expected", "given"}
+    assert main(command) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command[:-1], '["blue"]']) == 1
+    assert "names 'blue'" in capsys.readouterr().err
