@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -207,6 +207,32 @@ def _tell(predicted: dict[str, int]) -> None:
     from minilora.memory import one_line
 
     print(one_line(predicted), file=sys.stderr)
+
+
+def data(args: list[str]) -> None:
+    """Check data line by line and show what of them is trained on: minilora data check FILE... [--fix OUT.jsonl]"""
+    parser = _parser(data)
+    parser.add_argument("what", choices=["check"])
+    parser.add_argument("files", metavar="FILE", nargs="*", help="training data; by default data.train")
+    parser.add_argument("--fix", metavar="OUT.jsonl", help="write the training data without what is wrong in them")
+    parser.add_argument("--html", metavar="OUT.html", help="write what is shown as a page, too")
+    parser.add_argument("--show", type=NonNegativeInt, default=3, help="samples to show")
+    parser.add_argument("--config", action="config", help="a TOML file of a run")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    parsed = _parse(parser, args)
+    config = RunConfig(**{name: getattr(parsed, name) for name in ("model", "lora", "data", "train", "eval")})
+    if parsed.files:
+        config = replace(config, data=replace(config.data, train=tuple(parsed.files)))
+
+    from minilora.report.data_view import show_data
+    from minilora.train.data_check import check_data, fix_data
+
+    checked, figures = check_data(config)
+    show_data(checked, figures, parsed.show, Console(), parsed.html)
+    if parsed.fix:
+        print(fix_data(config, parsed.fix))
+    else:
+        checked.refuse_faults()
 
 
 def evaluate(args: list[str]) -> None:
@@ -451,5 +477,5 @@ def demo(args: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    f.__name__: f for f in (demo, train, evaluate, generate, quantize, merge, explain, verify)
+    f.__name__: f for f in (demo, train, data, evaluate, generate, quantize, merge, explain, verify)
 }

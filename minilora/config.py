@@ -121,6 +121,9 @@ class LoraConfig:
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
+Sources = tuple[str, ...] | str
+
+
 @dataclass(frozen=True)
 class PrefixConfig:
     """Trained keys and values that stand before the tokens in every layer (prefix.py).
@@ -134,26 +137,58 @@ class PrefixConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on and measured on: JSONL files of messages or of raw text.
+    """What is trained on and measured on: one file or several, JSONL, CSV, Parquet or plain text.
+
+    A source of training data may have a weight, PATH:WEIGHT: the share of an epoch's samples that it gives, beside the
+    weights of the others (1 unless given). Without any weight each sample is seen once.
 
     Args:
         train: what is learnt
         validation: what is watched while training; without it nothing is
         test: what is measured once, at the end
         general: text that the base should still predict afterwards: what is forgotten is measured on it
+        validation_share: share of the training records that is split off as validation, instead of naming a file
+        test_share: the same for test
+        split_seed: of that split; a record's side depends on its content and this seed, not on the other records
+        replay: share of the training tokens that comes from replay_from, against forgetting; at least 0, below 1
+        replay_from: text of the kind that the model should not forget
         max_seq_len: tokens in a packed row
-        too_long: what to do with a conversation of more than max_seq_len tokens; raw text is cut into pieces
+        too_long: what to do with a conversation of more than max_seq_len tokens; "truncate" drops its oldest exchanges,
+            whole, and leaves it out if the last one alone is too long; raw text is cut into pieces
+        bad_lines: what to do with a line that cannot be read; "skip" gives up beyond ten that are 1 % of the file
     """
 
-    train: str = ""
-    validation: str | None = None
-    test: str | None = None
+    train: Sources = ""
+    validation: Sources | None = None
+    test: Sources | None = None
     general: str | None = None
+    validation_share: float = 0.0
+    test_share: float = 0.0
+    split_seed: int = 0
+    replay: float = 0.0
+    replay_from: Sources | None = None
     max_seq_len: int = 2048
-    too_long: Literal["fail", "skip"] = "fail"
+    too_long: Literal["fail", "skip", "truncate"] = "fail"
+    bad_lines: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
+        for name in ("train", "validation", "test", "replay_from"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":  # --data.train "[a.jsonl:2, b.csv]"
+                value = tuple(part.strip() for part in value[1:-1].split(","))
+                object.__setattr__(self, name, value)
+            _check(not isinstance(value, tuple) or all(value), f"data.{name} holds an empty name; name a file")
         _check(self.max_seq_len > 1, f"data.max_seq_len is {self.max_seq_len}, but must be at least 2")
+        _check(self.split_seed >= 0, f"data.split_seed is {self.split_seed}, but must not be negative")
+        for name in ("validation", "test"):
+            share = getattr(self, f"{name}_share")
+            _check(0 <= share < 1, f"data.{name}_share is {share}, but must be at least 0 and below 1")
+            twice = f"data.{name} and data.{name}_share both say where it comes from; give one of them"
+            _check(not (share and getattr(self, name)), twice)
+        _check(self.validation_share + self.test_share < 1, "the shares split off leave no data.train")
+        _check(0 <= self.replay < 1, f"data.replay is {self.replay}, but must be at least 0 and below 1")
+        alone = "data.replay and data.replay_from need each other: a share, and the files it comes from"
+        _check(bool(self.replay) == bool(self.replay_from), alone)
 
 
 @dataclass(frozen=True)

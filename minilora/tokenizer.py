@@ -68,6 +68,11 @@ class Tokenizer:
         text: str = self._model.decode(ids)
         return text
 
+    def control_name(self, token: int) -> str | None:
+        """The name of a token that stands for no text: "<s>", "</s>" or, from v2 on, one of CONTROLS."""
+        inside = INST <= token <= END_TOOL_RESULTS and self.version != "v1"
+        return CONTROLS[token - INST] if inside else {self.bos_id: "<s>", self.eos_id: "</s>"}.get(token)
+
     def encode_text(self, text: str) -> list[int]:
         """<s> E(text) </s>: a document of raw text."""
         return [self.bos_id, *self.encode(text), self.eos_id]

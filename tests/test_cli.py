@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TOKENIZER, MakeConfig, tiny_model
+from tiny_runs import TOKENIZER, MakeConfig, chat, tiny_model, write_jsonl
 from transformers import MistralForCausalLM
 
 from minilora.checkpoint.save import save_hf
@@ -81,7 +81,7 @@ def test_an_unknown_verb(run: Run) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_unknown_flag(run: Run, verb: str, toml: Path) -> None:
-    two, one = ["a", "b"], {"train": toml, "evaluate": "f", "generate": "p", "verify": "kernels"}
+    two, one = ["a", "b"], {"train": toml, "evaluate": "f", "generate": "p", "verify": "kernels", "data": "check"}
     needed = {"merge": two, "quantize": two}.get(verb, [one[verb]] if verb in one else [])
     refused(run(verb, *needed, "--nonsense", "3"), 2, f"minilora {verb}:", "nonsense", "--help")
 
@@ -380,3 +380,89 @@ def test_a_full_standard_output_is_one_line() -> None:
 @pytest.mark.parametrize("args", [["--weights", "[]"], ["--weights", "[1]", "--tensor", "norm.weight"]])
 def test_explain_ignores_nothing(run: Run, args: list[str]) -> None:
     refused(run("explain", *args), 1, "--weights")
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "chats.jsonl", [chat(f"name {n}", f"it {n}") for n in range(20)])
+
+
+def test_data_check_alone(run: Run, chats: Path, tmp_path: Path) -> None:
+    status, out, err = run("data", "check", chats, "--html", tmp_path / "page.html", "--show", 1)
+    assert (status, err) == (0, "")
+    assert "0 faults" in out
+    assert "20 samples" in out
+    for name in ("lengths", "packing", "steps", "time", "memory"):
+        assert re.search(rf"^{name} +\S", out, re.MULTILINE), name
+    assert "<s>[INST]name 0[/INST]it 0</s>" in out
+    assert "name 1[" not in out
+    assert "[INST]" in (tmp_path / "page.html").read_text()
+
+
+def test_data_check_exits_with_1_and_one_line(run: Run, chats: Path, tmp_path: Path) -> None:
+    with chats.open("a") as file:
+        file.write('{"x": 1}\nno\n')
+    got = run("data", "check", chats)
+    refused(got, 1, "chats.jsonl:21: no", "and 1 more")
+    assert "chats.jsonl:22: not JSON" in got[1], "all of them are listed"
+    leaking = write_jsonl(tmp_path / "test.jsonl", [chat("name 3", "it 3")])
+    refused(
+        run("data", "check", chats, "--data.bad_lines", "skip", "--data.test", leaking), 1, "chats.jsonl:4", "test.j"
+    )
+    refused(run("data", "check", tmp_path / "no.jsonl"), 1, "no.jsonl: cannot be read")
+    refused(run("data", "check"), 1, "data.train is empty")
+    refused(run("data", "chekc", chats), 2, "check")
+
+
+def test_data_check_fix(run: Run, chats: Path, tmp_path: Path) -> None:
+    with chats.open("a") as file:
+        file.write('no\n{"messages": [{"role": "user", "content": "t"}]}\n')
+        file.write(json.dumps(chat("name 0", "it 0")) + "\n")
+    before, fixed = chats.read_bytes(), tmp_path / "fixed.jsonl"
+    refused(run("data", "check", chats, "--fix", chats), 1, "chats.jsonl: is one of the files to be fixed")
+    status, out, err = run("data", "check", chats, "--fix", fixed, "--data.validation_share", 0.3)
+    assert (status, err) == (0, "")
+    assert "20 records; left out: 2 x bad line, 1 x duplicate" in out
+    assert chats.read_bytes() == before
+    assert run("data", "check", fixed)[0] == 0
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"x": 1}])
+    refused(run("data", "check", bad, "--fix", tmp_path / "none.jsonl"), 1, "nothing can be kept")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_several_sources_on_the_command_line_and_in_the_file(run: Run, toml: Path, chats: Path, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [chat("emit", "it")])
+    both = [f"{chats}:2", str(other)]
+    for given in (f"[{chats}:2, {other}]", json.dumps(both)):
+        status, out, err = run("train", toml, "--data.train", given, "--print-config")
+        assert (status, err) == (0, "")
+        assert tomllib.loads(out)["data"]["train"] == both
+    toml.write_text(out)
+    assert run("train", toml, "--print-config")[1] == out, "what was printed says the same again"
+    assert run("train", toml, "--data.validation", other, "--data.train", f"[{chats}:2]")[0] == 0
+    refused(
+        run("train", toml, "--overwrite", "--data.train", f"{chats}:0"), 1, "chats.jsonl:0: the weight of a source is 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.validation_share", "1"], ["data.validation_share is 1.0"]),
+        (["--data.test_share", "-0.1"], ["data.test_share is -0.1"]),
+        (["--data.test", "f", "--data.test_share", "0.1"], ["data.test and data.test_share both"]),
+        (["--data.replay", "1"], ["data.replay is 1.0"]),
+        (["--data.replay", "0.1"], ["data.replay and data.replay_from need each other"]),
+        (["--data.replay_from", "f"], ["data.replay and data.replay_from need each other"]),
+        (["--data.split_seed", "-1"], ["data.split_seed is -1"]),
+        (["--data.train", "[a, ]"], ["data.train holds an empty name"]),
+        (["--data.too_long", "cut"], ["too_long"]),
+    ],
+)
+def test_data_keys_out_of_range(run: Run, toml: Path, flags: list[str], words: list[str]) -> None:
+    got = run("train", toml, "--data.validation", "v", *flags)
+    refused(got, got[0], *words)
+    assert got[0] in (1, 2)

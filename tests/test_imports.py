@@ -34,7 +34,10 @@ NEEDED_ANYWHERE = {"torch", "numpy", "safetensors", "sentencepiece"}
 FOR_OUTPUT = {"rich", "matplotlib", "jsonargparse"}
 MAY_OUTPUT = ("minilora.cli", "minilora.report", "minilora.train.progress")
 ORACLES = {"transformers", "peft", "bitsandbytes", "accelerate", "mistral_common"}
-OF_EXTRAS = {"minilora.evaluate.metrics": {"sacrebleu", "rouge_score"}}  # imported where they are used
+OF_EXTRAS = {  # imported where they are used
+    "minilora.data.files": {"pyarrow"},
+    "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
+}
 MAX_LINES = 8_000
 
 

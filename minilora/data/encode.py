@@ -1,17 +1,21 @@
 """Records as samples: token ids, and the mask that says which of them are learned.
 
     text           <s> E(text) </s>          all but <s> are targets; cut into pieces that fit a row
-    conversation   `Tokenizer.encode_chat`   the assistant's words and the </s> after them are targets; never cut
+    conversation   `Tokenizer.encode_chat`   the assistant's words and </s> after them are targets; no message is cut
 
 A sample of n tokens takes n - 1 positions of a row: the last token is only ever a target.
 
 With tools a conversation becomes one sample for each assistant message, which ends there and learns that message alone:
 the template shows the tools before the last user message, so only the last answers have them in sight. Calls that end a
 conversation lose their ids, which nobody could predict. Both follow mistral-finetune (`finetune/data/tokenize.py`).
+
+A conversation that is too long can be shortened: system text and last exchange stay, the oldest exchanges go, whole.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -21,14 +25,20 @@ from minilora.data.records import ChatRecord, Record
 from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer
 
+TooLong = Literal["fail", "skip", "truncate"]
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """tokens (n,) int32; target_mask (n,) bool, True for what is predicted, never at 0; where: "file:line"."""
+    """tokens (n,) int32; target_mask (n,) bool, True for what is predicted, never at 0; where: "file:line".
+
+    dropped: messages at its beginning that went because it was too long
+    """
 
     tokens: NDArray[np.int32]
     target_mask: NDArray[np.bool_]
     where: str
+    dropped: int = 0
 
     @property
     def length(self) -> int:
@@ -44,36 +54,48 @@ def encode_records(
     records: Iterable[Record],
     tokenizer: Tokenizer,
     max_seq_len: int,
-    too_long: Literal["fail", "skip"] = "fail",
+    too_long: TooLong = "fail",
 ) -> tuple[list[Sample], list[str]]:
-    """(samples in the order of the file, "file:line" of each conversation skipped for being too long).
+    """(samples in the order of the file, "file:line" of each conversation left out for being too long).
 
-    Raises UserError with "file:line" for a conversation that the tokenizer refuses or, unless too_long is "skip", that
-    takes more than max_seq_len positions; and if no sample is left.
+    Raises UserError as `encode_record` does, and if no sample is left.
     """
     samples: list[Sample] = []
     skipped: list[str] = []
     for record in records:
-        try:
-            new = _samples_of(record, tokenizer, max_seq_len)
-        except UserError as error:
-            raise UserError(f"{record.where}: {error}") from None
-        longest = max(sample.length for sample in new)
-        if longest <= max_seq_len:
-            samples += new
-        elif too_long == "skip":
-            skipped.append(record.where)
-        else:
-            raise UserError(
-                f"{record.where}: the conversation takes {longest} positions, but data.max_seq_len is {max_seq_len}; "
-                'raise it, shorten the conversation, or set data.too_long to "skip"'
-            )
+        new = encode_record(record, tokenizer, max_seq_len, too_long)
+        samples += new
+        skipped += [] if new else [record.where]
     if not samples:
         raise UserError(
             f"nothing to train on: all {len(skipped)} conversations take more than {max_seq_len} positions"
             + "".join(f", the first at {where}" for where in skipped[:1])
         )
     return samples, skipped
+
+
+def encode_record(record: Record, tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail") -> list[Sample]:
+    """The samples of a record; none if it was left out for being too long.
+
+    too_long: "truncate" drops the oldest exchanges and leaves out what is too long still; "skip" leaves it out
+
+    Raises UserError with "file:line" for a conversation that the tokenizer refuses or, if too_long is "fail", that
+    takes more than max_seq_len positions.
+    """
+    try:
+        if not isinstance(record, ChatRecord):
+            return list(_text_samples(tokenizer.encode_text(record.text), max_seq_len, record.where))
+        samples = list(_chat_samples(record, tokenizer, max_seq_len if too_long == "truncate" else None))
+    except UserError as error:
+        raise UserError(f"{record.where}: {error}") from None
+    longest = max(sample.length for sample in samples)
+    if longest > max_seq_len and too_long == "fail":
+        raise UserError(
+            f"{record.where}: the conversation takes {longest} positions, but data.max_seq_len is {max_seq_len}; "
+            'raise it, shorten the conversation, or set data.too_long to "truncate" or "skip"'
+        )
+    fits = [sample for sample in samples if sample.length <= max_seq_len and (sample.n_targets or not sample.dropped)]
+    return fits if too_long == "truncate" or len(fits) == len(samples) else []
 
 
 def check_vocab(samples: Iterable[Sample], vocab_size: int) -> None:
@@ -86,12 +108,6 @@ def check_vocab(samples: Iterable[Sample], vocab_size: int) -> None:
             )
 
 
-def _samples_of(record: Record, tokenizer: Tokenizer, max_seq_len: int) -> list[Sample]:
-    if isinstance(record, ChatRecord):
-        return list(_chat_samples(record, tokenizer))
-    return list(_text_samples(tokenizer.encode_text(record.text), max_seq_len, record.where))
-
-
 def _text_samples(ids: Sequence[int], max_seq_len: int, where: str) -> Iterator[Sample]:
     """Pieces of at most max_seq_len positions. A piece begins with the token that the one before ends with, so every
     token but <s> is a target once."""
@@ -100,14 +116,34 @@ def _text_samples(ids: Sequence[int], max_seq_len: int, where: str) -> Iterator[
         yield Sample(tokens, np.arange(len(tokens)) > 0, where)
 
 
-def _chat_samples(record: ChatRecord, tokenizer: Tokenizer) -> Iterator[Sample]:
+def _chat_samples(record: ChatRecord, tokenizer: Tokenizer, max_seq_len: int | None) -> Iterator[Sample]:
+    """max_seq_len: drop the oldest exchanges until the sample fits, or only the last is left."""
     messages = record.messages
     for end in _answer_ends(messages) if record.tools else [len(messages)]:
-        ids, targets = tokenizer.encode_chat([*messages[: end - 1], _without_call_ids(messages[end - 1])], record.tools)
-        mask = np.array(targets)
-        if record.tools:
-            mask[: np.flatnonzero(~mask)[-1]] = False  # all but the last answer
-        yield Sample(np.array(ids, np.int32), mask, record.where)
+        said = [*messages[: end - 1], _without_call_ids(messages[end - 1])]
+        sample = _chat_sample(said, record, tokenizer)
+        if max_seq_len is not None and sample.length > max_seq_len:
+            starts = _exchange_starts(said)
+            shortened = [[m for i, m in enumerate(said) if i >= start or m["role"] == "system"] for start in starts]
+            fits = bisect_left(shortened, -max_seq_len, key=lambda m: -_chat_sample(m, record, tokenizer).length)
+            kept = shortened[min(fits, len(shortened) - 1)]
+            sample = replace(_chat_sample(kept, record, tokenizer), dropped=len(said) - len(kept))
+        yield sample
+
+
+def _chat_sample(messages: Sequence[Mapping[str, Any]], record: ChatRecord, tokenizer: Tokenizer) -> Sample:
+    ids, targets = tokenizer.encode_chat(messages, record.tools)
+    mask = np.array(targets)
+    if record.tools:
+        mask[: np.flatnonzero(~mask)[-1]] = False  # all but the last answer
+    return Sample(np.array(ids, np.int32), mask, record.where)
+
+
+def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Where an exchange begins: with the first message, and with each user's that comes after an answer."""
+    spoken = [(i, message["role"]) for i, message in enumerate(messages) if message["role"] != "system"]
+    later = [i for (_, before), (i, role) in pairwise(spoken) if (before, role) == ("assistant", "user")]
+    return [spoken[0][0], *later]
 
 
 def _answer_ends(messages: Sequence[Mapping[str, Any]]) -> Iterator[int]:

@@ -6,16 +6,20 @@
 Attention allows only equal segments, so a packed row gives what its samples give alone. What is left of a row is a
 segment of its own, without labels.
 
-Which samples share a row: best fit, long ones first, within windows of a shuffled order. The order is a function of
-(seed, epoch) alone, so a run is resumed from two numbers.
+Which samples share a row: best fit, long ones first, within windows of a shuffled order; the samples of a window's
+emptiest rows are packed anew with the next one's. The order is a function of (seed, epoch) alone, so a run is resumed
+from two numbers. So is, where sources have weights or other text is replayed, which samples an epoch takes (`Mix`).
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minilora.data.encode import Sample
@@ -43,10 +47,48 @@ class PackedBatch:
         return PackedBatch(*moved)
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Which samples an epoch takes, where that is not each of them once.
+
+    sizes: how many samples each source has; they follow one another
+    weights: of the sources. One of weight w gives the share w / sum of an epoch, which has as many samples as there
+        are; what a source gives beyond whole passes is drawn anew each epoch. None: each sample once
+    replay: share of an epoch's tokens that the last source gives, which has no weight; 0: there is no such source
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    replay: float = 0.0
+
+    def draw(self, lengths: Sequence[int], random: np.random.Generator) -> NDArray[np.int64]:
+        """Indices of the epoch's samples, source by source."""
+        costs = np.asarray(lengths)
+        groups = np.split(np.arange(len(costs)), np.cumsum(self.sizes)[:-1])
+        learnt, replayed = (groups[:-1], groups[-1]) if self.replay else (groups, None)
+        shares = self.weights or [len(group) for group in learnt]
+        n_samples, ones = sum(map(len, learnt)), np.ones_like(costs)
+        drawn = [
+            _take(group, ones, max(1, round(n_samples * share / sum(shares))), random)
+            for group, share in zip(learnt, shares, strict=True)
+        ]
+        if replayed is not None:
+            n_tokens = sum(int(costs[group].sum()) for group in drawn)
+            drawn.append(_take(replayed, costs, n_tokens * self.replay / (1 - self.replay), random))
+        return np.concatenate(drawn)
+
+
+def _take(group: NDArray[Any], costs: NDArray[Any], amount: float, random: np.random.Generator) -> NDArray[np.int64]:
+    """Samples of the group, in whole passes and a part of one, until their costs come closest to the amount."""
+    passes = ceil(amount / int(costs[group].sum()))
+    order: NDArray[np.int64] = np.concatenate([random.permutation(group) for _ in range(passes)])
+    return order[: int(np.abs(np.cumsum(costs[order]) - amount).argmin()) + 1]
+
+
 def epoch_rows(
-    lengths: Sequence[int], max_seq_len: int, seed: int, epoch: int, shuffle: bool = True
+    lengths: Sequence[int], max_seq_len: int, seed: int, epoch: int, shuffle: bool = True, mix: Mix | None = None
 ) -> list[list[int]]:
-    """Rows of sample indices, each sample once, lengths in a row at most max_seq_len together.
+    """Rows of sample indices, each sample once unless `mix` says otherwise, at most max_seq_len positions in a row.
 
     lengths: the `Sample.length` of each sample, none above max_seq_len
     shuffle: False packs the samples as they come, the same in every epoch
@@ -54,11 +96,16 @@ def epoch_rows(
     if max(lengths) > max_seq_len:
         raise ValueError(f"a sample of {max(lengths)} positions does not fit rows of {max_seq_len}")
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
-    rows: list[list[int]] = []
+    taken = np.arange(len(lengths)) if mix is None else mix.draw(lengths, random)
+    order = (random.permutation(taken) if shuffle else taken).tolist()
+    done, rows = list[list[int]](), list[list[int]]()
     for start in range(0, len(order), WINDOW):
-        rows += _best_fit(order[start : start + WINDOW].tolist(), lengths, max_seq_len)
-    return [rows[i] for i in random.permutation(len(rows))] if shuffle else rows
+        window = [i for row in rows for i in row] + order[start : start + WINDOW]
+        rows = sorted(_best_fit(window, lengths, max_seq_len), key=lambda row: sum(lengths[i] for i in row))
+        emptiest = np.searchsorted(np.cumsum([len(row) for row in rows]), WINDOW // 4)
+        done, rows = done + rows[emptiest:], rows[:emptiest]
+    done += rows
+    return [done[i] for i in random.permutation(len(done))] if shuffle else done
 
 
 def _best_fit(samples: list[int], lengths: Sequence[int], max_seq_len: int) -> list[list[int]]:
@@ -101,14 +148,16 @@ def make_batch(
 class RowSampler:
     """Hands out rows, epoch after epoch; its state is the epoch and the number of its rows already handed out."""
 
-    def __init__(self, lengths: Sequence[int], max_seq_len: int, seed: int, shuffle: bool = True) -> None:
-        self._settings = lengths, max_seq_len, seed, shuffle
+    def __init__(
+        self, lengths: Sequence[int], max_seq_len: int, seed: int, shuffle: bool = True, mix: Mix | None = None
+    ) -> None:
+        self._settings = lengths, max_seq_len, seed, shuffle, mix
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
-        lengths, max_seq_len, seed, shuffle = self._settings
+        lengths, max_seq_len, seed, shuffle, mix = self._settings
         self.epoch, self.row = epoch, 0
-        self.rows = epoch_rows(lengths, max_seq_len, seed, epoch, shuffle)
+        self.rows = epoch_rows(lengths, max_seq_len, seed, epoch, shuffle, mix)
 
     def take(self, n: int) -> list[list[int]]:
         """The next n rows; where an epoch ends, the next begins."""

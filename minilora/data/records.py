@@ -1,26 +1,39 @@
-"""A JSONL file as records: each line a text or a conversation, checked as it is read.
+"""A row of a data file as a record, a text or a conversation. Its keys say which:
 
-    {"text": ...}                                     or "content"
-    {"messages": [{"role", "content"}, ...]}          or "interactions", "text"; with "system_prompt", "tools" and,
-                                                      in a message, "tool_calls", "tool_call_id", "name", "weight"
+    text | content                              raw text
+    messages | interactions                     [{"role", "content" or "text"}, ...]; with "tools" and, in a message,
+                                                "tool_calls", "tool_call_id", "name", "weight"
+    conversations                               ShareGPT: [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]
+    instruction + output                        Alpaca: with "input", which goes under the instruction unless empty
+    prompt + response | prompt + completion | question + answer | input + output | content + summary (ADGEN)
 
-These are mistral-finetune's forms and, with text parts as content and the role developer, OpenAI's. Other keys are left
-alone. The file is read line by line; a bad line is a UserError "file:line: what is wrong; what to do".
+A conversation may have "system_prompt" or "system"; a pair "history", [[question, answer], ...]. These are the forms of
+mistral-finetune, OpenAI (text parts as content, the role developer), Alpaca, ShareGPT and ChatGLM. Other keys are left
+alone. Two forms in a row are refused, but for the "text" that Stanford's Alpaca has beside its pair.
+
+A bad row is a UserError "file:line: what is wrong; what to do".
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from minilora.conversation import ROLES, content_text, kind
+from minilora.data.files import Row, parse_object, read_rows
 from minilora.errors import UserError
 
-LINE_LIMIT_BYTES = 64 << 20
-FORMS = ("messages", "interactions", "text", "content")
+ALPACA, ADGEN = ("instruction", "output"), ("content", "summary")
+SHAREGPT, TEXT, CONTENT = ("conversations",), ("text",), ("content",)
+PAIRS = (ALPACA, ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"), ADGEN)
+FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("interactions",), SHAREGPT, *PAIRS, TEXT, CONTENT)
+# What is no form of its own beside it.
+HOLDS: dict[tuple[str, ...], Any] = {
+    ALPACA: (("input", "output"), TEXT),
+    ADGEN: (CONTENT,),
+}
+ROLE_OF = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -45,47 +58,39 @@ Record = TextRecord | ChatRecord
 
 def read_records(path: str | Path) -> Iterator[Record]:
     """The file's records. Raises UserError at the first bad line, and at the end of a file that has no record."""
-    empty = True
-    for line, where in read_lines(path):
-        yield parse_record(line, where)
-        empty = False
-    if empty:
-        raise UserError(f"{path}: the file holds no records; it needs one JSON object a line")
-
-
-def read_lines(path: str | Path) -> Iterator[tuple[bytes, str]]:
-    """(line, "file:line") of all that are not blank, without a byte order mark or the line's end."""
-    try:
-        with open(path, "rb") as file:
-            number = 0
-            while line := file.readline(LINE_LIMIT_BYTES + 1):
-                number += 1
-                if len(line) > LINE_LIMIT_BYTES:
-                    raise UserError(f"{path}:{number}: the line is over 64 MiB; is this JSONL, one object a line?")
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield line.rstrip(b"\r\n"), f"{path}:{number}"
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(f"{path!s:.200}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    for where, row in read_rows(path):
+        yield parse_row(row, where)
 
 
 def parse_record(line: bytes, where: str) -> Record:
-    """The record of one line. Raises UserError, which begins with `where`."""
+    """The record of one line of JSON. Raises UserError, which begins with `where`."""
+    return parse_row(parse_object(line), where)
+
+
+def parse_row(row: Row, where: str, mend: bool = False) -> Record:
+    """The record of a row. Raises UserError, which begins with `where`, also for a row that is an error.
+
+    mend: a conversation ends before its first message that cannot be read, with the answer that is then the last
+    """
     try:
-        data = _parse_json(line)
-        forms = [key for key in FORMS if key in data]
-        if len(forms) != 1:
-            found = ", ".join(list(data)[:8]) or "none"
-            raise UserError(f'it needs one of the keys "messages" and "text"; its keys are: {found}')
-        value = data[forms[0]]
-        if forms[0] in ("messages", "interactions"):
-            messages = _read_messages(value, data.get("system_prompt"))
-            return ChatRecord(_only_last(messages) if data.get("only_last") else messages, _read_tools(data), where)
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f'its "{forms[0]}" is {_what(value)}; give it text, or drop the line')
-        return TextRecord(value, where)
+        if isinstance(row, UserError):
+            raise row
+        form = _form_of(row)
+        if form in (TEXT, CONTENT):
+            text = _text(row, form[0])
+            return TextRecord(text, where)
+        messages = row[form[0]] if len(form) == 1 else _pair(row, *form)
+        read = _read_messages(messages, row.get("system_prompt") or row.get("system"), form == SHAREGPT, mend)
+        return ChatRecord(_only_last(read) if row.get("only_last") else read, _read_tools(row), where)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def as_row(record: Record) -> dict[str, Any]:
+    """The record in its own form: what `parse_row` makes the same record of."""
+    if isinstance(record, TextRecord):
+        return {"text": record.text}
+    return {"messages": record.messages} | ({"tools": record.tools} if record.tools else {})
 
 
 def data_fingerprint(path: str | Path) -> str:
@@ -97,28 +102,37 @@ def data_fingerprint(path: str | Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _parse_json(line: bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        if re.search(rb"\\u[dD][89a-fA-F]", line):  # an escape is the only way to half of a surrogate pair
-            json.dumps(data, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
-    except UnicodeEncodeError:
-        raise UserError("it holds half of a surrogate pair (\\ud800 to \\udfff); mend or drop that character") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON at column {error.colno}: {error.msg}; write one JSON object a line") from None
-    except ValueError as error:  # a number of more digits than Python reads
-        raise UserError(f"not JSON that can be read: {error}") from None
-    except RecursionError:
-        raise UserError("its JSON is nested too deeply; is this a line of data?") from None
-    if not isinstance(data, dict):
-        raise UserError(f"the line is {kind(data)}, but must be an object; write one JSON object a line")
-    return data
+def _form_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """The keys that say how the row is to be read."""
+    forms = [form for form in FORMS if all(key in row for key in form)]
+    if len(forms) > 1:  # a table has every column in every row
+        forms = [form for form in forms if all(row[key] is not None for key in form)] or forms[:1]
+    forms = [form for form in forms if not any(form in HOLDS.get(other, ()) for other in forms)]
+    if not forms:
+        found = ", ".join(list(row)[:8]) or "none"
+        raise UserError(f'no "messages", "text", or pair such as "prompt" and "response" in it; its keys are: {found}')
+    if len(forms) > 1:
+        first, second = (" and ".join(f'"{key}"' for key in form) for form in forms[:2])
+        raise UserError(f"it can be read as {first} or as {second}; drop one of them")
+    return forms[0]
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise UserError(f"{name} is not JSON; write null or a number")
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f'its "{key}" is {_what(value)}; give it text, or drop the line')
+    return value
+
+
+def _pair(row: dict[str, Any], question: str, answer: str) -> list[dict[str, Any]]:
+    """Question and answer as messages, what was said before them first. Alpaca's input goes under its instruction."""
+    asked, said, history = _text(row, question), _text(row, answer), row.get("history") or []
+    if question == "instruction" and str(row.get("input") or "").strip():
+        asked += f"\n{_text(row, 'input')}"
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise UserError('its "history" is not a list of pairs [question, answer]')
+    texts = [text for turn in [*history, [asked, said]] for text in turn]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def _read_tools(data: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -128,18 +142,38 @@ def _read_tools(data: dict[str, Any]) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def _read_messages(messages: Any, system_prompt: Any) -> list[dict[str, Any]]:
+def _read_messages(messages: Any, system_prompt: Any, alternate: bool, mend: bool) -> list[dict[str, Any]]:
     """Messages in one spelling. The system prompt goes before them, and counts as message 1."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"its messages are {_what(messages)}; give it a list of messages, or drop the line")
     if system_prompt:
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    read = [_read_message(message, n) for n, message in enumerate(messages, 1)]
-    if read[-1]["role"] != "assistant":
-        raise UserError(f"no answer to train on: the last message is of the role {read[-1]['role']}; drop it")
+    read = list[dict[str, Any]]()
+    try:
+        for n, message in enumerate(messages, 1):
+            new = _read_message(message, n)
+            if alternate:
+                _check_turn(read, new, n)
+            read.append(new)
+    except UserError:
+        if not mend:
+            raise
+    while mend and read and read[-1]["role"] != "assistant":
+        read.pop()
+    if not read or read[-1]["role"] != "assistant":
+        last = f"the last message is of the role {read[-1]['role']}; drop it" if read else "drop the line"
+        raise UserError(f"no answer to train on: {last}")
     if all(message.get("weight") == 0 for message in read if message["role"] == "assistant"):
         raise UserError("no token to train on: every assistant message has the weight 0; drop the line")
     return read
+
+
+def _check_turn(before: list[dict[str, Any]], new: dict[str, Any], n: int) -> None:
+    """ShareGPT's files are cut from longer conversations; what does not alternate has lost a message."""
+    last = next((message["role"] for message in reversed(before) if message["role"] != "system"), "assistant")
+    if new["role"] == last:
+        due = "human" if last == "assistant" else "gpt"
+        raise UserError(f"message {n} is of the role {last}, but it is the {due}'s turn; drop it, or the line")
 
 
 def _only_last(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -150,10 +184,13 @@ def _only_last(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _read_message(message: Any, n: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise UserError(f"message {n} is {kind(message)}, but must be an object")
-    role = "system" if message.get("role") == "developer" else message.get("role")
+    role = ROLE_OF.get(str(message["from"]), message["from"]) if "from" in message else message.get("role")
+    role = "system" if role == "developer" else role
     if role not in ROLES:
         raise UserError(f"message {n} has the role {role!r}, but it must be one of {', '.join(ROLES)}")
-    content = message.get("content", message.get("text"))
+    content = message.get("content", message.get("text", message.get("value")))
+    if message.get("function_call"):
+        raise UserError(f"message {n} holds a function_call, OpenAI's old form; write it as tool_calls")
     calls = message.get("tool_calls") if role == "assistant" else None
     try:
         text = "" if content is None and calls else content_text(content)

@@ -68,7 +68,7 @@ def write_report(run_folder: Path) -> Path:
         _section("Files", _files(run_folder)),
     ]
     report = run_folder / "report.html"
-    atomic_write(report, _page(run_folder, "\n".join(filter(None, sections))))
+    atomic_write(report, html_page(run_folder.resolve().name, "\n".join(filter(None, sections))))
     return report
 
 
@@ -306,8 +306,9 @@ def _figure(value: Any, sign: str = "") -> str:
     return f"{value:{sign},}" if isinstance(value, int) else f"{value:{sign},.4g}"
 
 
-def _page(run_folder: Path, body: str) -> str:
-    title = escape(f"{run_folder.resolve().name} – minilora")
+def html_page(name: str, body: str) -> str:
+    """A page that needs no other file; `body` is HTML."""
+    title = escape(f"{name} – minilora")
     css = Path(__file__).with_name("page.css").read_text("utf-8")
     return f"""<!doctype html>
 <html lang="en">

@@ -1,6 +1,6 @@
 """Does the run fit? What it will need, by owner, before a weight is loaded, and which settings would make it fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -9,7 +9,8 @@ import torch
 from minilora.attention import causal_runs
 from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, PrefixConfig, RunConfig
-from minilora.data.pack import PackedBatch
+from minilora.data.encode import Sample
+from minilora.data.pack import PackedBatch, RowSampler, make_batch
 from minilora.errors import UserError
 from minilora.memory import DenseDtype, Learned, StepPlan, as_text, free_bytes, private_bytes
 from minilora.train.strategies import learned_names
@@ -34,6 +35,19 @@ class Ledger:
     device: torch.device
     sample: PackedBatch
     longest: int
+
+    @staticmethod
+    def of(
+        config: RunConfig,
+        sizes: ModelConfig,
+        device: torch.device,
+        samples: Sequence[Sample],
+        sampler: RowSampler,
+        probes: Sequence[Sample] = (),
+    ) -> "Ledger":
+        """The ledger of a run on these samples, before its first step."""
+        first = make_batch(samples, sampler.rows[: config.train.batch_size], config.data.max_seq_len)
+        return Ledger(config, sizes, device, first, max(sample.length for sample in (*samples, *probes)))
 
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
@@ -73,7 +87,7 @@ class Ledger:
 
     def _evaluates(self) -> bool:
         data = self.config.data
-        return bool(data.validation or data.test or data.general)
+        return any((data.validation, data.test, data.general, data.validation_share, data.test_share))
 
     def check(self) -> dict[str, int]:
         """The prediction. Raises UserError if it does not fit, with the mildest form of each setting that is enough."""

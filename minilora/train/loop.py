@@ -21,6 +21,7 @@ from minilora.checkpoint.write import atomic_write
 from minilora.config import RunConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import make_batch
+from minilora.data.sources import sources
 from minilora.errors import UserError, is_out_of_memory
 from minilora.evaluate.advice import advise
 from minilora.evaluate.answers import Answer, answer_samples, has_prompt
@@ -236,7 +237,7 @@ def finish(run: Run, with_test: bool = True) -> None:
         provenance = {k: run.state.origin[k] for k in ("base", "data", "dtype", "tokenizer")} | {
             "base_path": _absolute(run.config.model.path),
             "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
-            "validation_path": run.config.data.validation and _absolute(run.config.data.validation),
+            "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), None),
             "quantize": run.config.quantize,
             "double_quant": run.config.model.double_quant,
             "versions": versions(),

@@ -20,6 +20,7 @@ from typing import Any
 from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.write import atomic_write, sweep_stale
 from minilora.config import RunConfig, base_folder, to_dict
+from minilora.data.sources import FILE_KEYS, sources
 from minilora.errors import UserError
 
 LOCK = ".lock"
@@ -159,8 +160,8 @@ class RunFolder:
 
 def _refuse_own_sources(path: Path, config: RunConfig) -> None:
     """Raise UserError if beginning anew would delete what the new run is made from."""
-    sources = (config.model.path, config.model.tokenizer, config.data.train, config.data.validation, config.data.test)
-    for source in filter(None, (*sources, config.data.general, config.eval.probes)):
+    files = [source.path for key in FILE_KEYS for source in sources(getattr(config.data, key))]
+    for source in filter(None, (config.model.path, config.model.tokenizer, config.eval.probes, *files)):
         if path.resolve() in base_folder(source).resolve().parents:
             raise UserError(f"{source} lies in {path}, which would be begun anew; name another --train.output")
 

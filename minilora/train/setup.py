@@ -1,5 +1,6 @@
 """From a configuration to a run that is ready to step: base, tokenizer, data, what learns, optimizer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Protocol
@@ -10,9 +11,11 @@ from minilora.backend import abilities, backend_for, pick_device, pick_dtype
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import RunConfig, to_dict
-from minilora.data.encode import Sample, check_vocab, encode_records
-from minilora.data.pack import RowSampler, epoch_rows, make_batch
-from minilora.data.records import data_fingerprint, read_records
+from minilora.data.check import load_data
+from minilora.data.encode import Sample, check_vocab
+from minilora.data.pack import Mix, RowSampler, epoch_rows
+from minilora.data.records import data_fingerprint
+from minilora.data.sources import FILE_KEYS, fingerprints
 from minilora.errors import UserError, need_library
 from minilora.evaluate.answers import Answer
 from minilora.evaluate.forgetting import Forgetting, read_probes
@@ -66,13 +69,15 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     checkpoint = open_checkpoint(config.model.path)
     base = checkpoint.folder
     tokenizer = load_tokenizer(config.model.tokenizer or base)
-    files = {name: getattr(config.data, name) for name in ("train", "validation", "test", "general")}
-    if not files["train"]:
+    if not config.data.train:
         raise UserError("data.train is empty; name a JSONL file of messages or text")
-    samples = {name: read_samples(path, tokenizer, config, reporter) if path else [] for name, path in files.items()}
     probes = read_probes(config.eval.probes, tokenizer) if config.eval.samples else []
-    for part in (*samples.values(), probes):
-        check_vocab(part, checkpoint.config.vocab_size)
+    data = load_data(config.data, tokenizer, checkpoint.config.vocab_size)
+    data.refuse_faults()
+    check_vocab(probes, checkpoint.config.vocab_size)
+    for warning in data.warnings():
+        reporter.say(warning)
+    learnt = data.learnt
 
     device = pick_device(config.model.device)
     dtype, why = pick_dtype(device, config.model.dtype)
@@ -92,16 +97,14 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         backend = backend_for(device)
         reporter.say(f"NF4 is computed by {backend.name}: {backend.reason}")
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
-    lengths = [s.length for s in samples["train"]]
-    sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed)
-    first = make_batch(samples["train"], sampler.rows[: config.train.batch_size], config.data.max_seq_len)
-    longest = max(lengths + [probe.length for probe in probes])
-    predicted = Ledger(config, checkpoint.config, device, first, longest).check()
+    lengths = [s.length for s in learnt]
+    sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed, mix=data.mix)
+    predicted = Ledger.of(config, checkpoint.config, device, learnt, sampler, probes).check()
     reporter.say(one_line(predicted))
     model = load_model(
         base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
-    forgetting = Forgetting(config, tokenizer, samples["general"], probes).ask_base(model)
+    forgetting = Forgetting(config, tokenizer, data.samples["general"], probes).ask_base(model)
     torch.manual_seed(config.train.seed)
     apply_strategy(model, config)
 
@@ -110,25 +113,21 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         "config": _what_must_stay(config),
         "base": model.base_fingerprint,
         "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.version},
-        "data": {
-            name: data_fingerprint(path)
-            for name, path in {**files, "probes": config.eval.samples and config.eval.probes}.items()
-            if path
-        },
+        "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
         "device": device.type,
         "dtype": str(dtype)[6:],
     }
     train = config.train
     n_rows = train.batch_size * train.accumulate
-    n_steps = train.max_steps or ceil(_rows_of_epochs(samples["train"], config) / n_rows)
+    n_steps = train.max_steps or ceil(rows_of_epochs(lengths, config, data.mix) / n_rows)
     reporter.say(
         f"{train.strategy}: {sum(p.numel() for p in weights.values()):,} weights learn, the base has "
         f"{model.config.n_parameters:,}; "
-        f"{len(samples['train']):,} samples in {len(sampler.rows):,} rows of {config.data.max_seq_len}, "
+        f"{len(learnt):,} samples in {len(sampler.rows):,} rows of {config.data.max_seq_len}, "
         f"{n_steps:,} steps of {n_rows} rows"
     )
     return Run(
-        config, folder, model, tokenizer, samples["train"], samples["validation"], samples["test"],
+        config, folder, model, tokenizer, learnt, data.samples["validation"], data.samples["test"],
         RunState(weights, _optimizer(weights, config), sampler, LossScale(dtype == torch.float16), origin),
         n_steps, reporter, PeakMemory(device), predicted, forgetting,
     )  # fmt: skip
@@ -145,19 +144,11 @@ def dtypes(config: RunConfig, dtype: torch.dtype) -> str:
     )
 
 
-def read_samples(path: str, tokenizer: Tokenizer, config: RunConfig, reporter: Reporter) -> list[Sample]:
-    """The samples of a data file; how many were too long is told."""
-    samples, skipped = encode_records(read_records(path), tokenizer, config.data.max_seq_len, config.data.too_long)
-    if skipped:
-        reporter.say(f"left out {len(skipped)} conversations longer than data.max_seq_len, the first at {skipped[0]}")
-    return samples
-
-
-def _rows_of_epochs(samples: list[Sample], config: RunConfig) -> float:
+def rows_of_epochs(lengths: Sequence[int], config: RunConfig, mix: Mix | None) -> float:
     """Rows in `train.epochs` passes over the data: each epoch packs anew, into a few rows more or less."""
 
     def rows(epoch: int) -> int:
-        return len(epoch_rows([s.length for s in samples], config.data.max_seq_len, config.train.seed, epoch))
+        return len(epoch_rows(lengths, config.data.max_seq_len, config.train.seed, epoch, mix=mix))
 
     whole = int(config.train.epochs)
     return sum(map(rows, range(whole))) + (config.train.epochs - whole) * rows(whole)
@@ -187,7 +178,7 @@ def _what_must_stay(config: RunConfig) -> dict[str, Any]:
     is told."""
     may_change = {
         "model": ("path", "tokenizer"),
-        "data": ("train", "validation", "test", "general"),
+        "data": FILE_KEYS,
         "train": ("output", "checkpoint_every", "keep_checkpoints", "tensorboard"),
         "eval": ("probes",),
     }

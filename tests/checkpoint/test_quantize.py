@@ -389,7 +389,8 @@ def test_the_verb_and_everything_after_it(tmp_path: Path, capsys: pytest.Capture
     )
 
     train.write_text("".join((DATA / "chat_train.jsonl").read_text().splitlines(keepends=True)[:40]))
-    run = ["train", "--model.path", nf4, "--data.train", train, "--data.validation", train, "--train.max_steps", 2]
+    held_out = DATA / "chat_validation.jsonl"
+    run = ["train", "--model.path", nf4, "--data.train", train, "--data.validation", held_out, "--train.max_steps", 2]
     run += ["--train.output", tmp_path / "run", "--data.max_seq_len", 64, "--eval.answers", 0, "--eval.samples", 1]
     for strategy in ("lora", "full"):
         err = one_line(capsys, *run, "--train.strategy", strategy)

@@ -125,3 +125,49 @@ def test_ids_of_another_model() -> None:
     check_vocab(samples, largest + 1)
     with pytest.raises(UserError, match=f"f:2: token id {largest} is outside of the model's vocabulary of {largest};"):
         check_vocab(samples, largest)
+
+
+def long_chat(*extra: dict[str, Any]) -> ChatRecord:
+    system = {"role": "system", "content": "Be brief."}
+    turns = chat(*(f"{'question' if i % 2 == 0 else 'answer'} {i // 2} {'word ' * 10}" for i in range(8))).messages
+    return ChatRecord([system, *turns, *extra], None, "f:1")
+
+
+def test_truncation_drops_the_oldest_exchanges_whole() -> None:
+    record = long_chat()
+    system, turns = record.messages[0], record.messages[1:]
+    for kept in range(4, 0, -1):
+        expected, _ = tokenizer().encode_chat([system, *turns[-2 * kept :]])
+        more = len(tokenizer().encode_chat([system, *turns[-2 * kept - 2 :]])[0]) - 1 if kept < 4 else 500
+        for room in (len(expected) - 1, more - 1):
+            samples, skipped = encode_records([record], tokenizer(), room, too_long="truncate")
+            assert (samples[0].tokens.tolist(), samples[0].dropped, skipped) == (expected, 8 - 2 * kept, [])
+    too_little = len(tokenizer().encode_chat([system, *turns[-2:]])[0]) - 2
+    good = chat("a", "b")
+    samples, skipped = encode_records([record, good], tokenizer(), too_little, too_long="truncate")
+    assert (len(samples), skipped) == (1, ["f:1"])
+
+
+def test_truncation_keeps_calls_with_their_results_and_leaves_out_what_teaches_nothing() -> None:
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
+    tail = [
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "abcdefgh1"},
+        {"role": "assistant", "content": "Done"},
+    ]
+    record = long_chat(*tail)
+    expected, _ = tokenizer().encode_chat([record.messages[0], *tail])
+    samples, _ = encode_records([record], tokenizer(), len(expected) + 10, too_long="truncate")
+    assert samples[0].tokens.tolist() == expected
+    masked = long_chat({"role": "user", "content": "Go"}, {"role": "assistant", "content": "No", "weight": 0})
+    with pytest.raises(UserError, match="nothing to train on"):
+        encode_records([masked], tokenizer(), 30, too_long="truncate")
+
+
+def test_truncation_lets_a_system_message_in_the_middle_be() -> None:
+    record = long_chat()
+    record.messages.insert(2, {"role": "system", "content": "Be kind."})
+    samples, _ = encode_records([record], tokenizer(), 45, too_long="truncate")
+    last = [m for i, m in enumerate(record.messages) if m["role"] == "system" or i >= 8]
+    assert samples[0].tokens.tolist() == tokenizer().encode_chat(last)[0]

@@ -1,6 +1,9 @@
 """Packing: every target once, nothing shared between samples, the same rows from the same two numbers."""
 
+import json
+from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 from minilora.config import ModelConfig
 from minilora.data.encode import Sample
-from minilora.data.pack import WINDOW, PackedBatch, RowSampler, epoch_rows, make_batch
+from minilora.data.pack import WINDOW, Mix, PackedBatch, RowSampler, epoch_rows, make_batch
 from minilora.errors import UserError
 from minilora.loss import IGNORE, cross_entropy_sum
 from minilora.model import Mistral
@@ -159,3 +162,55 @@ def test_a_state_of_other_data() -> None:
     sampler = RowSampler(lengths_of(some_samples(5)), T, seed=7)
     with pytest.raises(UserError, match="row 99 of epoch 1 does not exist"):
         sampler.load_state_dict({"epoch": 1, "row": 99})
+
+
+def alpaca_lengths() -> list[int]:
+    lengths: list[int] = json.loads(Path(__file__).with_name("alpaca_lengths.json").read_text())
+    return lengths
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_rows_of_alpaca_are_full(epoch: int) -> None:
+    lengths = alpaca_lengths()
+    rows = epoch_rows(lengths, 2048, seed=0, epoch=epoch, shuffle=True)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert sum(lengths) >= 0.99 * 2048 * len(rows)
+
+
+def test_samples_that_fill_no_row_are_not_carried_on_for_ever() -> None:
+    rows = epoch_rows([40] * (3 * WINDOW), T, seed=0, epoch=0)
+    assert sorted(i for row in rows for i in row) == list(range(3 * WINDOW))
+    assert {len(row) for row in rows} == {1}
+
+
+def drawn(mix: Mix, lengths: list[int], epoch: int = 0) -> list[int]:
+    return mix.draw(lengths, np.random.default_rng([0, epoch])).tolist()
+
+
+def test_weights_are_shares_of_an_epochs_samples() -> None:
+    mix, lengths = Mix((100, 60), (1.0, 3.0)), [5] * 160
+    first, second = (Counter(drawn(mix, lengths, epoch)) for epoch in range(2))
+    for epoch in (first, second):
+        assert sum(epoch.values()) == 160
+        assert sum(n for i, n in epoch.items() if i < 100) == 40
+        assert {n for i, n in epoch.items() if i >= 100} == {2}, "120 of 60: two whole passes"
+    assert first != second, "which of a thinned source's samples are seen is drawn anew"
+    assert Counter(drawn(mix, lengths, 1)) == second
+
+
+def test_replay_is_a_share_of_the_tokens() -> None:
+    random = np.random.default_rng(0)
+    lengths = random.integers(5, 40, 700).tolist()
+    for share in (0.05, 0.1, 0.5):
+        taken = drawn(Mix((400, 100, 200), None, share), lengths)
+        assert sorted(i for i in taken if i < 500) == list(range(500))
+        replayed = sum(lengths[i] for i in taken if i >= 500)
+        assert replayed / sum(lengths[i] for i in taken) == pytest.approx(share, abs=0.002)
+
+
+def test_the_sampler_of_a_mix_resumes() -> None:
+    lengths, mix = lengths_of(some_samples(50)), Mix((20, 20, 10), (2.0, 1.0), 0.2)
+    straight, resumed = RowSampler(lengths, T, 7, mix=mix), RowSampler(lengths, T, 7, mix=mix)
+    straight.take(33)
+    resumed.load_state_dict(straight.state_dict())
+    assert resumed.take(60) == straight.take(60)

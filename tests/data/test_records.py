@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from minilora.data import records
-from minilora.data.records import ChatRecord, TextRecord, data_fingerprint, parse_record, read_lines, read_records
+from minilora.data import files
+from minilora.data.files import read_lines
+from minilora.data.records import (
+    ChatRecord,
+    TextRecord,
+    as_row,
+    data_fingerprint,
+    parse_record,
+    parse_row,
+    read_records,
+)
 from minilora.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
@@ -70,9 +79,8 @@ def test_everything_that_a_conversation_can_hold() -> None:
         ('{"text": "a"}'.encode("utf-16"), "not UTF-8 at byte 1"),
         (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
         (chat({"role": "user", "content": "\udfff"}, ANSWER), "half of a surrogate pair"),
-        (b"{}", 'needs one of the keys "messages" and "text"; its keys are: none'),
-        (b'{"instruction": "a", "output": "b"}', "its keys are: instruction, output"),
-        (b'{"text": "a", "messages": []}', "its keys are: text, messages"),
+        (b"{}", 'no "messages", "text", or pair such as "prompt" and "response" in it; its keys are: none'),
+        (b'{"text": "a", "messages": []}', "it can be read as .messages. or as .text.; drop one"),
         (b'{"text": ""}', 'its "text" is empty'),
         (b'{"content": " \\n"}', 'its "content" is empty'),
         (b'{"text": null}', 'its "text" is missing'),
@@ -123,7 +131,7 @@ def test_a_file_without_records(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_line_over_the_limit_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "LINE_LIMIT_BYTES", len(GOOD) + 1)
+    monkeypatch.setattr(files, "LINE_LIMIT_BYTES", len(GOOD) + 1)
     file = tmp_path / "data.jsonl"
     file.write_bytes(GOOD + b"\n" + GOOD + b"  \n")
     read = read_records(file)
@@ -152,3 +160,93 @@ def test_only_last_trains_the_last_answer_alone() -> None:
     assert isinstance(record, ChatRecord)
     assert [m.get("weight") for m in record.messages] == [None, 0, None, None]
     assert [m.get("weight") for m in parse(chat(*messages)).messages] == [None] * 4
+
+
+def said(line: dict[str, Any]) -> list[tuple[str, str]]:
+    """(role, content) of the record's messages."""
+    record = parse(json.dumps(line).encode())
+    assert isinstance(record, ChatRecord)
+    return [(m["role"], m["content"]) for m in record.messages]
+
+
+@pytest.mark.parametrize("question", [("instruction", "output"), ("prompt", "response"), ("prompt", "completion"),
+                                      ("question", "answer"), ("input", "output"), ("content", "summary")])  # fmt: skip
+def test_pairs_of_columns(question: tuple[str, str]) -> None:
+    row = dict(zip(question, ("Hello", "Hi"), strict=True))
+    assert said({**row, "id": 3}) == [("user", "Hello"), ("assistant", "Hi")]
+    history = said({**row, "history": [["One?", "1"], ["Two?", "2"]], "system": "Be brief."})
+    assert history == [
+        ("system", "Be brief."), ("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"),
+        ("user", "Hello"), ("assistant", "Hi"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "asked"), [("", "Add."), (None, "Add."), (" \n", "Add."), ("1, 2", "Add.\n1, 2")])
+def test_the_input_of_alpaca(given: Any, asked: str) -> None:
+    row = {"instruction": "Add.", "input": given, "output": "3", "text": "Below is an instruction ..."}
+    assert said(row) == [("user", asked), ("assistant", "3")]
+
+
+def test_sharegpt() -> None:
+    turns = [
+        {"from": "system", "value": "Be kind."},
+        {"from": "human", "value": "Hello"},
+        {"from": "gpt", "value": "Hi"},
+    ]
+    expected = [("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi")]
+    assert said({"conversations": turns}) == expected
+    named = [{"from": "user", "value": "Hello"}, {"from": "assistant", "value": "Hi"}]
+    assert said({"conversations": named, "system": "Be kind."}) == expected
+    assert said({"conversations": [USER, ANSWER]}) == expected[1:], "messages under ShareGPT's key"
+
+
+def test_a_table_has_every_column_in_every_row() -> None:
+    assert said({"messages": [USER, ANSWER], "text": None, "prompt": None, "response": None})[0] == ("user", "Hello")
+    assert parse(b'{"messages": null, "text": "a"}') == TextRecord("a", "f:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a", "response": "b", "completion": "c"}, 'as "prompt" and "response" or as "prompt" and "comp'),
+        ({"question": "a", "answer": "b", "text": "c"}, "drop one of them"),
+        ({"instruction": "a", "output": " "}, 'its "output" is empty; give it text, or drop the line'),
+        ({"content": "", "summary": "b"}, 'its "content" is empty'),
+        ({"prompt": "a", "response": 7}, 'its "response" is a number'),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, 'its "input" is a list'),
+        ({"prompt": "a", "response": "b", "history": [["c"]]}, 'its "history" is not a list of pairs'),
+        ({"prompt": "a", "response": "b", "history": [["c", ""]]}, r"message 2 \(assistant\) has empty content"),
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}]},
+            "message 1 is of the role assistant, but it is the hu",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}] * 2},
+            "message 2 is of the role user, but it is the g",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "message 1 has the role 'function_call'"),
+        ({"messages": [USER, {"role": "assistant", "function_call": {}, "content": None}]}, "content is missing"),
+        (
+            {"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}, "content": "x"}]},
+            "write it as tool",
+        ),
+        ({"messages": [USER, {"role": "function", "content": "x"}]}, "message 2 has the role 'function'"),
+    ],
+)
+def test_rows_that_are_no_form(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=rf"^f:1: .*{says}"):
+        parse(json.dumps(row).encode())
+
+
+@pytest.mark.parametrize("record", [TextRecord("a", "f:1"), ChatRecord([USER, ANSWER], [{"type": "function"}], "f:1")])
+def test_a_record_as_a_row_is_the_record(record: Any) -> None:
+    assert parse_row(as_row(record), "f:1") == record
+
+
+def test_a_damaged_conversation_is_kept_up_to_the_answer_before() -> None:
+    empty = {"role": "user", "content": ""}
+    for rest in ([empty, ANSWER], [USER], [USER, {"role": "assistant", "content": None}], [USER, 7]):
+        mended = parse_row({"messages": [USER, ANSWER, *rest]}, "f:1", mend=True)
+        assert mended == ChatRecord([USER, ANSWER], None, "f:1")
+    with pytest.raises(UserError, match="no answer to train on: drop the line"):
+        parse_row({"messages": [empty, ANSWER]}, "f:1", mend=True)

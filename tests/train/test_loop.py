@@ -510,6 +510,58 @@ def test_changed_data_are_refused_and_moved_data_are_not(
     assert fine_tune(config, quiet, resume=True).state.counters.step == 4
 
 
+def test_of_several_sources_each_is_known_with_its_weight(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path, data_folder: Path
+) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [chat("a name", "emit it")])
+    sources = str(data_folder / "train.jsonl"), f"{other}:2"
+    interrupted(make_config, data__train=sources)
+    with pytest.raises(UserError, match=r"data.train.2.weight was 2.0 when the run began and is 3.0 now"):
+        fine_tune(make_config(data__train=(sources[0], f"{other}:3")), quiet, resume=True)
+    was = other.read_bytes()
+    other.write_bytes(was + b"\n")
+    with pytest.raises(UserError, match=r"data.train.2.sha256 was '[0-9a-f]{64}'"):
+        fine_tune(make_config(data__train=sources), quiet, resume=True)
+    other.write_bytes(was)
+    assert fine_tune(make_config(data__train=sources), quiet, resume=True).state.counters.step == 4
+
+
+def test_a_split_and_replayed_text(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
+    """Resumed at any step, it sees the same; the replayed text has its share of the tokens."""
+    general = str(write_jsonl(tmp_path / "general.jsonl", [{"text": f"general words {n}"} for n in range(30)]))
+    config = make_config(
+        data__validation=None, data__validation_share=0.2, data__test_share=0.1, data__replay=0.3,
+        data__replay_from=general, train__max_steps=None, train__output=str(tmp_path / "straight"),
+    )  # fmt: skip
+    straight = fine_tune(config, quiet)
+    n_records = [len({sample.where for sample in part}) for part in (straight.validation, straight.test)]
+    assert min(n_records) > 0
+    replayed = [i for i, sample in enumerate(straight.train) if sample.where.startswith(general)]
+    taken = [i for row in straight.state.sampler.rows for i in row]
+    share = sum(straight.train[i].length for i in taken if i in replayed) / sum(straight.train[i].length for i in taken)
+    assert share == pytest.approx(0.3, abs=0.02)
+    assert json.loads((straight.folder.path / "summary.json").read_text())["test"]
+
+    again = replace(config, train=replace(config.train, output=str(tmp_path / "again")))
+    with pytest.raises(Stopped):
+        fine_tune(again, stop_after(2, Quiet()))
+    resumed = fine_tune(again, quiet, resume=True)
+    logs = [(run.folder.path / "metrics.jsonl").read_bytes() for run in (straight, resumed)]
+    assert logs[0] == logs[1]
+
+
+def test_what_leaks_is_not_trained_on(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
+    both = chat("a name", "emit it")
+    train = write_jsonl(tmp_path / "leaky.jsonl", [chat("more", "so"), both, chat("more", "so")])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [both])
+    config = make_config(data__train=str(train), data__validation=str(held_out))
+    with pytest.raises(UserError, match=r"leaky.jsonl:2: the same record as .*held_out.jsonl:1, which data.validation"):
+        fine_tune(config, quiet)
+    assert not (Path(config.train.output) / "config.toml").exists()
+    fine_tune(make_config(data__train=str(train), data__validation=None), quiet)
+    assert any("warning: 1 x duplicate, the first:" in line and "leaky.jsonl:3" in line for line in quiet.said)
+
+
 def test_another_base_is_refused(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
     save_hf(tiny_model(seed=7), tmp_path / "other", dtype=torch.float32, tokenizer=TOKENIZER)
     interrupted(make_config)
@@ -575,9 +627,10 @@ def test_one_sample_is_enough(make_config: MakeConfig, quiet: Quiet, tmp_path: P
     assert run.state.counters.target_tokens == 6 * run.train[0].n_targets, "the row is taken again to fill the step"
 
 
-def test_text_is_trained_on_too(make_config: MakeConfig, quiet: Quiet, data_folder: Path) -> None:
+def test_text_is_trained_on_too(make_config: MakeConfig, quiet: Quiet, data_folder: Path, tmp_path: Path) -> None:
     text = str(data_folder / "text.jsonl")
-    run = fine_tune(make_config(data__train=text, data__validation=text, data__max_seq_len=2), quiet)
+    held_out = str(write_jsonl(tmp_path / "held_out.jsonl", [{"text": "tomato"}]))
+    run = fine_tune(make_config(data__train=text, data__validation=held_out, data__max_seq_len=2), quiet)
     assert "exact_match" not in run.before["metrics"]
     assert "| prompt" in (run.folder.path / "samples.md").read_text()
 
@@ -611,7 +664,7 @@ def test_the_tokenizer_of_a_larger_model_is_refused(make_config: MakeConfig, qui
 
     small = tiny_model(config=replace(TINY, vocab_size=400))
     save_hf(small, tmp_path / "small", dtype=torch.float32, tokenizer=TOKENIZER)
-    with pytest.raises(UserError, match=r"train.jsonl:\d+: token id \d+ is outside of the model's vocabulary of 400"):
+    with pytest.raises(UserError, match=r"tokenizer.model: 458 pieces, but the model's vocabulary has 400; take"):
         fine_tune(make_config(model__path=str(tmp_path / "small")), quiet)
 
 

@@ -1,0 +1,269 @@
+"""The data of a run, read, split, encoded, and all that is wrong with them: what `minilora data check` and `train` ask.
+
+A fault would train something else than what the data say, or measure what was trained on; with one, nothing is trained:
+
+    a line that cannot be read, a conversation without an answer or too long, a sample without a target
+    an answer whose </s> is no target: the model would not learn to stop
+    a second <s>, or a template that was written into the text: [INST] there is not the [INST] of v2 and v3
+    a tokenizer and a model that are not of one version
+    a record of test, validation or general text that stands in training, too
+
+Duplicates, near duplicates and what was left out or shortened on purpose are told, and no fault.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minilora.config import DataConfig
+from minilora.data.duplicates import groups_of_equal, near_pairs
+from minilora.data.encode import Sample, encode_record
+from minilora.data.pack import Mix, epoch_rows
+from minilora.data.records import Record, TextRecord, as_row
+from minilora.data.sources import BAD_LINES_ALLOWED, FILE_KEYS, normal_form, read_source, side, sources
+from minilora.errors import UserError
+from minilora.tokenizer import Tokenizer
+
+LEARNT = ("train", "replay_from")
+V3_VOCAB = 32_768  # of every Mistral whose tokenizer is v2 or v3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """kind: what it is one of, such as "duplicate"; text: "file:line: what, and what to do"."""
+
+    kind: str
+    text: str
+    fault: bool = True
+
+    @property
+    def where(self) -> str:
+        """ "file:line", "" if it is about no line."""
+        return match[0] if (match := re.match(r".*?:\d+(?=: )", self.text)) else ""
+
+
+@dataclass
+class Data:
+    """The records and samples of each part (FILE_KEYS), what an epoch takes of the learnt ones, and what was found."""
+
+    tokenizer: Tokenizer
+    records: dict[str, list[Record]] = field(default_factory=lambda: {part: [] for part in FILE_KEYS})
+    samples: dict[str, list[Sample]] = field(default_factory=lambda: {part: [] for part in FILE_KEYS})
+    findings: list[Finding] = field(default_factory=list)
+    mix: Mix | None = None
+
+    @property
+    def faults(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.fault]
+
+    @property
+    def learnt(self) -> list[Sample]:
+        """What `mix` counts in: the samples of training, then those of replay."""
+        return [sample for part in LEARNT for sample in self.samples[part]]
+
+    def refuse_faults(self) -> None:
+        """Raise UserError with the first fault and how many there are."""
+        if faults := self.faults:
+            more = f" (and {len(faults) - 1} more: `minilora data check` lists them)" if faults[1:] else ""
+            raise UserError(f"{faults[0].text}{more}")
+
+    def warnings(self) -> Iterator[str]:
+        """A line for each kind of what was found and is no fault."""
+        told = [finding for finding in self.findings if not finding.fault]
+        for kind, n in Counter(finding.kind for finding in told).items():
+            first = next(finding.text for finding in told if finding.kind == kind)
+            yield f"warning: {n:,} x {kind}, the first: {first}"
+
+
+def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: bool = False) -> Data:
+    """Read, split and encode what the configuration names, and look for faults; they are not raised but collected.
+
+    mend: of damaged conversations keep what can be kept (see `parse_row`)
+
+    Raises UserError for a file that cannot be read.
+    """
+    data, sizes = Data(tokenizer), list[int]()
+    data.findings += [Finding("template", text) for text in _version_faults(tokenizer, vocab_size)]
+    named = [(part, source) for part in FILE_KEYS for source in sources(getattr(config, part))]
+    for part, source in named:
+        before = len(data.samples[part])
+        records, bad = read_source(source.path, mend)
+        allowed = max(BAD_LINES_ALLOWED, (len(records) + len(bad)) // 100) if config.bad_lines == "skip" else 0
+        data.findings += [Finding("bad line", text, len(bad) > allowed) for text in bad]
+        for record in records:
+            _add(data, side(record, config) if part == "train" else part, record, tokenizer, config)
+        if part == "train":
+            sizes.append(len(data.samples[part]) - before)
+    sizes += [len(data.samples["replay_from"])] if config.replay else []
+    weights = [source.weight for part, source in named if part == "train"]
+    if any(weights) or config.replay:
+        shares = tuple(1.0 if weight is None else weight for weight in weights) if any(weights) else None
+        data.mix = Mix(tuple(sizes), shares, config.replay)
+    data.findings += [Finding("empty", text) for text in _empty_parts(data, config, sizes)]
+    data.findings += _duplicates(data)
+    return data
+
+
+def _add(data: Data, part: str, record: Record, tokenizer: Tokenizer, config: DataConfig) -> None:
+    where = record.where
+    data.findings += [Finding("template", f"{where}: {text}") for text in _written_template(record, tokenizer)]
+    try:
+        samples = encode_record(record, tokenizer, config.max_seq_len, config.too_long)
+    except UserError as error:
+        data.findings.append(Finding("not encoded", str(error)))
+        return
+    data.records[part].append(record)
+    data.samples[part] += samples
+    wrong = (text for sample in samples for text in _sample_faults(sample, tokenizer))
+    data.findings += [Finding("tokens", f"{where}: {text}") for text in wrong]
+    if not samples:
+        left_out = f"{where}: left out, it takes more than data.max_seq_len, {config.max_seq_len} positions"
+        data.findings.append(Finding("left out", left_out, False))
+    elif dropped := max(sample.dropped for sample in samples):
+        shortened = f"{where}: too long, its first {dropped} messages are left out"
+        data.findings.append(Finding("shortened", shortened, False))
+
+
+def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterator[str]:
+    """What has no sample left though no fault says why."""
+    if data.faults:
+        return
+    if not data.samples["train"]:
+        n = len(data.records["train"])
+        yield f"nothing to train on: all {n} conversations take more than {config.max_seq_len} positions"
+    elif 0 in sizes:
+        yield "a source of data.train or data.replay_from has no sample left; drop it"
+    for part in ("validation", "test"):
+        if not data.samples[part] and (getattr(config, part) or getattr(config, f"{part}_share")):
+            yield f"data.{part} has no sample; name another file, or a larger data.{part}_share"
+
+
+# Templates and tokens
+
+
+def _version_faults(tokenizer: Tokenizer, vocab_size: int) -> Iterator[str]:
+    """A model reads the template that it learned with: v1 with 32,000 pieces, v2 and v3 with 32,768."""
+    if tokenizer.vocab_size > vocab_size:
+        has = f"{tokenizer.path}: {tokenizer.vocab_size:,} pieces, but the model's vocabulary has {vocab_size:,}"
+        yield f"{has}; take the tokenizer that came with the model"
+    elif tokenizer.version == "v1" and vocab_size == V3_VOCAB:
+        yield f"{tokenizer.path}: a v1 tokenizer, but the model's vocabulary is v3's; take the one that came with it"
+
+
+def _written_template(record: Record, tokenizer: Tokenizer) -> Iterator[str]:
+    """What begins or ends like a rendered prompt. In the middle, somebody may just talk about it."""
+    raw = isinstance(record, TextRecord)
+    texts = [record.text] if isinstance(record, TextRecord) else [str(m["content"]) for m in record.messages]
+    if any(re.match(r"\s*<s>\s*(\[INST\]|(?!.*</s>.*\S))", text, re.DOTALL) for text in texts[:1]):
+        yield 'the text begins with a written "<s>", and one is put there anyway: two bos; drop it'
+    elif any(re.match(r"\s*(<s>)?\s*\[INST\]", text) for text in texts) and not (raw and tokenizer.version == "v1"):
+        hint = 'give "messages"' if raw else "drop it"
+        yield f'a written "[INST]": the {tokenizer.version} template puts one there by itself; {hint}'
+    elif any(re.search(r"</s>\s*$", text) for text in texts[-1:]):
+        yield 'the text ends with a written "</s>", which is not the token that ends an answer; drop it'
+
+
+def _sample_faults(sample: Sample, tokenizer: Tokenizer) -> Iterator[str]:
+    tokens, mask = sample.tokens, sample.target_mask
+    if int((tokens == tokenizer.bos_id).sum()) > 1:
+        yield "two bos in one sample; drop the one in the text"
+    if not mask.any():
+        yield "no token to train on; drop the line"
+    ends = tokens[np.flatnonzero(mask & ~np.append(mask[1:], False))]
+    if not mask[1:].all() and (ends != tokenizer.eos_id).any():
+        yield "an answer ends without a </s> to train on: it is cut, or its end is masked"
+
+
+# Duplicates
+
+
+def _duplicates(data: Data) -> Iterator[Finding]:
+    """What stands twice, equal or nearly, within a part and across: what is learnt first, then test."""
+    order = (*LEARNT, "test", "validation", "general")
+    placed = [(part, record) for part in order for record in data.records[part]]
+    texts = [normal_form(record) for _, record in placed]
+    equal = groups_of_equal(texts)
+    firsts = [group[0] for group in equal]
+    for group in equal:
+        for i in group[1:]:
+            yield _twice(placed[group[0]], placed[i], "the same record as")
+    for a, b in near_pairs([texts[i] for i in firsts]):
+        yield _twice(placed[firsts[a]], placed[firsts[b]], "nearly the same record as", "near ")
+
+
+def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, near: str = "") -> Finding:
+    (part, record), (other, again) = first, second
+    if other == part or (part in LEARNT) == (other in LEARNT):
+        return Finding(f"{near}duplicate", f"{again.where}: {what} {record.where}", False)
+    leak = f"{record.where}: {what} {again.where}, which data.{other} measures on; drop it here"
+    return Finding(f"{near}leak", leak, not near)
+
+
+# Mended, counted
+
+
+def mended(data: Data) -> tuple[str, Counter[str]]:
+    """JSONL of the training records without a fault, each once; and how many were left out, by kind."""
+    wrong = {finding.where: finding.kind for finding in data.findings if finding.fault or finding.kind == "duplicate"}
+    kept = [as_row(record) for record in data.records["train"] if record.where not in wrong]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), Counter(wrong.values())
+
+
+def figures(data: Data, max_seq_len: int) -> list[tuple[str, str]]:
+    """What the samples come to, each a name and a text; lengths are positions in a row."""
+    rows = []
+    for part in (part for part in FILE_KEYS if data.samples[part]):
+        samples = data.samples[part]
+        n_tokens, n_targets = sum(s.length for s in samples), sum(s.n_targets for s in samples)
+        share = f"{n_targets:,} of them trained on ({n_targets / n_tokens:.1%})"
+        rows.append((part, f"{len(samples):,} samples, {n_tokens:,} tokens, {share}"))
+    lengths = [sample.length for sample in data.learnt]
+    shares = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
+    quantiles = (f"{name} {np.percentile(lengths, at, method='higher'):,}" for name, at in shares.items())
+    rows.append(("lengths", ", ".join(quantiles)))
+    kinds = Counter(finding.kind for finding in data.findings)
+    rows.append(("too long", f"{kinds['left out']:,} left out, {kinds['shortened']:,} shortened"))
+    packed = epoch_rows(lengths, max_seq_len, seed=0, epoch=0, mix=data.mix)
+    n_tokens = sum(lengths[i] for row in packed for i in row)
+    filled = f"{n_tokens / (len(packed) * max_seq_len):.1%} of the slots are tokens"
+    return [*rows, ("packing", f"{len(packed):,} rows of {max_seq_len:,} in an epoch, {filled}")]
+
+
+def histogram(lengths: Sequence[int], bins: int = 10) -> list[tuple[int, int]]:
+    """(largest length, samples) of equal bins up to the longest."""
+    edges = np.unique(np.linspace(0, max(lengths), bins + 1).round().astype(int))
+    counts = np.histogram(np.asarray(lengths) - 0.5, edges)[0]
+    return list(zip(edges[1:].tolist(), counts.tolist(), strict=True))
+
+
+# What is trained on
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of tokens of one sort: "prompt", "target", "control" or "eos"; trained: whether they are targets."""
+
+    text: str
+    sort: str
+    trained: bool
+
+
+def spans(sample: Sample, tokenizer: Tokenizer) -> Iterator[Span]:
+    """The sample as it is shown: control tokens by name, and no character that a terminal would obey."""
+    begin, tokens, mask = 0, sample.tokens.tolist(), sample.target_mask.tolist()
+    names = [tokenizer.control_name(token) for token in tokens]
+    for i in range(1, len(tokens) + 1):
+        if i < len(tokens) and not names[begin] and not names[i] and mask[i] == mask[begin]:
+            continue
+        trained, name = mask[begin], names[begin]
+        sort = "eos" if name == "</s>" else "control" if name else "target" if trained else "prompt"
+        yield Span(name or _printable(tokenizer.decode(tokens[begin:i])), sort, trained)
+        begin = i
+
+
+def _printable(text: str) -> str:
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)

@@ -1,0 +1,169 @@
+"""A data file as rows, each an object with its place in the file.
+
+    .jsonl .json   an object a line, or one array of objects       "file:line", in an array "file:item"
+    .csv           a row for each row below the header             "file:line", the one that the row ends in
+    .parquet       a row for each row, read by pyarrow             "file:row"
+    .txt           the whole file is one document of raw text      "file:1"
+
+A name with another ending is read as .jsonl. In a .txt no line or blank line ends the document: paragraphs belong
+together, and each document would get an end of its own. Many documents are many files, or JSONL of {"text"}.
+
+A row that is damaged is there as the error that says how, so that whoever reads can go on behind it.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minilora.conversation import kind
+from minilora.errors import UserError, need_library
+
+LINE_LIMIT_BYTES = 64 << 20
+WHOLE_LIMIT_BYTES = 512 << 20
+BOM = b"\xef\xbb\xbf"
+
+Row = dict[str, Any] | UserError
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """("file:line", the row or what is wrong with it) of all that are not blank.
+
+    Raises UserError if the file cannot be read, and at the end of a file that has no row.
+    """
+    read: Callable[[str], Iterator[tuple[str, Row]]] = READERS.get(Path(path).suffix.lower(), _read_json)
+    empty = True
+    try:
+        for row in read(str(path)):
+            empty = False
+            yield row
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or what pyarrow refuses
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(f"{path!s:.200}: cannot be read: {reason:.200}") from None
+    if empty:
+        raise UserError(f"{path}: the file holds no records; it needs one JSON object a line")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[bytes, str]]:
+    """(line, "file:line") of all that are not blank, without a byte order mark or the line's end.
+
+    Of a line over the limit, one byte more than the limit is read, and the rest passed over.
+    """
+    number, ended = 0, True
+    with open(path, "rb") as file:
+        while line := file.readline(LINE_LIMIT_BYTES + 1):
+            number, begins, ended = number + ended, ended, line.endswith(b"\n")
+            line = line.removeprefix(BOM) if number == 1 else line
+            if begins and line.strip():
+                yield line.rstrip(b"\r\n"), f"{path}:{number}"
+
+
+def parse_object(line: bytes) -> Row:
+    """The object that a line of JSON holds, or why there is none: also for what is no JSON, such as NaN."""
+    return _tried(_parse_line, line)
+
+
+def _parse_line(line: bytes) -> Any:
+    if len(line) > LINE_LIMIT_BYTES:
+        raise UserError("the line is over 64 MiB; is this JSONL, one object a line?")
+    return _parse(line)
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        data = json.loads(_decode(text), parse_constant=_refuse_constant)
+        if re.search(rb"\\u[dD][89a-fA-F]", text):  # an escape is the only way to half of a surrogate pair
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
+    except UnicodeEncodeError:
+        raise UserError("it holds half of a surrogate pair (\\ud800 to \\udfff); mend or drop that character") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON at column {error.colno}: {error.msg}; write one JSON object a line") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise UserError(f"not JSON that can be read: {error}") from None
+    except RecursionError:
+        raise UserError("its JSON is nested too deeply; is this a line of data?") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise UserError(f"{name} is not JSON; write null or a number")
+
+
+def _read_json(path: str) -> Iterator[tuple[str, Row]]:
+    for first, (line, where) in enumerate(read_lines(path)):
+        if first == 0 and line.lstrip().startswith(b"["):
+            yield from _read_array(path)
+            return
+        yield where, parse_object(line)
+
+
+def _read_array(path: str) -> Iterator[tuple[str, Row]]:
+    for number, item in enumerate(_parse(_read_whole(path)), 1):
+        yield f"{path}:{number}", _tried(lambda item: item, item)
+
+
+def _read_document(path: str) -> Iterator[tuple[str, Row]]:
+    text = _decode(_read_whole(path)).replace("\r\n", "\n")
+    if text.strip():
+        yield f"{path}:1", {"text": text}
+
+
+def _read_whole(path: str) -> bytes:
+    with open(path, "rb") as file:
+        content = file.read(WHOLE_LIMIT_BYTES + 1)
+    if len(content) > WHOLE_LIMIT_BYTES:
+        raise UserError("over 512 MiB in one piece; write JSONL, one object a line")
+    return content
+
+
+def _tried(parse: Callable[[Any], Any], data: Any) -> Row:
+    try:
+        row = parse(data)
+    except UserError as error:
+        return error
+    if not isinstance(row, dict):
+        return UserError(f"the line is {kind(row)}, but must be an object; write one JSON object a line")
+    return row
+
+
+def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(LINE_LIMIT_BYTES)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                where, cells = f"{path}:{rows.line_num}", list(row.values())
+                if None in row or None in cells:
+                    yield where, UserError(f"it has not the {len(rows.fieldnames or ())} cells of the header row")
+                elif re.search("[\ud800-\udfff]", "".join([*row, *cells])):
+                    yield where, UserError("not UTF-8; save the file as UTF-8")
+                else:
+                    yield where, row
+        except csv.Error as error:
+            yield f"{path}:{rows.line_num}", UserError(f"not CSV: {error}; what follows was not read")
+
+
+def _read_parquet(path: str) -> Iterator[tuple[str, Row]]:
+    need_library("pyarrow", "parquet", "Parquet")
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+
+
+READERS = {".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_document}

@@ -1,0 +1,95 @@
+"""What the configuration names as data: files, their weights, and which side of a split a record falls on.
+
+    side = u < test_share: test;  u < test_share + validation_share: validation;  else training,
+    u = hash(content, split_seed) in [0, 1)
+
+So equal records always fall on the same side, and lines that are added move nobody.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from minilora.config import DataConfig, Sources
+from minilora.data.files import read_rows
+from minilora.data.records import Record, as_row, data_fingerprint, parse_row
+from minilora.errors import UserError
+
+FILE_KEYS = ("train", "validation", "test", "general", "replay_from")
+BAD_LINES_ALLOWED = 10  # with data.bad_lines "skip"; or one in a hundred, where that is more
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the configuration; weight: None where none was given."""
+
+    path: str
+    weight: float | None = None
+
+
+def sources(named: Sources | None) -> list[Source]:
+    """The sources that a key names, PATH or PATH:WEIGHT. What exists as it stands is a path, colon and all."""
+    return [_source(text) for text in ([named] if isinstance(named, str) else named or ()) if text]
+
+
+def _source(text: str) -> Source:
+    match = re.fullmatch(r"(.+):([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)", text, re.DOTALL)
+    if not match or Path(text).exists():
+        return Source(text)
+    try:
+        weight = float(match[2])
+    except ValueError:
+        return Source(text)
+    if not 0 < weight < 1e9:
+        raise UserError(f"{text}: the weight of a source is {match[2]}, but must be above 0 and below 1e9")
+    return Source(match[1], weight)
+
+
+def fingerprints(config: DataConfig, probes: str | None = None) -> dict[str, Any]:
+    """sha256 of each file, by key; of several, or weighted ones, by their number and with their weights."""
+    named = {key: sources(getattr(config, key)) for key in FILE_KEYS} | {"probes": sources(probes)}
+    return {name: _fingerprint(found) for name, found in named.items() if found}
+
+
+def _fingerprint(found: Sequence[Source]) -> Any:
+    if len(found) == 1 and found[0].weight is None:
+        return data_fingerprint(found[0].path)
+    return {
+        str(n): {"sha256": data_fingerprint(source.path), "weight": source.weight} for n, source in enumerate(found, 1)
+    }
+
+
+def read_source(path: str, mend: bool = False) -> tuple[list[Record], list[str]]:
+    """The file's records, and a line for each row that is none, "file:line: what is wrong".
+
+    mend: of a conversation that is damaged, keep what stands before (see `parse_row`)
+    """
+    records, bad = list[Record](), list[str]()
+    for where, row in read_rows(path):
+        try:
+            records.append(parse_row(row, where, mend))
+        except UserError as error:
+            bad.append(str(error))
+    return records, bad
+
+
+def normal_form(record: Record) -> str:
+    """The content as one text in which white space is single spaces. Records are equal if this is."""
+    row = as_row(record)
+    if "text" in row:
+        return " ".join(str(row["text"]).split())
+    said = [" ".join(f"{m['role']}: {m['content']} {m.get('tool_calls') or ''}".split()) for m in row["messages"]]
+    return "\n".join([*said, str(row.get("tools") or "")])
+
+
+def side(record: Record, config: DataConfig) -> str:
+    """ "train", "validation" or "test": where a record of data.train belongs."""
+    salt = (config.split_seed % 2**64).to_bytes(8, "little")
+    digest = blake2b(normal_form(record).encode(), digest_size=8, salt=salt).digest()
+    u = int.from_bytes(digest, "little") / 2**64
+    if u < config.test_share:
+        return "test"
+    return "validation" if u < config.test_share + config.validation_share else "train"

@@ -1,0 +1,99 @@
+"""The data of a run as `minilora data check` sees them: what is wrong, what they come to, what an epoch of them costs.
+
+    seconds of an epoch ~ tokens in its rows * 4 * (linear weights + head) / FLOP/s          (6 where all weights learn)
+
+The FLOP/s are those of one product of this machine, of the model's own shape, measured for a moment. Decoding, norms,
+attention and the optimizer come on top, so a run takes longer.
+"""
+
+import time
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from minilora.backend import pick_device, pick_dtype, product_dtype
+from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.write import atomic_write
+from minilora.config import DataConfig, ModelConfig, RunConfig
+from minilora.data.check import Data, figures, load_data, mended
+from minilora.data.pack import RowSampler
+from minilora.data.sources import FILE_KEYS, sources
+from minilora.errors import UserError
+from minilora.memory import as_text, free_bytes, projection_shapes
+from minilora.tokenizer import load_tokenizer
+from minilora.train.ledger import Ledger
+
+MEASURED_S = 0.3
+
+
+def check_data(config: RunConfig) -> tuple[Data, list[tuple[str, str]]]:
+    """(the data and what was found in them, figures as names and texts; none if nothing is left).
+
+    Raises UserError for a file that cannot be read.
+    """
+    if not config.data.train:
+        raise UserError("data.train is empty; name a file, as in `minilora data check chats.jsonl`")
+    data = _load(config, config.data)
+    if not data.samples["train"] or (data.mix and 0 in data.mix.sizes):
+        return data, []
+    sizes = open_checkpoint(config.model.path).config
+    return data, [*figures(data, config.data.max_seq_len), *_costs(config, sizes, data)]
+
+
+def _load(config: RunConfig, data: DataConfig, mend: bool = False) -> Data:
+    checkpoint = open_checkpoint(config.model.path)
+    tokenizer = load_tokenizer(config.model.tokenizer or checkpoint.folder)
+    return load_data(data, tokenizer, checkpoint.config.vocab_size, mend)
+
+
+def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str, str]]:
+    """Steps, time and memory of an epoch on this machine."""
+    train, length, device = config.train, config.data.max_seq_len, pick_device(config.model.device)
+    sampler = RowSampler([s.length for s in data.learnt], length, train.seed, mix=data.mix)
+    needed = sum(Ledger.of(config, sizes, device, data.learnt, sampler).predict().values())
+    per_step = train.batch_size * train.accumulate
+    weights = sizes.n_layers * sum(n_out * n_in for n_out, n_in in projection_shapes(sizes).values())
+    operations = (6 if train.strategy == "full" else 4) * (weights + sizes.vocab_size * sizes.dim)
+    flop_per_s = _flop_per_s(
+        sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0]
+    )
+    minutes = operations * len(sampler.rows) * length / flop_per_s / 60
+    measured = f"products alone, at the {flop_per_s / 1e9:,.0f} GFLOP/s of a product measured here"
+    return [
+        ("steps", f"{ceil(len(sampler.rows) / per_step):,} of {per_step} rows in an epoch"),
+        ("time", f"an epoch takes more than {minutes:,.2g} minutes on this {device.type}: {measured}"),
+        ("memory", f"{as_text(needed)} predicted at a step's peak, {as_text(free_bytes(device))} free"),
+    ]
+
+
+def _flop_per_s(sizes: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    dtype = product_dtype(torch.empty(0, dtype=dtype)) if device.type == "cpu" else dtype
+    x, weight = (torch.ones(n, sizes.dim, device=device, dtype=dtype) for n in (tokens, sizes.hidden_dim))
+    n, began = -1, time.perf_counter()
+    while n < 1 or time.perf_counter() - began < MEASURED_S:
+        (x @ weight.T)[0, 0].item()  # waits for the device
+        n, began = n + 1, began if n >= 0 else time.perf_counter()  # the first only warms up
+    return 2 * n * x.numel() * sizes.hidden_dim / (time.perf_counter() - began)
+
+
+def fix_data(config: RunConfig, out: str) -> str:
+    """Write the training data as JSONL without what is wrong in them; a line that says what was done.
+
+    Kept of a damaged conversation is what stands before the damage, up to an answer. Left out are lines that cannot be
+    mended, further copies of a record, and what validation or test hold, too.
+
+    Raises UserError if `out` is one of the inputs, nothing can be kept, or what was written has a fault still.
+    """
+    files = [source.path for key in FILE_KEYS for source in sources(getattr(config.data, key))]
+    if Path(out).resolve() in [Path(file).resolve() for file in files]:
+        raise UserError(f"{out}: is one of the files to be fixed; write to another")
+    whole = replace(config.data, validation_share=0.0, test_share=0.0)
+    text, left_out = mended(_load(config, whole, mend=True))
+    if not text:
+        raise UserError(f"{out}: not written, nothing can be kept")
+    atomic_write(out, text)
+    _load(config, replace(whole, train=out)).refuse_faults()
+    kinds = ", ".join(f"{n:,} x {kind}" for kind, n in left_out.items()) or "nothing"
+    return f"written to {out}: {text.count(chr(10)):,} records; left out: {kinds}"

@@ -1,0 +1,257 @@
+"""What is wrong with data is found, with its line, and what is not wrong passes."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import numpy as np
+import pytest
+from tiny_runs import chat, write_jsonl
+
+from minilora.config import DataConfig
+from minilora.data import check
+from minilora.data.check import Data, figures, histogram, load_data, mended, spans
+from minilora.data.encode import Sample, encode_records
+from minilora.data.records import ChatRecord, TextRecord
+from minilora.data.sources import FILE_KEYS
+from minilora.errors import UserError
+from minilora.tokenizer import Tokenizer, load_tokenizer
+
+TOKENIZERS = Path(mistral_common.__file__).parent / "data"
+V1, V3 = "tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"
+GOOD = [chat(f"question {n} about {'abcdefgh'[n % 8] * 9}", f"answer {n * 7919}") for n in range(40)]
+
+
+@cache
+def tokenizer(name: str = V3) -> Tokenizer:
+    return load_tokenizer(TOKENIZERS / name)
+
+
+def load(tmp_path: Path, rows: list[Any], name: str = V3, **changes: Any) -> Data:
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    config = DataConfig(str(train), max_seq_len=60)
+    return load_data(replace(config, **changes), tokenizer(name), tokenizer(name).vocab_size)
+
+
+def said(data: Data) -> list[tuple[str, str, bool]]:
+    """(kind, "file:line" without the folder, whether it is a fault)."""
+    return [(f.kind, f.where.rpartition("/")[2], f.fault) for f in data.findings]
+
+
+def test_good_data_have_no_findings(tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [chat("something else", "altogether")])
+    data = load(tmp_path, [*GOOD, {"text": "some words"}], validation=str(held_out))
+    assert data.findings == []
+    data.refuse_faults()
+    assert [len(data.samples[part]) for part in FILE_KEYS] == [41, 1, 0, 0, 0]
+    assert data.mix is None
+
+
+def test_every_bad_line_is_listed(tmp_path: Path) -> None:
+    rows = [GOOD[0], {"messages": []}, {"prompt": "a", "response": ""}, GOOD[1], {"x": 1}]
+    data = load(tmp_path, rows)
+    assert said(data) == [("bad line", f"train.jsonl:{n}", True) for n in (2, 3, 5)]
+    with pytest.raises(UserError, match=r"train.jsonl:2: its messages are empty; .* \(and 2 more: `minilora"):
+        data.refuse_faults()
+
+
+def test_bad_lines_are_skipped_up_to_a_cap(tmp_path: Path) -> None:
+    data = load(tmp_path, [*GOOD, *[{"x": 1}] * 10], bad_lines="skip")
+    assert data.faults == []
+    assert list(data.warnings()) == [
+        f"warning: 10 x bad line, the first: {tmp_path}/train.jsonl:41: "
+        'no "messages", "text", or pair such as "prompt" and "response" in it; its keys are: x'
+    ]
+    assert len(load(tmp_path, [*GOOD, *[{"x": 1}] * 11], bad_lines="skip").faults) == 11
+
+
+def test_what_is_too_long(tmp_path: Path) -> None:
+    short, long = [f"word {'x y ' * 4}{n}" for n in range(8)], "z " * 80
+    rows = [chat(*short), chat("q", long)]
+    assert said(load(tmp_path, rows)) == [("not encoded", f"train.jsonl:{n}", True) for n in (1, 2)]
+    left_out = load(tmp_path, [*rows, GOOD[0]], too_long="skip")
+    assert said(left_out) == [("left out", f"train.jsonl:{n}", False) for n in (1, 2)]
+    shortened = load(tmp_path, rows, too_long="truncate")
+    assert said(shortened) == [("shortened", "train.jsonl:1", False), ("left out", "train.jsonl:2", False)]
+    assert shortened.samples["train"][0].tokens[-1] == tokenizer().eos_id
+    assert ("too long", "1 left out, 1 shortened") in figures(shortened, 60)
+    with pytest.raises(UserError, match="nothing to train on: all 1 conversations take more than 60 positions"):
+        load(tmp_path, rows[1:], too_long="skip").refuse_faults()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text": "<s>Once upon a time"}, "two bos"),
+        ({"text": "<s>[INST] Hi [/INST] Yo</s>"}, "two bos"),
+        ({"text": " [INST] Hi [/INST] Yo"}, r'the v3 template puts one there by itself; give "messages"'),
+        (chat("[INST] Hi [/INST]", "Yo"), r"a written .\[INST\]."),
+        (chat("Hi", "Yo</s>"), "ends with a written .</s>., which is not the token"),
+        (chat("<s>Hi", "Yo"), "two bos"),
+    ],
+)
+def test_a_template_that_was_written_into_the_text(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    data = load(tmp_path, [GOOD[0], row])
+    assert said(data) == [("template", "train.jsonl:2", True)]
+    with pytest.raises(UserError, match=rf"train.jsonl:2: .*{says}"):
+        data.refuse_faults()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "In HTML, <s>this</s> is struck out"},
+        chat("<s>old</s> new: what is struck out?", "old"),
+        chat("What does Mistral's [INST] do?", "It begins [INST] a user's turn [/INST], and </s> ends yours."),
+    ],
+)
+def test_to_talk_about_a_template_is_no_fault(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert load(tmp_path, [row]).findings == []
+
+
+def test_template_and_model_of_unlike_versions(tmp_path: Path) -> None:
+    raw = [{"text": "[INST] Hi [/INST] Yo"}]
+    train = str(write_jsonl(tmp_path / "raw.jsonl", raw))
+    assert load_data(DataConfig(train), tokenizer(V1), 32_000).findings == [], "that is v1's own template"
+    for written in ("<s>[INST] Hi [/INST] Yo</s>", "<s>[INST] a [/INST] b</s> [INST] c [/INST] d</s>"):
+        write_jsonl(tmp_path / "raw.jsonl", [{"text": written}])
+        with pytest.raises(UserError, match="two bos"):
+            load_data(DataConfig(train), tokenizer(V1), 32_000).refuse_faults()
+    write_jsonl(tmp_path / "raw.jsonl", raw)
+    with pytest.raises(UserError, match=r"v1: a v1 tokenizer, but the model's vocabulary is v3's"):
+        load_data(DataConfig(train), tokenizer(V1), 32_768).refuse_faults()
+    with pytest.raises(UserError, match=r"v3: 32,768 pieces, but the model's vocabulary has 32,000; take"):
+        load_data(DataConfig(train), tokenizer(), 32_000).refuse_faults()
+
+
+def test_samples_that_would_teach_the_wrong_thing() -> None:
+    """Our own encoding makes none of these; the check is what holds it to that."""
+    [good], _ = encode_records([ChatRecord(chat("Hi", "Yo")["messages"], None, "f:1")], tokenizer(), 60)
+    tokens, mask = good.tokens, good.target_mask
+
+    def faults(tokens: Any, mask: Any) -> str:
+        return " ".join(check._sample_faults(Sample(np.array(tokens), np.array(mask), "f:1"), tokenizer()))
+
+    assert faults(tokens, mask) == ""
+    assert "cut, or its end is masked" in faults(tokens[:-1], mask[:-1])
+    assert "cut, or its end is masked" in faults(tokens, [*mask[:-1], False])
+    assert "no token to train on" in faults(tokens, mask & False)
+    assert "two bos" in faults([1, *tokens], [False, *mask])
+    [text], _ = encode_records([TextRecord("some words", "f:1")], tokenizer(), 60)
+    assert faults(text.tokens[:-1], text.target_mask[:-1]) == "", "a piece of a document has no end"
+
+
+def test_leaks_and_duplicates_name_both_lines(tmp_path: Path) -> None:
+    essay = " ".join(f"word{n}" for n in range(40))
+    near, nearer = {"text": essay + " one"}, {"text": essay + " two"}
+    held_out = write_jsonl(tmp_path / "test.jsonl", [GOOD[3], nearer, chat("new", "one")])
+    data = load(tmp_path, [*GOOD[:5], GOOD[1], near], test=str(held_out), max_seq_len=500)
+    assert sorted(said(data)) == [
+        ("duplicate", "train.jsonl:6", False),
+        ("leak", "train.jsonl:4", True),
+        ("near leak", "train.jsonl:7", False),
+    ]
+    leak = next(f.text for f in data.findings if f.kind == "leak")
+    assert leak == (
+        f"{tmp_path}/train.jsonl:4: the same record as {tmp_path}/test.jsonl:1, "
+        "which data.test measures on; drop it here"
+    )
+
+
+def test_what_validation_and_test_share_is_told(tmp_path: Path) -> None:
+    for name in ("validation", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [chat("the same", "in both")])
+    parts = {name: str(tmp_path / f"{name}.jsonl") for name in ("validation", "test")}
+    assert said(load(tmp_path, GOOD, **parts)) == [("duplicate", "validation.jsonl:1", False)]
+
+
+def test_replayed_text_leaks_too(tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "general words"}])
+    data = load(tmp_path, GOOD, test=str(other), replay=0.1, replay_from=str(other))
+    assert said(data) == [("leak", "other.jsonl:1", True)]
+
+
+def test_a_split_takes_each_record_once_and_equal_ones_together(tmp_path: Path) -> None:
+    data = load(tmp_path, [*GOOD, *GOOD], validation_share=0.3, test_share=0.2)
+    assert data.faults == [], "nothing leaks"
+    sizes = [len(data.records[part]) for part in ("train", "validation", "test")]
+    assert sum(sizes) == 80
+    assert min(sizes) > 0
+    assert all(size % 2 == 0 for size in sizes)
+    with pytest.raises(UserError, match=r"data.test has no sample; name another file, or a larger data.test_share"):
+        load(tmp_path, GOOD[:3], test_share=1e-6).refuse_faults()
+
+
+def test_weights_and_replay_become_a_mix(tmp_path: Path) -> None:
+    a, b, general = (
+        str(write_jsonl(tmp_path / f"{name}.jsonl", rows))
+        for name, rows in {"a": GOOD[:10], "b": GOOD[10:15], "g": [{"text": "words " * 90}]}.items()
+    )
+    data = load(tmp_path, [], train=(f"{a}:1", f"{b}:3"), replay=0.2, replay_from=general)
+    n_pieces = len(data.samples["replay_from"])
+    assert n_pieces > 1
+    assert data.mix == check.Mix((10, 5, n_pieces), (1.0, 3.0), 0.2)
+    assert [s.where.rpartition("/")[2][:1] for s in data.learnt] == [*"a" * 10, *"b" * 5, *"g" * n_pieces]
+    assert load(tmp_path, [], train=(a, b)).mix is None
+    twice = load(tmp_path, [], train=(a, b), replay=0.2, replay_from=(general, general))
+    assert twice.mix == check.Mix((10, 5, 2 * n_pieces), None, 0.2)
+
+
+def test_the_mended_copy_passes(tmp_path: Path) -> None:
+    damaged = {"messages": [*chat("keep", "this")["messages"], {"role": "user", "content": ""}]}
+    alpaca = {"instruction": "Add.", "input": "1", "output": "2"}
+    rows = [GOOD[0], GOOD[0], damaged, alpaca, {"prompt": "a", "response": ""}, chat("b", "c </s>"), GOOD[1]]
+    held_out = str(write_jsonl(tmp_path / "test.jsonl", [GOOD[1]]))
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"half a l")
+    config = DataConfig(str(path), test=held_out)
+    assert Counter(f.kind for f in load_data(config, tokenizer(), 32_768).faults) == {
+        "bad line": 3, "template": 1, "leak": 1,
+    }  # fmt: skip
+    text, left_out = mended(load_data(config, tokenizer(), 32_768, mend=True))
+    assert [json.loads(line)["messages"] for line in text.splitlines()] == [
+        GOOD[0]["messages"], chat("keep", "this")["messages"], chat("Add.\n1", "2")["messages"],
+    ]  # fmt: skip
+    assert left_out == {"duplicate": 1, "bad line": 2, "template": 1, "leak": 1}
+    (tmp_path / "fixed.jsonl").write_text(text)
+    again = load_data(replace(config, train=str(tmp_path / "fixed.jsonl")), tokenizer(), 32_768)
+    assert again.findings == []
+
+
+def test_figures_by_hand(tmp_path: Path) -> None:
+    data = load(tmp_path, [chat("Hi", "Yo"), chat("Hi there", "Yo ho")])
+    lengths = [sample.length for sample in data.samples["train"]]
+    n_targets = sum(sample.n_targets for sample in data.samples["train"])
+    found = dict(figures(data, 60))
+    assert found["train"] == (
+        f"2 samples, {sum(lengths)} tokens, {n_targets} of them trained on ({n_targets / sum(lengths):.1%})"
+    )
+    assert found["lengths"].startswith(f"min {min(lengths)}, median {max(lengths)}")
+    assert found["packing"] == f"1 rows of 60 in an epoch, {sum(lengths) / 60:.1%} of the slots are tokens"
+    assert histogram([1, 1, 5, 10], 5) == [(2, 2), (4, 0), (6, 1), (8, 0), (10, 1)]
+    assert histogram([3]) == [(1, 0), (2, 0), (3, 1)]
+
+
+@pytest.mark.parametrize("name", [V1, V3])
+def test_spans_are_the_sample_token_for_token(name: str) -> None:
+    messages = chat("Hi there", "Yo, 你好", "\x1b[31mred", "No")["messages"]
+    messages[1]["weight"] = 0
+    [sample], _ = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(name), 100)
+    found = [(span.text, span.sort, span.trained) for span in spans(sample, tokenizer(name))]
+    if name == V1:
+        assert found == [
+            ("<s>", "control", False), ("[INST] Hi there [/INST] Yo, 你好", "prompt", False), ("</s>", "eos", False),
+            ("[INST] \ufffd[31mred [/INST]", "prompt", False), ("No", "target", True), ("</s>", "eos", True),
+        ]  # fmt: skip
+    else:
+        assert found == [
+            ("<s>", "control", False), ("[INST]", "control", False), ("Hi there", "prompt", False),
+            ("[/INST]", "control", False), ("Yo, 你好", "prompt", False), ("</s>", "eos", False),
+            ("[INST]", "control", False), ("\ufffd[31mred", "prompt", False), ("[/INST]", "control", False),
+            ("No", "target", True), ("</s>", "eos", True),
+        ]  # fmt: skip

@@ -1,0 +1,91 @@
+"""Files by their ending: rows, where they lie, and what each format can have wrong with it."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from minilora import errors
+from minilora.data import files
+from minilora.data.files import read_rows
+from minilora.data.records import ChatRecord, TextRecord, read_records
+from minilora.errors import UserError
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def rows(path: Path) -> list[tuple[str, Any]]:
+    """(place without the folder, row or the text of its error)."""
+    found = read_rows(path)
+    return [(where.rpartition("/")[2], str(row) if isinstance(row, UserError) else row) for where, row in found]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.JSON"])
+def test_an_array_and_lines_are_told_apart_by_what_they_hold(tmp_path: Path, name: str) -> None:
+    array = write(tmp_path / name, '\ufeff\n[\n {"text": "a"},\n 7, {"text": "b"}]')
+    assert rows(array) == [
+        (f"{name}:1", {"text": "a"}),
+        (f"{name}:2", "the line is a number, but must be an object; write one JSON object a line"),
+        (f"{name}:3", {"text": "b"}),
+    ]
+    lines = write(tmp_path / name, '{"content": "a", "summary": "b"}\n{"content": "c", "summary": "d"}\n')
+    assert [place for place, _ in rows(lines)] == [f"{name}:1", f"{name}:2"]
+
+
+def test_reading_goes_on_behind_a_bad_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LINE_LIMIT_BYTES", 40)
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\nno\n{"text": "' + b"x" * 100 + b'"}\r\n\xff\n{"text": "b"}')
+    found = rows(path)
+    assert [place for place, _ in found] == [f"a.jsonl:{n}" for n in range(1, 6)]
+    assert [row for _, row in found if isinstance(row, dict)] == [{"text": "a"}, {"text": "b"}]
+    assert "not JSON" in found[1][1]
+    assert "the line is over" in found[2][1]
+    assert "not UTF-8 at byte 1" in found[3][1]
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", '\ufeffprompt,response\r\n"a, ""b""","c\nd"\r\ne\r\nf,g,h\r\n\r\ni,j\r\n')
+    short = "it has not the 2 cells of the header row"
+    assert rows(path) == [
+        ("a.csv:3", {"prompt": 'a, "b"', "response": "c\nd"}),
+        ("a.csv:4", short),
+        ("a.csv:5", short),
+        ("a.csv:7", {"prompt": "i", "response": "j"}),
+    ]
+    assert rows(write(path, b"text\ncaf\xe9\n")) == [("a.csv:2", "not UTF-8; save the file as UTF-8")]
+    assert "not CSV" in rows(write(path, 'text\n"a"b\n'))[0][1]
+    assert rows(write(path, "text\n" + "x" * 200_000))[0][1] == {"text": "x" * 200_000}
+
+
+def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    table = pyarrow.table({"messages": [messages, None], "text": [None, "a"], "n": [1.5, None]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path)
+    assert list(read_records(path)) == [ChatRecord(messages, None, f"{path}:1"), TextRecord("a", f"{path}:2")]
+    with pytest.raises(UserError, match=r"b.parquet: cannot be read: .*magic bytes"):
+        rows(write(tmp_path / "b.parquet", b"x" * 100))
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"a.parquet: Parquet needs pyarrow, .*pip install 'minilora\[parquet\]'"):
+        rows(path)
+
+
+def test_a_text_file_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.txt", "\ufeffOne.\r\n\r\nTwo.\n")
+    assert rows(path) == [("a.txt:1", {"text": "One.\n\nTwo.\n"})]
+    with pytest.raises(UserError, match=r"a.txt: not UTF-8 at byte 1"):
+        rows(write(path, b"\xff"))
+    monkeypatch.setattr(files, "WHOLE_LIMIT_BYTES", 3)
+    with pytest.raises(UserError, match=r"a.txt: over 512 MiB in one piece; write JSONL"):
+        rows(write(path, "four"))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "a,b\n"), ("a.csv", ""), ("a.txt", " \n"), ("a.json", "[]")])
+def test_files_without_a_row(tmp_path: Path, name: str, content: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}: the file holds no records"):
+        rows(write(tmp_path / name, content))
