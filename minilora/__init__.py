@@ -1,6 +1,6 @@
 """minilora: QLoRA for Mistral on one GPU, from scratch, every line readable.
 
-Read in this order: config, nf4, norm, rope, attention, model, kv_cache, loss, linear, lora, then train/.
+Read in this order: config, nf4, norm, rope, attention, model, kv_cache, loss, linear, lora, prefix, then train/.
 Importing the package imports no torch; each name below is loaded at its first use.
 """
 
@@ -11,20 +11,23 @@ if TYPE_CHECKING:
     from minilora import nf4
     from minilora.checkpoint.adapter import load_adapter, save_adapter
     from minilora.checkpoint.load import load_model
-    from minilora.config import LoraConfig, ModelConfig, RunConfig
+    from minilora.config import LoraConfig, ModelConfig, PrefixConfig, RunConfig
     from minilora.errors import UserError
     from minilora.generation import generate
     from minilora.lora import add_lora
     from minilora.model import Mistral
+    from minilora.prefix import add_prefix
     from minilora.tokenizer import load_tokenizer
 
 _HOME = {
     "LoraConfig": "config",
     "Mistral": "model",
     "ModelConfig": "config",
+    "PrefixConfig": "config",
     "RunConfig": "config",
     "UserError": "errors",
     "add_lora": "lora",
+    "add_prefix": "prefix",
     "generate": "generation",
     "load_adapter": "checkpoint.adapter",
     "load_model": "checkpoint.load",
@@ -36,9 +39,11 @@ __all__ = [
     "LoraConfig",
     "Mistral",
     "ModelConfig",
+    "PrefixConfig",
     "RunConfig",
     "UserError",
     "add_lora",
+    "add_prefix",
     "generate",
     "load_adapter",
     "load_model",

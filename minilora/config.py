@@ -5,6 +5,7 @@
 Nothing here imports torch, so the command line can print help and check a file at once.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite
 from pathlib import Path
@@ -203,7 +204,7 @@ class TrainConfig:
         parameters: of "partial": names of parameters or of what holds them, such as lm_head or layers.3.mlp.*
         reinit: weights that begin as random numbers of `seed`, not as the base's: "none", "top:N" for those of the N
             layers at the top, "all"; of "full", and top:N of "partial", too
-        prefix_tokens: length of the prefix, in tokens
+        prefix_tokens: length of the prefix, in tokens; a prefix wants a far higher lr than adapters, such as 0.03
         lora_plus_ratio: LoRA+, learning rate of B as a multiple of A's; 1 is off (https://arxiv.org/abs/2402.12354)
         neftune_alpha: strength of NEFTune's noise on the embeddings; 0 is off (https://arxiv.org/abs/2310.05914)
         seed: of new adapters, dropout and the order of the data
@@ -260,11 +261,9 @@ class TrainConfig:
         steps = self.max_steps
         _check(steps is None or steps > 0, f"train.max_steps is {steps}, but must be above 0")
         _check(self.layers is None or self.layers > 0, f"train.layers is {self.layers}, but must be above 0")
-        kind, _, top = self.reinit.partition(":")
-        is_count = kind == "top" and top.isascii() and top.isdigit() and int(top) > 0
-        known = self.reinit in ("none", "all") or is_count
-        _check(known, f'train.reinit is {self.reinit!r}, but must be "none", "all", or "top:N" with N above 0')
-        ratio, alpha = self.lora_plus_ratio, self.neftune_alpha
+        ratio, alpha, known = self.lora_plus_ratio, self.neftune_alpha, "none|all|top:0*[1-9][0-9]{0,8}"
+        is_known = re.fullmatch(known, self.reinit) is not None
+        _check(is_known, f'train.reinit is {self.reinit!r}, but must be "none", "all", or "top:N" with N above 0')
         _check(1 <= ratio < inf, f"train.lora_plus_ratio is {ratio}, but must be at least 1, and finite")
         _check(0 <= alpha < inf, f"train.neftune_alpha is {alpha}, but must not be negative, and finite")
         _check(0 < self.epochs <= 10_000, f"train.epochs is {self.epochs}, but must be above 0 and at most 10,000")
@@ -286,7 +285,7 @@ class TrainConfig:
     @property
     def reinit_top(self) -> int | None:
         """How many layers `reinit` draws anew; None for every weight."""
-        return {"none": 0, "all": None}.get(self.reinit) if ":" not in self.reinit else int(self.reinit[4:])
+        return None if self.reinit == "all" else int(self.reinit.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True)
@@ -339,21 +338,16 @@ class RunConfig:
         if self.train.strategy == "qlora" and self.model.quantize == "none":
             raise UserError('train.strategy "qlora" needs model.quantize "auto"; "lora" trains on a plain base')
         train, named = self.train, f'train.strategy "{self.train.strategy}"'
-        if train.base_learns and self.model.quantize == "nf4":
-            raise UserError(f'{named} cannot train NF4 weights; set model.quantize to "none" or "auto"')
-        if train.strategy == "partial":
-            some = train.layers is not None or bool(train.parameters)
-            _check(some, f"{named} needs train.layers, train.parameters, or both, to say what learns")
-        else:
-            for key, is_set in (("layers", train.layers is not None), ("parameters", bool(train.parameters))):
-                _check(not is_set, f'train.{key} says what learns of the strategy "partial"; {named} has no use for it')
+        plain = not (train.base_learns and self.model.quantize == "nf4")
+        _check(plain, f'{named} cannot train NF4 weights; set model.quantize to "none" or "auto"')
+        some, partial = bool(train.layers or train.parameters), train.strategy == "partial"
+        _check(some or not partial, f"{named} needs train.layers, train.parameters, or both, to say what learns")
+        _check(partial or not some, f"train.layers and train.parameters are for partial; {named} has no use for them")
         _check(train.reinit == "none" or train.base_learns, f"train.reinit would leave {named} weights it cannot train")
         _check(train.reinit != "all" or train.strategy == "full", f'{named} cannot train what train.reinit "all" draws')
-        if train.strategy not in ("lora", "qlora"):
-            _check(not self.lora.dora, f"lora.dora is an option of lora and qlora; {named} has no adapters")
-            _check(
-                train.lora_plus_ratio == 1, f"train.lora_plus_ratio is one of lora and qlora; {named} has no A and B"
-            )
+        has_lora, why = train.strategy in ("lora", "qlora"), f"is for lora and qlora; {named} has no A and B"
+        _check(has_lora or not self.lora.dora, f"lora.dora {why}")
+        _check(has_lora or train.lora_plus_ratio == 1, f"train.lora_plus_ratio {why}")
 
     @property
     def quantize(self) -> Literal["nf4"] | None:

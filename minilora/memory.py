@@ -18,6 +18,7 @@ import resource
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import dropwhile
 from math import ceil, inf, prod
 from pathlib import Path
 from typing import Literal
@@ -77,9 +78,8 @@ def predict(
     owners["embeddings, head, norms"] = (config.n_parameters - sum(sizes)) * _DENSE_BYTES[dense]
     if adapter is None:
         return owners
-    learned, fixed = 0, 0  # numbers
     if isinstance(adapter, PrefixConfig):
-        learned = adapter.n_tokens * prefix_width(config)
+        learned, fixed = adapter.n_tokens * prefix_width(config), 0  # numbers
     else:
         targets = [shapes[t] for t in adapter.targets if t in shapes]
         fixed = config.n_layers * sum(out for out, _ in targets) if adapter.dora else 0  # of each row, as of m
@@ -108,8 +108,7 @@ class Learned:
     @property
     def reached(self) -> tuple[int, ...]:
         """The blocks that backward goes through: from the lowest on that learns, or all for the embedding's sake."""
-        lowest = next((i for i, n in enumerate(self.blocks) if n), len(self.blocks))
-        return self.blocks[0 if self.embedding else lowest :]
+        return self.blocks if self.embedding else tuple(dropwhile(lambda n: n == 0, self.blocks))
 
 
 @dataclass

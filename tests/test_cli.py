@@ -108,6 +108,9 @@ def test_a_wrong_flag_of_train(run: Run, toml: Path, flags: list[str], words: li
         (["--train.lr", "-1"], ["train.lr is -1"]),
         (["--data.max_seq_len", "1"], ["data.max_seq_len is 1"]),
         (["--train.strategy", "full", "--model.quantize", "nf4"], ["train.strategy", "model.quantize"]),
+        (["--train.strategy", "full", "--lora.dora", "true"], ["lora.dora is for lora and qlora"]),
+        (["--train.reinit", "top:x"], ["train.reinit is 'top:x'"]),
+        (["--train.strategy", "partial"], ["needs train.layers"]),
     ],
 )
 def test_a_value_out_of_range(run: Run, toml: Path, flags: list[str], words: list[str]) -> None:
@@ -230,7 +233,7 @@ def test_a_folder_that_holds_a_run(run: Run, finished: Path) -> None:
 def test_a_dry_run_goes_the_whole_way_and_keeps_nothing(run: Run, toml: Path, tmp_path: Path) -> None:
     strategies = (
         "qlora", "lora --lora.dora true", "full --train.reinit top:1", "prefix --model.quantize nf4",
-        "partial --train.layers 1 --train.parameters [lm_head,norm]",
+        "partial --train.layers 1 --train.parameters [\"lm_head\",\"norm\"]",
     )  # fmt: skip
     for flags in (["--train.strategy", *strategy.split()] for strategy in strategies):
         before = sorted(tmp_path.rglob("*"))
@@ -296,6 +299,21 @@ def test_merge_writes_what_transformers_reads(run: Run, finished: Path, tmp_path
     assert MistralForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 458
     refused(run("merge", finished / "adapter", tmp_path / "merged"), 1, "merged: exists already")
     assert run("merge", finished / "adapter", tmp_path / "merged", "--overwrite")[0] == 0
+
+
+def test_a_prefix_is_used_as_adapters_are_but_not_merged(
+    run: Run, toml: Path, tmp_path: Path, data_folder: Path
+) -> None:
+    flags = ["--train.strategy", "prefix", "--model.quantize", "nf4", "--train.max_steps", "1"]
+    assert run("train", toml, *flags)[0] == 0
+    adapter, validation = tmp_path / "run" / "adapter", data_folder / "validation.jsonl"
+    status, out, err = run("evaluate", validation, "--adapter", adapter, "--eval.max_new_tokens", 4)
+    assert status == 0, err
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]
+    assert json.loads(out)["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    assert run("generate", "ma", "--adapter", adapter, "--max_new_tokens", 3)[0] == 0
+    refused(run("merge", adapter, tmp_path / "merged"), 1, "a prefix has no place in the weights")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_of_another_base(run: Run, finished: Path, data_folder: Path, tmp_path: Path) -> None:

@@ -56,23 +56,15 @@ def save_adapter(
 
     Raises UserError if the model has no adapters, one of their numbers is not finite, or `folder` cannot be written.
     """
-    tensors, prefix, lora = _adapter_tensors(model), model.prefix, model.lora_config
-    if not tensors or (prefix is None and lora is None):
+    config, tensors = _peft_config(model), _adapter_tensors(model)
+    if not tensors:
         raise UserError("the model has no adapters to save")
     for key, tensor in tensors.items():
         refuse_not_finite(tensor, key, "the training has failed")
     ours = {"format_version": PROVENANCE_VERSION, "base_fingerprint": model.base_fingerprint}
     provenance = {**(provenance or {}), **ours}
     with atomic_folder(folder, overwrite=overwrite, manifest={}) as temp:
-        config = (
-            _lora_values(lora) if lora is not None else _prefix_values(len(tensors["prompt_embeddings"]), model.config)
-        )
-        kept = {
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": provenance.get("base_path"),
-            "inference_mode": True,
-        }
-        _write_json(temp / CONFIG, config | kept)
+        _write_json(temp / CONFIG, config | {"base_model_name_or_path": provenance.get("base_path")})
         _write_json(temp / PROVENANCE, provenance)
         lines = [(key, torch.float32, tuple(tensor.shape)) for key, tensor in tensors.items()]
         write_safetensors(temp / WEIGHTS, tensors.values(), lines, {"format": "pt"})
@@ -170,35 +162,29 @@ def _lora_config(file: Path, values: dict[str, Any]) -> LoraConfig:
     return LoraConfig(rank, float(alpha), float(dropout), ordered, rslora, dora)
 
 
-def _lora_values(config: LoraConfig) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": list(config.targets),
-        "use_rslora": config.rslora,
-        "use_dora": config.dora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+def _peft_config(model: Mistral) -> dict[str, Any]:
+    """What PEFT is told of what was added to the model; nothing if nothing was."""
+    always = {"task_type": "CAUSAL_LM", "inference_mode": True}
+    if model.prefix is not None:
+        return always | _prefix_values(model.prefix.n_tokens, model.config)
+    lora = model.lora_config
+    if lora is None:
+        return {}
+    return always | {
+        "peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets), "use_rslora": lora.rslora, "use_dora": lora.dora, "bias": "none",
+        "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
         "init_lora_weights": True,
-    }
+    }  # fmt: skip
 
 
 def _prefix_values(n_tokens: int, sizes: ModelConfig) -> dict[str, Any]:
+    width = sizes.n_kv_heads * sizes.head_dim
     return {
-        "peft_type": "PREFIX_TUNING",
-        "num_virtual_tokens": n_tokens,
-        "token_dim": sizes.n_kv_heads * sizes.head_dim,
-        "num_layers": sizes.n_layers,
-        "num_attention_heads": sizes.n_kv_heads,
-        "num_transformer_submodules": 1,
-        "prefix_projection": False,
-        "encoder_hidden_size": sizes.n_kv_heads * sizes.head_dim,
-    }
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": n_tokens, "token_dim": width, "num_layers": sizes.n_layers,
+        "num_attention_heads": sizes.n_kv_heads, "num_transformer_submodules": 1, "prefix_projection": False,
+        "encoder_hidden_size": width,
+    }  # fmt: skip
 
 
 def _check_origin(folder: Path, model: Mistral) -> None:

@@ -144,11 +144,11 @@ def _header(run_folder: Path, config: Mapping[str, Any], summary: Mapping[str, A
         facts.append(f"strategy {train['strategy']}")
     if lora.get("rank") and train.get("strategy") not in ("full", "partial", "prefix"):
         facts.append(f"rank {lora['rank']}" + " with DoRA" * bool(lora.get("dora")))
-    for strategy, key in (("partial", "layers"), ("partial", "parameters"), ("prefix", "prefix_tokens")):
-        if train.get("strategy") == strategy and train.get(key):
-            facts.append(f"{key.replace('_', ' ')} {train[key]}")
-    if train.get("reinit", "none") != "none":
-        facts.append(f"begun anew: {train['reinit']}")
+    keys = {"partial": ("layers", "parameters", "reinit"), "full": ("reinit",), "prefix": ("prefix_tokens",)}
+    of_strategy = keys.get(train.get("strategy", ""), ())
+    facts += [
+        f"{key.replace('_', ' ')} {train[key]}" for key in of_strategy if train.get(key) not in (None, [], "none")
+    ]
     if model.get("path"):
         facts.append(f"base {model['path']}")
     if not summary:

@@ -52,12 +52,11 @@ class Ledger:
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
         model, train, length, sample = self.config.model, self.config.train, self.config.data.max_seq_len, self.sample
-        base_learns, on_cpu = train.base_learns, self.device.type == "cpu"
-        is_prefix = train.strategy == "prefix"
+        base_learns, is_prefix, on_cpu = train.base_learns, train.strategy == "prefix", self.device.type == "cpu"
         dtype = torch.float32 if base_learns else pick_dtype(self.device, model.dtype)[0]
         dense = cast(DenseDtype, str(dtype).removeprefix("torch."))
-        alone = on_cpu and not is_prefix
-        runs = causal_runs(sample.positions, self.sizes.sliding_window, sample.segments) if alone else None
+        no_mask = on_cpu and not is_prefix
+        runs = causal_runs(sample.positions, self.sizes.sliding_window, sample.segments) if no_mask else None
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         plan = StepPlan(
             self.sizes,
@@ -120,7 +119,7 @@ class Ledger:
             yield "eval.batch_size", str(n), {"eval": {"batch_size": n}}
         while (length := length // 2) >= max(self.longest, LEAST_LENGTH):
             yield "data.max_seq_len", str(length), {"data": {"max_seq_len": length}}
-        for n in range((train.layers or 1) - 1, 0, -1):
+        for n in range((train.layers or 1) - 1, max(train.reinit_top or 0, 1) - 1, -1):
             yield "train.layers", str(n), {"train": {"layers": n}}
         if not train.base_learns and pick_dtype(self.device, self.config.model.dtype)[0] == torch.float32:
             yield "model.dtype", "bfloat16", {"model": {"dtype": "bfloat16"}}

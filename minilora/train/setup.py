@@ -83,10 +83,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     dtype, why = pick_dtype(device, config.model.dtype)
     if config.train.base_learns:
         if config.model.dtype not in ("auto", "float32"):
-            strategy = config.train.strategy
-            raise UserError(
-                f'train.strategy "{strategy}" trains float32 weights; model.dtype {config.model.dtype!r} is not one'
-            )
+            named = f'train.strategy "{config.train.strategy}"'
+            raise UserError(f"{named} trains float32 weights; model.dtype {config.model.dtype!r} is not one")
         dtype, why = torch.float32, "weights of the base learn"
     if checkpoint.nf4:  # the files say how they are quantized
         if config.quantize is None:
@@ -156,21 +154,14 @@ def rows_of_epochs(lengths: Sequence[int], config: RunConfig, mix: Mix | None) -
 
 def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
     """AdamW; weight decay pulls at matrices only, not at norms. With LoRA+ B and DoRA's m learn faster, as in PEFT."""
-    decay, ratio = config.train.weight_decay, config.train.lora_plus_ratio
-    kinds = {
-        name: (p.dim() > 1, ratio if name.endswith(("lora_B", "lora_magnitude_vector")) else 1.0)
-        for name, p in weights.items()
-    }
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [weights[name] for name, its in kinds.items() if its == kind],
-            "weight_decay": decay * kind[0],
-            "lr_ratio": kind[1],
-        }
-        for kind in dict.fromkeys(kinds.values())
-    ]
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, p in weights.items():
+        decay = config.train.weight_decay if p.dim() > 1 else 0.0
+        ratio = config.train.lora_plus_ratio if name.endswith(("lora_B", "lora_magnitude_vector")) else 1.0
+        groups.setdefault((decay, ratio), []).append(p)
+    settings = [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in groups.items()]
     betas = (config.train.beta1, config.train.beta2)
-    return torch.optim.AdamW(groups, lr=config.train.lr, betas=betas, fused=True)
+    return torch.optim.AdamW(settings, lr=config.train.lr, betas=betas, fused=True)
 
 
 def _what_must_stay(config: RunConfig) -> dict[str, Any]:

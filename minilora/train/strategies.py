@@ -48,12 +48,10 @@ def learned_names(sizes: ModelConfig, train: TrainConfig) -> set[str]:
         return set(names)
     learned = set(_of_top(names, sizes, train.layers or 0))
     for pattern in train.parameters:
-        matches = {name for name in names if _is_named(name, pattern)}
+        matches = {name for name in names if any(fnmatchcase(part, pattern) for part in _holders(name))}
         if not matches:
             near = get_close_matches(pattern, {part for name in names for part in _holders(name)}, cutoff=0.4)
-            raise UserError(
-                f"train.parameters names {pattern!r}, which no parameter is called; near: {', '.join(near)}"
-            )
+            raise UserError(f"train.parameters: no parameter is called {pattern!r}; near: {', '.join(near)}")
         learned |= matches
     if not learned.issuperset(_of_top(names, sizes, train.reinit_top or 0)):
         raise UserError(f"train.reinit {train.reinit!r} draws weights anew that train.layers and parameters let be")
@@ -63,10 +61,6 @@ def learned_names(sizes: ModelConfig, train: TrainConfig) -> set[str]:
 def _of_top(names: list[str], sizes: ModelConfig, n: int) -> list[str]:
     """The names in the n layers at the top."""
     return [name for name in names if name.startswith("layers.") and int(name.split(".")[1]) >= sizes.n_layers - n]
-
-
-def _is_named(name: str, pattern: str) -> bool:
-    return any(fnmatchcase(part, pattern) for part in _holders(name))
 
 
 def _holders(name: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from minilora.config import DataConfig, RunConfig, TrainConfig
+from minilora.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
 from minilora.report import page as page_module
 from minilora.report.page import write_report
@@ -139,6 +139,27 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 
 # A whole run
+
+
+STRATEGIES: list[tuple[RunConfig, str]] = [
+    (RunConfig(lora=LoraConfig(dora=True)), "strategy qlora · rank 16 with DoRA · base"),
+    (RunConfig(train=TrainConfig(strategy="full", reinit="top:2")), "strategy full · reinit top:2 · base"),
+    (RunConfig(train=TrainConfig(strategy="full")), "strategy full · base"),
+    (RunConfig(train=TrainConfig(strategy="partial", layers=2)), "strategy partial · layers 2 · base"),
+    (
+        RunConfig(train=TrainConfig(strategy="partial", parameters=("lm_head",))),
+        "strategy partial · parameters ['lm_head'] · base",
+    ),
+    (RunConfig(train=TrainConfig(strategy="prefix")), "strategy prefix · prefix tokens 32 · base"),
+]
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(("config", "facts"), STRATEGIES)
+def test_the_head_says_what_learnt(tmp_path: Path, config: RunConfig, facts: str) -> None:
+    folder = run_folder(tmp_path)
+    (folder / "config.toml").write_text(config_toml(config))
+    assert facts in page_of(folder).text
 
 
 @pytest.mark.usefixtures("no_plots")

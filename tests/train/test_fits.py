@@ -93,6 +93,38 @@ def test_a_plain_base_is_told_of_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"train.strategy qlora ({ledger.as_text(total(packed))})" in refusal(monkeypatch, plain, total(packed))
 
 
+OTHERS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"strategy": "full", "reinit": "all"}, ["train.strategy qlora", "train.batch_size 1"]),
+    ({"strategy": "partial", "layers": 4, "reinit": "top:2"}, ["train.layers 2", "train.strategy qlora"]),
+    ({"strategy": "partial", "layers": 2, "parameters": ("lm_head",)}, ["train.layers 1", "train.strategy qlora"]),
+    ({"strategy": "prefix"}, ["model.quantize nf4", "model.dtype bfloat16"]),
+]
+
+
+@pytest.mark.parametrize(("train", "keys"), OTHERS)
+def test_every_strategy_is_told_what_would_help_it(
+    monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], keys: list[str]
+) -> None:
+    """And of no key that it does not have."""
+    said = refusal(monkeypatch, changed(train=train), 1e6)
+    assert said.startswith("the run needs")
+    assert all(key in said for key in keys)
+    assert ("model.dtype" in said) == (train["strategy"] == "prefix")
+    assert ("train.layers" in said) == (train["strategy"] == "partial")
+
+
+def test_what_learns_less_takes_less() -> None:
+    def of_strategy(**train: Any) -> int:
+        return total(changed(train=train))
+
+    full, top = of_strategy(strategy="full"), of_strategy(strategy="partial", layers=2)
+    head = of_strategy(strategy="partial", layers=2, parameters=("norm",))
+    assert of_strategy(strategy="partial", layers=1) < top < head < full
+    plain = total(changed(train={"strategy": "lora"}))
+    assert plain < total(changed(train={"strategy": "lora"}, lora={"dora": True}))
+    assert of_strategy(strategy="prefix") < of_strategy(strategy="prefix", prefix_tokens=512)
+
+
 def test_what_no_setting_can_help(monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(monkeypatch, RUN, 300e6)
     found = re.search(r"even (.*) comes to (.*), too much still: take a smaller model$", said)
