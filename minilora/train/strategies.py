@@ -50,7 +50,7 @@ def learned_names(sizes: ModelConfig, train: TrainConfig) -> set[str]:
     for pattern in train.parameters:
         matches = {name for name in names if any(fnmatchcase(part, pattern) for part in _holders(name))}
         if not matches:
-            near = get_close_matches(pattern, {part for name in names for part in _holders(name)}, cutoff=0.4)
+            near = get_close_matches(pattern, {part for name in names for part in _holders(name)}, cutoff=0)
             raise UserError(f"train.parameters: no parameter is called {pattern!r}; near: {', '.join(near)}")
         learned |= matches
     if not learned.issuperset(_of_top(names, sizes, train.reinit_top or 0)):
