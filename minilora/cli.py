@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
 from rich.console import Console
 
-from minilora.config import METRICS, MISTRAL_7B, BaseConfig, EvalConfig, RunConfig, base_folder
+from minilora.config import METRICS, MISTRAL_7B, BaseConfig, EvalConfig, RunConfig, base_folder, to_dict
 from minilora.errors import UserError, is_out_of_memory
 from minilora.recipes import recipe_file, recipe_names, summary
 
@@ -464,6 +465,59 @@ def verify(args: list[str]) -> None:
     print(f"{len(checks)} checks passed")
 
 
+def compare(args: list[str]) -> None:
+    """Strategies, or any keys, on the same data and seed, ranked on validation: minilora compare [CONFIG.toml]"""
+    parser = _run_parser(compare)
+    parser.usage = "minilora compare [CONFIG.toml] [--section.key value ...] [--strategies ...] [--grid KEY=A,B ...]"
+    parser.add_argument(
+        "--strategies", help="a list such as qlora,full; all without a grid, else what the configuration says"
+    )
+    parser.add_argument("--grid", action="append", default=[], help="KEY=A,B: a run for each value, and for each pair")
+    parser.add_argument("--shares", default="", help="such as 0.25,0.5: runs on less of the data, for a learning curve")
+    parser.add_argument("--rank_by", default="loss", help="what of the validation: loss, or one of eval.metrics")
+    parser.add_argument("--output", default="runs/compare", help="a folder with a run folder for each")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are finished, go on with the others")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a comparison")
+    config, parsed = _parse_run(parser, args)
+
+    from minilora.report.comparison import comparison_figure, comparison_table
+    from minilora.train.compare import STRATEGIES, Variant, combinations
+    from minilora.train.compare import compare as run_all
+
+    console, grid, shares = Console(), parsed.grid, parsed.shares
+    if not config.data.train:  # the embedded base
+        from minilora.demo.story import comparison_config
+
+        parser.set_defaults(
+            {f"{section}.{key}": v for section, keys in to_dict(comparison_config()).items() for key, v in keys.items()}
+        )
+        grid, shares = grid or ["data.replay=0,0.2"], shares or "0.25,0.5"
+    strategies = parsed.strategies or ("" if parsed.grid else ",".join(STRATEGIES))
+    lr, variants = _parse_run(parser, args)[0].train.lr, list[Variant]()
+    for name, changes in combinations(_words(strategies), grid, _words(shares), lr):
+        changed, _ = _parse_run(parser, [*args, *(f"--{key}={value}" for key, value in changes.items())])
+        variants.append(Variant(name, changes, changed))
+    output = Path(parsed.output)
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    result = run_all(variants, output, say, parsed.rank_by, parsed.resume, parsed.overwrite)
+    (output / "compare.png").write_bytes(comparison_figure(result))
+    console.print(comparison_table(result))
+    test = "  ".join(f"{key} {value:.4g}" for key, value in result["test"].items())
+    say(
+        f"best on validation by {parsed.rank_by}: {result['winner']}"
+        + (f"; its test, opened once: {test}" if test else "")
+    )
+    say(f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}")
+    if failed := [row for row in result["rows"] if "failed" in row]:
+        raise UserError(
+            f"{len(failed)} of {len(variants)} runs failed, the first, {failed[0]['name']}: {failed[0]['failed']}"
+        )
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
 def demo(args: list[str]) -> None:
     """The whole story with nothing downloaded: base, QLoRA, before and after, forgetting, report, merge check."""
     parser = _parser(demo)
@@ -477,5 +531,5 @@ def demo(args: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    f.__name__: f for f in (demo, train, data, evaluate, generate, quantize, merge, explain, verify)
+    f.__name__: f for f in (demo, train, data, compare, evaluate, generate, quantize, merge, explain, verify)
 }

@@ -152,7 +152,8 @@ class DataConfig:
         test_share: the same for test
         split_seed: of that split; a record's side depends on its content and this seed, not on the other records
         replay: share of the training tokens that comes from replay_from, against forgetting; at least 0, below 1
-        replay_from: text of the kind that the model should not forget
+        replay_from: text of the kind that the model should not forget; read where replay is above 0
+        share: how much of the training records is used, to see what more data bring
         max_seq_len: tokens in a packed row
         too_long: what to do with a conversation of more than max_seq_len tokens; "truncate" drops its oldest exchanges,
             whole, and leaves it out if the last one alone is too long; raw text is cut into pieces
@@ -166,6 +167,7 @@ class DataConfig:
     validation_share: float = 0.0
     test_share: float = 0.0
     split_seed: int = 0
+    share: float = 1.0
     replay: float = 0.0
     replay_from: Sources | None = None
     max_seq_len: int = 2048
@@ -188,8 +190,8 @@ class DataConfig:
             _check(not (share and getattr(self, name)), twice)
         _check(self.validation_share + self.test_share < 1, "the shares split off leave no data.train")
         _check(0 <= self.replay < 1, f"data.replay is {self.replay}, but must be at least 0 and below 1")
-        alone = "data.replay and data.replay_from need each other: a share, and the files it comes from"
-        _check(bool(self.replay) == bool(self.replay_from), alone)
+        _check(not self.replay or bool(self.replay_from), "data.replay is a share of what? name data.replay_from")
+        _check(0 < self.share <= 1, f"data.share is {self.share}, but must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)

@@ -88,14 +88,16 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: b
     """
     data, sizes = Data(tokenizer), list[int]()
     data.findings += [Finding("template", text) for text in _version_faults(tokenizer, vocab_size)]
-    named = [(part, source) for part in FILE_KEYS for source in sources(getattr(config, part))]
+    parts = [part for part in FILE_KEYS if part != "replay_from" or config.replay]
+    named = [(part, source) for part in parts for source in sources(getattr(config, part))]
     for part, source in named:
         before = len(data.samples[part])
         records, bad = read_source(source.path, mend)
         allowed = max(BAD_LINES_ALLOWED, (len(records) + len(bad)) // 100) if config.bad_lines == "skip" else 0
         data.findings += [Finding("bad line", text, len(bad) > allowed) for text in bad]
         for record in records:
-            _add(data, side(record, config) if part == "train" else part, record, tokenizer, config)
+            if of := side(record, config) if part == "train" else part:
+                _add(data, of, record, tokenizer, config)
         if part == "train":
             sizes.append(len(data.samples[part]) - before)
     sizes += [len(data.samples["replay_from"])] if config.replay else []

@@ -3,7 +3,8 @@
     side = u < test_share: test;  u < test_share + validation_share: validation;  else training,
     u = hash(content, split_seed) in [0, 1)
 
-So equal records always fall on the same side, and lines that are added move nobody.
+So equal records always fall on the same side, and lines that are added move nobody. Of training, data.share takes
+those of the smallest u: a larger share holds all of a smaller one.
 """
 
 import re
@@ -86,10 +87,11 @@ def normal_form(record: Record) -> str:
 
 
 def side(record: Record, config: DataConfig) -> str:
-    """ "train", "validation" or "test": where a record of data.train belongs."""
+    """ "train", "validation" or "test": where a record of data.train belongs; "" beyond data.share."""
     salt = (config.split_seed % 2**64).to_bytes(8, "little")
     digest = blake2b(normal_form(record).encode(), digest_size=8, salt=salt).digest()
     u = int.from_bytes(digest, "little") / 2**64
     if u < config.test_share:
         return "test"
-    return "validation" if u < config.test_share + config.validation_share else "train"
+    held_out = config.test_share + config.validation_share
+    return "validation" if u < held_out else "train" if u < held_out + config.share * (1 - held_out) else ""

@@ -8,7 +8,7 @@ can on them when it is asked in its own raw form.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,17 @@ def demo_config(output: Path, seed: int) -> RunConfig:
             output=str(output), seed=seed, epochs=3, batch_size=8, lr=3e-3, warmup_steps=10, checkpoint_every=50
         ),
         eval=EvalConfig(every=25, batch_size=BATCH, answers=0, samples=5, max_new_tokens=LONGEST_ANSWER),
+    )
+
+
+def comparison_config() -> RunConfig:
+    """What `minilora compare` begins from where nothing is named: the demo, shorter, with lines to remember by."""
+    config = demo_config(Path("runs/compare"), seed=0)
+    return replace(
+        config,
+        data=replace(config.data, test=str(DATA / "chat_test.jsonl"), replay_from=str(DATA / "replay.jsonl")),
+        train=replace(config.train, epochs=2),
+        eval=replace(config.eval, answers=100, samples=0),
     )
 
 

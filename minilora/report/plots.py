@@ -36,7 +36,7 @@ def draw(metrics: Sequence[Record], timing: Sequence[Record], clip_norm: float =
             "learning_rate.png": _learning_rate(metrics, clip_norm),
             "speed.png": _speed(timing),
         }
-        return {name: _png(figure) for name, figure in figures.items()}
+        return {name: to_png(figure) for name, figure in figures.items()}
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
@@ -148,7 +148,8 @@ def _speed(timing: Sequence[Record]) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file, without the name of the program that drew it."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     return file.getvalue()

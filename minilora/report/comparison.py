@@ -1,0 +1,105 @@
+"""A comparison of runs as one table and one figure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from minilora.report.console import Table, table
+from minilora.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE, to_png
+
+Row = Mapping[str, Any]
+SHARE = "data.share"
+PANELS = {
+    "Weights that learn": "learn",
+    "Peak memory, GB": "peak GB",
+    "Tokens a second": "tokens/s",
+    "Validation loss": "val loss",
+    "Perplexity of general text, after / before": "forgetting",
+}
+COLOURS = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0891b2")
+
+
+def forgetting_of(row: Row) -> float | None:
+    """By what factor the perplexity of general text grew: 1 where nothing was forgotten."""
+    forgetting = row.get("forgetting") or {}
+    before, after = (forgetting.get(key, {}).get("perplexity") for key in ("before", "after"))
+    return after / before if before and after else None
+
+
+def peak_of(row: Row) -> float | None:
+    """Peak memory of its steps in GB: a GPU's where there is one."""
+    peaks = row.get("peak_memory_bytes") or {}
+    peak = peaks.get("device_allocated", peaks.get("private"))
+    return None if peak is None else peak / 1e9
+
+
+COLUMNS: dict[str, Callable[[Row], Any]] = {
+    "learn": lambda row: row.get("trainable_parameters"),
+    "lr": lambda row: row.get("lr"),
+    "peak GB": peak_of,
+    "tokens/s": lambda row: row.get("tok_per_s"),
+    "val loss": lambda row: (row.get("after") or {}).get("loss"),
+    "exact": lambda row: (row.get("after") or {}).get("exact_match"),
+    "forgetting": forgetting_of,
+    "KL": lambda row: (row.get("forgetting") or {}).get("kl"),
+}
+
+
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """A row a run, the best on validation first; what failed last."""
+    rows = sorted(result["rows"], key=lambda row: ranks_as(result, row))
+    cells = [[row["name"], *(_text(column(row)) for column in COLUMNS.values()), row.get("failed", "")] for row in rows]
+    return table(("run", *COLUMNS, ""), cells)
+
+
+def ranks_as(result: Mapping[str, Any], row: Row) -> tuple[bool, float]:
+    """Sort key: what failed goes last."""
+    by = result["ranked_by"]
+    value = (row.get("after") or {}).get(by)
+    sign = 1 if by in ("loss", "perplexity") else -1
+    return value is None, sign * (value or 0.0)
+
+
+def comparison_figure(result: Mapping[str, Any]) -> bytes:
+    """What each run took and gave, a panel a measure, and the loss over the share of the data; a PNG file."""
+    rows = [row for row in result["rows"] if "failed" not in row]
+    whole = [row for row in rows if SHARE not in row["changes"]]
+    colours = {row["name"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(whole)}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(13, 3 + 0.45 * len(whole)), layout="constrained")
+        panels: list[Axes] = list(figure.subplots(2, 3).flat)
+        for axes, (title, of) in zip(panels, PANELS.items(), strict=False):
+            axes.set_title(title)
+            values = [COLUMNS[of](row) for row in whole]
+            axes.barh([row["name"] for row in whole], [value or 0 for value in values], color=list(colours.values()))
+            axes.invert_yaxis()
+            for i, value in enumerate(values):
+                axes.annotate(_text(value), (value or 0, i), xytext=(3, 0), textcoords="offset points", va="center")
+            axes.margins(x=0.25)
+            if of == "learn":
+                axes.set_xscale("log")
+            if of == "forgetting":
+                axes.axvline(1, color=GREY, linewidth=1)
+        _learning_curves(panels[-1], rows, whole, colours)
+        return to_png(figure)
+
+
+def _learning_curves(axes: Axes, rows: Sequence[Row], whole: Sequence[Row], colours: Mapping[str, str]) -> None:
+    axes.set_title("Validation loss, by share of the data")
+    for row in whole:
+        parts = [part for part in rows if {**part["changes"], SHARE: 1} == {**row["changes"], SHARE: 1}]
+        if len(parts) > 1:
+            points = sorted((100 * float(part["changes"].get(SHARE, 1)), part["after"]["loss"]) for part in parts)
+            axes.plot(*zip(*points, strict=True), marker="o", color=colours[row["name"]], label=row["name"])
+    axes.set_xlabel("% of the data")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

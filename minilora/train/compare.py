@@ -1,0 +1,172 @@
+"""Strategies, or any keys, on the same data and seed: a run each, ranked on validation; the best alone opens the test.
+
+Each run is a process of its own, so its memory and its speed are its own, and one that fails ends nothing but itself.
+"""
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from minilora.checkpoint.json_file import read_json
+from minilora.checkpoint.write import atomic_write
+from minilora.config import RunConfig
+from minilora.errors import UserError
+from minilora.report.console import Console
+from minilora.report.page import write_report
+from minilora.train.loop import fine_tune
+from minilora.train.progress import ConsoleReporter
+from minilora.train.run_folder import config_toml, to_json
+from minilora.train.signals import StopRequest
+
+RESULT = "compare.json"
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+# What a strategy sets. Its learning rate is so many times the configuration's, which is meant for adapters: all weights
+# want smaller steps, and a prefix, which the layers only look at, larger ones.
+STRATEGIES: dict[str, tuple[dict[str, str], float]] = {
+    "full": ({"train.strategy": "full"}, 0.1),
+    "partial": ({"train.strategy": "partial", "train.layers": "2"}, 0.3),
+    "lora": ({"train.strategy": "lora"}, 1.0),
+    "qlora": ({"train.strategy": "qlora"}, 1.0),
+    "dora": ({"train.strategy": "qlora", "lora.dora": "true"}, 1.0),
+    "prefix": ({"train.strategy": "prefix"}, 10.0),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the runs: what it is called, what it changes of the common configuration, and its own."""
+
+    name: str
+    changes: dict[str, str]
+    config: RunConfig
+
+
+def combinations(
+    strategies: Sequence[str], grid: Sequence[str], shares: Sequence[str], lr: float
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """(name, keys and values) of each run: every strategy with every combination of the grid, on all of the data, and
+    with the first combination on the `shares` of them. No strategy: the configuration's own.
+
+    grid: "KEY=A,B", each. Raises UserError for what is none, and for an unknown strategy.
+    """
+    if unknown := [name for name in strategies if name not in STRATEGIES]:
+        raise UserError(f"there is no strategy {unknown[0]!r} to compare; there are {', '.join(STRATEGIES)}")
+    axes = list[list[tuple[str, str]]]()
+    for axis in grid:
+        key, _, values = axis.partition("=")
+        if not key or not all(values.split(",")):
+            raise UserError(f"--grid {axis}: it must be KEY=A,B, such as train.lr=1e-4,2e-4")
+        axes.append([(key, value) for value in values.split(",")])
+    for strategy in strategies or [""]:
+        sets, factor = STRATEGIES.get(strategy, ({}, 1.0))
+        own = {"train.lr": f"{lr * factor:g}"} if factor != 1 else {}
+        for n, values_of in enumerate(product(*axes)):
+            for share in [None, *(shares if n == 0 else [])]:
+                varied = dict(values_of) | ({} if share is None else {"data.share": share})
+                name = [strategy, *(f"{key.split('.')[-1]}={value}" for key, value in varied.items())]
+                yield "-".join(part for part in name if part) or "run", own | sets | varied
+
+
+def compare(
+    variants: Sequence[Variant],
+    output: Path,
+    say: Callable[[str], None],
+    rank_by: str = "loss",
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Run all, each in a folder of its name in `output`; what compare.json holds: a row a run, the winner and its test.
+
+    resume: keep the runs that are finished, and go on with the others. Raises UserError if no run ended well or, once
+    all are done, if one did not.
+    """
+    if not variants[0].config.data.validation and not variants[0].config.data.validation_share:
+        raise UserError(
+            "runs are ranked on validation, and there is none: name data.validation or data.validation_share"
+        )
+    if (output / RESULT).exists() and not (resume or overwrite):
+        raise UserError(f"{output} holds a comparison; add --resume to go on, --overwrite to begin anew, or --output")
+    rows = list[dict[str, Any]]()
+    configs = {v.name: replace(v.config, train=replace(v.config.train, output=str(output / v.name))) for v in variants}
+    for n, variant in enumerate(variants, 1):
+        config = configs[variant.name]
+        finished = resume and _is_finished(config)
+        failed = None if finished else _in_a_process(config, resume, overwrite)
+        row = {"name": variant.name, "changes": variant.changes} | (_figures(config) if failed is None else {})
+        rows.append(row | ({"failed": failed} if failed else {}))
+        told = failed or "  ".join(f"{key} {value:.4g}" for key, value in row["after"].items())
+        say(f"{n} of {len(variants)}  {variant.name}: {told}")
+    done = [row for row in rows if "failed" not in row and row["after"].get(rank_by) is not None]
+    if not done:
+        raise UserError(f"no run has a {rank_by} to rank by; the first: {rows[0].get('failed', 'it is not measured')}")
+    done.sort(key=lambda row: row["after"][rank_by], reverse=rank_by not in LOWER_IS_BETTER)
+    winner = configs[done[0]["name"]]
+    if failed := _in_a_process(winner, resume=True, overwrite=False, with_test=True):
+        raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
+    test = read_json(Path(winner.train.output) / "summary.json")["test"]
+    result = {"ranked_by": rank_by, "winner": done[0]["name"], "test": test, "rows": rows}
+    atomic_write(output / RESULT, to_json(result, indent=1) + "\n")
+    return result
+
+
+def _figures(config: RunConfig) -> dict[str, Any]:
+    """What a table has of a finished run."""
+    summary = read_json(Path(config.train.output) / "summary.json")
+    kept = (
+        "before", "after", "forgetting", "peak_memory_bytes", "tok_per_s", "steps", "trainable_parameters", "best_step",
+    )  # fmt: skip
+    return {"lr": config.train.lr} | {key: summary[key] for key in kept if key in summary}
+
+
+def _is_finished(config: RunConfig) -> bool:
+    folder = Path(config.train.output)
+    is_ours = (folder / "config.toml").exists() and (folder / "config.toml").read_text() == config_toml(config)
+    return is_ours and (folder / "summary.json").exists()
+
+
+def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: bool = False) -> str | None:
+    """Run it; why it failed, if it did. A signal is handed on, and raises Stopped once the run has saved."""
+    context = get_context("forkserver")  # torch is imported once, and each run starts from there
+    context.set_forkserver_preload(["minilora.train.compare"])
+    ours, theirs = context.Pipe(duplex=False)
+    resume = resume and (Path(config.train.output) / "config.toml").exists()
+    process = context.Process(target=_run, args=(config, resume, overwrite, with_test, theirs))
+    with StopRequest() as stop:
+        process.start()
+        theirs.close()
+        told = False
+        while process.is_alive():
+            process.join(0.1)
+            if stop.signum is not None and not told:
+                os.kill(process.pid or 0, stop.signum)
+                told = True
+        stop.follow(f"{Path(config.train.output).parent}: stopped; go on with --resume")
+    try:
+        message: str = ours.recv()
+    except EOFError:
+        message = f"its process ended with exit status {process.exitcode}, see {config.train.output}.log"
+    return message or None
+
+
+def _run(config: RunConfig, resume: bool, overwrite: bool, with_test: bool, result: Connection) -> None:
+    """In the new process: "" is sent when all is well, else what is wrong."""
+    os.setsid()  # a Ctrl-C goes to the parent alone, which hands it on
+    log = Path(f"{config.train.output}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a" if resume else "w") as file:
+        try:
+            run = fine_tune(config, ConsoleReporter(Console(file=file)), resume, overwrite, with_test)
+            write_report(run.folder.path)
+            result.send("")
+        except UserError as error:
+            result.send(str(error))
+        except Exception as error:
+            traceback.print_exc(file=file)
+            result.send(f"{type(error).__name__}, see {log}")

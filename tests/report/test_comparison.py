@@ -1,0 +1,68 @@
+"""The comparison's table and figure, of rows as compare.json holds them."""
+
+import io
+from typing import Any
+
+from matplotlib import image
+from rich.console import Console
+
+from minilora.report.comparison import comparison_figure, comparison_table, forgetting_of, peak_of
+
+
+def row(name: str, loss: float | None, changes: dict[str, str] | None = None, **more: Any) -> dict[str, Any]:
+    figures = {
+        "lr": 1e-3,
+        "after": {"loss": loss, "exact_match": 0.5},
+        "forgetting": {"before": {"perplexity": 3.0}, "after": {"perplexity": 4.5}, "kl": 0.25},
+        "peak_memory_bytes": {"private": 2_500_000_000},
+        "tok_per_s": 1234.5,
+        "trainable_parameters": 1_000_000,
+    }
+    return {"name": name, "changes": changes or {}, **(figures if loss is not None else {}), **more}
+
+
+ROWS = [
+    row("full", 0.4, {"train.strategy": "full"}),
+    row("full-share=0.5", 0.6, {"train.strategy": "full", "data.share": "0.5"}),
+    row("prefix", None, {"train.strategy": "prefix"}, failed="out of [memory]"),
+    row("qlora", 0.3, {"train.strategy": "qlora"}),
+]
+RESULT = {"ranked_by": "loss", "winner": "qlora", "test": {}, "rows": ROWS}
+
+
+def shown(result: dict[str, Any]) -> list[str]:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(comparison_table(result))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_the_table_has_the_best_first_and_what_failed_last() -> None:
+    lines = [line for line in shown(RESULT) if line.startswith("│")]
+    assert [line.split("│")[1].strip() for line in lines] == ["qlora", "full", "full-share=0.5", "prefix"]
+    assert [cell.strip() for cell in lines[0].split("│")[2:10]] == [
+        "1,000,000", "0.001", "2.5", "1,234", "0.3", "0.5", "1.5", "0.25"
+    ]  # fmt: skip
+    assert "out of [memory]" in lines[-1]
+
+
+def test_a_share_of_right_answers_ranks_the_other_way() -> None:
+    rows = [row("worse", 0.1), row("better", 0.9)]
+    rows[0]["after"]["exact_match"], rows[1]["after"]["exact_match"] = 0.2, 0.7
+    lines = [line for line in shown({"ranked_by": "exact_match", "rows": rows}) if line.startswith("│")]
+    assert [line.split("│")[1].strip() for line in lines] == ["better", "worse"]
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    assert forgetting_of({"forgetting": {}}) is None
+    assert forgetting_of({}) is None
+    assert peak_of({}) is None
+    assert peak_of({"peak_memory_bytes": {"device_allocated": 3e9, "private": 1e9}}) == 3.0
+
+
+def test_the_figure_is_a_picture_and_the_same_each_time() -> None:
+    first = comparison_figure(RESULT)
+    assert first == comparison_figure(RESULT)
+    assert image.imread(io.BytesIO(first), format="png").shape[2] == 4
+    more = [*ROWS, row("qlora-share=0.5", 0.5, {"train.strategy": "qlora", "data.share": "0.5"})]
+    assert comparison_figure({**RESULT, "rows": more}) != first, "a learning curve more"

@@ -1,0 +1,125 @@
+"""Comparing: which runs there are, real ones in processes of their own, the rank, and the one look at the test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_runs import MakeConfig
+
+from minilora.config import RunConfig
+from minilora.errors import UserError
+from minilora.train.compare import STRATEGIES, Variant, combinations, compare
+from minilora.train.run_folder import config_toml
+
+
+def names(*arguments: object) -> list[str]:
+    return [name for name, _ in combinations(*arguments)]  # type: ignore[arg-type]
+
+
+def test_every_strategy_meets_every_value_and_a_curve_is_drawn_at_the_first() -> None:
+    made = dict(combinations(["lora", "full"], ["data.replay=0,0.2"], ["0.5"], 1e-2))
+    assert list(made) == [
+        "lora-replay=0", "lora-replay=0-share=0.5", "lora-replay=0.2",
+        "full-replay=0", "full-replay=0-share=0.5", "full-replay=0.2",
+    ]  # fmt: skip
+    assert made["lora-replay=0.2"] == {"train.strategy": "lora", "data.replay": "0.2"}
+    assert made["full-replay=0-share=0.5"] == {
+        "train.lr": "0.001", "train.strategy": "full", "data.replay": "0", "data.share": "0.5"
+    }  # fmt: skip
+
+
+def test_a_grid_alone_and_a_grid_of_two_keys() -> None:
+    assert names([], ["train.lr=1e-4,2e-4"], [], 1.0) == ["lr=1e-4", "lr=2e-4"]
+    assert len(names([], ["train.lr=1,2", "lora.rank=4,8,16"], [], 1.0)) == 6
+    assert names([], [], [], 1.0) == ["run"]
+
+
+def test_a_value_of_the_grid_goes_before_the_strategy_s_own() -> None:
+    assert dict(combinations(["full"], ["train.lr=7e-4"], [], 1e-2))["full-lr=7e-4"]["train.lr"] == "7e-4"
+
+
+def test_what_is_no_grid_and_no_strategy() -> None:
+    for grid in ("train.lr", "=1,2", "train.lr=1,,2", "train.lr="):
+        with pytest.raises(UserError, match=r"--grid .*must be KEY=A,B"):
+            names([], [grid], [], 1.0)
+    with pytest.raises(UserError, match=f"no strategy 'dara'.*{', '.join(STRATEGIES)}"):
+        names(["dara"], [], [], 1.0)
+
+
+def variants(config: RunConfig) -> list[Variant]:
+    """One that learns, one that hardly does, and one that fails: its data are not there."""
+    slow = replace(config, train=replace(config.train, lr=1e-6))
+    broken = replace(config, data=replace(config.data, train="/nowhere.jsonl"))
+    named = {"slow": slow, "fast": config, "broken": broken}
+    return [Variant(name, {"train.lr": str(c.train.lr)}, c) for name, c in named.items()]
+
+
+def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
+    make_config: MakeConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    test_file = tmp_path / "test.jsonl"
+    test_file.write_text("".join(reversed((data_folder / "validation.jsonl").read_text().splitlines(keepends=True))))
+    config = make_config(data__test=str(test_file))
+    said: list[str] = []
+    result = compare(variants(config), tmp_path / "out", said.append)
+    assert result["winner"] == "fast"
+    assert result["test"]["loss"] > 0
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["fast"]["after"]["loss"] < rows["slow"]["after"]["loss"]
+    assert "/nowhere.jsonl" in rows["broken"]["failed"]
+    assert rows["fast"]["peak_memory_bytes"]["private"] > 0
+    assert [line.split(":")[0] for line in said] == ["1 of 3  slow", "2 of 3  fast", "3 of 3  broken"]
+    assert json.loads((tmp_path / "out/compare.json").read_text()) == json.loads(json.dumps(result))
+
+    def summary(name: str) -> dict[str, object]:
+        document: dict[str, object] = json.loads((tmp_path / "out" / name / "summary.json").read_text())
+        return document
+
+    assert summary("slow")["test"] == {}
+    assert summary("fast")["test"] == result["test"]
+    assert (tmp_path / "out/fast/report.html").exists()
+
+    with pytest.raises(UserError, match="holds a comparison; add --resume"):
+        compare(variants(config), tmp_path / "out", said.append)
+    written = (tmp_path / "out/slow/summary.json").stat().st_mtime_ns
+    again = compare(variants(config)[:2], tmp_path / "out", said.append, resume=True)
+    assert (tmp_path / "out/slow/summary.json").stat().st_mtime_ns == written, "it was finished, so it was kept"
+    assert again["winner"] == "fast"
+    assert again["test"] == result["test"]
+    looks = (tmp_path / "out/fast/test_looks.jsonl").read_text().splitlines()
+    assert len(looks) == 1, "a comparison that goes on does not look again"
+    assert not (tmp_path / "out/slow/test_looks.jsonl").exists()
+
+
+def test_without_a_validation_there_is_nothing_to_rank_by(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ranked on validation.*data\.validation"):
+        compare(variants(make_config(data__validation=None)), tmp_path / "out", print)
+
+
+def test_where_every_run_fails(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run has a loss.*nowhere\.jsonl"):
+        compare(variants(make_config())[2:], tmp_path / "out", print)
+    assert not (tmp_path / "out/compare.json").exists()
+
+
+def test_a_signal_is_handed_on_and_the_comparison_goes_on_after_it(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(train__max_steps=100_000)
+    (tmp_path / "long.toml").write_text(config_toml(config))
+    command = [sys.executable, "-m", "minilora", "compare", str(tmp_path / "long.toml"), "--grid", "train.lr=1e-3,1e-2"]
+    run = tmp_path / "out" / "lr=1e-3"
+    with subprocess.Popen([*command, "--output", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True) as process:
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "go on with --resume" in error
+    assert list((run / "checkpoints").glob("step-*")), "the run saved before it stopped"
+    assert not (tmp_path / "out" / "lr=1e-2").exists()
