@@ -277,7 +277,7 @@ def open_test(run: Run) -> tuple[dict[str, Any], int]:
     if own or not run.test:
         return (own[0] if own else {}), len(looks(path))
     figures, _ = measure(run, run.test)
-    if warning := note_look(path, TRAIN, run.state.origin["data"]["test"], figures):
+    if warning := note_look(path, TRAIN, run.state.origin["data"].get("test"), figures):
         run.reporter.say(f"warning: {warning}")
     return figures, len(looks(path))
 
