@@ -28,7 +28,7 @@ from minilora.config import (
 )
 from minilora.data.encode import encode_records
 from minilora.data.records import ChatRecord, read_records
-from minilora.demo.dictionary import DATA, phoneme_errors, raw_prompt
+from minilora.demo.phonemes import DATA, phoneme_errors, raw_prompt
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer, answer_samples, exact_match
 from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit

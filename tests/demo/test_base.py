@@ -8,11 +8,11 @@ import torch
 import transformers
 
 import minilora
+from benchmarks.demo_base.pretrain import MODEL
 from minilora.checkpoint.open import open_checkpoint
 from minilora.data.encode import encode_records
 from minilora.data.records import read_records
-from minilora.demo.dictionary import DATA
-from minilora.demo.pretrain import MODEL
+from minilora.demo.phonemes import DATA
 from minilora.demo.story import LONGEST_ANSWER
 
 BASE = DATA.parent / "base"

@@ -1,4 +1,4 @@
-"""Makes the demo's texts and its tokenizer from the dictionary: `python -m minilora.demo.prepare OUT_DIR`.
+"""Makes the demo's texts and its tokenizer from the dictionary: `python -m benchmarks.demo_base.prepare OUT_DIR`.
 
     pretrain.jsonl                              raw lines, {"text": ...}: what the base reads (9 MB, not committed)
     heldout.jsonl                               raw lines of words it never reads: its own perplexity, before and after
@@ -6,7 +6,7 @@
     chat_train.jsonl chat_validation.jsonl chat_test.jsonl      {"messages": [...]}: the question, answered in IPA
     tokenizer.model                             sentencepiece, with the control tokens of Mistral's v3
 
-All but the first lie in the package (`demo/data/`, `demo/base/`); made again they are the same, byte for byte.
+All but the first lie in the package (`minilora/demo/`, `data/` and `base/`); made again they are the same bytes.
 """
 
 import io
@@ -18,7 +18,8 @@ from typing import Any
 
 import sentencepiece
 
-from minilora.demo import dictionary
+from benchmarks.demo_base import dictionary
+from minilora.demo.phonemes import CONSONANTS, REDUCED_VOWELS, STRESS_MARKS, VOWELS
 
 # In the order of Mistral's v3 tokenizer, where they hold the ids 3 to 13.
 CONTROL_TOKENS = [
@@ -127,12 +128,12 @@ def chains() -> list[str]:
 
 
 def _arpabet_words() -> list[str]:
-    vowels = [vowel + stress for vowel in dictionary.VOWELS for stress in dictionary.STRESS_MARKS]
-    return [" " + code for code in [*dictionary.CONSONANTS, *vowels]]
+    vowels = [vowel + stress for vowel in VOWELS for stress in STRESS_MARKS]
+    return [" " + code for code in [*CONSONANTS, *vowels]]
 
 
 def _ipa_symbols() -> list[str]:
-    tables = (dictionary.CONSONANTS, dictionary.VOWELS, dictionary.REDUCED_VOWELS, dictionary.STRESS_MARKS)
+    tables = (CONSONANTS, VOWELS, REDUCED_VOWELS, STRESS_MARKS)
     return [symbol for table in tables for symbol in table.values()]
 
 
@@ -149,5 +150,5 @@ def prepare(out: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m minilora.demo.prepare OUT_DIR")
+        sys.exit("usage: python -m benchmarks.demo_base.prepare OUT_DIR")
     prepare(Path(sys.argv[1]))

@@ -1,9 +1,9 @@
-"""How the demo's base was made: `python -m minilora.demo.pretrain OUT_DIR` (about 45 minutes on two cores).
+"""How the demo's base was made: `python -m benchmarks.demo_base.pretrain OUT_DIR` (about 45 minutes on two cores).
 
     texts of prepare.py -> random weights -> our own loop on raw text, every weight learning -> bfloat16 in OUT_DIR/base
 
 OUT_DIR/run is the run folder; started again with --resume, it goes on from its last checkpoint. What the script made
-was copied to `demo/base/`, its record to `benchmarks/results/demo_pretrain.json`.
+was copied to `minilora/demo/base/`, its record to `benchmarks/results/demo_pretrain.json`.
 """
 
 import sys
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.demo_base.prepare import prepare
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import BaseConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
-from minilora.demo.prepare import prepare
 from minilora.model import Mistral
 from minilora.report.console import Console
 from minilora.tokenizer import load_tokenizer
@@ -52,5 +52,5 @@ def pretrain(out: Path, resume: bool) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["--resume"]):
-        sys.exit("usage: python -m minilora.demo.pretrain OUT_DIR [--resume]")
+        sys.exit("usage: python -m benchmarks.demo_base.pretrain OUT_DIR [--resume]")
     pretrain(Path(sys.argv[1]), "--resume" in sys.argv)

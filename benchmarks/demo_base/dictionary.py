@@ -18,23 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-DATA = Path(__file__).parent / "data"
+from minilora.demo.phonemes import CONSONANTS, REDUCED_VOWELS, STRESS_MARKS, VOWELS, raw_prompt
 
-CONSONANTS = {
-    "B": "b", "CH": "tʃ", "D": "d", "DH": "ð", "F": "f", "G": "ɡ", "HH": "h", "JH": "dʒ",
-    "K": "k", "L": "l", "M": "m", "N": "n", "NG": "ŋ", "P": "p", "R": "ɹ", "S": "s",
-    "SH": "ʃ", "T": "t", "TH": "θ", "V": "v", "W": "w", "Y": "j", "Z": "z", "ZH": "ʒ",
-}  # fmt: skip
-
-VOWELS = {
-    "AA": "ɑ", "AE": "æ", "AH": "ʌ", "AO": "ɔ", "AW": "aʊ", "AY": "aɪ", "EH": "ɛ", "ER": "ɝ", "EY": "eɪ",
-    "IH": "ɪ", "IY": "i", "OW": "oʊ", "OY": "ɔɪ", "UH": "ʊ", "UW": "u",
-}  # fmt: skip
-
-# Two vowels lose their colour without stress: "about" begins with AH0, "butter" ends in ER0.
-REDUCED_VOWELS = {"AH0": "ə", "ER0": "ɚ"}
-
-STRESS_MARKS = {"0": "", "1": "ˈ", "2": "ˌ"}
+DICTIONARY = Path(__file__).parent / "cmudict.dict.xz"
 
 # The pairs and triples of consonants that open English syllables, names from German included ("Schmidt").
 ONSETS = {
@@ -42,9 +28,6 @@ ONSETS = {
     "sf", "sk", "skj", "skl", "skw", "skɹ", "sl", "sm", "sn", "sp", "spj", "spl", "spɹ", "st", "stɹ", "sw",
     "tw", "tɹ", "vj", "ɡl", "ɡw", "ɡɹ", "ʃl", "ʃm", "ʃn", "ʃw", "ʃɹ", "θw", "θɹ",
 }  # fmt: skip
-
-# Longest first: a diphthong or an affricate is one sound. Anything unknown counts as one, character by character.
-_PHONEME = re.compile("|".join([s for s in (CONSONANTS | VOWELS).values() if len(s) > 1] + ["."]), re.DOTALL)
 
 # Plain words only: no possessives, no abbreviations with dots, no second pronunciations ("word(2)").
 _PLAIN_WORD = re.compile("[a-z]{3,14}")
@@ -55,7 +38,7 @@ N_CHAT, N_VALIDATION, N_TEST, N_HELD_OUT = 2000, 300, 300, 1000
 # --- The dictionary -----------------------------------------------------------------------------------------------
 
 
-def read_dictionary(path: Path = DATA / "cmudict.dict.xz") -> dict[str, str]:
+def read_dictionary(path: Path = DICTIONARY) -> dict[str, str]:
     """word -> its first pronunciation in ARPAbet, for the plain words of 3 to 14 letters, in alphabetical order."""
     with lzma.open(path, "rt", encoding="utf-8") as file:
         entries = (line.split("#")[0].split(maxsplit=1) for line in file)
@@ -89,28 +72,6 @@ def _opens_syllable(consonants: list[str]) -> bool:
     if len(consonants) > 1:
         return "".join(consonants) in ONSETS
     return consonants != ["ŋ"]
-
-
-# --- Measuring an answer ------------------------------------------------------------------------------------------
-
-
-def phonemes(ipa: str) -> list[str]:
-    """The sounds of an IPA string. A stress mark is one of them, so that no errors means an exact match."""
-    return _PHONEME.findall(ipa)
-
-
-def phoneme_errors(answer: str, expected: str) -> tuple[int, int]:
-    """(edits that turn answer into expected, phonemes expected): the phoneme error rate is the ratio of their sums.
-
-    The edits are Levenshtein's: a sound inserted, left out or taken for another costs one.
-    """
-    wanted = phonemes(expected)
-    costs = list(range(len(wanted) + 1))  # of turning the answer so far into each prefix of `wanted`
-    for n_heard, heard in enumerate(phonemes(answer), start=1):
-        diagonal, costs[0] = costs[0], n_heard
-        for i, sound in enumerate(wanted, start=1):
-            diagonal, costs[i] = costs[i], min(costs[i] + 1, costs[i - 1] + 1, diagonal + (sound != heard))
-    return costs[-1], len(wanted)
 
 
 # --- Which words stand where --------------------------------------------------------------------------------------
@@ -166,14 +127,6 @@ def _is_plural(word: str, of: frozenset[str]) -> bool:
 def raw_lines(word: str, arpabet: str) -> list[str]:
     """What the base reads about a word, each line a text of its own."""
     return [f'"{word}" {arpabet}', raw_prompt(word) + to_ipa(arpabet)]
-
-
-def raw_prompt(word: str) -> str:
-    """The beginning of a raw line that the base goes on with in IPA.
-
-    The space at its end chooses the alphabet: it is the token "▁", where ARPAbet goes on with "▁M" or "▁IH1".
-    """
-    return f'"{word}" '
 
 
 def question(word: str) -> str:

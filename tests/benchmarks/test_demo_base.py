@@ -9,21 +9,17 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from minilora.demo import prepare
-from minilora.demo.dictionary import (
-    CONSONANTS,
-    DATA,
-    VOWELS,
+from benchmarks.demo_base import prepare
+from benchmarks.demo_base.dictionary import (
+    DICTIONARY,
     Split,
-    phoneme_errors,
-    phonemes,
     question,
     raw_lines,
-    raw_prompt,
     read_dictionary,
     split_words,
     to_ipa,
 )
+from minilora.demo.phonemes import CONSONANTS, DATA, VOWELS, phoneme_errors, phonemes, raw_prompt
 
 TOKENIZER = DATA.parent / "base" / "tokenizer.model"
 CHAT_FILES = ("chat_train.jsonl", "chat_validation.jsonl", "chat_test.jsonl")
@@ -210,9 +206,10 @@ def test_prepare_writes_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "new" / "tokenizer.model").stat().st_size > 0
 
 
-def test_sizes_of_the_package() -> None:
-    assert (DATA / "cmudict.dict.xz").stat().st_size < 1_000_000
-    assert "Carnegie Mellon" in (DATA / "LICENSE.cmudict").read_text(encoding="utf-8")
+def test_the_dictionary_is_small_and_its_licence_lies_beside_it_and_beside_what_was_made_of_it() -> None:
+    assert DICTIONARY.stat().st_size < 1_000_000
+    for folder in (DATA, DICTIONARY.parent):
+        assert "Carnegie Mellon" in (folder / "LICENSE.cmudict").read_text(encoding="utf-8")
 
 
 def test_a_conversation_is_the_question_and_the_ipa_alone() -> None:
