@@ -74,9 +74,9 @@ class Data:
     def warnings(self) -> Iterator[str]:
         """A line for each kind of what was found and is no fault."""
         told = [finding for finding in self.findings if not finding.fault]
-        for kind, n in Counter(finding.kind for finding in told).items():
-            first = next(finding.text for finding in told if finding.kind == kind)
-            yield f"warning: {n:,} x {kind}, the first: {first}"
+        for group in groups_of_equal(finding.kind for finding in told):
+            first = told[group[0]]
+            yield f"warning: {len(group):,} x {first.kind}, the first: {first.text}"
 
 
 def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: bool = False) -> Data:
@@ -122,12 +122,12 @@ def _add(data: Data, part: str, record: Record, tokenizer: Tokenizer, config: Da
     data.samples[part] += samples
     wrong = (text for sample in samples for text in _sample_faults(sample, tokenizer))
     data.findings += [Finding("tokens", f"{where}: {text}") for text in wrong]
+    dropped = max((sample.dropped for sample in samples), default=0)
     if not samples:
-        left_out = f"{where}: left out, it takes more than data.max_seq_len, {config.max_seq_len} positions"
-        data.findings.append(Finding("left out", left_out, False))
-    elif dropped := max(sample.dropped for sample in samples):
-        shortened = f"{where}: too long, its first {dropped} messages are left out"
-        data.findings.append(Finding("shortened", shortened, False))
+        too_long = f"{where}: left out, it takes more than data.max_seq_len, {config.max_seq_len} positions"
+        data.findings.append(Finding("left out", too_long, False))
+    elif dropped:
+        data.findings.append(Finding("shortened", f"{where}: too long, {dropped} messages are left out", False))
 
 
 def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterator[str]:
@@ -189,12 +189,10 @@ def _duplicates(data: Data) -> Iterator[Finding]:
     placed = [(part, record) for part in order for record in data.records[part]]
     texts = [normal_form(record) for _, record in placed]
     equal = groups_of_equal(texts)
-    firsts = [group[0] for group in equal]
-    for group in equal:
-        for i in group[1:]:
-            yield _twice(placed[group[0]], placed[i], "the same record as")
-    for a, b in near_pairs([texts[i] for i in firsts]):
-        yield _twice(placed[firsts[a]], placed[firsts[b]], "nearly the same record as", "near ")
+    for first, *others in equal:
+        yield from (_twice(placed[first], placed[i], "the same record as") for i in others)
+    for a, b in near_pairs([texts[first] for first, *_ in equal]):
+        yield _twice(placed[equal[a][0]], placed[equal[b][0]], "nearly the same record as", "near ")
 
 
 def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, near: str = "") -> Finding:
@@ -245,27 +243,18 @@ def histogram(lengths: Sequence[int], bins: int = 10) -> list[tuple[int, int]]:
 # What is trained on
 
 
-@dataclass(frozen=True)
-class Span:
-    """A run of tokens of one sort: "prompt", "target", "control" or "eos"; trained: whether they are targets."""
+def spans(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """The sample as it is shown, (text, sort): "prompt", "target", "control", "eos" or "eos, not trained on".
 
-    text: str
-    sort: str
-    trained: bool
-
-
-def spans(sample: Sample, tokenizer: Tokenizer) -> Iterator[Span]:
-    """The sample as it is shown: control tokens by name, and no character that a terminal would obey."""
+    Control tokens stand by their names; what a terminal would obey instead of showing it is replaced.
+    """
     begin, tokens, mask = 0, sample.tokens.tolist(), sample.target_mask.tolist()
     names = [tokenizer.control_name(token) for token in tokens]
     for i in range(1, len(tokens) + 1):
         if i < len(tokens) and not names[begin] and not names[i] and mask[i] == mask[begin]:
             continue
-        trained, name = mask[begin], names[begin]
-        sort = "eos" if name == "</s>" else "control" if name else "target" if trained else "prompt"
-        yield Span(name or _printable(tokenizer.decode(tokens[begin:i])), sort, trained)
+        name, plain, end = names[begin], ("prompt", "target"), ("eos, not trained on", "eos")
+        sort = (end if name == "</s>" else ("control", "control") if name else plain)[mask[begin]]
+        text = name or tokenizer.decode(tokens[begin:i])
+        yield re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text), sort
         begin = i
-
-
-def _printable(text: str) -> str:
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)

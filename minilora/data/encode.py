@@ -51,10 +51,7 @@ class Sample:
 
 
 def encode_records(
-    records: Iterable[Record],
-    tokenizer: Tokenizer,
-    max_seq_len: int,
-    too_long: TooLong = "fail",
+    records: Iterable[Record], tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail"
 ) -> tuple[list[Sample], list[str]]:
     """(samples in the order of the file, "file:line" of each conversation left out for being too long).
 

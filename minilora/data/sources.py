@@ -37,14 +37,10 @@ def sources(named: Sources | None) -> list[Source]:
 
 
 def _source(text: str) -> Source:
-    match = re.fullmatch(r"(.+):([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)", text, re.DOTALL)
+    match = re.fullmatch(r"(.+):([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)", text, re.DOTALL)
     if not match or Path(text).exists():
         return Source(text)
-    try:
-        weight = float(match[2])
-    except ValueError:
-        return Source(text)
-    if not 0 < weight < 1e9:
+    if not 0 < (weight := float(match[2])) < 1e9:
         raise UserError(f"{text}: the weight of a source is {match[2]}, but must be above 0 and below 1e9")
     return Source(match[1], weight)
 
@@ -58,9 +54,8 @@ def fingerprints(config: DataConfig, probes: str | None = None) -> dict[str, Any
 def _fingerprint(found: Sequence[Source]) -> Any:
     if len(found) == 1 and found[0].weight is None:
         return data_fingerprint(found[0].path)
-    return {
-        str(n): {"sha256": data_fingerprint(source.path), "weight": source.weight} for n, source in enumerate(found, 1)
-    }
+    each = [{"sha256": data_fingerprint(source.path), "weight": source.weight} for source in found]
+    return {str(n): known for n, known in enumerate(each, 1)}
 
 
 def read_source(path: str, mend: bool = False) -> tuple[list[Record], list[str]]:

@@ -1,6 +1,6 @@
 """Does the run fit? What it will need, by owner, before a weight is loaded, and which settings would make it fit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -38,16 +38,11 @@ class Ledger:
 
     @staticmethod
     def of(
-        config: RunConfig,
-        sizes: ModelConfig,
-        device: torch.device,
-        samples: Sequence[Sample],
-        sampler: RowSampler,
-        probes: Sequence[Sample] = (),
+        config: RunConfig, sizes: ModelConfig, device: torch.device, samples: list[Sample], sampler: RowSampler
     ) -> "Ledger":
-        """The ledger of a run on these samples, before its first step."""
+        """The ledger of a run on these samples, before its first step; those that no row has are only answered."""
         first = make_batch(samples, sampler.rows[: config.train.batch_size], config.data.max_seq_len)
-        return Ledger(config, sizes, device, first, max(sample.length for sample in (*samples, *probes)))
+        return Ledger(config, sizes, device, first, max(sample.length for sample in samples))
 
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""

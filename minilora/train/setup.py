@@ -97,7 +97,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
     lengths = [s.length for s in learnt]
     sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed, mix=data.mix)
-    predicted = Ledger.of(config, checkpoint.config, device, learnt, sampler, probes).check()
+    predicted = Ledger.of(config, checkpoint.config, device, [*learnt, *probes], sampler).check()
     reporter.say(one_line(predicted))
     model = load_model(
         base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device

@@ -242,16 +242,15 @@ def test_spans_are_the_sample_token_for_token(name: str) -> None:
     messages = chat("Hi there", "Yo, 你好", "\x1b[31mred", "No")["messages"]
     messages[1]["weight"] = 0
     [sample], _ = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(name), 100)
-    found = [(span.text, span.sort, span.trained) for span in spans(sample, tokenizer(name))]
+    found = list(spans(sample, tokenizer(name)))
     if name == V1:
         assert found == [
-            ("<s>", "control", False), ("[INST] Hi there [/INST] Yo, 你好", "prompt", False), ("</s>", "eos", False),
-            ("[INST] \ufffd[31mred [/INST]", "prompt", False), ("No", "target", True), ("</s>", "eos", True),
+            ("<s>", "control"), ("[INST] Hi there [/INST] Yo, 你好", "prompt"), ("</s>", "eos, not trained on"),
+            ("[INST] \ufffd[31mred [/INST]", "prompt"), ("No", "target"), ("</s>", "eos"),
         ]  # fmt: skip
     else:
         assert found == [
-            ("<s>", "control", False), ("[INST]", "control", False), ("Hi there", "prompt", False),
-            ("[/INST]", "control", False), ("Yo, 你好", "prompt", False), ("</s>", "eos", False),
-            ("[INST]", "control", False), ("\ufffd[31mred", "prompt", False), ("[/INST]", "control", False),
-            ("No", "target", True), ("</s>", "eos", True),
+            ("<s>", "control"), ("[INST]", "control"), ("Hi there", "prompt"), ("[/INST]", "control"),
+            ("Yo, 你好", "prompt"), ("</s>", "eos, not trained on"), ("[INST]", "control"),
+            ("\ufffd[31mred", "prompt"), ("[/INST]", "control"), ("No", "target"), ("</s>", "eos"),
         ]  # fmt: skip

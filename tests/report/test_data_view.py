@@ -10,7 +10,7 @@ from tiny_runs import TOKENIZER, chat, write_jsonl
 
 from minilora.config import DataConfig
 from minilora.data.check import Data, Finding, figures, load_data
-from minilora.report.data_view import STYLES, show_data
+from minilora.report.data_view import show_data
 from minilora.tokenizer import load_tokenizer
 
 TOKENS = load_tokenizer(TOKENIZER)
@@ -35,7 +35,7 @@ def test_terminal_and_page_agree(tmp_path: Path) -> None:
     terminal, page = shown(data, tmp_path / "page.html")
     inside = re.search(r"<pre>(.*)</pre>", page, re.DOTALL)
     assert inside is not None
-    assert unescape(re.sub(r"<[^>]*>", "", inside[1])) == terminal.removesuffix("\n")
+    assert unescape(re.sub(r"<[^>]*>", "", inside[1])) == terminal
     assert "<b>" not in page
     assert "<script" not in page
     assert "http" not in page
@@ -49,13 +49,12 @@ def test_colours_say_what_is_trained_on(tmp_path: Path) -> None:
     assert "\x1b[90memit" in terminal
     assert "\x1b[32mit\x1b[0m\x1b[37;42m</s>" in terminal
     assert "\x1b[37;41m</s>" in terminal, "this answer's end is not trained on"
-    for key, text in (
-        ("prompt", "emit"),
-        ("target", "it"),
-        ("eos", "&lt;/s&gt;"),
-        ("eos, not trained on", "&lt;/s&gt;"),
-    ):
-        assert f'<span style="{STYLES[key][1]}">{text}</span>' in page
+    coloured = re.findall(r'<span style="([^"]*)">([^<]*)</span>', page)
+    style_of = {text: style for style, text in coloured}
+    assert style_of["emit"] == "color: #808080; text-decoration-color: #808080"
+    assert style_of["it"].startswith("color: #008000")
+    ends = [style for style, text in coloured if text == "&lt;/s&gt;"]
+    assert [style.rpartition("background-color: ")[2] for style in ends] == ["#800000", "#008000"]
 
 
 def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
