@@ -215,22 +215,22 @@ def mended(data: Data) -> tuple[str, Counter[str]]:
 
 def figures(data: Data, max_seq_len: int) -> list[tuple[str, str]]:
     """What the samples come to, each a name and a text; lengths are positions in a row."""
-    rows = []
-    for part in (part for part in FILE_KEYS if data.samples[part]):
-        samples = data.samples[part]
+    rows, lengths = [], [sample.length for sample in data.learnt]
+    for part, samples in ((part, samples) for part, samples in data.samples.items() if samples):
         n_tokens, n_targets = sum(s.length for s in samples), sum(s.n_targets for s in samples)
         share = f"{n_targets:,} of them trained on ({n_targets / n_tokens:.1%})"
         rows.append((part, f"{len(samples):,} samples, {n_tokens:,} tokens, {share}"))
-    lengths = [sample.length for sample in data.learnt]
     shares = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
     quantiles = (f"{name} {np.percentile(lengths, at, method='higher'):,}" for name, at in shares.items())
-    rows.append(("lengths", ", ".join(quantiles)))
     kinds = Counter(finding.kind for finding in data.findings)
-    rows.append(("too long", f"{kinds['left out']:,} left out, {kinds['shortened']:,} shortened"))
     packed = epoch_rows(lengths, max_seq_len, seed=0, epoch=0, mix=data.mix)
-    n_tokens = sum(lengths[i] for row in packed for i in row)
-    filled = f"{n_tokens / (len(packed) * max_seq_len):.1%} of the slots are tokens"
-    return [*rows, ("packing", f"{len(packed):,} rows of {max_seq_len:,} in an epoch, {filled}")]
+    filled = sum(lengths[i] for row in packed for i in row) / (len(packed) * max_seq_len)
+    return [
+        *rows,
+        ("lengths", ", ".join(quantiles)),
+        ("too long", f"{kinds['left out']:,} left out, {kinds['shortened']:,} shortened"),
+        ("packing", f"{len(packed):,} rows of {max_seq_len:,} in an epoch, {filled:.1%} of the slots are tokens"),
+    ]
 
 
 def histogram(lengths: Sequence[int], bins: int = 10) -> list[tuple[int, int]]:

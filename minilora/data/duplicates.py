@@ -6,7 +6,7 @@
 
 Two records that agree in all 4 of a band are held against each other by their real J: at J = 0.8 that happens to all
 but 0.02 % of the pairs, 1 - (1 - J^4)^16. Within a band, each is compared with the four before it alone, so that
-thousands of records of one template cost no more than others; groups grow by what they have in common.
+thousands of records of one template cost no more than others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,18 +28,15 @@ def groups_of_equal(keys: Iterable[object]) -> list[list[int]]:
 
 
 def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """(i, j), i < j, of different texts that are near each other, so many that each group of them hangs together."""
+    """(i, j), i < j, for each of these different texts j that is near one before it: the first that is found."""
     sets = [_shingles(text) for text in texts]
-    random = np.random.default_rng(0)
-    factors = random.integers(0, 2**63, BANDS * ROWS, np.uint64) * np.uint64(2) + np.uint64(1)
+    factors = np.random.default_rng(0).integers(0, 2**63, BANDS * ROWS, np.uint64) * np.uint64(2) + np.uint64(1)
     least = np.array([_min_hashes(shingles, factors) for shingles in sets]).reshape(-1, BANDS, ROWS)
-    group = list(range(len(texts)))  # of each text, another that it is near to; the root is its own
-    pairs = []
+    near = dict[int, int]()
     for i, j in sorted(set(_candidates(least))):
-        if (a := _root(group, i)) != (b := _root(group, j)) and _jaccard(sets[i], sets[j]) >= NEAR:
-            group[b] = a
-            pairs.append((i, j))
-    return pairs
+        if j not in near and _jaccard(sets[i], sets[j]) >= NEAR:
+            near[j] = i
+    return [(i, j) for j, i in near.items()]
 
 
 def _shingles(text: str) -> NDArray[np.uint64]:
@@ -66,13 +63,6 @@ def _candidates(least: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
         for group in groups_of_equal(row.tobytes() for row in np.ascontiguousarray(least[:, band])):
             for near in range(1, NEIGHBOURS + 1):
                 yield from zip(group, group[near:], strict=False)
-
-
-def _root(group: list[int], i: int) -> int:
-    while group[i] != i:
-        group[i] = group[group[i]]
-        i = group[i]
-    return i
 
 
 def _jaccard(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> float:

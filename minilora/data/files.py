@@ -64,13 +64,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[bytes, str]]:
 
 def parse_object(line: bytes) -> Row:
     """The object that a line of JSON holds, or why there is none: also for what is no JSON, such as NaN."""
-    return _tried(_parse_line, line)
-
-
-def _parse_line(line: bytes) -> Any:
     if len(line) > LINE_LIMIT_BYTES:
-        raise UserError("the line is over 64 MiB; is this JSONL, one object a line?")
-    return _parse(line)
+        return UserError("the line is over 64 MiB; is this JSONL, one object a line?")
+    return _tried(_parse, line)
 
 
 def _parse(text: bytes) -> Any:
@@ -136,13 +132,12 @@ def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
         rows = csv.DictReader(file, strict=True)
         try:
             for row in rows:
-                where, cells = f"{path}:{rows.line_num}", list(row.values())
-                if None in row or None in cells:
-                    yield where, UserError(f"it has not the {len(rows.fieldnames or ())} cells of the header row")
-                elif re.search("[\ud800-\udfff]", "".join([*row, *cells])):
-                    yield where, UserError("not UTF-8; save the file as UTF-8")
-                else:
-                    yield where, row
+                wrong = None
+                if None in row or None in row.values():
+                    wrong = UserError(f"it has not the {len(rows.fieldnames or ())} cells of the header row")
+                elif re.search("[\ud800-\udfff]", "".join([*row, *row.values()])):
+                    wrong = UserError("not UTF-8; save the file as UTF-8")
+                yield f"{path}:{rows.line_num}", wrong or row
         except csv.Error as error:
             yield f"{path}:{rows.line_num}", UserError(f"not CSV: {error}; what follows was not read")
 

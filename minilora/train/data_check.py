@@ -1,6 +1,6 @@
 """The data of a run as `minilora data check` sees them: what is wrong, what they come to, what an epoch of them costs.
 
-    seconds of an epoch ~ tokens in its rows * 4 * (linear weights + head) / FLOP/s          (6 where all weights learn)
+    seconds of an epoch ~ tokens in its rows * 4 * (weights but the embedding) / FLOP/s       (6 where all learn)
 
 The FLOP/s are those of one product of this machine, of the model's own shape, measured for a moment. Decoding, norms,
 attention and the optimizer come on top, so a run takes longer.
@@ -21,7 +21,7 @@ from minilora.data.check import Data, figures, load_data, mended
 from minilora.data.pack import RowSampler
 from minilora.data.sources import FILE_KEYS, sources
 from minilora.errors import UserError
-from minilora.memory import as_text, free_bytes, projection_shapes
+from minilora.memory import as_text, free_bytes
 from minilora.tokenizer import load_tokenizer
 from minilora.train.ledger import Ledger
 
@@ -53,16 +53,13 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str,
     train, length, device = config.train, config.data.max_seq_len, pick_device(config.model.device)
     sampler = RowSampler([s.length for s in data.learnt], length, train.seed, mix=data.mix)
     needed = sum(Ledger.of(config, sizes, device, data.learnt, sampler).predict().values())
-    per_step = train.batch_size * train.accumulate
-    weights = sizes.n_layers * sum(n_out * n_in for n_out, n_in in projection_shapes(sizes).values())
-    operations = (6 if train.strategy == "full" else 4) * (weights + sizes.vocab_size * sizes.dim)
-    flop_per_s = _flop_per_s(
-        sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0]
-    )
-    minutes = operations * len(sampler.rows) * length / flop_per_s / 60
-    measured = f"products alone, at the {flop_per_s / 1e9:,.0f} GFLOP/s of a product measured here"
+    n_rows, per_step = len(sampler.rows), train.batch_size * train.accumulate
+    weights = sizes.n_parameters - (0 if sizes.tied_embeddings else sizes.vocab_size * sizes.dim)
+    speed = _flop_per_s(sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0])
+    minutes = (6 if train.strategy == "full" else 4) * weights * n_rows * length / speed / 60
+    measured = f"products alone, at the {speed / 1e9:,.0f} GFLOP/s of a product measured here"
     return [
-        ("steps", f"{ceil(len(sampler.rows) / per_step):,} of {per_step} rows in an epoch"),
+        ("steps", f"{ceil(n_rows / per_step):,} of {per_step} rows in an epoch"),
         ("time", f"an epoch takes more than {minutes:,.2g} minutes on this {device.type}: {measured}"),
         ("memory", f"{as_text(needed)} predicted at a step's peak, {as_text(free_bytes(device))} free"),
     ]
