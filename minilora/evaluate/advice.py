@@ -13,17 +13,18 @@ STEPS        a quarter of fewer than 20 steps has no standard error worth the na
 STILL        a loss that nears its floor as exp(-t / T) has 1/20 of its way left when the last third of the way in time
              brought 1/10; up to there going on pays
 FORGOTTEN    a tenth of perplexity: storing a model in 4 bits costs some hundredths, which users take, this is more
+CLEAR        a loss stands still only where 2 errors are under 1/20 of it: behind more noise it may be falling
 SKIPPED      ten steps and a tenth of all; float16's loss scale finds its place in fewer
 """
 
 from collections.abc import Mapping, Sequence
-from math import hypot, inf, isfinite
+from math import hypot, inf, isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-NATS, ERRORS, STEPS, STILL, FORGOTTEN, SKIPPED = 0.01, 2.0, 20, 0.1, 0.1, 10
+NATS, ERRORS, STEPS, STILL, FORGOTTEN, CLEAR, SKIPPED = 0.01, 2.0, 20, 0.1, 0.1, 0.05, 10
 Points = list[tuple[int, float]]  # (step, loss)
 
 
@@ -32,75 +33,59 @@ def advise(metrics: Sequence[Mapping[str, Any]], forgetting: Mapping[str, Any] |
 
     metrics: the records of metrics.jsonl; forgetting: {"before", "after": {"perplexity"}, "kl"}, or {}
     """
-    train, validation = _points(metrics, "loss"), _points(metrics, "val_loss")
-    rates = [record["lr"] for record in metrics if "lr" in record]
-    said = [_skipped(metrics), _training(train, validation, max(rates, default=0.0))]
-    said += [_validation(train, validation), _forgetting(forgetting or {})]
+    train = _points([r for r in metrics if not r.get("skipped")], "loss")
+    validation, n_skipped = _points(metrics, "val_loss"), sum(bool(r.get("skipped")) for r in metrics)
+    learns = bool(validation) and validation[0][1] - validation[-1][1] > NATS
+    lr = f"the learning rate {max((r['lr'] for r in metrics), default=0):.2g}"
+    said = [_training(train, learns, lr), _validation(train, validation, lr), _forgetting(forgetting or {})]
+    if n_skipped > max(SKIPPED, len(metrics) / 10):
+        said.append(f"{n_skipped} of {len(metrics)} steps were left out, loss or gradient was not finite: lower {lr}.")
     return [sentence for sentence in said if sentence]
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> Points:
-    found = ((r["step"], r.get(key)) for r in metrics if key == "val_loss" or not r.get("skipped"))
-    return [(step, value) for step, value in found if value is not None and isfinite(value)]
+    return [(r["step"], r[key]) for r in metrics if r.get(key) is not None and isfinite(r[key])]
 
 
-def _skipped(metrics: Sequence[Mapping[str, Any]]) -> str:
-    n = sum(bool(r.get("skipped")) for r in metrics)
-    if n <= max(SKIPPED, len(metrics) / 10):
-        return ""
-    return f"{n} of {len(metrics)} steps were left out, loss or gradient was not finite: lower the learning rate."
-
-
-def _training(train: Points, validation: Points, lr: float) -> str:
+def _training(train: Points, learns: bool, lr: str) -> str:
     quarter = len(train) // 4
     if len(train) < STEPS:
         return ""
-    first, last = train[:quarter], train[-quarter:]
-    (a, b), error = (fmean(loss for _, loss in part) for part in (first, last)), _error(first, last)
-    figures = f"from {a:.3f} in the first {quarter} steps to {b:.3f} in the last {quarter}"
+    a, b, error = _compare(train[:quarter], train[-quarter:])
+    way = f"from {a:.3f} in the first {quarter} steps to {b:.3f} in the last {quarter}"
     if b - a > max(NATS, error):
-        return f"The training loss rose, {figures}: the learning rate {lr:.2g} is too high, try a third of it."
-    learns = bool(validation) and validation[0][1] - validation[-1][1] > NATS
-    if abs(a - b) <= error < 0.05 * a and not learns:
-        return (
-            f"The training loss did not fall, {figures}: the learning rate {lr:.2g} is too low, try three times that, "
-            "or there is nothing in the data to learn."
-        )
+        return f"The training loss rose, {way}: {lr} is too high, try a third of it."
+    if abs(a - b) <= error < CLEAR * a and not learns:
+        return f"The training loss did not fall, {way}: {lr} is too low, try three times that."
     return ""
 
 
-def _validation(train: Points, validation: Points) -> str:
+def _validation(train: Points, validation: Points, lr: str) -> str:
     if len(validation) < 4:
         return ""
     at, loss = zip(*validation, strict=True)
     best, every = int(np.argmin(loss)), at[-1] - at[-2]
-    before = [p for p in train if at[best] - every < p[0] <= at[best]]
-    after = [p for p in train if p[0] > at[-1] - every]
-    if best < len(loss) - 2 and loss[-1] - loss[best] > NATS:
-        rose = f"The validation loss rose from {loss[best]:.3f} at step {at[best]} to {loss[-1]:.3f} at step {at[-1]}"
-        if _fell(before, after):
-            a, b = (fmean(x for _, x in part) for part in (before, after))
-            gap = f"the gap between them grew from {loss[best] - a:.3f} to {loss[-1] - b:.3f}"
-            return (
-                f"{rose} while the training loss fell from {a:.3f} to {b:.3f} ({gap}): it learns the data by heart, so "
-                f"stop at step {at[best]}, or bring more data or a lower learning rate."
-            )
-        return f"{rose}, and the training loss did not fall either: the learning rate is too high, lower it."
-    start = at[0] + 2 / 3 * (at[-1] - at[0])
-    there = float(np.interp(start, at, loss))
-    gain, way = there - loss[-1], f"from {there:.3f} at step {start:.0f} to {loss[-1]:.3f} at step {at[-1]}"
+    rising = best < len(loss) - 2 and loss[-1] - loss[best] > NATS
+    since = at[best] if rising else round(at[0] + 2 / 3 * (at[-1] - at[0]))  # what lies between is looked at
+    there = float(np.interp(since, at, loss))
+    ends = (since, at[-1])
+    a, b, error = _compare(*([p for p in train if end - every < p[0] <= end] for end in ends))
+    falls, gain = a - b > error, there - loss[-1]
+    way = f"from {there:.3f} at step {since} to {loss[-1]:.3f} at step {at[-1]}"
+    gap = f"and the gap between them grew from {there - a:.3f} to {loss[-1] - b:.3f}"
+    gap = f"while the training loss fell from {a:.3f} to {b:.3f}, {gap}"
+    if rising and falls:
+        return f"The validation loss rose {way} {gap}: it learns by heart; stop at step {since}, or bring more data."
+    if rising:
+        return f"The validation loss rose {way}, and the training loss did not fall: {lr} is too high, lower it."
     if gain > max(NATS, STILL * (loss[0] - loss[-1])):
         return f"The validation loss was still falling, {way}: train longer."
     if abs(gain) >= NATS:
         return ""
-    third = [p for p in train if start - every < p[0] <= start]
-    if _fell(third, after):
-        a, b = (fmean(x for _, x in part) for part in (third, after))
-        return (
-            f"The validation loss stood still, {way}, while the training loss fell from {a:.3f} to {b:.3f}: "
-            "more or cleaner data would help, more steps would not."
-        )
-    return f"The validation loss stood still, {way}: stop here, more steps bring nothing."
+    advice = (
+        f" {gap}: more or cleaner data would help, more steps would not" if falls else ": stop here, more is in vain"
+    )
+    return f"The validation loss stood still, {way}{advice}."
 
 
 def _forgetting(forgetting: Mapping[str, Any]) -> str:
@@ -108,19 +93,15 @@ def _forgetting(forgetting: Mapping[str, Any]) -> str:
     if before is None or after is None or not after > (1 + FORGOTTEN) * before:
         return ""
     return (
-        f"The perplexity of the general text rose from {before:.3g} to {after:.3g}, by {after / before - 1:.0%} (KL "
-        f"{forgetting['kl']:.3g} nats a token): it forgets, so mix general text into the training (data.replay = 0.1), "
-        "or lower the learning rate."
+        f"The perplexity of the general text rose by {after / before - 1:.0%}, from {before:.3g} to {after:.3g} (KL "
+        f"{forgetting['kl']:.3g} nats a token): it forgets; mix general text in (data.replay), or lower train.lr."
     )
 
 
-def _error(a: Points, b: Points) -> float:
-    """ERRORS standard errors of the difference of the means; of single points nothing is known."""
+def _compare(a: Points, b: Points) -> tuple[float, float, float]:
+    """Means of two stretches, and ERRORS standard errors of their difference: of single points nothing is known."""
     if min(len(a), len(b)) < 2:
-        return inf
-    return ERRORS * hypot(*(stdev(loss for _, loss in part) / len(part) ** 0.5 for part in (a, b)))
-
-
-def _fell(a: Points, b: Points) -> bool:
-    error = _error(a, b)
-    return error < inf and fmean(loss for _, loss in a) - fmean(loss for _, loss in b) > error
+        return nan, nan, inf
+    one, other = ([loss for _, loss in part] for part in (a, b))
+    error = ERRORS * hypot(*(stdev(part) / len(part) ** 0.5 for part in (one, other)))
+    return fmean(one), fmean(other), error

@@ -1,7 +1,7 @@
-"""What a fine-tune costs: how well the model still predicts general text, how far it went from its base, what it says.
+"""What a fine-tune costs: how well the model still predicts general text, how far it is from its base, what it says.
 
     perplexity of `data.general` before, during and after
-    KL(base || tuned) on its first `eval.general_tokens` targets
+    KL(base || tuned) on its first `eval.general_tokens` target tokens
 
 The base is asked right after it is loaded, before a strategy touches it, and what it says is kept. So "before" is the
 base for every strategy, also for one that begins by forgetting (prefix, new weights), and after a resume, which loads
@@ -87,10 +87,10 @@ class Forgetting:
 
     def ask_base(self, model: Mistral) -> "Forgetting":
         """With the answers of a model that is still the base."""
-        kept = [*self._log_p(model)]
-        return replace(
-            self, before=self.measure(model), log_p=torch.cat(kept) if kept else self.log_p, said=self.answers(model)
-        )
+        asked = replace(self, before=self.measure(model), said=self.answers(model))
+        if not self.general:
+            return asked
+        return replace(asked, log_p=torch.cat([*self._log_p(model)]))
 
     def measure(self, model: Mistral) -> dict[str, float]:
         """Loss and perplexity of the whole general text; {} if there is none."""
@@ -116,7 +116,7 @@ class Forgetting:
         return [self.tokenizer.decode(ids) for ids in given]
 
     def _log_p(self, model: Mistral) -> Iterator[Tensor]:
-        limits, length = self.config.eval, self.config.data.max_seq_len
-        if not self.general:
-            return iter(())
-        return log_probabilities(model, self.general, length, limits.general_tokens, limits.batch_size)
+        limits = self.config.eval
+        return log_probabilities(
+            model, self.general, self.config.data.max_seq_len, limits.general_tokens, limits.batch_size
+        )

@@ -25,9 +25,8 @@ WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA")  # how Unicode begins the names
 
 def check_libraries(names: Collection[str]) -> None:
     """Raises UserError if a metric needs a library that is not installed."""
-    for metric, library in LIBRARIES.items():
-        if metric in names:
-            need_library(library, "eval", f'the metric "{metric}"')
+    for metric in sorted(LIBRARIES.keys() & names):
+        need_library(LIBRARIES[metric], "eval", f'the metric "{metric}"')
 
 
 def tokens(text: str) -> list[str]:

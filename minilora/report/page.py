@@ -189,19 +189,16 @@ def _before_after(summary: Mapping[str, Any]) -> str:
 def _test_looks(path: Path) -> str:
     """How often the test file was opened, and when: only the first figure is one of unseen text."""
     looks = _read_jsonl(path, "time", str)
-    if not looks:
-        return ""
-    often = "once" if len(looks) == 1 else f"{len(looks)} times: only the first figure counts as unseen"
     rows = [[escape(look["time"]), f"<code>{escape(str(look.get('command')))}</code>"] for look in looks]
-    return f"<p>The test file was opened {often}.</p>\n" + _table(["when", "by"], rows, numbers=False)
+    often = "once" if len(looks) == 1 else f"{len(looks)} times: only the first figure counts as unseen"
+    return f"<p>The test file was opened {often}.</p>\n" + _table(["when", "by"], rows, numbers=False) if looks else ""
 
 
 def _forgetting(summary: Mapping[str, Any]) -> str:
     """The general text before and after, and how far the model went from its base."""
-    forgetting = summary.get("forgetting") or {}
-    kl = forgetting.get("kl")
-    distance = f"on {_figure(forgetting.get('kl_tokens'))} tokens of it, KL(base, tuned) is {_figure(kl)} nats a token"
-    return _before_after(forgetting) + (f"<p>{escape(distance)}.</p>" if kl is not None else "")
+    found = summary.get("forgetting") or {}
+    kl = f"KL(base, tuned) is {_figure(found.get('kl'))} nats a token, on {_figure(found.get('kl_tokens'))} tokens."
+    return _before_after(found) + (f"<p>{escape(kl)}</p>" if found else "")
 
 
 def _advice(summary: Mapping[str, Any]) -> str:
@@ -238,12 +235,13 @@ def _plot(name: str, png: bytes) -> str:
 
 def _samples(path: Path) -> Iterator[str]:
     """A section for each "# title" of samples.md, with the table below it; whatever else may stand there as it is."""
-    for part in re.split(r"^(?=# )", _read(path), flags=re.MULTILINE):
-        head, _, rest = part.partition("\n") if part.startswith("# ") else ("# Samples", "", part)
-        yield _section(head.removeprefix("# "), _markdown([line for line in rest.splitlines() if line.strip()]))
+    parts = re.split(r"^# (.*)\n", _read(path), flags=re.MULTILINE)
+    for title, text in zip(["Samples", *parts[1::2]], parts[::2], strict=True):
+        yield _section(title, _markdown([line for line in text.splitlines() if line.strip()]))
 
 
 def _markdown(lines: Sequence[str]) -> str:
+    """A table as HTML."""
     rows = [_cells(line) for line in lines if line.startswith("|")]
     if len(rows) < 3 or len(rows) != len(lines) or len({len(row) for row in rows}) != 1:
         return f"<pre>{escape(chr(10).join(lines))}</pre>" if lines else ""

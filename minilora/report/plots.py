@@ -98,11 +98,9 @@ def _loss(metrics: Sequence[Record]) -> Figure:
         best = min(range(len(val_values)), key=lambda i: val_values[i] if isfinite(val_values[i]) else inf)
         note = f"best {val_values[best]:.3f}, step {val_steps[best]}"
         axes.plot(val_steps[best], val_values[best], "o", markersize=10, mfc="none", mec=ORANGE, mew=1.6, label=note)
-    general_steps, general_values = _series(metrics, "general_loss")
-    if general_steps:
-        axes.plot(
-            general_steps, general_values, color=GREEN, marker="s", markersize=4, linewidth=1.4, label="general text"
-        )
+    general = _series(metrics, "general_loss")
+    if general[0]:
+        axes.plot(*general, color=GREEN, marker="s", markersize=4, linewidth=1.4, label="general text")
     skipped = [r["step"] for r in metrics if r.get("skipped")]
     for i, step in enumerate(skipped):
         label = f"{len(skipped)} skipped" if i == 0 else None

@@ -7,8 +7,7 @@ measure; then until done: take rows, step, now and then validate and save; then 
 import json
 import statistics
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -115,9 +114,8 @@ def run_steps(run: Run) -> None:
     check: MovementCheck | None = MovementCheck(run.state.weights) if counters.updates < 2 else None
     run.model.train()
     run.reporter.begin(counters.step, run.n_steps)
-    board = run.folder.path / "tensorboard"
-    tell = scalars(board, counters.step + 1, run.reporter.say) if run.config.train.tensorboard else nullcontext(_no_one)
-    with StopRequest() as stop, tell as log_scalars:
+    board = run.folder.path / "tensorboard" if run.config.train.tensorboard else None
+    with StopRequest() as stop, scalars(board, counters.step + 1, run.reporter.say) as log_scalars:
         while counters.step < run.n_steps and not _out_of_patience(run):
             metrics, timing = one_step(run)
             if check is not None and "skipped" not in metrics:
@@ -136,10 +134,6 @@ def run_steps(run: Run) -> None:
                 save(run)
             stop.follow(f"{run.folder.path}: stopped after step {counters.step}, saved; go on with --resume")
     run.model.eval()
-
-
-def _no_one(_record: dict[str, Any]) -> None:
-    """Who is told a step's figures where nobody asked for them."""
 
 
 def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -249,13 +243,13 @@ def finish(run: Run, with_test: bool = True) -> None:
     advice = advise(_records(folder.path / "metrics.jsonl"), forgetting)
     for sentence in advice:
         run.reporter.say(f"advice: {sentence}")
-    test, n_looks = open_test(run) if with_test else ({}, len(looks(folder.path)))
+    test = open_test(run) if with_test else {}
     speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl")]
     summary = {
         "before": run.before["metrics"],
         "after": after,
         "test": test,
-        "test_looks": n_looks,
+        "test_looks": len(looks(folder.path)),
         "forgetting": forgetting,
         "advice": advice,
         "peak_memory_bytes": run.memory.summary(),
@@ -270,16 +264,17 @@ def finish(run: Run, with_test: bool = True) -> None:
     folder.write_json("summary.json", summary)
 
 
-def open_test(run: Run) -> tuple[dict[str, Any], int]:
-    """The figures of the test file, and how often it was looked at. What this run has seen, it does not see again."""
-    path = run.folder.path
-    own = [look["figures"] for look in looks(path) if look["command"] == TRAIN]
+def open_test(run: Run) -> dict[str, Any]:
+    """The figures of the test file. What this run has seen of it already, it does not look at again."""
+    own = [look["figures"] for look in looks(run.folder.path) if look["command"] == TRAIN]
     if own or not run.test:
-        return (own[0] if own else {}), len(looks(path))
+        return own[0] if own else {}
     figures, _ = measure(run, run.test)
-    if warning := note_look(path, TRAIN, run.state.origin["data"].get("test"), figures):
+    data = run.state.origin["data"]
+    source = data.get("test", data["train"])  # a test that is split off has no file of its own
+    if warning := note_look(run.folder.path, TRAIN, source, figures):
         run.reporter.say(f"warning: {warning}")
-    return figures, len(looks(path))
+    return figures
 
 
 def _absolute(path: str) -> str:
@@ -288,29 +283,24 @@ def _absolute(path: str) -> str:
 
 
 def _write_answers(run: Run) -> None:
-    """generated.jsonl: every validation answer before and after; samples.md: the first of them, and the probes."""
-    before, n_samples = run.before["answers"], run.config.eval.samples
+    """generated.jsonl: every validation answer before and after; samples.md: the first ones, and the probes."""
+    said = [answer["given"] for answer in run.before["answers"]]
     _, each = score(run.after, run.config.eval.metrics)
-    lines = [
-        to_json(
-            {"where": a.where, "prompt": a.prompt, "expected": a.expected, "before": b["given"], "after": a.given} | m
-        )
-        for a, b, m in zip(run.after, before, each, strict=True)
-    ]
+    rows = [(a.where, a.prompt, a.expected, b, a.given) for a, b in zip(run.after, said, strict=True)]
+    keys = ("where", "prompt", "expected", "before", "after")
+    lines = [to_json(dict(zip(keys, row, strict=True)) | figures) for row, figures in zip(rows, each, strict=True)]
     atomic_write(run.folder.path / "generated.jsonl", "".join(line + "\n" for line in lines))
-    samples = [(a.prompt, a.expected, b["given"], a.given) for a, b in zip(run.after, before, strict=True)]
-    text = _markdown("Samples", ("prompt", "expected", "before", "after"), samples[:n_samples])
+    text = _markdown("Samples", keys[1:], [row[1:] for row in rows[: run.config.eval.samples]])
     if prompts := [run.tokenizer.decode(probe.tokens.tolist()) for probe in run.forgetting.probes]:
         probes = zip(prompts, run.before["probes"], run.forgetting.answers(run.model), strict=True)
         text += "\n" + _markdown("Probes", ("prompt", "before", "after"), probes)
     atomic_write(run.folder.path / "samples.md", text)
 
 
-def _markdown(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table under a title."""
     lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (head, *rows)]
-    rule = "|" + "---|" * len(list(head))
-    return "\n".join([f"# {title}", "", lines[0], rule, *lines[1:], ""])
+    return "\n".join([f"# {title}", "", lines[0], "|" + "---|" * len(head), *lines[1:], ""])
 
 
 def _cell(text: str) -> str:

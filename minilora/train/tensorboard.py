@@ -10,12 +10,16 @@ Record = Mapping[str, Any]
 
 
 @contextmanager
-def scalars(folder: Path, next_step: int, say: Callable[[str], None]) -> Iterator[Callable[[Record], None]]:
+def scalars(folder: Path | None, next_step: int, say: Callable[[str], None]) -> Iterator[Callable[[Record], None]]:
     """Yield log(record): every number of a record as a scalar of its name, at the record's step.
 
     next_step: what an earlier process wrote from this step on is void, see SummaryWriter's purge_step
+    folder: None logs nothing
     A disk that is full ends the logging, which `say` is told, and not the training.
     """
+    if folder is None:
+        yield lambda _: None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder), purge_step=next_step)

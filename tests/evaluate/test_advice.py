@@ -1,12 +1,14 @@
-"""Advice from curves: each thing that they may show, and silence where they show nothing."""
+"""Advice: each thing that curves may show, silence where they show nothing, and two real runs."""
 
 import math
 import random
 from typing import Any
 
 import pytest
+from tiny_runs import MakeConfig, Quiet
 
 from minilora.evaluate.advice import advise
+from minilora.train.loop import fine_tune
 
 STEPS = 200
 
@@ -89,9 +91,36 @@ def test_noise_is_no_trend() -> None:
         assert "rose" not in said
 
 
+def test_a_single_validation_that_is_worse_is_no_rise() -> None:
+    assert advise(records(falls, lambda t: 1 + 2 * math.exp(-6 * t) + (0.2 if t == 1 else 0))) == []
+
+
 def test_steps_that_were_left_out() -> None:
     lines = records(falls)
     for line in lines[::4]:
         line |= {"skipped": True, "loss": None}
     [said] = advise(lines)
     assert "50 of 200 steps were left out" in said
+
+
+def test_a_run_that_learns_by_heart_and_forgets_is_told_so(make_config: MakeConfig, quiet: Quiet) -> None:
+    """A few chats over and over, at a high rate, against others of the same random words."""
+    data = make_config().data
+    config = make_config(
+        data__validation=data.train, data__train=data.validation, data__general=data.train,
+        train__max_steps=60, train__lr=3e-2, train__batch_size=1, eval__every=6, eval__answers=0, eval__samples=0,
+    )  # fmt: skip
+    summary = fine_tune(config, quiet).folder.read_json("summary.json")
+    assert any("learns by heart; stop at step" in sentence for sentence in summary["advice"]), summary["advice"]
+    assert [said.removeprefix("advice: ") for said in quiet.said if said.startswith("advice: ")] == summary["advice"]
+
+
+def test_a_run_that_diverges_is_told_so(make_config: MakeConfig, quiet: Quiet) -> None:
+    """The rate rises step by step: at first it learns, at the end every step undoes what was learnt."""
+    config = make_config(
+        train__strategy="full", train__max_steps=40, train__warmup_steps=40, train__lr=2.0, train__schedule="constant",
+        data__validation=None, eval__samples=0,
+    )  # fmt: skip
+    (sentence,) = fine_tune(config, quiet).folder.read_json("summary.json")["advice"]
+    assert "The training loss rose, from" in sentence
+    assert "the learning rate 2 is too high" in sentence

@@ -218,6 +218,38 @@ def test_writing_it_again_gives_equal_bytes_and_leaves_the_run_alone(tmp_path: P
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == first
 
 
+def test_forgetting_advice_probes_and_looks_are_shown(tmp_path: Path) -> None:
+    """Each of them, and the page still opens without a network."""
+    folder = run_folder(tmp_path)
+    figures = {"before": {"loss": 1.0, "perplexity": 3.0}, "after": {"loss": 1.3, "perplexity": 3.7}}
+    more = {"forgetting": {**figures, "kl": 0.197, "kl_tokens": 1024}, "advice": ["Do <this>.", "And that."]}
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | more | {"test": {"loss": 0.6}, "test_looks": 2}))
+    probes = "\n# Probes\n\n| prompt | before | after |\n|---|---|---|\n| sky? | blue | ˈbɻu |\n"
+    (folder / "samples.md").write_text(SAMPLES + probes)
+    looks = [{"time": f"2026-01-0{day}T00:00:00+00:00", "command": EVIL} for day in (1, 2)]
+    write_lines(folder / "test_looks.jsonl", looks)
+    records = [r | ({"general_loss": 1.0} if "val_loss" in r else {}) for r in metrics(40)]
+    plain = (write_report(folder), (folder / "loss.png").read_bytes())[1]
+    write_lines(folder / "metrics.jsonl", records)
+    page = page_of(folder)
+    assert page.titles == [
+        "Before and after", "Forgetting", "Advice", "The run", "Plots", "Samples", "Probes", "Settings", "Files",
+    ]  # fmt: skip
+    assert ["perplexity", "3", "3.7", "+0.7"] in page.rows
+    assert "KL(base, tuned) is 0.197 nats a token, on 1,024 tokens." in page.text
+    assert "Do <this>." in page.text
+    assert page.row("sky?") == ["sky?", "blue", "ˈbɻu"]
+    assert "The test file was opened 2 times: only the first figure counts as unseen." in page.text
+    assert page.row(looks[1]["time"])[1] == EVIL
+    assert (folder / "loss.png").read_bytes() != plain, "the general loss has a line"
+    html = (folder / "report.html").read_text("utf-8")
+    assert "http" not in html
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    (folder / "test_looks.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"test_looks\.jsonl line 1"):
+        write_report(folder)
+
+
 # Text is text
 
 

@@ -9,6 +9,7 @@ from tiny_runs import MakeConfig, Quiet
 
 from minilora.errors import UserError
 from minilora.train.loop import fine_tune
+from minilora.train.tensorboard import scalars
 
 
 def steps_of(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -45,3 +46,20 @@ def test_without_the_library_nothing_begins(
     monkeypatch.setattr("minilora.errors.find_spec", lambda name: None if name == "tensorboard" else object())
     with pytest.raises(UserError, match=r"train\.tensorboard needs tensorboard.*minilora\[tensorboard\]"):
         fine_tune(make_config(train__tensorboard=True), quiet)
+
+
+def test_a_disk_that_fails_ends_the_logging_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    said = list[str]()
+    with scalars(tmp_path / "board", 1, said.append) as log:
+        log({"step": 1, "loss": 1.0, "skipped": True, "samples": ["a"]})
+        monkeypatch.setattr(SummaryWriter, "flush", full)
+        log({"step": 2, "loss": 2.0})
+        log({"step": 3, "loss": 3.0})
+    assert len(said) == 1
+    assert "No space left on device; training goes on" in said[0]
+    assert steps_of(tmp_path / "board", "loss")[0] == (1, 1.0)
