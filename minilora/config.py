@@ -302,7 +302,8 @@ class EvalConfig:
         metrics: what they are compared by: "exact_match", "f1", "bleu", "rouge" (evaluate/metrics.py)
         samples: validation prompts answered before and after training, side by side in samples.md
         max_new_tokens: longest answer generated
-        general_tokens: target tokens of data.general on which the distance to the base is measured
+        general_tokens: target tokens of data.general that are looked at with each validation, for their loss and the
+            distance to the base
         probes: file of prompts, one a line, that are answered before and after as well; by default eight that ship
             with the package. samples = 0 leaves them out
     """

@@ -55,18 +55,19 @@ def read_probes(path: str | None, tokenizer: Tokenizer) -> list[Sample]:
 @torch.no_grad()
 def log_probabilities(
     model: Mistral, samples: Sequence[Sample], max_seq_len: int, n_tokens: int, batch_size: int = 8
-) -> Iterator[Tensor]:
-    """ln p(v) of n_tokens targets of the first samples that have so many, or of all: (<= ROWS, V) float32 on the CPU
-    at a time, in the order in which they are packed. The model must be in evaluation mode."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """ln p(v) of n_tokens targets of the first samples that have so many, or of all, and the targets: (<= ROWS, V)
+    float32 and (<= ROWS,) on the CPU at a time, in the order in which they are packed. For a model in eval mode."""
     reach = accumulate(sample.n_targets for sample in samples)
     samples = samples[: 1 + sum(n < n_tokens for n in reach)]
     rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
     for start in range(0, len(rows), batch_size):
         batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(model.device)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments)[batch.labels != IGNORE][:n_tokens]
+        here = batch.labels != IGNORE
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments)[here][:n_tokens]
         n_tokens -= len(hidden)
-        for part in hidden.split(ROWS):
-            yield model.lm_head(part).float().log_softmax(-1).cpu()
+        for part, labels in zip(hidden.split(ROWS), batch.labels[here].cpu().split(ROWS), strict=False):
+            yield model.lm_head(part).float().log_softmax(-1).cpu(), labels[: len(part)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Forgetting:
         asked = replace(self, before=self.measure(model), said=self.answers(model))
         if not self.general:
             return asked
-        return replace(asked, log_p=torch.cat([*self._log_p(model)]))
+        return replace(asked, log_p=torch.cat([log_p for log_p, _ in self._log_p(model)]))
 
     def measure(self, model: Mistral) -> dict[str, float]:
         """Loss and perplexity of the whole general text; {} if there is none."""
@@ -99,15 +100,27 @@ class Forgetting:
         loss, _ = mean_loss(model, self.general, self.config.data.max_seq_len, self.config.eval.batch_size)
         return {"loss": loss, "perplexity": perplexity(loss)}
 
-    def report(self, model: Mistral) -> dict[str, Any]:
-        """{"before", "after", "kl": KL(base || model) in nats a token, "kl_tokens"}; {} without a general text."""
+    def glance(self, model: Mistral) -> dict[str, float]:
+        """Loss, perplexity and KL(base || model) in nats a token, on the first `eval.general_tokens` targets; {} without
+        a text. Leaves the training mode as it was."""
         if not self.general:
             return {}
-        total, start = 0.0, 0
-        for q in self._log_p(model):
+        was_training = model.training
+        model.eval()
+        loss, kl, start = 0.0, 0.0, 0
+        for q, labels in self._log_p(model):
             p = self.log_p[start : start + len(q)]
-            total, start = total + float((p.exp() * (p - q)).sum()), start + len(q)
-        return {"before": self.before, "after": self.measure(model), "kl": total / start, "kl_tokens": start}
+            kl, start = kl + float((p.exp() * (p - q)).sum()), start + len(q)
+            loss -= float(q.gather(1, labels[:, None]).sum())
+        model.train(was_training)
+        return {"loss": loss / start, "perplexity": perplexity(loss / start), "kl": kl / start}
+
+    def report(self, model: Mistral) -> dict[str, Any]:
+        """{"before", "after": of the whole text, "kl", "kl_tokens": as `glance` has it}; {} without a general text."""
+        if not self.general:
+            return {}
+        kl = self.glance(model)["kl"]
+        return {"before": self.before, "after": self.measure(model), "kl": kl, "kl_tokens": len(self.log_p)}
 
     def answers(self, model: Mistral) -> list[str]:
         """The likeliest answers to the probes."""
@@ -115,7 +128,7 @@ class Forgetting:
         given = answer(model, prompts, limits.max_new_tokens, self.tokenizer.eos_id, limits.batch_size)
         return [self.tokenizer.decode(ids) for ids in given]
 
-    def _log_p(self, model: Mistral) -> Iterator[Tensor]:
+    def _log_p(self, model: Mistral) -> Iterator[tuple[Tensor, Tensor]]:
         limits = self.config.eval
         return log_probabilities(
             model, self.general, self.config.data.max_seq_len, limits.general_tokens, limits.batch_size

@@ -189,7 +189,7 @@ def validate(run: Run) -> dict[str, float]:
     """Loss on the validation file and on the general text, where they are given; a new best of the former is saved, and
     the validations since it are counted."""
     counters = run.state.counters
-    general = {f"general_{name}": value for name, value in run.forgetting.measure(run.model).items()}
+    general = {f"general_{name}": value for name, value in run.forgetting.glance(run.model).items()}
     if not run.validation:
         return general
     loss, _ = mean_loss(run.model, run.validation, run.config.data.max_seq_len, run.config.eval.batch_size)

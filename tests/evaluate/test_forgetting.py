@@ -50,9 +50,13 @@ def test_the_log_probabilities_are_those_of_the_first_targets(samples: list[Samp
     wanted = naive_log_p(0, samples)[:n_tokens]
     # Rows so short that no two samples share one: then the order is the file's.
     parts = [*log_probabilities(tiny_model(), samples, max(s.length for s in samples), n_tokens, batch_size=2)]
-    kept = torch.cat(parts)
+    kept, labels = map(torch.cat, zip(*parts, strict=True))
     assert kept.shape == wanted.shape
-    assert max(map(len, parts)) <= 64
+    assert max(len(log_p) for log_p, _ in parts) <= 64
+    targets = [int(t) for s in samples for t in s.tokens[s.target_mask]][:n_tokens]
+    assert (labels.tolist() if n_tokens < 1000 else sorted(labels.tolist())) == (
+        targets if n_tokens < 1000 else sorted(targets)
+    )
     assert sorted(kept.logsumexp(-1).abs().tolist())[-1] < 1e-5
     if n_tokens == 1000:  # all of them, in the order in which they were packed
         assert torch.allclose(kept.sum(0), wanted.sum(0), rtol=1e-5)
@@ -66,6 +70,9 @@ def test_kl_is_that_of_a_naive_loop_and_0_of_the_base_itself(samples: list[Sampl
     report = measured.report(tiny_model(1))
     assert report["kl"] == pytest.approx(float((p.exp() * (p - q)).sum() / len(p)), rel=1e-5)
     assert report["kl_tokens"] == len(p) == sum(s.n_targets for s in samples)
+    glance = measured.glance(tiny_model(1).train())
+    assert glance["kl"] == report["kl"]
+    assert glance["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5), "all of the text is looked at here"
     assert report["before"]["loss"] == mean_loss(tiny_model(0), samples, 2048)[0]
     assert report["after"]["loss"] == mean_loss(tiny_model(1), samples, 2048)[0]
     assert report["after"]["perplexity"] == pytest.approx(math.exp(report["after"]["loss"]))
@@ -73,7 +80,7 @@ def test_kl_is_that_of_a_naive_loop_and_0_of_the_base_itself(samples: list[Sampl
 
 def test_without_a_general_text_nothing_is_measured() -> None:
     nothing = forgetting_of([], RunConfig()).ask_base(tiny_model())
-    assert nothing.report(tiny_model()) == nothing.measure(tiny_model()) == {}
+    assert nothing.report(tiny_model()) == nothing.measure(tiny_model()) == nothing.glance(tiny_model()) == {}
 
 
 def test_probes_are_lines_of_a_file(tmp_path: Path) -> None:
@@ -122,7 +129,7 @@ def test_before_is_the_base_whatever_the_strategy(
 def test_it_is_measured_without_a_validation_too(make_config: MakeConfig, quiet: Quiet, general: Path) -> None:
     run = fine_tune(make_config(data__general=str(general), data__validation=None), quiet)
     lines = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1].keys() >= {"general_loss", "general_perplexity"}
+    assert lines[-1].keys() >= {"general_loss", "general_perplexity", "general_kl"}
     assert not lines[-1].keys() & {"val_loss"}
 
 
