@@ -101,8 +101,8 @@ class Forgetting:
         return {"loss": loss, "perplexity": perplexity(loss)}
 
     def glance(self, model: Mistral) -> dict[str, float]:
-        """Loss, perplexity and KL(base || model) in nats a token on the first `eval.general_tokens` targets, or {}. Leaves
-        the training mode as it was."""
+        """Loss, perplexity and KL(base || model) on the first `eval.general_tokens` targets; {} without a general text.
+        Leaves the training mode as it was."""
         if not self.general:
             return {}
         was_training = model.training

@@ -12,6 +12,7 @@ from minilora.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE, to_png
 
 Row = Mapping[str, Any]
 SHARE = "data.share"
+LOWER_IS_BETTER = ("loss", "perplexity")  # of what runs are ranked by
 PANELS = {
     "Weights that learn": "learn",
     "Peak memory, GB": "peak GB",
@@ -50,17 +51,19 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """A row a run, the best on validation first; what failed last."""
-    rows = sorted(result["rows"], key=lambda row: ranks_as(result, row))
-    cells = [[row["name"], *(_text(column(row)) for column in COLUMNS.values()), row.get("failed", "")] for row in rows]
+    cells = [
+        [row["name"], *(text_of(column(row)) for column in COLUMNS.values()), row.get("failed", "")]
+        for row in ranked(result)
+    ]
     return table(("run", *COLUMNS, ""), cells)
 
 
-def ranks_as(result: Mapping[str, Any], row: Row) -> tuple[bool, float]:
-    """Sort key: what failed goes last."""
+def ranked(result: Mapping[str, Any]) -> list[Row]:
+    """The rows, the best on validation first; those that failed last."""
     by = result["ranked_by"]
-    value = (row.get("after") or {}).get(by)
-    sign = 1 if by in ("loss", "perplexity") else -1
-    return value is None, sign * (value or 0.0)
+    sign = 1 if by in LOWER_IS_BETTER else -1
+    values = {row["name"]: (row.get("after") or {}).get(by) for row in result["rows"]}
+    return sorted(result["rows"], key=lambda row: (values[row["name"]] is None, sign * (values[row["name"]] or 0.0)))
 
 
 def comparison_figure(result: Mapping[str, Any]) -> bytes:
@@ -77,7 +80,7 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
             axes.barh([row["name"] for row in whole], [value or 0 for value in values], color=list(colours.values()))
             axes.invert_yaxis()
             for i, value in enumerate(values):
-                axes.annotate(_text(value), (value or 0, i), xytext=(3, 0), textcoords="offset points", va="center")
+                axes.annotate(text_of(value), (value or 0, i), xytext=(3, 0), textcoords="offset points", va="center")
             axes.margins(x=0.25)
             if of == "learn":
                 axes.set_xscale("log")
@@ -99,7 +102,8 @@ def _learning_curves(axes: Axes, rows: Sequence[Row], whole: Sequence[Row], colo
         axes.legend()
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A figure as it is shown: whole, or in three digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

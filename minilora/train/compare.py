@@ -17,6 +17,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.config import RunConfig
 from minilora.errors import UserError
+from minilora.report.comparison import ranked
 from minilora.report.console import Console
 from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
@@ -25,7 +26,6 @@ from minilora.train.run_folder import config_toml, to_json
 from minilora.train.signals import StopRequest
 
 RESULT = "compare.json"
-LOWER_IS_BETTER = ("loss", "perplexity")
 
 # What a strategy sets. Its learning rate is so many times the configuration's, which is meant for adapters: with all
 # weights smaller steps go as far, and a prefix, which starts as noise of size 1, wants ones as large as ChatGLM's (2e-2
@@ -104,10 +104,11 @@ def compare(
         rows.append(row | ({"failed": failed} if failed else {}))
         told = failed or "  ".join(f"{key} {value:.4g}" for key, value in row["after"].items())
         say(f"{n} of {len(variants)}  {variant.name}: {told}")
-    done = [row for row in rows if "failed" not in row and row["after"].get(rank_by) is not None]
+    done = [
+        row for row in ranked({"rows": rows, "ranked_by": rank_by}) if row.get("after", {}).get(rank_by) is not None
+    ]
     if not done:
         raise UserError(f"no run has a {rank_by} to rank by; the first: {rows[0].get('failed', 'it is not measured')}")
-    done.sort(key=lambda row: row["after"][rank_by], reverse=rank_by not in LOWER_IS_BETTER)
     winner = configs[done[0]["name"]]
     if failed := _in_a_process(winner, resume=True, overwrite=False, with_test=True):
         raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
