@@ -1,22 +1,37 @@
 """The strategies on the embedded base, with and without replay: python -m benchmarks.compare
 
-Runs `minilora compare` as it stands, in a folder that is thrown away, and keeps its figures and its picture.
+Runs `minilora compare` as it stands, in a folder that is thrown away, and keeps its figures and its picture. The table
+in docs/strategies.md is made of them.
 """
 
+import re
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import check_result, write_result
 from minilora.checkpoint.json_file import read_json
 from minilora.cli import main as minilora
+from minilora.report.comparison import COLUMNS, figures_of, ranked, text_of
 
-PICTURE = Path(__file__).parents[1] / "docs" / "compare.png"
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def compared(result: Mapping[str, Any]) -> str:
+    """The runs as a Markdown table, the best first; the winner's test below it."""
+    head = ["run", *COLUMNS]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in ranked(result):
+        cells = [row["name"], *(text_of(column(row)) for column in COLUMNS.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"The winner's test, opened once: {figures_of(result['test'])}."])
 
 
 def main() -> int:
-    """Measure and write benchmarks/results/compare.json; the exit status of `minilora compare`."""
+    """Measure; write benchmarks/results/compare.json, picture and table. The exit status of `minilora compare`."""
     check_result("compare")
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
@@ -24,9 +39,17 @@ def main() -> int:
             return status
         seconds = time.perf_counter() - began
         comparison = read_json(Path(folder) / "compare" / "compare.json")
-        PICTURE.write_bytes((Path(folder) / "compare" / "compare.png").read_bytes())
-    print(f"{write_result('compare', {'comparison': comparison, 'seconds': seconds})}, {seconds:.0f} s in all")
+        (DOCS / "compare.png").write_bytes((Path(folder) / "compare" / "compare.png").read_bytes())
+    path = write_result("compare", {"comparison": comparison, "seconds": seconds})
+    write_table(DOCS / "strategies.md", read_json(path)["comparison"])
+    print(f"{path}, {seconds:.0f} s in all")
     return 0
+
+
+def write_table(page: Path, comparison: Mapping[str, Any]) -> None:
+    """Put the table between the page's markers."""
+    pattern = re.compile(r"(<!-- compared: [^\n]*-->\n).*?(<!-- end compared -->)", re.DOTALL)
+    page.write_text(pattern.sub(lambda found: f"{found[1]}{compared(comparison)}\n{found[2]}", page.read_text()))
 
 
 if __name__ == "__main__":

@@ -480,7 +480,7 @@ def compare(args: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a comparison")
     config, parsed = _parse_run(parser, args)
 
-    from minilora.report.comparison import comparison_figure, comparison_table
+    from minilora.report.comparison import comparison_figure, comparison_table, figures_of
     from minilora.train.compare import STRATEGIES, Variant, combinations
     from minilora.train.compare import compare as run_all
 
@@ -502,16 +502,13 @@ def compare(args: list[str]) -> None:
     result = run_all(variants, output, say, parsed.rank_by, parsed.resume, parsed.overwrite)
     (output / "compare.png").write_bytes(comparison_figure(result))
     console.print(comparison_table(result))
-    test = "  ".join(f"{key} {value:.4g}" for key, value in result["test"].items())
-    say(
-        f"best on validation by {parsed.rank_by}: {result['winner']}"
-        + (f"; its test, opened once: {test}" if test else "")
-    )
+    say(f"best on validation by {parsed.rank_by}: {result['winner']}")
+    if result["test"]:
+        say(f"its test, opened once: {figures_of(result['test'])}")
     say(f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}")
     if failed := [row for row in result["rows"] if "failed" in row]:
-        raise UserError(
-            f"{len(failed)} of {len(variants)} runs failed, the first, {failed[0]['name']}: {failed[0]['failed']}"
-        )
+        first = f"{failed[0]['name']}: {failed[0]['failed']}"
+        raise UserError(f"{len(failed)} of {len(variants)} runs failed, the first, {first}")
 
 
 def _words(text: str) -> list[str]:

@@ -102,6 +102,11 @@ def _learning_curves(axes: Axes, rows: Sequence[Row], whole: Sequence[Row], colo
         axes.legend()
 
 
+def figures_of(figures: Mapping[str, Any]) -> str:
+    """Metrics in a line; words, such as BLEU's signature, are left out."""
+    return ", ".join(f"{name} {text_of(value)}" for name, value in figures.items() if isinstance(value, float))
+
+
 def text_of(value: Any) -> str:
     """A figure as it is shown: whole, or in three digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -17,7 +17,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.config import RunConfig
 from minilora.errors import UserError
-from minilora.report.comparison import ranked
+from minilora.report.comparison import figures_of, ranked
 from minilora.report.console import Console
 from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
@@ -102,8 +102,7 @@ def compare(
         failed = None if finished else _in_a_process(config, resume, overwrite)
         row = {"name": variant.name, "changes": variant.changes} | (_figures(config) if failed is None else {})
         rows.append(row | ({"failed": failed} if failed else {}))
-        told = failed or "  ".join(f"{key} {value:.4g}" for key, value in row["after"].items())
-        say(f"{n} of {len(variants)}  {variant.name}: {told}")
+        say(f"{n} of {len(variants)}  {variant.name}: {failed or figures_of(row['after'])}")
     done = [
         row for row in ranked({"rows": rows, "ranked_by": rank_by}) if row.get("after", {}).get(rank_by) is not None
     ]
