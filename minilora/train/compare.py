@@ -17,7 +17,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.config import RunConfig
 from minilora.errors import UserError
-from minilora.report.comparison import figures_of, ranked
+from minilora.report.comparison import SHARE, figures_of, ranked
 from minilora.report.console import Console
 from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
@@ -70,7 +70,7 @@ def combinations(
         own = {"train.lr": f"{lr * factor:g}"} if factor != 1 else {}
         for n, values_of in enumerate(product(*axes)):
             for share in [None, *(shares if n == 0 else [])]:
-                varied = dict(values_of) | ({} if share is None else {"data.share": share})
+                varied = dict(values_of) | ({} if share is None else {SHARE: share})
                 name = [strategy, *(f"{key.split('.')[-1]}={value}" for key, value in varied.items())]
                 yield "-".join(part for part in name if part) or "run", own | sets | varied
 
@@ -108,11 +108,12 @@ def compare(
     ]
     if not done:
         raise UserError(f"no run has a {rank_by} to rank by; the first: {rows[0].get('failed', 'it is not measured')}")
-    winner = configs[done[0]["name"]]
+    best = next((row for row in done if SHARE not in row["changes"]), done[0])["name"]  # of all of the data
+    winner = configs[best]
     if failed := _in_a_process(winner, resume=True, overwrite=False, with_test=True):
         raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
     test = read_json(Path(winner.train.output) / "summary.json")["test"]
-    result = {"ranked_by": rank_by, "winner": done[0]["name"], "test": test, "rows": rows}
+    result = {"ranked_by": rank_by, "winner": best, "test": test, "rows": rows}
     atomic_write(output / RESULT, to_json(result, indent=1) + "\n")
     return result
 
