@@ -24,7 +24,7 @@ def dry_run(config: RunConfig, reporter: Reporter) -> None:
             train=replace(config.train, output=folder, max_steps=1),
             eval=replace(config.eval, answers=0, samples=0),
         )
-        run = fine_tune(short, reporter, overwrite=True)
+        run = fine_tune(short, reporter, overwrite=True, with_test=False)
         peaks, predicted = run.memory.summary(), as_text(sum(run.predicted_bytes.values()))
         measured = as_text(peaks.get("device_allocated", peaks["private"]))
         reporter.say(f"memory of the step: {predicted} predicted, {measured} measured")
