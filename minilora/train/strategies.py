@@ -74,6 +74,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+_FACTORS = torch.randint(-(2**63), 2**63 - 1, (1 << 16,), generator=torch.Generator().manual_seed(0))
+
+
 class MovementCheck:
     """Did every trained tensor get a gradient and move? A forgotten one would train nothing, and say nothing.
 
@@ -101,5 +104,11 @@ class MovementCheck:
 
 
 def _bits(p: nn.Parameter) -> int:
-    """A sum over the bits of float32 numbers: another one is another tensor, and no copy of all that learns is kept."""
-    return int(p.detach().view(torch.int32).sum(dtype=torch.int64))
+    """A hash of float32 numbers, each times a factor of its place, so that no copy of all that learns is kept.
+
+    A plain sum would not do: a first step moves numbers of one size by one amount, up or down, and they may cancel.
+    """
+    bits, total = p.detach().view(torch.int32).flatten(), 0
+    for part in bits.split(len(_FACTORS)):
+        total = hash((total, int((part.cpu() * _FACTORS[: len(part)]).sum())))
+    return total

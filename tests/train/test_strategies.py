@@ -131,6 +131,18 @@ def test_activation_checkpointing_is_set(make_config: MakeConfig) -> None:
     assert apply_strategy(tiny_model(), make_config(train__activation_checkpointing=True)).activation_checkpointing
 
 
+def test_numbers_that_move_up_and_down_alike_have_moved() -> None:
+    """Half of a vector near 1 goes up and half down, by the same amount, as Adam's first step has it."""
+    for seed in range(200):
+        torch.manual_seed(seed)
+        weight = nn.Parameter(1 + 0.4 * torch.rand(64))
+        check = MovementCheck({"m": weight})
+        weight.grad = torch.ones(64)
+        with torch.no_grad():
+            weight += 2e-5 * torch.tensor([1.0, -1.0]).repeat(32)[torch.randperm(64)]
+        assert check.still(2, lr=2e-5) == []
+
+
 def checked() -> tuple[dict[str, nn.Parameter], MovementCheck]:
     """The adapters of one layer after a first update: gradients everywhere, only B has moved."""
     weights = trainable(add_lora(tiny_model(), LoraConfig(rank=2, targets=("o_proj",))))
