@@ -5,8 +5,10 @@ Heavy modules are imported inside the verbs, so that help and usage errors come 
 """
 
 import os
+import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -86,13 +88,21 @@ def _parser(verb: Callable[[list[str]], None]) -> ArgumentParser:
 
 
 def _parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    """The parsed arguments; what is wrong with them is one line on stderr and exit status 2."""
+    """The parsed arguments; what is wrong with them is one line on stderr and exit status 2. The words of a list, such
+    as [q_proj,v_proj], need no quotes."""
+    args = [re.sub(r"[\w.*-]+(?=\s*[\],])", r'"\g<0>"', arg) if _is_list(arg) else arg for arg in args]
     try:
         parsed: Namespace = parser.instantiate(parser.parse_args(args))
         return parsed
     except ArgumentError as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}; see {parser.prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _is_list(arg: str) -> bool:
+    """Whether it is a list of words: numbers, and what is quoted, are TOML already."""
+    word = r"\s*[A-Za-z_][\w.*-]*\s*"
+    return bool(re.fullmatch(rf"(--[\w.]+=)?\[{word}(,{word})*\]", arg))
 
 
 def _run_parser(verb: Callable[[list[str]], None]) -> ArgumentParser:
@@ -162,6 +172,9 @@ def _check_toml(path: str) -> None:
     parser = ArgumentParser(exit_on_error=False, parser_mode="toml")
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
+        for name, section in tomllib.loads(Path(path).read_text("utf-8")).items():
+            if not isinstance(section, dict):
+                raise UserError(f"{name} = {section!r:.40} stands in no section; put it below one, such as [train]")
         parser.instantiate(parser.parse_path(path))
     except (ArgumentError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: {error}") from None
@@ -497,6 +510,8 @@ def compare(args: list[str]) -> None:
     for name, changes in combinations(_words(strategies), grid, _words(shares), lr):
         changed, _ = _parse_run(parser, [*args, *(f"--{key}={value}" for key, value in changes.items())])
         variants.append(Variant(name, changes, changed))
+    if twin := next((v.name for i, v in enumerate(variants) if v.name in {w.name for w in variants[:i]}), None):
+        raise UserError(f"two of the runs are {twin}; name each strategy and value once")
     output = Path(parsed.output)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     result = run_all(variants, output, say, parsed.rank_by, parsed.resume, parsed.overwrite)

@@ -181,7 +181,7 @@ class DataConfig:
                 value = tuple(part.strip() for part in value[1:-1].split(","))
                 object.__setattr__(self, name, value)
             _check(not isinstance(value, tuple) or all(value), f"data.{name} holds an empty name; name a file")
-        _check(self.max_seq_len > 1, f"data.max_seq_len is {self.max_seq_len}, but must be at least 2")
+        _check(1 < self.max_seq_len <= 2**24, f"data.max_seq_len is {self.max_seq_len}, but must be from 2 to 2^24")
         _check(self.split_seed >= 0, f"data.split_seed is {self.split_seed}, but must not be negative")
         for name in ("validation", "test"):
             share = getattr(self, f"{name}_share")
@@ -189,7 +189,7 @@ class DataConfig:
             twice = f"data.{name} and data.{name}_share both say where it comes from; give one of them"
             _check(not (share and getattr(self, name)), twice)
         _check(self.validation_share + self.test_share < 1, "the shares split off leave no data.train")
-        _check(0 <= self.replay < 1, f"data.replay is {self.replay}, but must be at least 0 and below 1")
+        _check(0 <= self.replay <= 0.99, f"data.replay is {self.replay}, but must be from 0 to 0.99")
         _check(not self.replay or bool(self.replay_from), "data.replay is a share of what? name data.replay_from")
         _check(0 < self.share <= 1, f"data.share is {self.share}, but must be above 0 and at most 1")
 
@@ -266,10 +266,10 @@ class TrainConfig:
         ratio, alpha, known = self.lora_plus_ratio, self.neftune_alpha, "none|all|top:0*[1-9][0-9]{0,8}"
         is_known = re.fullmatch(known, self.reinit) is not None
         _check(is_known, f'train.reinit is {self.reinit!r}, but must be "none", "all", or "top:N" with N above 0')
-        _check(1 <= ratio < inf, f"train.lora_plus_ratio is {ratio}, but must be at least 1, and finite")
-        _check(0 <= alpha < inf, f"train.neftune_alpha is {alpha}, but must not be negative, and finite")
+        _check(1 <= ratio <= 1e4, f"train.lora_plus_ratio is {ratio}, but must be from 1 to 10,000")
+        _check(0 <= alpha <= 1e4, f"train.neftune_alpha is {alpha}, but must be from 0 to 10,000")
         _check(0 < self.epochs <= 10_000, f"train.epochs is {self.epochs}, but must be above 0 and at most 10,000")
-        _check(0 < self.lr < inf, f"train.lr is {self.lr}, but must be above 0")
+        _check(0 < self.lr <= 1e4, f"train.lr is {self.lr}, but must be above 0 and at most 10,000")
         _check(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}, but must not be negative")
         _check(0 <= self.min_lr_ratio <= 1, f"train.min_lr_ratio is {self.min_lr_ratio}, but must be from 0 to 1")
         _check(0 <= self.weight_decay < inf, f"train.weight_decay is {self.weight_decay}, but must not be negative")

@@ -135,8 +135,8 @@ def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterat
     if data.faults:
         return
     if not data.samples["train"]:
-        n = len(data.records["train"])
-        yield f"nothing to train on: all {n} conversations take more than {config.max_seq_len} positions"
+        n, too_long = len(data.records["train"]), f"conversations take more than {config.max_seq_len} positions"
+        yield f"nothing to train on: {f'all {n} {too_long}' if n else 'data.share and the splits leave no record'}"
     elif 0 in sizes:
         yield "a source of data.train or data.replay_from has no sample left; drop it"
     for part in ("validation", "test"):

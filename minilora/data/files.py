@@ -45,7 +45,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(f"{path!s:.200}: cannot be read: {reason:.200}") from None
     if empty:
-        raise UserError(f"{path}: the file holds no records; it needs one JSON object a line")
+        raise UserError(f"{path}: the file holds no records; give it some, or name another")
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[bytes, str]]:
@@ -71,7 +71,7 @@ def parse_object(line: bytes) -> Row:
 
 def _parse(text: bytes) -> Any:
     try:
-        data = json.loads(_decode(text), parse_constant=_refuse_constant)
+        data = json.loads(_decode(text), parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
         if re.search(rb"\\u[dD][89a-fA-F]", text):  # an escape is the only way to half of a surrogate pair
             json.dumps(data, ensure_ascii=False).encode()
         return data
@@ -80,9 +80,17 @@ def _parse(text: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON at column {error.colno}: {error.msg}; write one JSON object a line") from None
     except ValueError as error:  # a number of more digits than Python reads
-        raise UserError(f"not JSON that can be read: {error}") from None
+        raise UserError("it holds a number of thousands of digits; shorten or drop it") from error
     except RecursionError:
         raise UserError("its JSON is nested too deeply; is this a line of data?") from None
+
+
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values of one key, Python would drop the first without a word."""
+    if len(found := dict(pairs)) < len(pairs):
+        twin = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise UserError(f"it has the key {twin!r} twice; keep one of them")
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -131,15 +139,21 @@ def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         try:
+            names = list(rows.fieldnames or ())
+            if twins := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise UserError(f"its header has {twins[0]!r} twice; give each column its own name")
             for row in rows:
                 wrong = None
                 if None in row or None in row.values():
-                    wrong = UserError(f"it has not the {len(rows.fieldnames or ())} cells of the header row")
+                    wrong = UserError(f"it has not the {len(names)} cells of the header row; mend or drop it")
                 elif re.search("[\ud800-\udfff]", "".join([*row, *row.values()])):
                     wrong = UserError("not UTF-8; save the file as UTF-8")
                 yield f"{path}:{rows.line_num}", wrong or row
         except csv.Error as error:
-            yield f"{path}:{rows.line_num}", UserError(f"not CSV: {error}; what follows was not read")
+            yield (
+                f"{path}:{rows.line_num}",
+                UserError(f"not CSV: {error}; is a quote left open? The rest was not read"),
+            )
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, Row]]:

@@ -37,6 +37,7 @@ def sources(named: Sources | None) -> list[Source]:
 
 
 def _source(text: str) -> Source:
+    text = str(Path(text).expanduser()) if text.startswith("~") else text
     match = re.fullmatch(r"(.+):([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)", text, re.DOTALL)
     if not match or Path(text).exists():
         return Source(text)

@@ -71,7 +71,7 @@ def comparison_config() -> RunConfig:
     return replace(
         config,
         data=replace(config.data, test=str(DATA / "chat_test.jsonl"), replay_from=str(DATA / "replay.jsonl")),
-        train=replace(config.train, epochs=2),
+        train=replace(config.train, epochs=1),
         eval=replace(config.eval, answers=100, samples=0),
     )
 

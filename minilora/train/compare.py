@@ -64,6 +64,8 @@ def combinations(
         key, _, values = axis.partition("=")
         if not key or not all(values.split(",")):
             raise UserError(f"--grid {axis}: it must be KEY=A,B, such as train.lr=1e-4,2e-4")
+        if key == "train.output" or key in {known for (known, _), *_ in axes}:
+            raise UserError(f"--grid {axis}: {'folders go by --output' if key == 'train.output' else 'twice'}; drop it")
         axes.append([(key, value) for value in values.split(",")])
     for strategy in strategies or [""]:
         sets, factor = STRATEGIES.get(strategy, ({}, 1.0))
@@ -92,8 +94,8 @@ def compare(
         raise UserError(
             "runs are ranked on validation, and there is none: name data.validation or data.validation_share"
         )
-    if (output / RESULT).exists() and not (resume or overwrite):
-        raise UserError(f"{output} holds a comparison; add --resume to go on, --overwrite to begin anew, or --output")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (resume or overwrite):
+        raise UserError(f"{output} is not empty; add --resume to go on, --overwrite to begin anew, or --output")
     rows = list[dict[str, Any]]()
     configs = {v.name: replace(v.config, train=replace(v.config.train, output=str(output / v.name))) for v in variants}
     for n, variant in enumerate(variants, 1):

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tomllib
+from contextlib import suppress
 from dataclasses import fields
 from math import isfinite
 from pathlib import Path
@@ -126,13 +127,17 @@ class RunFolder:
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.close()
+            self._lock_file.close()
             raise UserError(
                 f"{self.path}: another run writes here; wait for it, or name another --train.output"
             ) from error
 
     def close(self) -> None:
-        """Let others write here."""
+        """Let others write here. A run that never began leaves nothing, not even an empty folder."""
+        with suppress(OSError):
+            if [child.name for child in self.path.iterdir()] == [LOCK]:
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
         self._lock_file.close()
 
     def checkpoint(self, kind: str, step: int) -> Path:

@@ -50,7 +50,7 @@ def test_reading_goes_on_behind_a_bad_line(tmp_path: Path, monkeypatch: pytest.M
 
 def test_csv(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", '\ufeffprompt,response\r\n"a, ""b""","c\nd"\r\ne\r\nf,g,h\r\n\r\ni,j\r\n')
-    short = "it has not the 2 cells of the header row"
+    short = "it has not the 2 cells of the header row; mend or drop it"
     assert rows(path) == [
         ("a.csv:3", {"prompt": 'a, "b"', "response": "c\nd"}),
         ("a.csv:4", short),
@@ -89,3 +89,14 @@ def test_a_text_file_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_files_without_a_row(tmp_path: Path, name: str, content: str) -> None:
     with pytest.raises(UserError, match=rf"{name}: the file holds no records"):
         rows(write(tmp_path / name, content))
+
+
+def test_a_name_or_key_that_stands_there_twice(tmp_path: Path) -> None:
+    """Python's readers would keep the last and drop the other without a word."""
+    (tmp_path / "a.csv").write_text("prompt,prompt,response\na,b,c\n")
+    with pytest.raises(UserError, match=r"a\.csv: its header has 'prompt' twice"):
+        list(read_rows(tmp_path / "a.csv"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n{"text": "c"}\n')
+    (_, first), (_, second) = read_rows(tmp_path / "a.jsonl")
+    assert "the key 'text' twice" in str(first)
+    assert second == {"text": "c"}

@@ -71,7 +71,7 @@ def test_everything_that_a_conversation_can_hold() -> None:
         (b"{'text': 'a'}", "not JSON at column 2"),
         (b'{"text": "a", "n": NaN}', "NaN is not JSON"),
         (b'{"text": "a", "n": -Infinity}', "-Infinity is not JSON"),
-        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not JSON that can be read: Exceeds the limit"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
         (b"[" * 100_000, "nested too deeply"),
         (b'["text"]', "the line is a list, but must be an object"),
         (b"7", "the line is a number"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import MakeConfig
 
+from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
 from minilora.train.compare import STRATEGIES, Variant, combinations, compare
@@ -42,6 +43,24 @@ def test_a_grid_alone_and_a_grid_of_two_keys() -> None:
 
 def test_a_value_of_the_grid_goes_before_the_strategy_s_own() -> None:
     assert dict(combinations(["full"], ["train.lr=7e-4"], [], 1e-2))["full-lr=7e-4"]["train.lr"] == "7e-4"
+
+
+def test_a_key_stands_in_one_grid_and_folders_in_none() -> None:
+    with pytest.raises(UserError, match=r"--grid train\.lr=3,4: twice"):
+        names([], ["train.lr=1,2", "train.lr=3,4"], [], 1.0)
+    with pytest.raises(UserError, match="folders go by --output"):
+        names([], ["train.output=a,b"], [], 1.0)
+
+
+def test_the_same_run_twice_is_refused_before_one_is_trained(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(config_toml(make_config()))
+    command = ["compare", str(tmp_path / "run.toml"), "--output", str(tmp_path / "out")]
+    for twice in (["--grid", "train.lr=1e-4,1e-4"], ["--strategies", "lora,lora"]):
+        assert main([*command, *twice]) == 1
+        assert "two of the runs are" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_grid_and_no_strategy() -> None:
@@ -85,7 +104,7 @@ def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
     assert summary("fast")["test"] == result["test"]
     assert (tmp_path / "out/fast/report.html").exists()
 
-    with pytest.raises(UserError, match="holds a comparison; add --resume"):
+    with pytest.raises(UserError, match="is not empty; add --resume"):
         compare(variants(config), tmp_path / "out", said.append)
     written = (tmp_path / "out/slow/summary.json").stat().st_mtime_ns
     again = compare(variants(config)[:2], tmp_path / "out", said.append, resume=True)

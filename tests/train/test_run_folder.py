@@ -11,10 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from tiny_runs import MakeConfig
+from tiny_runs import MakeConfig, Quiet
 
 from minilora.config import RunConfig, to_dict
 from minilora.errors import UserError
+from minilora.train.loop import fine_tune
 from minilora.train.run_folder import FILES, FOLDERS, LineLog, RunFolder, config_toml, to_json
 
 
@@ -250,3 +251,14 @@ assert log.append({{"step": 20}}) is None
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
     assert lines(tmp_path / "m.jsonl") == list(range(21))
+
+
+def test_a_run_that_never_began_leaves_nothing(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        fine_tune(make_config(data__train="/nowhere.jsonl"), quiet)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")  # somebody's: it stays
+    with pytest.raises(UserError, match="nowhere"):
+        fine_tune(make_config(data__train="/nowhere.jsonl"), quiet, overwrite=True)
+    assert (tmp_path / "run" / "config.toml").exists()
