@@ -7,7 +7,7 @@ from typing import Literal, cast
 import torch
 
 from minilora.backend import pick_device, pick_dtype
-from minilora.checkpoint.adapter import load_adapter, read_adapter_config, read_provenance
+from minilora.checkpoint.adapter import CONFIG, load_adapter, read_adapter_config, read_provenance
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.config import BaseConfig
@@ -38,6 +38,8 @@ class Base:
 
         Raises UserError for what is not there, and for another tokenizer than the adapter's.
         """
+        if adapter is not None and not (Path(adapter) / CONFIG).is_file():
+            raise UserError(f"{adapter}: holds no {CONFIG}; name the folder of an adapter, such as RUN/adapter")
         made_on = read_provenance(adapter) if adapter is not None else {}
         quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
         if adapter is not None and config.quantize == "auto":

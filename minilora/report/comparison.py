@@ -18,7 +18,7 @@ PANELS = {
     "Peak memory, GB": "peak GB",
     "Tokens a second": "tokens/s",
     "Validation loss": "val loss",
-    "Perplexity of general text, after / before": "forgetting",
+    "Perplexity of general text, after / before": "forgot ×",
 }
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#7c3aed", "#0891b2")
 
@@ -44,18 +44,15 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "tokens/s": lambda row: row.get("tok_per_s"),
     "val loss": lambda row: (row.get("after") or {}).get("loss"),
     "exact": lambda row: (row.get("after") or {}).get("exact_match"),
-    "forgetting": forgetting_of,
+    "forgot ×": forgetting_of,
     "KL": lambda row: (row.get("forgetting") or {}).get("kl"),
 }
 
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """A row a run, the best on validation first; what failed last."""
-    cells = [
-        [row["name"], *(text_of(column(row)) for column in COLUMNS.values()), row.get("failed", "")]
-        for row in ranked(result)
-    ]
-    return table(("run", *COLUMNS, ""), cells)
+    cells = [[row["name"], *(text_of(column(row)) for column in COLUMNS.values())] for row in ranked(result)]
+    return table(("run", *COLUMNS), cells)
 
 
 def ranked(result: Mapping[str, Any]) -> list[Row]:
@@ -84,7 +81,7 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
             axes.margins(x=0.25)
             if of == "learn":
                 axes.set_xscale("log")
-            if of == "forgetting":
+            if of == "forgot ×":
                 axes.axvline(1, color=GREY, linewidth=1)
         _learning_curves(panels[-1], rows, whole, colours)
         return to_png(figure)
@@ -111,4 +108,4 @@ def text_of(value: Any) -> str:
     """A figure as it is shown: whole, or in three digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

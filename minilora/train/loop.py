@@ -26,6 +26,7 @@ from minilora.evaluate.advice import advise
 from minilora.evaluate.answers import Answer, answer_samples, has_prompt
 from minilora.evaluate.metrics import score
 from minilora.evaluate.perplexity import mean_loss, perplexity
+from minilora.lora import adapters_off
 from minilora.train.run_folder import RunFolder, to_json
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
@@ -83,7 +84,8 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         if resume and (run.folder.path / "summary.json").exists():
             raise UserError(f"{run.folder.path}: finished, and its checkpoints are gone; --overwrite begins anew")
         run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
-        metrics, answers = measure(run, run.validation)
+        with adapters_off(run.model):  # a new prefix is noise: "before" is the base
+            metrics, answers = measure(run, run.validation)
         run.before = {
             "metrics": metrics,
             "answers": [vars(a) for a in answers],

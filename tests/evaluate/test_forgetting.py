@@ -118,6 +118,8 @@ def test_before_is_the_base_whatever_the_strategy(
     if not changes:  # an NF4 base is its dequantized weights, not the file's
         config = replace(config, train=replace(config.train, strategy="lora"))
     run = fine_tune(config, quiet)
+    if config.train.reinit == "none":
+        assert run.before["metrics"]["loss"] == pytest.approx(mean_loss(tiny_model(0), run.validation, 64)[0], abs=1e-6)
     forgetting = run.folder.read_json("summary.json")["forgetting"]
     assert forgetting["before"]["loss"] == pytest.approx(mean_loss(tiny_model(0), samples, 64)[0], abs=1e-6)
     assert forgetting["after"]["loss"] == mean_loss(run.model, samples, 64)[0]
