@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 SHARE = "data.share"
 LOWER_IS_BETTER = ("loss", "perplexity")  # of what runs are ranked by
 PANELS = {
-    "Weights that learn": "learn",
+    "Weights that learn, millions": "learn M",
     "Peak memory, GB": "peak GB",
     "Tokens a second": "tokens/s",
     "Validation loss": "val loss",
@@ -38,7 +38,7 @@ def peak_of(row: Row) -> float | None:
 
 
 COLUMNS: dict[str, Callable[[Row], Any]] = {
-    "learn": lambda row: row.get("trainable_parameters"),
+    "learn M": lambda row: row["trainable_parameters"] / 1e6 if "trainable_parameters" in row else None,
     "lr": lambda row: row.get("lr"),
     "peak GB": peak_of,
     "tokens/s": lambda row: row.get("tok_per_s"),
@@ -52,7 +52,9 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """A row a run, the best on validation first; what failed last."""
     cells = [[row["name"], *(text_of(column(row)) for column in COLUMNS.values())] for row in ranked(result)]
-    return table(("run", *COLUMNS), cells)
+    made = table(("run", *COLUMNS), cells)
+    made.columns[0].no_wrap = True
+    return made
 
 
 def ranked(result: Mapping[str, Any]) -> list[Row]:
@@ -79,7 +81,7 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
             for i, value in enumerate(values):
                 axes.annotate(text_of(value), (value or 0, i), xytext=(3, 0), textcoords="offset points", va="center")
             axes.margins(x=0.25)
-            if of == "learn":
+            if of == "learn M":
                 axes.set_xscale("log")
             if of == "forgot ×":
                 axes.axvline(1, color=GREY, linewidth=1)
