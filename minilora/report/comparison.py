@@ -69,7 +69,8 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
     """What each run took and gave, a panel a measure, and the loss over the share of the data; a PNG file."""
     rows = [row for row in result["rows"] if "failed" not in row]
     whole = [row for row in rows if SHARE not in row["changes"]]
-    colours = {row["name"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(whole)}
+    kinds = list(dict.fromkeys(_kind(row) for row in whole))
+    colours = {row["name"]: COLOURS[kinds.index(_kind(row)) % len(COLOURS)] for row in whole}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 3 + 0.45 * len(whole)), layout="constrained")
         panels: list[Axes] = list(figure.subplots(2, 3).flat)
@@ -89,8 +90,14 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
         return to_png(figure)
 
 
+def _kind(row: Row) -> str:
+    """What has a colour: a strategy, or else the run itself."""
+    name: str = row["name"]
+    return name.partition("-")[0]
+
+
 def _learning_curves(axes: Axes, rows: Sequence[Row], whole: Sequence[Row], colours: Mapping[str, str]) -> None:
-    axes.set_title("Validation loss, by share of the data")
+    axes.set_title("Validation loss, by share of data")
     for row in whole:
         parts = [part for part in rows if {**part["changes"], SHARE: 1} == {**row["changes"], SHARE: 1}]
         if len(parts) > 1:
