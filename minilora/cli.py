@@ -274,8 +274,8 @@ def evaluate(args: list[str]) -> None:
     from minilora.evaluate.metrics import check_libraries, score
     from minilora.evaluate.perplexity import mean_loss, perplexity
     from minilora.report.page import write_report
+    from minilora.train.looks import note_look, run_tested_on
     from minilora.train.run_folder import to_json
-    from minilora.train.test_once import note_look, run_tested_on
 
     metrics = EvalConfig(metrics=parsed.eval.metrics).metrics  # which checks their names
     check_libraries(metrics)

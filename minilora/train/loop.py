@@ -27,6 +27,7 @@ from minilora.evaluate.answers import Answer, answer_samples, has_prompt
 from minilora.evaluate.metrics import score
 from minilora.evaluate.perplexity import mean_loss, perplexity
 from minilora.lora import adapters_off
+from minilora.train.looks import TRAIN, looks, note_look
 from minilora.train.run_folder import RunFolder, to_json
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
@@ -35,7 +36,6 @@ from minilora.train.state import load_weights, versions
 from minilora.train.step import train_step
 from minilora.train.strategies import MovementCheck
 from minilora.train.tensorboard import scalars
-from minilora.train.test_once import TRAIN, looks, note_look
 
 
 def fine_tune(

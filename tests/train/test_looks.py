@@ -10,8 +10,8 @@ from tiny_runs import MakeConfig, Quiet
 from minilora.cli import main
 from minilora.errors import UserError
 from minilora.report.page import write_report
+from minilora.train.looks import looks, run_tested_on
 from minilora.train.loop import fine_tune
-from minilora.train.test_once import looks, run_tested_on
 
 
 def summary(run: Path) -> dict[str, Any]:
