@@ -1,1 +1,1 @@
-"""What a model can do, measured: perplexity, answers to prompts, and the distance between two models."""
+"""What a model can do, measured: perplexity, answers and their metrics, what it forgot, how far it is from another."""

@@ -1,1 +1,1 @@
-"""What a person looks at: a block and a layer in numbers (explain), a run's plots, and its page."""
+"""What a person looks at: a block and a layer in numbers (explain), data, a run's plots and page, runs compared."""
