@@ -19,6 +19,7 @@ from unicodedata import name as name_of
 from minilora.errors import need_library
 from minilora.evaluate.answers import Answer
 
+ROUGE = ("rouge1", "rouge2", "rougeL")
 LIBRARIES = {"bleu": "sacrebleu", "rouge": "rouge_score"}
 WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA")  # how Unicode begins the names of such letters
 
@@ -27,6 +28,11 @@ def check_libraries(names: Collection[str]) -> None:
     """Raises UserError if a metric needs a library that is not installed."""
     for metric in sorted(LIBRARIES.keys() & names):
         need_library(LIBRARIES[metric], "eval", f'the metric "{metric}"')
+
+
+def figure_names(names: Collection[str]) -> list[str]:
+    """What `score` calls the figures of these metrics."""
+    return [figure for name in names for figure in (ROUGE if name == "rouge" else (name,))]
 
 
 def tokens(text: str) -> list[str]:
@@ -79,7 +85,7 @@ def _bleu(answers: Sequence[Answer]) -> tuple[list[float], dict[str, Any]]:
 def _rouge(answers: Sequence[Answer]) -> dict[str, list[float]]:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Tokens())
+    scorer = RougeScorer(list(ROUGE), tokenizer=_Tokens())
     scores = [scorer.score(a.expected, a.given) for a in answers]
     return {kind: [float(row[kind].fmeasure) for row in scores] for kind in scores[0]}
 

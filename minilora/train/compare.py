@@ -17,6 +17,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.config import RunConfig
 from minilora.errors import UserError
+from minilora.evaluate.metrics import figure_names
 from minilora.report.comparison import SHARE, figures_of, ranked
 from minilora.report.console import Console
 from minilora.report.page import write_report
@@ -87,13 +88,18 @@ def compare(
 ) -> dict[str, Any]:
     """Run all, each in a folder of its name in `output`; what compare.json holds: a row a run, the winner and its test.
 
-    resume: keep the runs that are finished, and go on with the others. Raises UserError if no run ended well or, once
-    all are done, if one did not.
+    rank_by: "loss", "perplexity" or a figure of eval.metrics; resume: keep the runs that are finished, and go on with
+    the others. A run that fails is a row with "failed". Raises UserError if there is nothing to rank by, before one is
+    trained where that can be known, and if `output` is taken.
     """
     if not variants[0].config.data.validation and not variants[0].config.data.validation_share:
         raise UserError(
             "runs are ranked on validation, and there is none: name data.validation or data.validation_share"
         )
+    limits = variants[0].config.eval
+    measured = ["loss", "perplexity", *(figure_names(limits.metrics) if limits.answers else ())]
+    if rank_by not in measured:
+        raise UserError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (resume or overwrite):
         raise UserError(f"{output} is not empty; add --resume to go on, --overwrite to begin anew, or --output")
     rows = list[dict[str, Any]]()

@@ -10,7 +10,7 @@ from rouge_score import rouge_scorer
 from minilora.config import EvalConfig
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer
-from minilora.evaluate.metrics import check_libraries, score, token_f1, tokens
+from minilora.evaluate.metrics import check_libraries, figure_names, score, token_f1, tokens
 
 ENGLISH = [
     ("the cat sat on the mat", "The cat sat on a mat."),
@@ -94,6 +94,7 @@ def test_tokens() -> None:
 def test_all_of_them_at_once_and_none() -> None:
     figures, each = score(answers(ENGLISH), ["exact_match", "f1", "bleu", "rouge"])
     assert list(figures) == ["exact_match", "f1", "bleu", "rouge1", "rouge2", "rougeL", "bleu_signature"]
+    assert figure_names(["exact_match", "f1", "bleu", "rouge"]) == list(figures)[:-1]
     assert figures["exact_match"] == 0.25
     assert [row["exact_match"] for row in each] == [0, 0, 0, 1]
     assert score([], ["f1", "bleu"]) == ({}, [])

@@ -121,6 +121,14 @@ def test_without_a_validation_there_is_nothing_to_rank_by(make_config: MakeConfi
         compare(variants(make_config(data__validation=None)), tmp_path / "out", print)
 
 
+def test_what_is_not_measured_ranks_nothing_and_nothing_is_trained(make_config: MakeConfig, tmp_path: Path) -> None:
+    for config, rank_by in ((make_config(), "bleu"), (make_config(eval__answers=0), "exact_match")):
+        with pytest.raises(UserError, match=rf"--rank_by {rank_by}: is not measured; there are loss, perplexity"):
+            compare(variants(config), tmp_path / "out", print, rank_by)
+    with pytest.raises(UserError, match="no run has a rougeL"):  # known only once they have run
+        compare(variants(make_config(eval__metrics=("rouge",)))[2:], tmp_path / "out", print, "rougeL")
+
+
 def test_where_every_run_fails(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run has a loss.*nowhere\.jsonl"):
         compare(variants(make_config())[2:], tmp_path / "out", print)
