@@ -415,6 +415,9 @@ def test_data_check_alone(run: Run, chats: Path, tmp_path: Path) -> None:
     assert "20 samples" in out
     for name in ("lengths", "packing", "steps", "time", "memory"):
         assert re.search(rf"^{name} +\S", out, re.MULTILINE), name
+    assert re.search(r"steps +1 to an epoch, .* train\.epochs 1 comes to 1 steps", out)
+    _, out_of_steps, _ = run("data", "check", chats, "--train.max_steps", 5)
+    assert "train.max_steps 5 comes to 5 epochs" in out_of_steps
     assert "<s>[INST]name 0[/INST]it 0</s>" in out
     assert "name 1[" not in out
     assert "[INST]" in (tmp_path / "page.html").read_text()

@@ -65,10 +65,10 @@ class Data:
         """What `mix` counts in: the samples of training, then those of replay."""
         return [sample for part in LEARNT for sample in self.samples[part]]
 
-    def refuse_faults(self) -> None:
+    def refuse_faults(self, listed: str = "`minilora data check` lists them") -> None:
         """Raise UserError with the first fault and how many there are."""
         if faults := self.faults:
-            more = f" (and {len(faults) - 1} more: `minilora data check` lists them)" if faults[1:] else ""
+            more = f" (and {len(faults) - 1} more: {listed})" if faults[1:] else ""
             raise UserError(f"{faults[0].text}{more}")
 
     def warnings(self) -> Iterator[str]:
