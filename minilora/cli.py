@@ -181,6 +181,7 @@ def _check_toml(path: str) -> None:
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    from minilora.report.comparison import figures_of
     from minilora.report.page import write_report
     from minilora.train.loop import fine_tune
     from minilora.train.progress import ConsoleReporter
@@ -191,10 +192,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     summary = run.folder.read_json("summary.json")
     for name in ("before", "after", "test"):
         if summary[name]:
-            figures = "  ".join(
-                f"{key} {value:.4g}" for key, value in summary[name].items() if isinstance(value, float)
-            )
-            console.print(f"{name:7}{figures}", highlight=False, soft_wrap=True)
+            console.print(f"{name:7}{figures_of(summary[name])}", highlight=False, soft_wrap=True)
     console.print(f"done: {run.stopped_because}; report in {report}", highlight=False, soft_wrap=True)
 
 
@@ -246,7 +244,7 @@ def data(args: list[str]) -> None:
     if parsed.fix:
         print(fix_data(config, parsed.fix))
     else:
-        checked.refuse_faults()
+        checked.refuse_faults(listed="they stand above")
 
 
 def evaluate(args: list[str]) -> None:
