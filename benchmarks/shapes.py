@@ -37,6 +37,6 @@ def qlora_step_flops(config: ModelConfig, rows: int, length: int) -> float:
     """
     tokens = rows * length
     linear = 4 * (block_linear_parameters(config) + config.vocab_size * config.dim) * tokens
-    seen = min(length, config.sliding_window or length) / 2 if length else 0
+    seen = sum(min(length, window or length) / 2 for window in config.windows) / len(config.windows)
     attention = 6 * 2 * seen * config.n_heads * config.head_dim * config.n_layers * tokens
     return float(linear + attention)

@@ -22,6 +22,7 @@ class ModelConfig:
     """The sizes of a Mistral decoder, named as in `params.json`.
 
     `sliding_window` is W in "token i sees token j iff 0 <= i - j < W"; None means that it sees all before it.
+    Where layers differ it is their pattern, repeated over the layers, such as (None, 32768, 32768, 32768).
     """
 
     dim: int
@@ -33,7 +34,7 @@ class ModelConfig:
     vocab_size: int
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    sliding_window: int | None = None
+    sliding_window: int | tuple[int | None, ...] | None = None
     tied_embeddings: bool = False
     max_seq_len: int = 32_768
 
@@ -47,13 +48,21 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not (isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value!r}, but must be a positive finite number")
-        window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or not 0 < window < 2**31):
-            raise UserError(f"sliding_window is {window!r}, but must be a whole number above 0, or null for none")
+        for window in self.windows:
+            if window is not None and (type(window) is not int or not 0 < window < 2**31):
+                raise UserError(f"sliding_window is {window!r}, but must be a whole number above 0, or null for none")
+        if not self.windows or self.n_layers % len(self.windows):
+            n = len(self.windows)
+            raise UserError(f"sliding_window has {n} entries, which cannot be repeated over {self.n_layers} layers")
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs of numbers")
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The pattern of windows: layer i has the one at i modulo its length."""
+        return self.sliding_window if isinstance(self.sliding_window, tuple) else (self.sliding_window,)
 
     @property
     def n_parameters(self) -> int:

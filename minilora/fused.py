@@ -239,7 +239,7 @@ class FusedBlock(Block):
         )
         wide, down = Projections.of(mlp.gate_proj, mlp.up_proj), Projections.of(mlp.down_proj)
         q, k, v = _qkv(x, self.input_layernorm, qkv, context, *qkv.learned)
-        x = _output(x, attend(q, k, v, context.sees).flatten(-2), output, *output.learned)
+        x = _output(x, attend(q, k, v, context.sees(attention.layer)).flatten(-2), output, *output.learned)
         return _mlp(x, self.post_attention_layernorm, wide, down, *wide.learned, *down.learned)
 
 

@@ -20,16 +20,22 @@ EMPTY = -(2**31)  # the position of a slot that nothing was written to
 
 
 class KVCache:
-    """Keys and values of every layer for B sequences, each (B, S, Hkv, Dh), and the positions (B, S) of the slots."""
+    """Keys and values of every layer for B sequences, each (B, S, Hkv, Dh), and the positions (B, S) of the slots.
+
+    Where windows differ by layer S does, too; layers with the same window share their positions.
+    """
 
     def __init__(
         self, config: ModelConfig, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.size = min(config.sliding_window or max_len, max_len)
-        shape = (config.n_layers, batch_size, self.size, config.n_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions = torch.full((batch_size, self.size), EMPTY, device=device)
+        slots = [n_slots(window, max_len) for window in config.windows] * (config.n_layers // len(config.windows))
+        shapes = [(batch_size, n, config.n_kv_heads, config.head_dim) for n in slots]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.positions = {
+            window: torch.full((batch_size, n_slots(window, max_len)), EMPTY, device=device)
+            for window in set(config.windows)
+        }
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, Hkv, Dh); return those of before joined with them, (B, S+T, Hkv, Dh).
@@ -38,12 +44,19 @@ class KVCache:
         tokens still see.
         """
         joined = torch.cat([self.keys[layer], k], dim=1), torch.cat([self.values[layer], v], dim=1)
-        slots = (positions[:, -self.size :] % self.size)[..., None, None].expand(-1, -1, *k.shape[2:])
-        self.keys[layer].scatter_(1, slots, k[:, -self.size :])
-        self.values[layer].scatter_(1, slots, v[:, -self.size :])
+        size = self.keys[layer].shape[1]
+        slots = (positions[:, -size:] % size)[..., None, None].expand(-1, -1, *k.shape[2:])
+        self.keys[layer].scatter_(1, slots, k[:, -size:])
+        self.values[layer].scatter_(1, slots, v[:, -size:])
         return joined
 
     def advance(self, positions: Tensor) -> None:
         """Note the positions (B, T) of a chunk, once every layer has stored it."""
-        last = positions[:, -self.size :]
-        self.positions.scatter_(1, last % self.size, last)
+        for held in self.positions.values():
+            last = positions[:, -held.shape[1] :]
+            held.scatter_(1, last % held.shape[1], last)
+
+
+def n_slots(window: int | None, max_len: int) -> int:
+    """S: how many tokens a layer with that window keeps of sequences of at most `max_len`."""
+    return min(window or max_len, max_len)

@@ -30,6 +30,7 @@ from minilora import nf4
 from minilora.backend import product_dtype
 from minilora.checkpoint.names import tensor_specs
 from minilora.config import LoraConfig, ModelConfig, PrefixConfig
+from minilora.kv_cache import n_slots
 from minilora.linear import SLICE_BYTES, NF4Linear
 from minilora.lora import Added, LoRALinear
 from minilora.loss import tile
@@ -169,7 +170,8 @@ class StepPlan:
             scratch = add_up(scratch, again, {kind: -n for kind, n in block.items()})
             kept = [block] * len(kept)
         blocks = add_up(*kept)
-        shared = {"attention": self.tokens * config.head_dim * self.stored + self.mask}  # cos, sin, and who sees whom
+        masks = len(set(config.windows)) * self.mask
+        shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
         lowest = 4 * (base.reached[0] if base.reached else 0) if base else gradients // n_layers
         loss, last, first = (gradients if self.accumulated else n for n in (0, head, gradients - lowest))
         moments: list[dict[str, int]] = [
@@ -230,8 +232,8 @@ class StepPlan:
         new: tokens to be generated from prompts of this length, so with a KV cache; None for a loss
         """
         config, stored = self.config, self.stored
-        slots = 0 if new is None else min(config.sliding_window or self.length + new, self.length + new)
-        keys, cast = self.rows * (self.length + slots + self.before), self.computed if self.cast else 0
+        slots = [0 if new is None else n_slots(window, self.length + new) for window in config.windows]
+        keys, cast = self.rows * (self.length + max(slots) + self.before), self.computed if self.cast else 0
         mask = self.mask if new is None else keys * self.length
         frozen = replace(self, adapter=self.adapter or LoraConfig())  # without gradients a head that learns has none
         decoded = frozen.decoded(config.dim, config.hidden_dim, self.storage)
@@ -240,7 +242,8 @@ class StepPlan:
         heads = 2 * (config.n_kv_heads + repeated) * config.head_dim  # joined with the cache, then repeated
         attention = (2 * self.d + 3 * self.q + keys * heads + mask) * stored + self.q * cast
         last = frozen.loss() if new is None else {"logits": self.rows * config.vocab_size * 4}
-        cache = {"KV cache": 2 * config.n_layers * self.rows * slots * config.n_kv_heads * config.head_dim * stored}
+        of_slot = 2 * config.n_layers // len(slots) * self.rows * config.n_kv_heads * config.head_dim * stored
+        cache = {"KV cache": sum(slots) * of_slot}
         shared = cache | {"attention": self.tokens * config.head_dim * stored + mask}
         return add_up(shared, max({"scratch": max(mlp, attention)}, last, key=lambda owners: sum(owners.values())))
 

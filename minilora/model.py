@@ -33,18 +33,27 @@ class Context:
         dtype: torch.dtype,
         prefix: Prefix | None = None,
     ) -> None:
-        self.positions, self.cache = positions, cache
+        self.positions, self.cache, self.windows = positions, cache, config.windows
         self.prefix = prefix.by_layer(dtype) if prefix is not None and prefix.enabled else ()
         n_before = len(self.prefix[0]) if self.prefix else 0
         self.cos, self.sin = rope_cos_sin(positions + n_before, config.head_dim, config.rope_theta, dtype)
-        alone = cache is None and not self.prefix
-        runs = causal_runs(positions, config.sliding_window, segments) if alone else None
-        k_positions = positions if cache is None else torch.cat([cache.positions, positions], dim=1)
-        self.sees = runs or visible(positions, k_positions, config.sliding_window, segments, segments)
-        if isinstance(self.sees, Tensor) and self.prefix:
-            before = torch.arange(n_before, device=positions.device).expand(len(positions), -1)
-            sees_prefix = visible(positions + n_before, before, config.sliding_window)
-            self.sees = torch.cat([sees_prefix, self.sees], dim=-1)
+        self._sees = {window: self._who_sees(window, segments, n_before) for window in set(self.windows)}
+
+    def _who_sees(self, window: int | None, segments: Tensor | None, n_before: int) -> Tensor | tuple[int, ...]:
+        """Under that window, `attend`'s argument: a mask, or causal runs."""
+        positions, cache = self.positions, self.cache
+        if cache is None and not self.prefix and (runs := causal_runs(positions, window, segments)):
+            return runs
+        k_positions = positions if cache is None else torch.cat([cache.positions[window], positions], dim=1)
+        mask = visible(positions, k_positions, window, segments, segments)
+        if not self.prefix:
+            return mask
+        before = torch.arange(n_before, device=positions.device).expand(len(positions), -1)
+        return torch.cat([visible(positions + n_before, before, window), mask], dim=-1)
+
+    def sees(self, layer: int) -> Tensor | tuple[int, ...]:
+        """Who sees whom in that layer: `attend`'s argument."""
+        return self._sees[self.windows[layer % len(self.windows)]]
 
     def join(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, T, Hkv, Dh) of the tokens, and before them those of the prefix and of the cache."""
@@ -74,7 +83,7 @@ class Attention(nn.Module):
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
         k, v = context.join(self.layer, k, v)
-        y: Tensor = self.o_proj(attend(q, k, v, context.sees).flatten(-2))  # (B, T, Hq * Dh) -> (B, T, D)
+        y: Tensor = self.o_proj(attend(q, k, v, context.sees(self.layer)).flatten(-2))  # (B, T, Hq * Dh) -> (B, T, D)
         return y
 
 

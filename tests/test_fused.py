@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim":
 SHAPES = [
     ModelConfig(**SIZES, n_heads=4, n_kv_heads=4),
     ModelConfig(**SIZES, n_heads=4, n_kv_heads=1, sliding_window=7),
+    ModelConfig(**SIZES, n_heads=4, n_kv_heads=1, sliding_window=(7, None)),
     ModelConfig(**SIZES, n_heads=8, n_kv_heads=2, tied_embeddings=True),  # Hq * Dh is not dim
 ]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MinistralConfig, MinistralForCausalLM, MistralConfig, MistralForCausalLM
 
 from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
@@ -31,6 +31,9 @@ CONFIGS = {
         dim=40, n_layers=2, head_dim=8, hidden_dim=72, n_heads=16, n_kv_heads=2, vocab_size=101, sliding_window=13,
         tied_embeddings=True,
     ),
+    "windows by layer, heads 4:1": ModelConfig(
+        dim=32, n_layers=4, head_dim=8, hidden_dim=56, n_heads=4, n_kv_heads=1, vocab_size=50, sliding_window=(None, 5)
+    ),
     "window longer than the text, heads 2:2": ModelConfig(
         dim=36, n_layers=2, head_dim=12, hidden_dim=50, n_heads=2, n_kv_heads=2, vocab_size=40, sliding_window=64
     ),
@@ -53,15 +56,21 @@ def mistral(config: ModelConfig, seed: int = 0) -> Mistral:
 
 
 def transformers_twin(model: Mistral, attention: str) -> Any:
-    config = model.config
-    twin = MistralForCausalLM(
-        MistralConfig(
+    config, by_layer = model.config, {}
+    window = max((w for w in config.windows if w), default=None)
+    causal_lm, config_of = MistralForCausalLM, MistralConfig
+    if isinstance(config.sliding_window, tuple):
+        causal_lm, config_of = MinistralForCausalLM, MinistralConfig
+        kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
+        by_layer = {"layer_types": kinds * (config.n_layers // len(kinds))}
+    twin = causal_lm(
+        config_of(
             vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
             num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
             num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            sliding_window=config.sliding_window, tie_word_embeddings=config.tied_embeddings,
-            attn_implementation=attention,
+            sliding_window=window, tie_word_embeddings=config.tied_embeddings,
+            attn_implementation=attention, **by_layer,
         )
     )  # fmt: skip
     weights = {n if n.startswith("lm_head") else f"model.{n}": w for n, w in model.state_dict().items()}
@@ -198,12 +207,13 @@ def test_the_cache_changes_nothing(name: str, chunks: str) -> None:
 
 def test_the_cache_is_of_the_windows_size() -> None:
     cache = KVCache(WINDOW, 2, 1000, torch.bfloat16, torch.device("cpu"))
-    assert cache.keys.shape == (3, 2, 7, 1, 16)
-    assert cache.values.shape == cache.keys.shape
-    assert cache.positions.shape == (2, 7)
-    assert KVCache(WINDOW, 2, 5, torch.bfloat16, torch.device("cpu")).size == 5
-    unbounded = replace(WINDOW, sliding_window=None)
-    assert KVCache(unbounded, 2, 1000, torch.bfloat16, torch.device("cpu")).size == 1000
+    assert [keys.shape for keys in cache.keys] == [values.shape for values in cache.values] == [(2, 7, 1, 16)] * 3
+    assert cache.positions[7].shape == (2, 7)
+    assert KVCache(WINDOW, 2, 5, torch.bfloat16, torch.device("cpu")).keys[0].shape[1] == 5
+    by_layer = replace(WINDOW, sliding_window=(None, 7, 3))
+    cache = KVCache(by_layer, 2, 1000, torch.bfloat16, torch.device("cpu"))
+    assert [keys.shape[1] for keys in cache.keys] == [1000, 7, 3]
+    assert {window: held.shape[1] for window, held in cache.positions.items()} == {None: 1000, 7: 7, 3: 3}
 
 
 def test_slots_of_the_worked_example() -> None:
@@ -215,7 +225,7 @@ def test_slots_of_the_worked_example() -> None:
         k = positions[..., None, None].float().expand(1, -1, 1, 16)
         cache.append(0, k, k, positions)
         cache.advance(positions)
-        seen.append((cache.keys[0, 0, :, 0, 0].int().tolist(), cache.positions[0].tolist()))
+        seen.append((cache.keys[0][0, :, 0, 0].int().tolist(), cache.positions[3][0].tolist()))
     assert seen == [([0, 1, 2], [0, 1, 2]), ([3, 1, 2], [3, 1, 2]), ([3, 4, 2], [3, 4, 2])]
 
 

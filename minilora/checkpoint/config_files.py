@@ -18,11 +18,14 @@ from minilora.config import ModelConfig
 from minilora.errors import UserError
 
 log = logging.getLogger(__name__)
+Window = int | tuple[int | None, ...] | None  # as in ModelConfig
 
+# The classes of transformers that are this decoder: Ministral's windows differ by layer, Llama's have none.
+_HF_KINDS = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "llama": "LlamaForCausalLM"}
+_HF_MAX_SEQ_LEN = {"mistral": 131_072, "ministral": 131_072, "llama": 2048}  # where the file leaves it out
 # What these keys may say; absent and null always pass. An empty tuple: the feature is not supported at all.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("mistral",),
-    "architectures": (["MistralForCausalLM"],),
+    "model_type": tuple(_HF_KINDS),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -64,10 +67,20 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json for `config`, in the keys that every version of transformers reads. dtype: such as "bfloat16"."""
-    return {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
+    """config.json for `config`, in the keys that every version of transformers reads. dtype: such as "bfloat16".
+
+    Raises UserError for windows of several sizes, which it cannot say.
+    """
+    sizes = sorted({window for window in config.windows if window})
+    if len(sizes) > 1:
+        raise UserError(f"Hugging Face's layout has one size of window, and this model {sizes}; write Mistral's layout")
+    kind, by_layer = "mistral", dict[str, Any]()
+    if len(config.windows) > 1:
+        kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
+        kind, by_layer = "ministral", {"layer_types": kinds * (config.n_layers // len(kinds))}
+    return by_layer | {
+        "architectures": [_HF_KINDS[kind]],
+        "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
@@ -79,7 +92,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "sliding_window": config.sliding_window,
+        "sliding_window": sizes[0] if sizes else None,
         "tie_word_embeddings": config.tied_embeddings,
         "attention_dropout": 0.0,
         "bos_token_id": 1,
@@ -152,17 +165,18 @@ class _Fields:
         for key, allowed in fixed.items():
             value = self.values.get(key)
             if value is not None and value not in allowed:
-                raise self.error(
-                    key, f"is {short(value)}; supported is {short(allowed[0]) if allowed else 'only null'}"
-                )
+                supported = " or ".join(map(short, allowed)) if allowed else "only null"
+                raise self.error(key, f"is {short(value)}; supported is {supported}")
 
 
 def _from_hf(fields: _Fields) -> dict[str, Any]:
     """ModelConfig's arguments from config.json, as transformers 4 and 5 write it."""
     fields.refuse_other_than(_HF_FIXED)
     _refuse_other_quantization(fields)
-    if fields.values.get("model_type") is None:
+    kind = fields.values.get("model_type")
+    if kind is None:
         raise fields.error("model_type", "is missing; mistral was expected")
+    fields.refuse_other_than({"architectures": ([_HF_KINDS[kind]],)})
     n_layers, n_heads = fields.whole("num_hidden_layers"), fields.whole("num_attention_heads")
     dim = fields.whole("hidden_size")
     if fields.values.get("head_dim") is None and dim % n_heads:
@@ -177,9 +191,9 @@ def _from_hf(fields: _Fields) -> dict[str, Any]:
         "vocab_size": fields.whole("vocab_size"),
         "norm_eps": fields.real("rms_norm_eps", 1e-6),
         "rope_theta": _hf_rope_theta(fields),
-        "sliding_window": _hf_window(fields, n_layers),
+        "sliding_window": None if kind == "llama" else _hf_window(fields, n_layers, by_layer=kind == "ministral"),
         "tied_embeddings": fields.flag("tie_word_embeddings"),
-        "max_seq_len": fields.whole("max_position_embeddings", 32_768),
+        "max_seq_len": fields.whole("max_position_embeddings", _HF_MAX_SEQ_LEN[kind]),
     }
 
 
@@ -210,19 +224,31 @@ def _hf_rope_theta(fields: _Fields) -> float:
     return theta
 
 
-def _hf_window(fields: _Fields, n_layers: int) -> int | None:
-    """sliding_window; transformers 4 left out what equals its class default, so absence means 4096, null means none."""
+def _hf_window(fields: _Fields, n_layers: int, by_layer: bool) -> Window:
+    """sliding_window; transformers 4 left out what equals its class default, so absence means 4096, null means none.
+
+    by_layer: layer_types may say which layers have it
+    """
     kinds = fields.values.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != kinds[0] for kind in kinds)):
-        raise fields.error("layer_types", "has layers of different kinds, which is not supported")
-    if kinds and kinds[0] not in ("full_attention", "sliding_attention"):
-        raise fields.error("layer_types", f"is {short(kinds[0])}, which is not supported")
-    if kinds and kinds[0] == "full_attention":
+    if kinds is None:
+        kinds = ["sliding_attention"]
+    elif not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise fields.error("layer_types", f"is {short(kinds)}, but must be a list with an entry for each layer")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise fields.error("layer_types", f"names {short(kind)}; supported are full_attention, sliding_attention")
+    if not by_layer and len(set(kinds)) > 1:  # where transformers and vLLM disagree
+        raise fields.error("layer_types", "has layers of different kinds, which only model_type ministral may have")
+    if "sliding_attention" not in kinds:
         return None
     if "sliding_window" not in fields.values:
         log.warning("%s: no sliding_window; 4096 is taken, the default of its class", fields.file)
-        return 4096
-    return _window(fields, "sliding_window", n_layers)
+    window = _window(fields, "sliding_window", n_layers) if "sliding_window" in fields.values else 4096
+    if "full_attention" not in kinds:
+        return window
+    if isinstance(window, tuple):
+        raise fields.error("sliding_window", "and layer_types both say which layers have a window")
+    return _shortest(tuple(window if kind == "sliding_attention" else None for kind in kinds))
 
 
 def _from_params(fields: _Fields) -> dict[str, Any]:
@@ -255,17 +281,23 @@ def _from_params(fields: _Fields) -> dict[str, Any]:
     }
 
 
-def _window(fields: _Fields, key: str, n_layers: int) -> int | None:
+def _window(fields: _Fields, key: str, n_layers: int) -> Window:
     """W, which files hold as a number, as a string of digits, or as a pattern that is repeated over the layers."""
     value = fields.values[key]
-    if isinstance(value, list):
-        if not value or n_layers % len(value):
-            raise fields.error(key, f"has {len(value)} entries, which cannot be repeated over {n_layers} layers")
-        if any(window != value[0] for window in value):
-            raise fields.error(key, f"is {short(value)}: windows that differ by layer are not supported")
-        value = value[0]
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value):
-        value = int(value)
-    if value is not None and (type(value) is not int or value < 1):
-        raise fields.error(key, f"is {short(value)}, but must be a whole number above 0, or null")
-    return value
+    windows = [
+        int(window) if isinstance(window, str) and re.fullmatch("[0-9]{1,10}", window) else window
+        for window in (value if isinstance(value, list) else [value])
+    ]
+    for window in windows:
+        if window is not None and (type(window) is not int or window < 1):
+            raise fields.error(key, f"is {short(value)}, but must be a whole number above 0, or null")
+    if not windows or n_layers % len(windows):
+        raise fields.error(key, f"has {len(windows)} entries, which cannot be repeated over {n_layers} layers")
+    return _shortest(tuple(windows))
+
+
+def _shortest(windows: tuple[int | None, ...]) -> Window:
+    """A pattern without its own repetitions; one window for all layers is a number."""
+    n = len(windows)
+    period = next(p for p in range(1, n + 1) if n % p == 0 and windows[:p] * (n // p) == windows)
+    return windows[0] if period == 1 else windows[:period]

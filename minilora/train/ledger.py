@@ -51,7 +51,8 @@ class Ledger:
         dtype = torch.float32 if base_learns else pick_dtype(self.device, model.dtype)[0]
         dense = cast(DenseDtype, str(dtype).removeprefix("torch."))
         no_mask = on_cpu and not is_prefix
-        runs = causal_runs(sample.positions, self.sizes.sliding_window, sample.segments) if no_mask else None
+        narrowest = min((window for window in self.sizes.windows if window), default=None)
+        runs = causal_runs(sample.positions, narrowest, sample.segments) if no_mask else None
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         plan = StepPlan(
             self.sizes,

@@ -1,7 +1,7 @@
 """config.json and params.json: what is read, what a missing key means, what is refused and how."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ def test_both_files_say_the_same(originals: Path, layout: str) -> None:
     assert read_config(originals / layout) == TINY
 
 
+MINISTRAL = {"model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 HF_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"head_dim": ...}, {"head_dim": 32}),
     ({"head_dim": None}, {"head_dim": 32}),
@@ -49,6 +51,17 @@ HF_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"architectures": None, "eos_token_id": [2, 3], "some_new_key": 1}, {}),
     ({"layer_types": ["full_attention"] * 2}, {"sliding_window": None}),
     ({"layer_types": ["sliding_attention"] * 2}, {}),
+    ({"sliding_window": [4, 8]}, {"sliding_window": (4, 8)}),
+    ({"max_position_embeddings": ...}, {"max_seq_len": 131_072}),
+    (MINISTRAL | {"layer_types": ["full_attention", "sliding_attention"]}, {"sliding_window": (None, 7)}),
+    (
+        MINISTRAL | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": ...},
+        {"sliding_window": (4096, None)},
+    ),
+    (MINISTRAL | {"layer_types": None}, {}),
+    (LLAMA, {"sliding_window": None}),
+    (LLAMA | {"sliding_window": ..., "pretraining_tp": 1, "mlp_bias": False}, {"sliding_window": None}),
+    (LLAMA | {"max_position_embeddings": ..., "rope_scaling": None}, {"sliding_window": None, "max_seq_len": 2048}),
 ]
 
 
@@ -65,6 +78,12 @@ PARAMS_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"sliding_window": "4096"}, {"sliding_window": 4096}),
     ({"sliding_window": ..., "_sliding_window": "4096"}, {"sliding_window": 4096}),
     ({"sliding_window": [5, 5]}, {"sliding_window": 5}),
+    ({"sliding_window": [None, "8"]}, {"sliding_window": (None, 8)}),
+    ({"sliding_window": [None, 8, None, 8], "n_layers": 8}, {"sliding_window": (None, 8), "n_layers": 8}),
+    (
+        {"sliding_window": [None, 8, 8], "_sliding_window": [None, 8, 8], "n_layers": 6, "rope_theta": ...},
+        {"sliding_window": (None, 8, 8), "n_layers": 6, "rope_theta": 1e4},
+    ),
     ({"sliding_window": [None]}, {"sliding_window": None}),
     ({"n_kv_heads": None}, {"n_kv_heads": 4}),
     ({"max_seq_len": ...}, {"max_seq_len": 32768}),
@@ -79,6 +98,32 @@ def test_params_json_reads(mistral_folder: Path, changes: dict[str, Any], result
     assert asdict(read_config(mistral_folder)) == {**asdict(TINY), **result}
 
 
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # what differs, and the number of weights, as published
+    "7B v0.1": ({"vocab_size": 32000, "sliding_window": 4096, "rope_theta": 10000.0}, 7_241_732_096),
+    "7B v0.2": ({"vocab_size": 32000, "sliding_window": None, "rope_theta": 1000000.0}, 7_241_732_096),
+    "7B v0.3": ({"vocab_size": 32768, "sliding_window": None, "rope_theta": 1000000.0}, 7_248_023_552),
+    "Codestral 22B": (
+        {"vocab_size": 32768, "sliding_window": None, "rope_theta": 1000000.0, "hidden_size": 6144,
+         "intermediate_size": 16384, "num_attention_heads": 48, "num_hidden_layers": 56}, 22_247_282_688),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_have_their_number_of_weights(name: str, hf_folder: Path) -> None:
+    changes, n_parameters = PUBLISHED[name]
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32}
+    written_by_4 = {"rope_parameters": ..., "head_dim": ..., "num_key_value_heads": 8, "torch_dtype": "bfloat16"}
+    edit_json(hf_folder / "config.json", **shape | written_by_4 | changes)
+    config = read_config(hf_folder)
+    assert (config.n_parameters, config.head_dim) == (n_parameters, 128)
+    assert (config.sliding_window, config.rope_theta) == (changes["sliding_window"], changes["rope_theta"])
+
+
+def test_windows_of_two_sizes_have_no_config_json() -> None:
+    with pytest.raises(UserError, match=r"one size of window, and this model \[3, 9\]"):
+        config_to_hf(replace(TINY, sliding_window=(3, 9)), "bfloat16")
+
+
 def test_a_chosen_theta_is_reported(mistral_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_config(mistral_folder)
@@ -91,7 +136,18 @@ def test_a_chosen_theta_is_reported(mistral_folder: Path, caplog: pytest.LogCapt
 NAN, INF = float("nan"), float("inf")
 HF_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
-    ({"model_type": "ministral"}, "model_type is 'ministral'"),
+    ({"model_type": "ministral3"}, "model_type is 'ministral3'; supported is 'mistral' or 'ministral' or 'llama'"),
+    ({"model_type": "ministral"}, "architectures is .*; supported is ..MinistralForCausalLM"),
+    ({"model_type": ["mistral"]}, "model_type is ..mistral"),
+    (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling is of type 'llama3'"),
+    (LLAMA | {"attention_bias": True}, "attention_bias is True"),
+    (LLAMA | {"mlp_bias": True}, "mlp_bias is True"),
+    (MINISTRAL | {"layer_types": ["full_attention"]}, "layer_types is .*an entry for each layer"),
+    (MINISTRAL | {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types names 'chunked_attention'"),
+    (
+        MINISTRAL | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": [3, 4]},
+        "sliding_window and layer_types both say",
+    ),
     ({"model_type": ...}, "model_type is missing"),
     ({"architectures": ["MistralForSequenceClassification"]}, "architectures is"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
@@ -108,8 +164,8 @@ HF_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6'"),
     ({"rope_parameters": {"rope_theta": NAN}}, "rope_theta is nan"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has layers of different kinds"),
-    ({"layer_types": ["linear_attention"] * 2}, "layer_types is 'linear_attention'"),
-    ({"sliding_window": [4, 8]}, r"sliding_window is \[4, 8\]: windows that differ by layer"),
+    ({"layer_types": ["linear_attention"] * 2}, "layer_types names 'linear_attention'"),
+    ({"sliding_window": [4, True]}, r"sliding_window is \[4, True\], but must be"),
     ({"sliding_window": 0}, "sliding_window is 0"),
     ({"sliding_window": True}, "sliding_window is True"),
     ({"sliding_window": 7.5}, "sliding_window is 7.5"),
@@ -145,7 +201,7 @@ PARAMS_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sliding_window": "wide"}, "sliding_window is 'wide'"),
     ({"sliding_window": [4, 4, 4]}, "sliding_window has 3 entries, which cannot be repeated over 2 layers"),
     ({"sliding_window": []}, "sliding_window has 0 entries"),
-    ({"sliding_window": [None, 8]}, "sliding_window is .*windows that differ by layer"),
+    ({"sliding_window": [None, -8]}, "sliding_window is .*must be a whole number above 0"),
     ({"_sliding_window": 9}, "sliding_window and _sliding_window differ"),
     ({"rope_theta": NAN}, "rope_theta is nan"),
     ({"head_dim": ...}, "head_dim is missing"),

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoints import hf_model, tokens
+from tiny_checkpoints import SIZES, THETA, hf_model, tokens
 from torch import Tensor
-from transformers import MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
+    MistralForCausalLM,
+)
 
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import model_weights, save_hf, save_mistral
@@ -54,6 +61,27 @@ def test_transformers_loads_what_we_save(tmp_path: Path, tied: bool, max_shard_b
         assert [shard.name for shard in shards] == ["model.safetensors"]
     assert_same_logits(model, load_hf(tmp_path / "ours"))
     assert load_model(tmp_path / "ours").base_fingerprint == model.base_fingerprint
+
+
+def test_windows_by_layer_and_llama_come_and_go(tmp_path: Path) -> None:
+    """Ministral's layers differ, Llama's have no window: the same decoder, and transformers' own classes say so."""
+    rope = {"rope_type": "default", "rope_theta": THETA}
+    sizes: dict[str, Any] = {**SIZES, "rope_parameters": rope}
+    del sizes["sliding_window"]
+    kinds = ["full_attention", "sliding_attention"]
+    ministral = MinistralConfig(**sizes, sliding_window=7, layer_types=kinds, attn_implementation="eager")
+    torch.manual_seed(0)
+    for theirs in (MinistralForCausalLM(ministral), LlamaForCausalLM(LlamaConfig(**sizes))):
+        for weight in theirs.parameters():
+            weight.data.normal_(0, 0.1)
+        theirs.eval().save_pretrained(tmp_path / "theirs" / theirs.config.model_type)
+        model = load_model(tmp_path / "theirs" / theirs.config.model_type, dtype=F32)
+        assert_same_logits(model, theirs)
+        save_hf(model, tmp_path / "ours" / theirs.config.model_type, dtype=F32)
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / theirs.config.model_type, dtype=F32)
+        assert_same_logits(model, ours)
+        save_mistral(model, tmp_path / "mistral" / theirs.config.model_type, dtype=F32)
+        assert_same_logits(load_model(tmp_path / "mistral" / theirs.config.model_type, dtype=F32), theirs)
 
 
 def test_mistral_layout_comes_back_byte_for_byte(originals: Path, tmp_path: Path) -> None:
