@@ -14,6 +14,9 @@ from typing import Any, Literal
 from minilora.errors import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKENIZER_FILES = (
+    "*tokenizer*.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json",
+)  # fmt: skip
 METRICS = ("exact_match", "f1", "bleu", "rouge")
 
 
@@ -83,7 +86,8 @@ class BaseConfig:
     """The base model of a run: the `[model]` section.
 
     Args:
-        path: folder of a checkpoint, HF layout or Mistral's own; "demo" is the tiny Mistral that ships in the package
+        path: folder of a checkpoint, HF layout or Mistral's own; or ORG/NAME, ORG/NAME@REVISION on the hub (extra
+            `hub`); or "demo", the tiny Mistral that ships in the package
         tokenizer: file or folder of the tokenizer, where it does not lie with the model
         quantize: the linear layers' storage; "auto" is "nf4" for the strategy qlora and "none" for the others
         double_quant: also store each NF4 block's absmax in 8 bits

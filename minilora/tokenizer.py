@@ -26,9 +26,9 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from minilora.config import base_folder
 from minilora.conversation import Turn, json_or_text, kind, read_conversation, read_tools
 from minilora.errors import UserError
+from minilora.hub import local_folder
 
 VERSIONS = ("v1", "v2", "v3")
 TOOL_CONTROLS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
@@ -136,7 +136,7 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> Tokenizer:
 
     Raises UserError, which names the file, if there is none, it is damaged, or it cannot serve that version.
     """
-    file = _find_file(base_folder(path))
+    file = _find_file(local_folder(path))
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -19,8 +19,9 @@ from minilora.checkpoint.layout import CONFIG_NAMES, Layout, find_layout, read_e
 from minilora.checkpoint.names import TensorSpec, n_tensors, tensor_specs
 from minilora.checkpoint.nf4_file import PARTS, NF4Entry, is_packed, open_nf4
 from minilora.checkpoint.safetensors_file import FLOATS, TensorEntry
-from minilora.config import ModelConfig, base_folder
+from minilora.config import ModelConfig
 from minilora.errors import UserError
+from minilora.hub import local_folder
 
 TIED_HEAD = TensorSpec("lm_head", "output", ())  # not needed, but may be stored beside the embedding that it equals
 
@@ -94,12 +95,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a folder of either layout, or "demo". Only headers are read, and the states of tensors in NF4.
+    """Open a folder of either layout, "demo", or a name on the hub (hub.py).
+
+    Only headers are read, and the states of tensors in NF4.
 
     Raises UserError for a folder that is no checkpoint, a bad config, a corrupt header, and for tensors that are
     missing, unknown, misshapen or of a type other than F32, BF16, F16 and bitsandbytes' NF4.
     """
-    folder = base_folder(path)
+    folder = local_folder(path)
     layout, config = find_layout(folder), read_config(folder)
     held = read_entries(folder, layout)
     if n_tensors(config) > len(held) + 1000:  # a made-up number of layers must not make us list billions of names

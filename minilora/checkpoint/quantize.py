@@ -25,9 +25,9 @@ from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.safetensors_file import DTYPES
 from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
 from minilora.checkpoint.write import check_target, sweep_stale
+from minilora.config import TOKENIZER_FILES
 from minilora.errors import UserError
 
-_TOKENIZER = ("*tokenizer*.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json")
 T = TypeVar("T")
 
 
@@ -62,7 +62,7 @@ def quantize_checkpoint(
     main = str(dtypes["embed_tokens.weight"]).removeprefix("torch.")
     config = config_to_hf(checkpoint.config, main) | {"quantization_config": quantization_to_hf(double_quant, main)}
     plan = plan_hf(config, [_planned(spec, dtypes[spec.name], double_quant) for spec in specs], max_shard_bytes)
-    tokenizers = sorted(f for f in checkpoint.folder.iterdir() if any(map(f.match, _TOKENIZER)))
+    tokenizers = sorted(f for f in checkpoint.folder.iterdir() if any(map(f.match, TOKENIZER_FILES)))
     for file in tokenizers:
         if not file.is_file():
             raise UserError(f"{file}: a broken link or no file; put the tokenizer's own file there, or remove it")

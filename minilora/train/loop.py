@@ -26,6 +26,7 @@ from minilora.evaluate.advice import advise
 from minilora.evaluate.answers import Answer, answer_samples, has_prompt
 from minilora.evaluate.metrics import score
 from minilora.evaluate.perplexity import mean_loss, perplexity
+from minilora.hub import is_hub_id
 from minilora.lora import adapters_off
 from minilora.train.looks import TRAIN, looks, note_look
 from minilora.train.run_folder import RunFolder, to_json
@@ -280,8 +281,8 @@ def open_test(run: Run) -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    """The path as it is found from everywhere; "demo" is a name."""
-    return path if path == "demo" else str(Path(path).expanduser().resolve())
+    """The path as it is found from everywhere; "demo" and what the hub has are names."""
+    return path if path == "demo" or is_hub_id(path) else str(Path(path).expanduser().resolve())
 
 
 def _write_answers(run: Run) -> None:

@@ -20,6 +20,7 @@ from minilora.errors import UserError, need_library
 from minilora.evaluate.answers import Answer
 from minilora.evaluate.forgetting import Forgetting, read_probes
 from minilora.evaluate.metrics import check_libraries
+from minilora.hub import pinned
 from minilora.memory import PeakMemory, one_line
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer, load_tokenizer
@@ -66,6 +67,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     check_libraries(config.eval.metrics)
     if config.train.tensorboard:
         need_library("tensorboard", "tensorboard", "train.tensorboard")
+    config = replace(config, model=replace(config.model, path=pinned(config.model.path)))
     checkpoint = open_checkpoint(config.model.path)
     base = checkpoint.folder
     tokenizer = load_tokenizer(config.model.tokenizer or base)
