@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.gpu_harness import dense_weight, in_turns, nf4_sets
 from benchmarks.nf4_matvec import SHAPES, decoded_product
@@ -108,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shuffled = measure(device, True) if shuffle_is_right(device) else None
     new = entry(architecture(device), torch.cuda.get_device_name(device), measure(device, False), shuffled)
     TABLE.write_text(as_text(with_entry(json.loads(TABLE.read_text("utf-8")), new)), "utf-8")
-    Console().print(new)
+    print(new)
     return 0
 
 

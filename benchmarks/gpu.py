@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.gpu_harness import in_turns, matmul_tflop_per_s, n_sets
 from benchmarks.harness import check_result, machine, show, write_result
@@ -108,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 1
-    device, console = torch.device("cpu" if parsed.dry else "cuda"), Console()
+    device = torch.device("cpu" if parsed.dry else "cuda")
     card = {"gpu": "none, a dry run" if parsed.dry else torch.cuda.get_device_name(device)}
     parts: dict[str, Any] = {}
     for name, (kind, measure) in PARTS.items():
@@ -123,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             parts[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
         parts[name] |= {"seconds_in_all": time.monotonic() - start, "machine": machine() | card}
-        console.print(f"{name}: {parts[name]['seconds_in_all']:.0f} s", highlight=False)
+        print(f"{name}: {parts[name]['seconds_in_all']:.0f} s", flush=True)
         if writes:
             write_result("gpu", {"parts": {name: parts[name]}}, parsed.out)
-    show({"parts": parts}, console)
+    show({"parts": parts})
     return 1 if any("error" in part for part in parts.values()) else 0
 
 

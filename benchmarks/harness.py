@@ -33,9 +33,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from minilora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -479,15 +476,15 @@ def rows_of(result: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], Mapping
         yield from ((line, part) for line in part.get("rows", []))
 
 
-def show(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """The rows of a result as a table, what failed below it."""
-    table = Table("", "minilora", "peer", "ratio")
-    for line, _ in rows_of(result):
-        table.add_row(line["what"], line["ours"], line["peer"], line["ratio"])
-    console = console or Console()
-    console.print(table)
+def show(result: Mapping[str, Any]) -> None:
+    """Print the rows of a result as a table, what failed below it; in plain text, so that a bare machine can."""
+    lines = [("", "minilora", "peer", "ratio")]
+    lines += [(line["what"], line["ours"], line["peer"], line["ratio"]) for line, _ in rows_of(result)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for cells in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
     for path, error in _errors(result):
-        console.print(f"failed: {path}: {error}", markup=False)
+        print(f"failed: {path}: {error}")
 
 
 def _errors(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

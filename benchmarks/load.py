@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from benchmarks.harness import (
@@ -185,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"load: {error}", file=sys.stderr)
         return 1
     write_result("load", {"parts": parts}, parsed.out)
-    show({"parts": parts}, Console())
+    show({"parts": parts})
     sides = [side for part in parts.values() for work in part["works"].values() for side in work.values()]
     return 1 if any("error" in side for side in sides) else 0
 

@@ -346,7 +346,7 @@ def _run(names: Sequence[str], rounds: int, cap_s: float, out: str | None) -> in
             parts[name] = {"error": f"{type(error).__name__}: {error}"}
         if out or not cell.quick:
             write_result("train_step", {"parts": {name: parts[name]}}, out)
-    show({"parts": parts}, console)
+    show({"parts": parts})
     return 1 if any("error" in part for part in parts.values()) else 0
 
 

@@ -7,22 +7,27 @@ from typing import Literal, cast
 import torch
 
 from minilora.backend import pick_device, pick_dtype
-from minilora.checkpoint.adapter import CONFIG, load_adapter, read_adapter_config, read_provenance
+from minilora.checkpoint.adapter import CONFIG, read_adapter, read_adapter_config
 from minilora.checkpoint.load import load_model
+from minilora.checkpoint.mistral_adapter import is_mistral
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
-from minilora.config import BaseConfig
+from minilora.checkpoint.provenance import check_origin, read_provenance, recipe
+from minilora.config import BaseConfig, LoraConfig, PrefixConfig
 from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.memory import DenseDtype, StepPlan, as_text, free_bytes, predict, private_bytes
 from minilora.model import Mistral
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
 
 UNNAMED = ""  # a path: the adapter names its base, and without an adapter it is "demo"
 
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint and its tokenizer, and how its weights are to be loaded."""
+    """A checkpoint and its tokenizer, and how its weights are to be loaded.
+
+    scaling: of an adapter of mistral-finetune; added: what the adapter configures; warnings: what is to be said of it
+    """
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -31,20 +36,27 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     adapter: str | None
+    scaling: float | None = None
+    added: LoraConfig | PrefixConfig | None = None
+    warnings: tuple[str, ...] = ()
 
     @staticmethod
-    def find(config: BaseConfig, adapter: str | None = None) -> "Base":
+    def find(
+        config: BaseConfig, adapter: str | None = None, *, scaling: float | None = None, force: bool = False
+    ) -> "Base":
         """What the config says, and where it leaves something open, what the adapter was trained on.
 
-        Raises UserError for what is not there, and for another tokenizer than the adapter's.
+        Raises UserError for what is not there or not to be read, and unless `force` is given, for another base,
+        tokenizer or template than the adapter's, and for files of it that were altered.
         """
-        if adapter is not None and not (Path(adapter) / CONFIG).is_file():
+        if adapter is not None and not (Path(adapter) / CONFIG).is_file() and not is_mistral(Path(adapter)):
             raise UserError(f"{adapter}: holds no {CONFIG}; name the folder of an adapter, such as RUN/adapter")
         made_on = read_provenance(adapter) if adapter is not None else {}
         quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
-        if adapter is not None and config.quantize == "auto":
-            quantize = "nf4" if made_on.get("quantize") else None
-            config = replace(config, double_quant=made_on.get("double_quant", config.double_quant))
+        if (trained_on := made_on.get("quantization")) and config.quantize == "auto":
+            quantize = "nf4" if trained_on.get("type") == "nf4" else None
+            double_quant = trained_on.get("double_quant")
+            config = config if double_quant is None else replace(config, double_quant=double_quant)
         if adapter is not None and config.path == UNNAMED:
             if "base_path" not in made_on:
                 raise UserError(f"{adapter}: does not say where its base lies; give it with --model.path")
@@ -52,24 +64,39 @@ class Base:
         checkpoint = open_checkpoint("demo" if config.path == UNNAMED else config.path)
         if config.quantize == "none":
             checkpoint.refuse_nf4('model.quantize "none"')
-        tokenizer = load_tokenizer(config.tokenizer or made_on.get("tokenizer_path") or checkpoint.folder)
-        trained_with = (made_on.get("tokenizer") or {}).get("sha256")
-        if trained_with not in (None, data_fingerprint(tokenizer.path)):
-            another = f"is not the tokenizer that {adapter} was trained with"
-            raise UserError(f"{tokenizer.path}: {another}; name that one with --model.tokenizer")
+        file = config.tokenizer or made_on.get("tokenizer_path") or checkpoint.folder
+        old_hf_spaces = config.old_hf_spaces or (made_on.get("tokenizer") or {}).get("template") == OLD_HF
+        tokenizer = load_tokenizer(file, old_hf_spaces=old_hf_spaces)
+        if mismatch := tokenizer.mismatch(checkpoint.config.vocab_size):
+            raise UserError(mismatch)
         device = pick_device(config.device)
         dtype, _ = pick_dtype(device, config.dtype)
-        return Base(checkpoint, tokenizer, quantize, config.double_quant, dtype, device, adapter)
+        base = Base(checkpoint, tokenizer, quantize, config.double_quant, dtype, device, adapter, scaling)
+        if adapter is None:
+            return base
+        here = {
+            "base_fingerprint": checkpoint.fingerprint(),
+            "quantization": recipe(base.nf4_double_quant, dtype),
+            "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.template},
+        }
+        said = check_origin(Path(adapter), made_on, here, force)
+        added = read_adapter_config(adapter, checkpoint.config, scaling=scaling)
+        return replace(base, added=added, warnings=tuple(said))
+
+    @property
+    def nf4_double_quant(self) -> bool | None:
+        """Of weights that are or will be in NF4, whether their absmax are in 8 bits; None of plain ones."""
+        if self.checkpoint.nf4:
+            return self.checkpoint.double_quant
+        return self.double_quant if self.quantize is not None else None
 
     def predict(self, rows: int, length: int, new: int | None = None) -> dict[str, int]:
         """Bytes by owner while `rows` texts of `length` tokens are continued by `new`, or scored if that is None."""
         dense = cast(DenseDtype, str(self.dtype).removeprefix("torch."))
-        quantized = self.checkpoint.nf4 or self.quantize is not None
-        double_quant = self.checkpoint.double_quant if self.checkpoint.nf4 else self.double_quant
-        storage = dense if not quantized else "nf4 double-quantized" if double_quant else "nf4"
-        added = None if self.adapter is None else read_adapter_config(Path(self.adapter), self.checkpoint.config)
-        plan = StepPlan(self.checkpoint.config, storage, dense, added, rows, length, sees="mask", device=self.device)
-        at_rest = predict(self.checkpoint.config, storage, dense, added)
+        double_quant, sizes = self.nf4_double_quant, self.checkpoint.config
+        storage = dense if double_quant is None else "nf4 double-quantized" if double_quant else "nf4"
+        plan = StepPlan(sizes, storage, dense, self.added, rows, length, sees="mask", device=self.device)
+        at_rest = predict(sizes, storage, dense, self.added)
         learning = ("gradients", "optimizer")
         process = {"process": private_bytes()} if self.device.type == "cpu" else {}
         held = process | {owner: n for owner, n in at_rest.items() if owner not in learning}
@@ -94,4 +121,6 @@ class Base:
             dtype=self.dtype,
             device=self.device,
         )
-        return (load_adapter(model, self.adapter) if self.adapter is not None else model).eval()
+        if self.adapter is not None:
+            read_adapter(self.adapter, model.config, scaling=self.scaling).attach(model)
+        return model.eval()

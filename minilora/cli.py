@@ -9,7 +9,8 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 from rich.console import Console
 
-from minilora.config import METRICS, MISTRAL_7B, BaseConfig, EvalConfig, RunConfig, base_folder, to_dict
+from minilora.config import METRICS, MISTRAL_7B, BaseConfig, EvalConfig, Route, RunConfig, to_dict
 from minilora.errors import UserError, is_out_of_memory
 from minilora.recipes import recipe_file, recipe_names, summary
 
@@ -207,6 +208,12 @@ def _dry_run(config: RunConfig) -> None:
 def _base_arguments(parser: ArgumentParser) -> None:
     _model_arguments(parser)
     parser.add_argument("--adapter", help="folder of an adapter; unless --model.path is given, it names its base")
+    _adapter_arguments(parser)
+
+
+def _adapter_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--adapter_scaling", type=PositiveFloat, help="of mistral-finetune, if no params.json says it")
+    parser.add_argument("--force", action="store_true", help="take it for another base or tokenizer, or if altered")
 
 
 def _model_arguments(parser: ArgumentParser) -> None:
@@ -214,11 +221,17 @@ def _model_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults({"model.path": ""})  # base.UNNAMED
 
 
-def _tell(predicted: dict[str, int]) -> None:
-    """The ledger, beside the output; once all is well, so that an error is one line."""
+def _tell(predicted: dict[str, int], warnings: Sequence[str]) -> None:
+    """The ledger, beside the output, and what was overridden; once all is well, so that an error is one line."""
     from minilora.memory import one_line
 
+    _warn(warnings)
     print(one_line(predicted), file=sys.stderr)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def data(args: list[str]) -> None:
@@ -266,7 +279,7 @@ def evaluate(args: list[str]) -> None:
 
     from minilora.base import Base
     from minilora.checkpoint.write import atomic_write
-    from minilora.data.encode import check_vocab, encode_records
+    from minilora.data.encode import encode_records
     from minilora.data.records import data_fingerprint, read_records
     from minilora.evaluate.answers import answer_samples, has_prompt
     from minilora.evaluate.metrics import check_libraries, score
@@ -279,17 +292,16 @@ def evaluate(args: list[str]) -> None:
     check_libraries(metrics)
     if parsed.out and Path(parsed.out).exists():
         raise UserError(f"{parsed.out}: exists already; name another file with --out")
-    base = Base.find(parsed.model, parsed.adapter)
+    base = Base.find(parsed.model, parsed.adapter, scaling=parsed.adapter_scaling, force=parsed.force)
     tokenizer, batch_size = base.tokenizer, parsed.eval.batch_size
     samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
-    check_vocab(samples, base.checkpoint.config.vocab_size)
     lengths = [sample.length for sample in samples]
     works: list[tuple[int, int, int | None]] = [(batch_size, min(parsed.data.max_seq_len, sum(lengths)), None)]
     if parsed.eval.answers:
         works.append((batch_size, max(lengths), parsed.eval.max_new_tokens))
     predicted = base.check(*works)
     model = base.load()
-    _tell(predicted)
+    _tell(predicted, base.warnings)
     loss, n_targets = mean_loss(model, samples, parsed.data.max_seq_len, parsed.eval.batch_size)
     result: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "target_tokens": n_targets}
     chats = [s for s in samples if has_prompt(s)][: parsed.eval.answers]
@@ -324,63 +336,77 @@ def generate(args: list[str]) -> None:
 
     from minilora.base import Base
     from minilora.generation import stream
+    from minilora.tokenizer import TextStream
 
-    base = Base.find(parsed.model, parsed.adapter)
+    base = Base.find(parsed.model, parsed.adapter, scaling=parsed.adapter_scaling, force=parsed.force)
     tokenizer = base.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(parsed.prompt)]
     if not parsed.raw:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": parsed.prompt}])
-    if (largest := max(ids)) >= base.checkpoint.config.vocab_size:
-        raise UserError(f"token id {largest} is not in the model's vocabulary: {tokenizer.path} is another model's")
     predicted = base.check((1, len(ids), parsed.max_new_tokens))
     model = base.load()
-    _tell(predicted)
-    given: list[int] = []
-    shown = ""
+    _tell(predicted, base.warnings)
+    text = TextStream(tokenizer)
     options = {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
     for token in stream(model, torch.tensor([ids]), parsed.max_new_tokens, eos_id=tokenizer.eos_id, **options):
         if int(token) == tokenizer.eos_id:
             break
-        given.append(int(token))
-        text = tokenizer.decode(given)
-        if not text.endswith("\ufffd"):  # half a character, until the bytes that follow
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+        print(text.add(int(token)), end="", flush=True)
+    print(text.end())
 
 
 def merge(args: list[str]) -> None:
-    """Write base plus adapter as one bf16 model, once an audit passed: minilora merge ADAPTER OUT --text FILE"""
+    """Write base plus adapter as one model, once an audit passed: minilora merge ADAPTER [OUT] --text FILE"""
     parser = _parser(merge)
     parser.add_argument("adapter_folder", metavar="ADAPTER")
-    parser.add_argument("out", metavar="OUT", help="the new folder, in Hugging Face's layout")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="the new folder; without it every way is only measured")
+    parser.add_argument(
+        "--onto",
+        type=Route,
+        default="trained",
+        help="what B A is added to: the weights it was trained beside (NF4, dequantized), the original ones, or "
+        "requantized: as trained, and the sum in NF4 again",
+    )
     parser.add_argument("--text", help="held-out JSONL to compare on; by default the run's own validation file")
+    parser.add_argument("--audit_tokens", type=PositiveInt, default=4096, help="target tokens of it to compare on")
     parser.add_argument("--data.max_seq_len", type=PositiveInt, default=2048)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     _model_arguments(parser)
+    _adapter_arguments(parser)
     parsed = _parse(parser, args)
 
     from minilora.base import Base
-    from minilora.checkpoint.adapter import read_adapter_config, read_provenance
-    from minilora.checkpoint.merge import refuse_prefix
+    from minilora.checkpoint.adapter import read_adapter
     from minilora.checkpoint.write import check_target
-    from minilora.data.encode import check_vocab, encode_records
+    from minilora.data.encode import encode_records
     from minilora.data.records import read_records
-    from minilora.evaluate.merge_audit import merge_with_audit
+    from minilora.evaluate.distance import first_tokens
+    from minilora.evaluate.merge_audit import audit_routes, merge_with_audit
+    from minilora.report.console import table, weights_bar
 
-    refuse_prefix(read_adapter_config(Path(parsed.adapter_folder)))
-    text = parsed.text or read_provenance(parsed.adapter_folder).get("validation_path")
+    if parsed.out is not None:
+        check_target(parsed.out, parsed.overwrite, [parsed.adapter_folder])
+    base = Base.find(parsed.model, parsed.adapter_folder, scaling=parsed.adapter_scaling, force=parsed.force)
+    adapter = read_adapter(parsed.adapter_folder, base.checkpoint.config, scaling=parsed.adapter_scaling)
+    text = parsed.text or adapter.provenance.get("validation_path")
     if not text:
         raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
-    base = parsed.model.path or read_provenance(parsed.adapter_folder).get("base_path", "")
-    check_target(parsed.out, parsed.overwrite, [parsed.adapter_folder, *([base_folder(base)] if base else [])])
-    found = Base.find(parsed.model, parsed.adapter_folder)
-    samples, _ = encode_records(read_records(text), found.tokenizer, parsed.data.max_seq_len)
-    check_vocab(samples, found.checkpoint.config.vocab_size)
-    length, tokenizer = parsed.data.max_seq_len, found.tokenizer.path
-    audit = merge_with_audit(found.load(), Path(parsed.out), samples, length, tokenizer, parsed.overwrite)
-    print(audit.text())
-    print(f"written to {parsed.out}")
+    samples, _ = encode_records(read_records(text), base.tokenizer, parsed.data.max_seq_len)
+    samples, console = first_tokens(samples, parsed.audit_tokens), Console()
+    with weights_bar(console) as bar:
+        if parsed.out is None:
+            audit = audit_routes(base, adapter, samples, parsed.data.max_seq_len, bar)
+        else:
+            audit = merge_with_audit(
+                base, adapter, Path(parsed.out), samples, parsed.data.max_seq_len, route=parsed.onto,
+                overwrite=parsed.overwrite, force=parsed.force, progress=bar,
+            )  # fmt: skip
+    _warn(base.warnings)
+    console.print(table(audit.COLUMNS, audit.rows()))
+    if parsed.out is not None:
+        if not audit.passed(parsed.onto):
+            print(f"warning: --force overrode the audit: {audit.text(parsed.onto)}", file=sys.stderr)
+        print(f"written to {parsed.out}")
 
 
 def quantize(args: list[str]) -> None:
@@ -389,31 +415,86 @@ def quantize(args: list[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face's layout or Mistral's own, or demo")
     parser.add_argument("out", metavar="OUT", help="the new folder, in Hugging Face's layout")
     parser.add_argument("--double_quant", type=bool, default=True, help="also store each block's absmax in 8 bits")
-    parser.add_argument(
-        "--dtype",
-        type=Literal["auto", "bfloat16", "float16", "float32"],
-        default="auto",
-        help="of embeddings, norms and head, and what the rest is dequantized to; auto is MODEL's own",
-    )
+    _dtype_argument(parser, "of embeddings, norms and head, and what the rest is dequantized to; auto is MODEL's own")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parsed = _parse(parser, args)
 
+    from minilora.checkpoint.quantize import quantize_checkpoint
+
+    options = {name: getattr(parsed, name) for name in ("double_quant", "overwrite")}
+    with _weights_bar(parsed.out) as progress:
+        quantize_checkpoint(parsed.model, parsed.out, dtype=_dtype(parsed.dtype), progress=progress, **options)
+    print(f"written to {parsed.out}")
+
+
+def export(args: list[str]) -> None:
+    """Write a checkpoint as other programs read it, reopened and compared: minilora export MODEL OUT --to FORMAT"""
+    parser = _parser(export)
+    parser.add_argument("model", metavar="MODEL", help="a folder in either layout, plain or in NF4, or demo")
+    parser.add_argument("out", metavar="OUT", help="the new folder")
+    parser.add_argument("--to", required=True, choices=["hf", "mistral", "bnb-4bit", "gguf-f16", "gguf-q8_0"])
+    _dtype_argument(parser, "of the weights, for hf and mistral, and as in quantize for bnb-4bit; auto is MODEL's own")
+    parser.add_argument("--tokenizer", help="file or folder of the tokenizer, where it does not lie with MODEL")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parsed = _parse(parser, args)
+
+    from minilora.checkpoint.export import export_checkpoint
+
+    options = {name: getattr(parsed, name) for name in ("tokenizer", "overwrite")}
+    with _weights_bar(parsed.out) as progress:
+        compared, notes = export_checkpoint(
+            parsed.model, parsed.out, parsed.to, dtype=_dtype(parsed.dtype), progress=progress, **options
+        )
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    print(f"{compared}\nwritten to {parsed.out}")
+
+
+def _dtype_argument(parser: ArgumentParser, what: str) -> None:
+    kinds = Literal["auto", "bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", type=kinds, default="auto", help=what)
+
+
+def _dtype(name: str) -> Any:
     import torch
 
-    from minilora.checkpoint.quantize import quantize_checkpoint
+    return None if name == "auto" else getattr(torch, name)
+
+
+@contextmanager
+def _weights_bar(out: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield progress(weights done, weights in all), at which a signal stops the work."""
     from minilora.report.console import weights_bar
     from minilora.train.signals import StopRequest
 
-    dtype = None if parsed.dtype == "auto" else getattr(torch, parsed.dtype)
-    options = {name: getattr(parsed, name) for name in ("double_quant", "overwrite")}
     with StopRequest() as stop, weights_bar(Console()) as bar:
 
         def progress(done: int, of: int) -> None:
             bar(done, of)
-            stop.follow(f"{parsed.out}: stopped, nothing was written")
+            stop.follow(f"{out}: stopped, nothing was written")
 
-        quantize_checkpoint(parsed.model, parsed.out, dtype=dtype, progress=progress, **options)
-    print(f"written to {parsed.out}")
+        yield progress
+
+
+def inspect(args: list[str]) -> None:
+    """What a model, adapter, run, GGUF file or tokenizer is, and whether it would load: minilora inspect PATH"""
+    parser = _parser(inspect)
+    parser.add_argument("path", metavar="PATH", help="a folder or a file, or demo")
+    parser.add_argument("--checksum", action="store_true", help="sha256 of every file, held against manifest.json")
+    parser.add_argument("--json", action="store_true", help="print one object of JSON")
+    parsed = _parse(parser, args)
+
+    from minilora.report.facts import gather
+    from minilora.report.inspect import show_facts
+    from minilora.train.run_folder import to_json
+
+    facts = gather(parsed.path, checksum=parsed.checksum)
+    if parsed.json:
+        print(to_json(facts, indent=1))
+    else:
+        show_facts(facts, Console())
+    if facts["reason"]:
+        raise UserError(f"{parsed.path}: would not load: {facts['reason']}")
 
 
 def explain(args: list[str]) -> None:
@@ -541,5 +622,6 @@ def demo(args: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    f.__name__: f for f in (demo, train, data, compare, evaluate, generate, quantize, merge, explain, verify)
+    f.__name__: f
+    for f in (demo, train, data, compare, evaluate, generate, quantize, merge, export, inspect, explain, verify)
 }

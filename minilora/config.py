@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilora.errors import UserError
+from minilora.patterns import check_pattern, first_match
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENIZER_FILES = (
     "*tokenizer*.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json",
 )  # fmt: skip
+Route = Literal["trained", "original", "requantized"]  # of a merge (checkpoint/merge.py)
+MAX_NAMES = 4096  # in a list of layers, and characters in an expression for them
+ALL_LINEAR = "all-linear"
 METRICS = ("exact_match", "f1", "bleu", "rouge")
 
 
@@ -89,6 +93,7 @@ class BaseConfig:
         path: folder of a checkpoint, HF layout or Mistral's own; or ORG/NAME, ORG/NAME@REVISION on the hub (extra
             `hub`); or "demo", the tiny Mistral that ships in the package
         tokenizer: file or folder of the tokenizer, where it does not lie with the model
+        old_hf_spaces: no space before an answer, as in Hugging Face's old chat template of v0.1 and v0.2
         quantize: the linear layers' storage; "auto" is "nf4" for the strategy qlora and "none" for the others
         double_quant: also store each NF4 block's absmax in 8 bits
         dtype: what is computed in; "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU
@@ -97,6 +102,7 @@ class BaseConfig:
 
     path: str = "demo"
     tokenizer: str | None = None
+    old_hf_spaces: bool = False
     quantize: Literal["auto", "nf4", "none"] = "auto"
     double_quant: bool = True
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -111,28 +117,68 @@ class LoraConfig:
         rank: columns of B and rows of A
         alpha: numerator of the scale
         dropout: probability of zeroing an input of A while training
-        targets: names of the linear layers that get an adapter
+        targets: the linear layers that get an adapter: ends of their names, such as q_proj or layers.0.mlp.up_proj; or
+            one regular expression, which a name such as model.layers.0.mlp.up_proj must match; or "all-linear"
         rslora: divide alpha by sqrt(rank) (https://arxiv.org/abs/2312.03732)
         dora: learn the length of each row of W + scale * B A apart from its direction (https://arxiv.org/abs/2402.09353)
+        rank_pattern: another rank by layer: a name's end, or a regular expression for it, and the rank
+        alpha_pattern: another alpha by layer
+        modules_to_save: modules that learn whole, in float32, beside the adapters: embed_tokens, lm_head, model.norm;
+            as PEFT has it, every module but the linear layers whose name so ends: norm is all the norms
+
+    The methods take a layer's name in our model, layers.0.mlp.up_proj, and match as PEFT does, with "model." before it.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: tuple[str, ...] | str = PROJECTIONS
     rslora: bool = False
     dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(0 < self.rank < 2**31, f"lora.rank is {self.rank}, but must be above 0 and below 2^31")
-        _check(0 < self.alpha < 1e30, f"lora.alpha is {self.alpha}, but must be above 0 and below 1e30")
+        for key in ("targets", "modules_to_save"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, value if isinstance(value, str) else tuple(value))
+        for key in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
+            _check(len(getattr(self, key)) <= MAX_NAMES, f"lora.{key} holds more than {MAX_NAMES}")
+        for key, top in (("rank", "2^31"), ("alpha", "1e30")):
+            for pattern, value in {"": getattr(self, key), **getattr(self, f"{key}_pattern")}.items():
+                name = f"lora.{key}_pattern {pattern}" if pattern else f"lora.{key}"
+                limit = 2**31 if key == "rank" else 1e30
+                _check(0 < value < limit, f"{name} is {value}, but must be above 0 and below {top}")
+                check_pattern(rf".*\.({pattern})", f"lora.{key}_pattern")
         _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}, but must be at least 0 and below 1")
         _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
+        if isinstance(self.targets, str):
+            check_pattern(self.targets, "lora.targets")
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
-        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+        """What B A x is multiplied by, where no pattern says otherwise."""
+        return self.scale_of("")
+
+    def scale_of(self, name: str) -> float:
+        """What B A x is multiplied by in the layer of that name."""
+        rank, alpha = self.rank_of(name), first_match(self.alpha_pattern, name, self.alpha)
+        return float(alpha / (rank**0.5 if self.rslora else rank))
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the adapter of that layer."""
+        return first_match(self.rank_pattern, name, self.rank)
+
+    def adapts(self, name: str) -> bool:
+        """Whether `targets` means the linear layer of that name."""
+        if isinstance(self.targets, str):
+            return self.targets.lower() == ALL_LINEAR or re.fullmatch(self.targets, _peft_name(name)) is not None
+        return any(f".{_peft_name(name)}".endswith(f".{target}") for target in self.targets)
+
+    def saves(self, name: str) -> bool:
+        """Whether `modules_to_save` means the module of that name, which is no linear layer with an adapter."""
+        return _peft_name(name).endswith(self.modules_to_save)
 
 
 Sources = tuple[str, ...] | str
@@ -363,6 +409,7 @@ class RunConfig:
         _check(train.reinit != "all" or train.strategy == "full", f'{named} cannot train what train.reinit "all" draws')
         has_lora, why = train.strategy in ("lora", "qlora"), f"is for lora and qlora; {named} has no A and B"
         _check(has_lora or not self.lora.dora, f"lora.dora {why}")
+        _check(has_lora or not self.lora.modules_to_save, f"lora.modules_to_save {why}")
         _check(has_lora or train.lora_plus_ratio == 1, f"train.lora_plus_ratio {why}")
 
     @property
@@ -388,6 +435,10 @@ def to_dict(config: Any) -> dict[str, Any]:
         elif value is not None:
             out[f.name] = list(value) if isinstance(value, tuple) else value
     return out
+
+
+def _peft_name(name: str) -> str:
+    return name if name == "lm_head" else f"model.{name}"
 
 
 def _check(ok: bool, message: str) -> None:

@@ -1,5 +1,7 @@
 """What a conversation may be, and its normal form: one system text and turns that begin with a user's.
 
+In v7 system messages are turns, too, any turn may be the first, and an assistant's may hold text and tool calls.
+
 Source: mistral-common, `protocol/instruct/validator.py` (which role may follow which, calls and results that match) and
 `normalize.py` (system texts joined, neighbours of one role joined, by empty lines). Every refusal is one line that says
 which message, counted from 1. That a tool's parameters are a JSON schema is not checked here: any object will do.
@@ -25,11 +27,15 @@ ROLES = tuple(MAY_FOLLOW)
 
 @dataclass(frozen=True)
 class Turn:
-    """A message as the templates see it: the role's own text, tool calls as {"name", "arguments"[, "id"]}."""
+    """A message as the templates see it: the role's own text, tool calls as {"name", "arguments"[, "id"]}.
+
+    result: what a tool gave, up to v3 the value that its JSON holds
+    """
 
     role: str
     text: str = ""
     calls: tuple[dict[str, Any], ...] = ()
+    result: Any = None
     call_id: Any = None
     name: str | None = None
     weight: float | None = None
@@ -37,15 +43,18 @@ class Turn:
 
 
 def read_conversation(messages: Sequence[Mapping[str, Any]], version: str) -> tuple[str, list[Turn]]:
-    """Check messages by the rules of a tokenizer's version; (the system text or "", the turns, a user's first).
+    """Check messages by the rules of a tokenizer's version; (the system text or "", the turns).
 
     Raises UserError for what mistral-common refuses.
     """
-    turns = [_read_message(message, n) for n, message in enumerate(messages, 1)]
+    turns = [_read_message(message, n, version) for n, message in enumerate(messages, 1)]
     _check_order(turns)
-    if version == "v3":
-        _check_call_ids(turns)
-    return _merge(turns)
+    if version in ("v3", "v7"):
+        _check_call_ids(turns, version)
+    if version == "v7":
+        return "", _merge(turns, version)
+    system = (t.text for t, m in zip(turns, messages, strict=True) if t.role == "system" and m["content"])
+    return "\n\n".join(system), _merge(turns, version)
 
 
 def content_text(content: Any) -> str:
@@ -59,7 +68,7 @@ def content_text(content: Any) -> str:
     raise UserError(f"its content is {kind(content)}, but must be text or a list of text parts")
 
 
-def _read_message(message: Mapping[str, Any], n: int) -> Turn:
+def _read_message(message: Mapping[str, Any], n: int, version: str) -> Turn:
     try:
         if not isinstance(message, Mapping):
             raise UserError(f"it is {kind(message)}, but must be an object with role and content")
@@ -67,22 +76,25 @@ def _read_message(message: Mapping[str, Any], n: int) -> Turn:
         if role not in ROLES:
             raise UserError(f"its role is {role!r}, but must be one of {', '.join(ROLES)}")
         if role == "assistant":
-            return _read_assistant(message)
-        name = message.get("name") if role == "tool" else None
-        if name is not None:
+            return _read_assistant(message, version)
+        text = content_text(content)
+        if role != "tool":
+            return Turn(role, text)
+        if (name := message.get("name")) is not None:
             _check_name(name)
-        return Turn(role, content_text(content), call_id=message.get("tool_call_id"), name=name)
+        result = text if version == "v7" else json_or_text(text)
+        return Turn(role, result=result, call_id=message.get("tool_call_id"), name=name)
     except UserError as error:
         raise UserError(f"message {n}: {error}") from None
 
 
-def _read_assistant(message: Mapping[str, Any]) -> Turn:
+def _read_assistant(message: Mapping[str, Any], version: str) -> Turn:
     content, calls, weight = message.get("content"), message.get("tool_calls") or [], message.get("weight")
     text = "" if content is None else content_text(content)
     if not isinstance(calls, list):
         raise UserError(f"its tool_calls are {kind(calls)}, but must be a list")
-    if bool(text) == bool(calls):
-        has = "both content and tool_calls" if text else "neither content nor tool_calls"
+    if bool(content) == bool(calls) and version != "v7":
+        has = "both content and tool_calls" if content else "neither content nor tool_calls"
         raise UserError(f"the assistant has {has}, but must have one of them")
     if weight not in (None, 0, 1):
         raise UserError(f"its weight is {weight!r}, but must be 0 or 1")
@@ -147,15 +159,15 @@ def _check_order(turns: list[Turn]) -> None:
         raise UserError(f"the conversation ends, but {open_calls} tool calls have no result")
 
 
-def _check_call_ids(turns: list[Turn]) -> None:
-    """v3 pairs calls and results by ids of 9 letters or digits; a last call that is trained on may have none."""
+def _check_call_ids(turns: list[Turn], version: str) -> None:
+    """v3 and v7 pair calls and results by ids of 9 letters or digits; a last call that is trained on may have none."""
     for n, turn in enumerate(turns, 1):
         call_ids = [turn.call_id] if turn.role == "tool" else [call.get("id") for call in turn.calls]
         for call_id in call_ids:
             if call_id is None and turn.role == "assistant" and n == len(turns):
                 continue
             if not isinstance(call_id, str) or not re.fullmatch("[a-zA-Z0-9]{9}", call_id):
-                must = "but v3 needs 9 letters or digits; rename it in the call and in its result"
+                must = f"but {version} needs 9 letters or digits; rename it in the call and in its result"
                 raise UserError(f"message {n}: the tool call id is {call_id!r}, {must}")
 
 
@@ -163,23 +175,25 @@ def _is_answered(turns: list[Turn]) -> bool:
     return turns[-1].role == "assistant" and not turns[-1].prefix
 
 
-def _merge(turns: list[Turn]) -> tuple[str, list[Turn]]:
-    """(the joined system texts, the other turns: neighbours of one role and weight joined, a user's first)."""
-    system = "\n\n".join(turn.text for turn in turns if turn.role == "system" and turn.text)
-    merged: list[Turn] = []
+def _merge(turns: list[Turn], version: str) -> list[Turn]:
+    """Neighbours of one role and weight as one turn, but for results; up to v3 no system's, and a user's first."""
+    merged, n = list[Turn](), 0
     for (role, _), group in groupby(turns, key=lambda turn: (turn.role, turn.weight)):
         run = list(group)
-        if role == "tool":
+        n += len(run)
+        if role == "tool" or (role == "system" and version == "v7"):
             merged += run
         elif role != "system":
             text = "\n\n".join(turn.text for turn in run if turn.text)
             calls = tuple(call for turn in run for call in turn.calls)
-            if text and calls:
+            if text and calls and version != "v7":
                 raise UserError("neighbouring assistant messages hold content and tool calls; put a user's in between")
+            if role == "assistant" and not text and not calls:
+                raise UserError(f"message {n}: the assistant has neither content nor tool_calls")
             merged.append(replace(run[-1], text=text, calls=calls))
-    if not merged or merged[0].role != "user":
+    if version != "v7" and (not merged or merged[0].role != "user"):
         merged.insert(0, Turn("user"))
-    return system, merged
+    return merged
 
 
 def json_or_text(content: str | dict[str, Any]) -> Any:
@@ -188,8 +202,12 @@ def json_or_text(content: str | dict[str, Any]) -> Any:
         return content
     try:
         return json.loads(content or "{}")
-    except (ValueError, RecursionError):
+    except json.JSONDecodeError:
         return content
+    except (ValueError, RecursionError):  # ValueError: an integer of thousands of digits
+        raise UserError(
+            "JSON of a tool call or result has a number too long or nests too deep; give it as text"
+        ) from None
 
 
 def kind(value: Any) -> str:

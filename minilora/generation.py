@@ -71,7 +71,7 @@ def stream(
     positions = torch.arange(T, device=model.device).expand(B, T)
     if n_padding is not None:
         positions = positions - n_padding.to(model.device)[:, None]
-    cache = KVCache(model.config, B, T + max_new_tokens, model.embed_tokens.weight.dtype, model.device)
+    cache = KVCache(model.config, B, T + max_new_tokens, model.dtype, model.device)
     ended = torch.zeros(B, dtype=torch.bool, device=model.device)
     for _ in range(max_new_tokens):
         hidden = model.hidden(tokens, positions, cache=cache)

@@ -14,23 +14,28 @@ m (out,) starts at the row lengths of W. n is made without decoding W, for W A^T
     n^2 = ||w||^2 + 2 scale b . (W A^T) + scale^2 b . (A A^T b)
 
 Dropout touches what goes into A alone. (PEFT drops from W x, too, where DoRA meets dropout, in a second product.)
+
+`modules_to_save` are embedding, head or norms that learn whole: a float32 copy takes the frozen module's place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import sqrt
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.func import functional_call
+from torch.nn.functional import dropout, embedding, linear
 
-from minilora.config import LoraConfig
+from minilora.config import ALL_LINEAR, LoraConfig
 from minilora.errors import UserError
 from minilora.linear import NF4Linear, slices
 from minilora.nf4 import NF4Tensor
+from minilora.patterns import first_match
 
 Model = TypeVar("Model", bound=nn.Module)
+SAVABLE = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")  # modules_to_save
 
 
 class Added(nn.Module):
@@ -45,13 +50,14 @@ class LoRALinear(Added):
     lora_magnitude_vector: nn.Parameter | None
     squared_rows: Tensor | None  # ||w||^2 of each row of the base
 
-    def __init__(self, base: nn.Linear | NF4Linear, config: LoraConfig) -> None:
+    def __init__(self, base: nn.Linear | NF4Linear, config: LoraConfig, name: str = "") -> None:
+        """name: the layer's own, by which `config` may have another rank or alpha for it."""
         super().__init__()
         self.base = base
-        self.scale, self.dropout = config.scale, config.dropout
+        self.scale, self.dropout, rank = config.scale_of(name), config.dropout, config.rank_of(name)
         device = next(iter([*base.parameters(), *base.buffers()])).device
-        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         bound = 1 / sqrt(base.in_features)  # PEFT's kaiming_uniform with a = sqrt(5)
         nn.init.uniform_(self.lora_A, -bound, bound)
         squared = _squared_rows(base.weight) if config.dora else None
@@ -91,6 +97,30 @@ class LoRALinear(Added):
         return merged.mul_((self.lora_magnitude_vector.detach() / lengths)[:, None])
 
 
+class TrainedCopy(Added):
+    """`base`, a frozen embedding, head or norm, whose weight a float32 copy, `trained`, stands in for and learns."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        self.trained = nn.Parameter(weight.detach().float().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in use."""
+        return self.trained if self.enabled else self.base.weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            y: Tensor = self.base(x)
+        elif isinstance(self.base, nn.Embedding):
+            y = embedding(x, self.trained).to(self.base.weight.dtype)
+        else:
+            y = functional_call(self.base, {"weight": self.trained.to(x.dtype)}, (x,))
+        return y
+
+
 @torch.no_grad()
 def _squared_rows(weight: NF4Tensor | Tensor) -> Tensor:
     """||w||^2 (out,) float32 of each row of a weight (out, in), which is decoded by slices."""
@@ -99,24 +129,68 @@ def _squared_rows(weight: NF4Tensor | Tensor) -> Tensor:
 
 
 def add_lora(model: Model, config: LoraConfig) -> Model:
-    """Freeze `model` and put an adapter beside every linear layer of its blocks that `config.targets` names.
+    """Freeze `model`, put an adapter beside every linear layer of its blocks that `config.targets` means, and a copy
+    that learns in the place of every module that `config.modules_to_save` means.
 
-    A target is the last part of a layer's name, such as "q_proj". Changes the model in place and returns it. Raises
-    UserError if a target names no layer, or the model has adapters already.
+    Changes the model in place and returns it. Raises UserError if a target, pattern or module to save means nothing
+    here, or the model has adapters already.
     """
     refuse_added(model)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear) and "." in name}
-    endings = {name.rsplit(".", 1)[-1] for name in linears}
-    unknown = sorted(set(config.targets) - endings)
-    if unknown:
-        raise UserError(f"lora.targets names {unknown[0]!r}, which no layer is called; there are {sorted(endings)}")
-    model.requires_grad_(False)
-    for name, layer in linears.items():
-        parent, _, child = name.rpartition(".")
-        if child in config.targets:
-            setattr(model.get_submodule(parent), child, LoRALinear(layer, config).train(layer.training))
+    linears = [name for name, module in model.named_modules() if _is_linear(name, module)]
+    others = {name for name, _ in model.named_modules()} - {*linears, ""}
+    refuse_unknown(config, linears, others, getattr(getattr(model, "config", None), "tied_embeddings", False))
+    put_in_place(model, new_parts(model, config))
     model.lora_config = config  # type: ignore[assignment]
     return model
+
+
+def refuse_unknown(config: LoraConfig, linears: Iterable[str], others: Iterable[str], tied: bool = False) -> None:
+    """Raise UserError for a target or pattern that means none of the blocks' linear layers, `linears`, a regular
+    expression that means one of the `others` too, and a module to save that is none of them, or is `tied`."""
+    linears, others, targets = list(linears), sorted(others), config.targets
+    ends = sorted({name.rpartition(".")[2] for name in linears})
+    for alone in (targets,) if isinstance(targets, str) else ((target,) for target in targets):
+        if not any(LoraConfig(targets=alone).adapts(name) for name in linears):
+            named, how = (alone, "called in full") if isinstance(alone, str) else (alone[0], "called")
+            raise UserError(f"lora.targets names {named!r}, which no layer is {how}; there are {ends}")
+    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+        inside = [f"{name}.act_fn" for name in others if name.endswith(".mlp")]  # which PEFT sees
+        if wrong := [name for name in (*others, *inside) if config.adapts(name)]:
+            raise UserError(f"lora.targets is {targets!r}, which matches {wrong[0]}, too; an adapter can be at {ends}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(config.adapts(name) and first_match({pattern: True}, name, False) for name in linears):
+                raise UserError(f"lora.{key} names {pattern!r}, which no layer with an adapter is called")
+    for module in config.modules_to_save:
+        saved = {name for name in (*linears, *others) if LoraConfig(modules_to_save=(module,)).saves(name)}
+        if not saved or any(name.rpartition(".")[2] not in SAVABLE for name in saved):
+            raise UserError(f"lora.modules_to_save names {module!r}; it may name {', '.join(SAVABLE)}")
+        if tied and saved & {"embed_tokens", "lm_head"}:
+            raise UserError(f"lora.modules_to_save names {module!r}, but here one weight is both embedding and head")
+
+
+def new_parts(module: nn.Module, config: LoraConfig) -> dict[str, LoRALinear | TrainedCopy]:
+    """What `config` adds to `module`, the model or some of its blocks, by the names of what the parts shall replace."""
+    parts = dict[str, LoRALinear | TrainedCopy]()
+    for name, layer in module.named_modules():
+        if _is_linear(name, layer) and config.adapts(name):
+            parts[name] = LoRALinear(layer, config, name)
+        elif name.rpartition(".")[2] in SAVABLE and config.saves(name):
+            parts[name] = TrainedCopy(layer)
+    return parts
+
+
+def put_in_place(module: nn.Module, parts: Mapping[str, LoRALinear | TrainedCopy]) -> None:
+    """Freeze `module` and put each part where it belongs."""
+    module.requires_grad_(False)
+    for name, part in parts.items():
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, part.train(part.base.training))
+
+
+def _is_linear(name: str, module: nn.Module) -> bool:
+    """Of a block: the head has no adapter."""
+    return isinstance(module, nn.Linear | NF4Linear) and "." in name
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minilora import nf4
 from minilora.backend import product_dtype
+from minilora.checkpoint.adapter_parts import expected_shapes
 from minilora.checkpoint.names import tensor_specs
 from minilora.config import LoraConfig, ModelConfig, PrefixConfig
 from minilora.kv_cache import n_slots
@@ -35,7 +36,6 @@ from minilora.linear import SLICE_BYTES, NF4Linear
 from minilora.lora import Added, LoRALinear
 from minilora.loss import tile
 from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE
-from minilora.prefix import prefix_width
 
 DenseDtype = Literal["float32", "bfloat16", "float16"]
 Storage = DenseDtype | Literal["nf4", "nf4 double-quantized"]
@@ -79,18 +79,17 @@ def predict(
     owners["embeddings, head, norms"] = (config.n_parameters - sum(sizes)) * _DENSE_BYTES[dense]
     if adapter is None:
         return owners
-    if isinstance(adapter, PrefixConfig):
-        learned, fixed = adapter.n_tokens * prefix_width(config), 0  # numbers
-    else:
-        targets = [shapes[t] for t in adapter.targets if t in shapes]
-        fixed = config.n_layers * sum(out for out, _ in targets) if adapter.dora else 0  # of each row, as of m
-        learned = config.n_layers * adapter.rank * sum(map(sum, targets)) + fixed
+    shapes_added = expected_shapes(adapter, config)
+    learned = sum(map(prod, shapes_added.values()))  # numbers
+    fixed = sum(
+        n for name, (n, *_) in shapes_added.items() if name.endswith("magnitude_vector")
+    )  # of each row, as of m
     return owners | {"adapters": 4 * (learned + fixed), "gradients": 4 * learned, "optimizer": 8 * learned}
 
 
 @dataclass(frozen=True)
 class Learned:
-    """How many numbers of the base learn: `n` in all, `blocks` of each block; `head` of what the loss multiplies by."""
+    """How many numbers learn: `n` in all, `blocks` of each block; `head` of what the loss multiplies by."""
 
     n: int
     blocks: tuple[int, ...]
@@ -101,10 +100,20 @@ class Learned:
     @staticmethod
     def of(config: ModelConfig, names: Container[str] | None = None) -> "Learned":
         """Those of the parameters called `names`, or of all. A tied head is the embedding."""
-        of = {s.module: prod(s.shape) for s in tensor_specs(config) if names is None or s.name in names}
+        return Learned._of(config, {s.name: s.shape for s in tensor_specs(config) if names is None or s.name in names})
+
+    @staticmethod
+    def of_lora(config: ModelConfig, lora: LoraConfig) -> "Learned":
+        """Those of adapters, and of the modules that learn whole beside them."""
+        return Learned._of(config, expected_shapes(lora, config))
+
+    @staticmethod
+    def _of(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> "Learned":
+        of = {name: prod(shape) for name, shape in shapes.items()}
         blocks = [sum(n for name, n in of.items() if name.startswith(f"layers.{i}.")) for i in range(config.n_layers)]
-        head = of.get("embed_tokens" if config.tied_embeddings else "lm_head", 0)
-        return Learned(sum(of.values()), tuple(blocks), of.get("embed_tokens", 0), of.get("norm", 0), head)
+        head = of.get("embed_tokens.weight" if config.tied_embeddings else "lm_head.weight", 0)
+        embedding, norm = of.get("embed_tokens.weight", 0), of.get("norm.weight", 0)
+        return Learned(sum(of.values()), tuple(blocks), embedding, norm, head)
 
     @property
     def reached(self) -> tuple[int, ...]:
@@ -142,7 +151,13 @@ class StepPlan:
         self.lora = self.adapter if isinstance(self.adapter, LoraConfig) else None
         self.before = self.adapter.n_tokens if isinstance(self.adapter, PrefixConfig) else 0
         self.base = None if self.adapter else self.learned or Learned.of(config)
-        self.fused = self.lora is not None and self.lora.dropout == 0 and not self.lora.dora
+        self.learns = Learned.of_lora(config, self.lora) if self.lora else self.base
+        lora = self.lora
+        self.adapted = [
+            spec for spec in tensor_specs(config) if lora and spec.is_projection and lora.adapts(spec.module)
+        ]
+        self.block_norms = any(spec.layer >= 0 and lora and lora.saves(spec.module) for spec in tensor_specs(config))
+        self.fused = lora is not None and lora.dropout == 0 and not lora.dora and not self.block_norms
         self.on_cpu, self.stored = self.device.type == "cpu", _DENSE_BYTES[self.dtype]  # of the residual stream
         product = product_dtype(torch.empty(0, dtype=getattr(torch, self.dtype))).itemsize
         self.computed = product if self.on_cpu else self.stored
@@ -157,12 +172,13 @@ class StepPlan:
         For the fast block on a CPU, tensor by tensor; for the plain one (dropout, or all weights learn) the scratch is
         an estimate. On a GPU the allocator's rounding comes on top.
         """
-        config, n_layers, base = self.config, self.config.n_layers, self.base
+        config, n_layers, base, learns = self.config, self.config.n_layers, self.base, self.learns
         rest = predict(config, self.storage, self.dtype, self.adapter)
         if base is not None:
             rest |= {"gradients": 4 * base.n, "optimizer": 8 * base.n}
-        gradients, head = rest.pop("gradients"), 4 * base.head if base else 0
-        kept = [self.block(n > 0) for n in (base.reached if base else (1,) * n_layers)]
+        gradients, head = rest.pop("gradients"), 4 * learns.head if learns else 0
+        reached = learns.reached if learns else (1,) * n_layers
+        kept = [self.block(n_layers - len(reached) + i, n > 0) for i, n in enumerate(reached)]
         scratch = {"scratch": self.scratch() if kept else 0}
         if self.checkpointing and kept:
             again = kept[0] if not self.cast else kept[0] | {"mlp": 0}  # backward casts gate and up, then these go
@@ -172,7 +188,7 @@ class StepPlan:
         blocks = add_up(*kept)
         masks = len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
-        lowest = 4 * (base.reached[0] if base.reached else 0) if base else gradients // n_layers
+        lowest = 4 * (learns.reached[0] if learns.reached else 0) if learns else gradients // n_layers
         loss, last, first = (gradients if self.accumulated else n for n in (0, head, gradients - lowest))
         moments: list[dict[str, int]] = [
             add_up(shared, blocks, self.loss(), {"gradients": loss}),
@@ -185,7 +201,7 @@ class StepPlan:
         worst = max(moments, key=lambda owners: sum(owners.values()))
         return {owner: n for owner, n in add_up(rest, worst).items() if n}
 
-    def block(self, learns: bool = True) -> dict[str, int]:
+    def block(self, layer: int = 0, learns: bool = True) -> dict[str, int]:
         """What a block keeps for backward: what fused.py says, or what autograd takes of the plain block.
 
         The plain block's norms keep their input in float32, dropout its mask and what it let through, DoRA the inputs
@@ -205,14 +221,16 @@ class StepPlan:
             return kept | {"norms": 4 * self.d * 4, "mlp": self.f * self.stored * 4}
         if lora is None:
             return kept
-        shapes = projection_shapes(self.config)  # a target that it lacks, add_lora refuses
-        outs, ins = ({t: shapes[t][i] for t in lora.targets if t in shapes} for i in (0, 1))
+        if self.block_norms:
+            kept["norms"] = 4 * self.d * 4
+        here = {s.module.rpartition(".")[2]: s for s in self.adapted if s.layer == layer}
+        outs, ins = ({t: spec.shape[i] for t, spec in here.items()} for i in (0, 1))
         let_through = sum(ins.values()) if lora.dropout else 0
         kept_of_dora = 0
         if lora.dora:  # what m multiplies, and A's inputs, of which layers share some
             inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
             kept_of_dora = sum(outs.values()) + sum({inputs.get(t, t): n for t, n in ins.items()}.values())
-        reduced = lora.rank * len(lora.targets)
+        reduced = sum(lora.rank_of(spec.module) for spec in here.values())
         return kept | {"adapter inputs": self.tokens * number * (reduced + 2 * let_through + kept_of_dora)}
 
     def scratch(self) -> int:
@@ -235,7 +253,8 @@ class StepPlan:
         slots = [0 if new is None else n_slots(window, self.length + new) for window in config.windows]
         keys, cast = self.rows * (self.length + max(slots) + self.before), self.computed if self.cast else 0
         mask = self.mask if new is None else keys * self.length
-        frozen = replace(self, adapter=self.adapter or LoraConfig())  # without gradients a head that learns has none
+        lora = replace(self.lora or LoraConfig(), modules_to_save=())  # without gradients a head that learns has none
+        frozen = replace(self, adapter=lora if self.lora or self.adapter is None else self.adapter)
         decoded = frozen.decoded(config.dim, config.hidden_dim, self.storage)
         mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + decoded
         repeated = 0 if self.on_cpu else config.n_heads
@@ -250,8 +269,8 @@ class StepPlan:
     def loss(self) -> dict[str, int]:
         """The final norm's input and output, and the loss's tile of logits with what becomes of it (loss.py)."""
         config, targets = self.config, self.tokens if self.targets is None else self.targets
-        base = self.base
-        learns, norm = (4 * config.dim if base and n else 0 for n in (base and base.head, base and base.norm))
+        what = self.learns
+        learns, norm = (4 * config.dim if what and n else 0 for n in (what and what.head, what and what.norm))
         rows, columns = tile(targets, config.vocab_size, "cpu" if self.on_cpu else "cuda", bool(learns))
         number = 4 if self.computed == 4 else 2 * self.computed + 4  # the product, in float32, and again in 16 bits
         in_work = rows * (columns * number + config.dim * (4 + self.computed))  # and h's gradient, the label's row

@@ -142,6 +142,12 @@ class Mistral(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weights, and so of what is computed; an embedding that learns has a float32 copy above it."""
+        plain: nn.Module = getattr(self.embed_tokens, "base", self.embed_tokens)
+        return plain.get_parameter("weight").dtype
+
     def init_weights(self, seed: int, top: int | None = None) -> None:
         """Random weights to train from: N(0, 0.02), the layers that write to the residual stream 1/sqrt(2L) of that.
 

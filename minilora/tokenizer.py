@@ -7,15 +7,23 @@ E(x) is plain sentencepiece. The template of a conversation, by version of the t
             [AVAILABLE_TOOLS] E(json) [/AVAILABLE_TOOLS]                before the last user message
             [TOOL_CALLS] E(json) </s>                                   an assistant message that calls tools
             [TOOL_RESULTS] E(json) [/TOOL_RESULTS]                      a tool message
+    v7      [SYSTEM_PROMPT] E(system) [/SYSTEM_PROMPT]                  where the message stands; else as v3, but
+            [TOOL_RESULTS] E(call id) [TOOL_CONTENT] E(text) [/TOOL_RESULTS]
+            E(assistant) [TOOL_CALLS] E(json) </s>                      an answer may end with calls
 
 From v2 on the brackets are control pieces, put in by id. No text encodes to them, so a user who types "[INST]" forges
 nothing; a conversation is never one rendered string. v2 forgets the calls and results before the last user message. v1
 has no tools: a list of them is dropped, calls and results are refused.
 
+E puts a space in front of the text. Hugging Face's old chat template of v0.1 and v0.2 rendered the answer right behind
+"[/INST]", so there is none; weights tuned that way want `old_hf_spaces`. The bracket stays a piece of its own, as it is
+when an answer is generated, where the rendered string may have one piece "](" for it and the answer's beginning.
+
 Source: mistral-common, `tokens/tokenizers/instruct.py` (https://github.com/mistralai/mistral-common), whose ids
 these are.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,26 +34,33 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from minilora.conversation import Turn, json_or_text, kind, read_conversation, read_tools
+from minilora.conversation import Turn, kind, read_conversation, read_tools
 from minilora.errors import UserError
 from minilora.hub import local_folder
 
-VERSIONS = ("v1", "v2", "v3")
+VERSIONS = ("v1", "v2", "v3", "v7")
 TOOL_CONTROLS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 CONTROLS = ("[INST]", "[/INST]", *TOOL_CONTROLS)  # at these ids:
 INST, END_INST, TOOL_CALLS, TOOLS, END_TOOLS, TOOL_RESULTS, END_TOOL_RESULTS = range(3, 10)
+V7_CONTROLS = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
+SYSTEM, END_SYSTEM, TOOL_CONTENT = range(16, 19)
+OLD_HF = "v1-hf"  # the template's name with `old_hf_spaces`
+MAY_LACK = 512  # pieces that a model's vocabulary has beyond the tokenizer's: added tokens, and padding of the matrix
 
 
 class Tokenizer:
-    """A sentencepiece model and the chat template of its version."""
+    """A sentencepiece model and the chat template of its version; `template` is the name that a run records."""
 
-    def __init__(self, model: SentencePieceProcessor, path: Path, version: str) -> None:
+    def __init__(self, model: SentencePieceProcessor, path: Path, version: str, old_hf_spaces: bool = False) -> None:
         self._model = model
         self.path = path
         self.version = version
+        self.old_hf_spaces = old_hf_spaces
+        self.template = OLD_HF if old_hf_spaces else version
         self.vocab_size: int = model.vocab_size()
         self.bos_id: int = model.bos_id()
         self.eos_id: int = model.eos_id()
+        self.space_id: int = model.piece_to_id("▁")
 
     def encode(self, text: str) -> list[int]:
         """The text's ids, without <s> and </s>. "" has none. Raises UserError for half of a surrogate pair."""
@@ -60,18 +75,32 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; control pieces have none. A prefix's text is not always a prefix of the whole's."""
+        """The text of the ids; control pieces have none. It is not that of its parts, joined: see `TextStream`."""
+        text: str = self._model.decode(self._checked(ids))
+        return text
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """The bytes that pieces such as <0xE2> stand for; other tokens have none."""
+        pieces = (self._model.id_to_piece(i) for i in self._checked(ids) if self._model.is_byte(i))
+        return bytes(int(piece[1:-1], 16) for piece in pieces)
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"token id {i} is outside of the vocabulary, 0 to {self.vocab_size - 1}")
-        text: str = self._model.decode(ids)
-        return text
+        return ids
 
     def control_name(self, token: int) -> str | None:
-        """The name of a token that stands for no text: "<s>", "</s>" or, from v2 on, one of CONTROLS."""
-        inside = INST <= token <= END_TOOL_RESULTS and self.version != "v1"
-        return CONTROLS[token - INST] if inside else {self.bos_id: "<s>", self.eos_id: "</s>"}.get(token)
+        """The name of a token that stands for no text: "<s>", "</s>" or, from v2 on, "[INST]", ..."""
+        return self._model.id_to_piece(token) if self._model.is_control(token) else None
+
+    def mismatch(self, vocab_size: int) -> str | None:
+        """Why it is not the tokenizer of a model with a vocabulary of that size, and what to do; None if it may be."""
+        if 0 <= vocab_size - self.vocab_size <= MAY_LACK:
+            return None
+        has = f"a {self.version} tokenizer of {self.vocab_size:,} pieces, but the model's vocabulary has {vocab_size:,}"
+        return f"{self.path}: {has}; take the tokenizer that came with the model, with --model.tokenizer"
 
     def encode_text(self, text: str) -> list[int]:
         """<s> E(text) </s>: a document of raw text."""
@@ -91,15 +120,17 @@ class Tokenizer:
         """
         system, turns = read_conversation(messages, self.version)
         functions = read_tools(tools)
-        if self.version == "v2":
-            turns = _without_past_tools(turns)
-        last_user = _last_user(turns)
+        last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
         if system:
             home = 0 if self.version == "v1" else last_user
             turns[home] = replace(turns[home], text=f"{system}\n\n{turns[home].text}")
+        if self.version == "v2" and any(a.role == b.role == "tool" for a, b in pairwise(turns[last_user + 1 :])):
+            raise UserError("a v2 tokenizer cannot hold several tool results in a row; give each call its own message")
 
         ids, targets = [self.bos_id], [False]
         for i, turn in enumerate(turns):
+            if self.version == "v2" and i < last_user and (turn.calls or turn.role == "tool"):
+                continue
             new = self._encode_v1(turn) if self.version == "v1" else self._encode_turn(turn)
             if functions and i == last_user and self.version != "v1":
                 new = [TOOLS, *self.encode(_to_json(functions)), END_TOOLS, *new]
@@ -112,27 +143,66 @@ class Tokenizer:
             raise UserError("a v1 tokenizer has no tools; take a model with a v3 one, such as Mistral-7B v0.3")
         if turn.role == "user":
             return self.encode(f"[INST] {turn.text} [/INST]")
-        return self.encode(turn.text) + [self.eos_id] * (not turn.prefix)
+        before = "☺" if self.old_hf_spaces else ""  # takes the space, and no piece joins it with what follows
+        return self.encode(before + turn.text)[len(self.encode(before)) :] + [self.eos_id] * (not turn.prefix)
 
     def _encode_turn(self, turn: Turn) -> list[int]:
         if turn.role == "user":
             return [INST, *self.encode(turn.text), END_INST]
+        if turn.role == "system":
+            return [SYSTEM, *self.encode(turn.text), END_SYSTEM]
         if turn.role == "tool":
-            content = json_or_text(turn.text)
-            named = [{"name": turn.name, "content": content}]
-            result = named if self.version == "v2" else {"content": content, "call_id": turn.call_id}
-            return [TOOL_RESULTS, *self.encode(_to_json(result)), END_TOOL_RESULTS]
+            return [TOOL_RESULTS, *self._encode_result(turn), END_TOOL_RESULTS]
+        ids = self.encode(turn.text.rstrip(" "))
         if turn.calls:
             hidden = "id" if self.version == "v2" else None
             calls = [{key: value for key, value in call.items() if key != hidden} for call in turn.calls]
-            return [TOOL_CALLS, *self.encode(_to_json(calls)), self.eos_id]
-        return self.encode(turn.text.rstrip(" ")) + [self.eos_id] * (not turn.prefix)
+            ids += [TOOL_CALLS, *self.encode(_to_json(calls))]
+        return ids + [self.eos_id] * (not turn.prefix)
+
+    def _encode_result(self, turn: Turn) -> list[int]:
+        if self.version == "v7":
+            return [*self.encode(turn.call_id), TOOL_CONTENT, *self.encode(turn.result)]
+        if self.version == "v2":
+            return self.encode(_to_json([{"name": turn.name, "content": turn.result}]))
+        return self.encode(_to_json({"content": turn.result, "call_id": turn.call_id}))
 
 
-def load_tokenizer(path: str | Path, version: str | None = None) -> Tokenizer:
+class TextStream:
+    """The text of tokens that come one by one. The pieces, joined, are `Tokenizer.decode` of all tokens.
+
+    What is given is final: the bytes of a character wait until it is complete, or cannot become one, at most three.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held: list[int] = []
+        self._begun = False
+
+    def add(self, token: int) -> str:
+        """The text that this token makes final, often "". Raises UserError for an id outside of the vocabulary."""
+        ids = [*self._held, token]
+        begun = self._tokenizer.bytes_of(ids)
+        whole = codecs.utf_8_decode(begun, "replace", False)[1] if len(begun) == len(ids) else len(ids)
+        self._held = ids[whole:]
+        return self._decode(ids[:whole])
+
+    def end(self) -> str:
+        """The text of what was held back: bytes that no character came of."""
+        held, self._held = self._held, []
+        return self._decode(held)
+
+    def _decode(self, ids: list[int]) -> str:
+        space = [self._tokenizer.space_id] * self._begun  # instead of it, a space that begins `ids` would be dropped
+        self._begun = self._begun or any(self._tokenizer.control_name(i) is None for i in ids)
+        return self._tokenizer.decode(space + ids)
+
+
+def load_tokenizer(path: str | Path, version: str | None = None, old_hf_spaces: bool = False) -> Tokenizer:
     """Read a sentencepiece model: a file, or the tokenizer.model, tokenizer.model.v3, ... of a folder or of "demo".
 
-    version: "v1", "v2" or "v3"; None asks the file's name, then its pieces
+    version: "v1", "v2", "v3" or "v7"; None asks the file's name, then its pieces
+    old_hf_spaces: v1 answers without a space before them, as Hugging Face's chat template once had it
 
     Raises UserError, which names the file, if there is none, it is damaged, or it cannot serve that version.
     """
@@ -150,20 +220,24 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> Tokenizer:
     if min(model.bos_id(), model.eos_id()) < 0:
         raise UserError(f"{file}: the model has no <s> or no </s>, so it is not Mistral's")
 
-    pieces = [(model.id_to_piece(i), model.is_control(i)) for i in range(min(18, model.vocab_size()))]
-    version = version or _version_of(file.name, [piece for piece, _ in pieces])
+    pieces = [model.id_to_piece(i) if model.is_control(i) else "" for i in range(min(19, model.vocab_size()))]
+    version = version or _version_of(file.name, pieces)
     if version not in VERSIONS:
         raise UserError(f"{file}: tokenizer {version} is not supported; minilora knows {', '.join(VERSIONS)}")
-    if version != "v1" and pieces[INST : END_TOOL_RESULTS + 1] != [(piece, True) for piece in CONTROLS]:
+    if version != "v1" and pieces[INST : END_TOOL_RESULTS + 1] != list(CONTROLS):
         raise UserError(f"{file}: ids 3 to 9 are not the control pieces of {version}; only version v1 can be served")
-    return Tokenizer(model, file, version)
+    if version == "v7" and pieces[SYSTEM : TOOL_CONTENT + 1] != list(V7_CONTROLS):
+        raise UserError(f"{file}: ids 16 to 18 are not the control pieces of v7; take the file that came with it")
+    if old_hf_spaces and version != "v1":
+        raise UserError(f"{file}: model.old_hf_spaces is a rule of v1 tokenizers, and this one is {version}; drop it")
+    return Tokenizer(model, file, version, old_hf_spaces)
 
 
 def _find_file(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer file or folder; name one with --model.tokenizer")
     if path.suffix == ".json":
-        raise UserError(f"{path}: only sentencepiece tokenizers (tokenizer.model) are supported")
+        raise UserError(f"{path}: {_foreign(path.name)}")
     if not path.is_dir():
         return path
     for name in ("tokenizer.model", "tokenizer.model.v3"):
@@ -173,10 +247,15 @@ def _find_file(path: Path) -> Path:
     if len(found) > 1:
         raise UserError(f"{path}: holds {', '.join(f.name for f in found)}; name the file to use")
     if not found:
-        other = [name for name in ("tekken.json", "tokenizer.json") if (path / name).exists()]
-        but = f", and {' and '.join(other)} cannot be read: only sentencepiece is supported" if other else ""
-        raise UserError(f"{path}: holds no tokenizer.model{but}; name one with --model.tokenizer")
+        other = [f"; {name} {_foreign(name)}" for name in ("tekken.json", "tokenizer.json") if (path / name).exists()]
+        raise UserError(f"{path}: holds no tokenizer.model{other[0] if other else '; name one with --model.tokenizer'}")
     return found[0]
+
+
+def _foreign(name: str) -> str:
+    if "tekken" in name:
+        return "is a Tekken tokenizer, which is not supported; take a model with a tokenizer.model, as Mistral-7B v0.3"
+    return "is no sentencepiece model; fetch the same model's tokenizer.model and name it with --model.tokenizer"
 
 
 def _version_of(name: str, pieces: list[str]) -> str:
@@ -189,19 +268,6 @@ def _version_of(name: str, pieces: list[str]) -> str:
         return "v1"
     # Hugging Face ships v3's file as plain tokenizer.model; v2 has [control_8], ... there.
     return "v3" if "[IMG]" in pieces or "[PREFIX]" in pieces else "v2"
-
-
-def _last_user(turns: list[Turn]) -> int:
-    return max(i for i, turn in enumerate(turns) if turn.role == "user")  # there is one: a conversation begins with it
-
-
-def _without_past_tools(turns: list[Turn]) -> list[Turn]:
-    """v2's view: no calls and results before the last user message, and after it one result at a time."""
-    last_user = _last_user(turns)
-    turns = [turn for i, turn in enumerate(turns) if i > last_user or not (turn.calls or turn.role == "tool")]
-    if any(before.role == turn.role == "tool" for before, turn in pairwise(turns)):
-        raise UserError("a v2 tokenizer cannot hold several tool results in a row; give each call its own message")
-    return turns
 
 
 def _to_json(value: Any) -> str:

@@ -13,9 +13,11 @@ import torch
 from tiny_runs import TOKENIZER, MakeConfig, chat, tiny_model, write_jsonl
 from transformers import MistralForCausalLM
 
+from minilora.base import Base
 from minilora.checkpoint.save import save_hf
 from minilora.cli import VERBS, main
-from minilora.config import RunConfig, to_dict
+from minilora.config import BaseConfig, RunConfig, to_dict
+from minilora.generation import generate
 from minilora.train import loop
 from minilora.train.run_folder import config_toml
 
@@ -233,6 +235,7 @@ def test_a_folder_that_holds_a_run(run: Run, finished: Path) -> None:
 def test_a_dry_run_goes_the_whole_way_and_keeps_nothing(run: Run, toml: Path, tmp_path: Path) -> None:
     strategies = (
         "qlora", "lora --lora.dora true", "full --train.reinit top:1", "prefix --model.quantize nf4",
+        "qlora --lora.modules_to_save [lm_head,embed_tokens,norm]",
         "partial --train.layers 1 --train.parameters [\"lm_head\",\"norm\"]",
     )  # fmt: skip
     for flags in (["--train.strategy", *strategy.split()] for strategy in strategies):
@@ -290,6 +293,19 @@ def test_generate_answers(run: Run, finished: Path) -> None:
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_prints_each_character_whole(run: Run, finished: Path) -> None:
+    """Hot draws from the demo's pieces, most of them bytes: also what no character comes of is printed, once."""
+    found = Base.find(BaseConfig(path=""), str(finished / "adapter"))
+    tokenizer, model, whole = found.tokenizer, found.load(), []
+    for seed in range(5):
+        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("a in")]])
+        drawn = generate(model, ids, 64, 9.0, eos_id=tokenizer.eos_id, seed=seed)[0, ids.shape[1] :].tolist()
+        flags = ["--raw", "--max_new_tokens", 64, "--temperature", 9.0, "--seed", seed]
+        whole.append(tokenizer.decode(drawn))
+        assert run("generate", "a in", "--adapter", finished / "adapter", *flags)[1] == whole[-1] + "\n"
+    assert "\ufffd" in "".join(whole)
 
 
 def test_merge_writes_what_transformers_reads(run: Run, finished: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "scratch", "config", "recipes", "nf4", "kv_cache"),
+    ("errors", "scratch", "patterns", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
     ("norm", "rope", "attention", "loss", "linear", "lora", "neftune", "prefix"),
@@ -36,6 +36,7 @@ MAY_OUTPUT = ("minilora.cli", "minilora.report", "minilora.train.progress")
 ORACLES = {"transformers", "peft", "bitsandbytes", "accelerate", "mistral_common"}
 OF_EXTRAS = {  # imported where they are used
     "minilora.hub": {"huggingface_hub"},
+    "minilora.checkpoint.gguf_file": {"gguf"},
     "minilora.data.files": {"pyarrow"},
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
 }

@@ -265,7 +265,8 @@ def test_by_default_all_seven_projections_and_not_the_head(tied: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "targets", [("q_proj", "wq"), ("lm_head",), ("proj",), ("self_attn.q_proj",), ("embed_tokens",)]
+    "targets",
+    [("q_proj", "wq"), ("lm_head",), ("proj",), ("mlp.q_proj",), ("layers.2.mlp.up_proj",), ("embed_tokens",)],
 )
 def test_an_unknown_target_is_refused_and_changes_nothing(targets: tuple[str, ...]) -> None:
     model = mistral()

@@ -12,7 +12,7 @@ from tiny_runs import TINY, TOKENIZER, tiny_model
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig
-from minilora.lora import add_lora, lora_layers
+from minilora.lora import add_lora
 from minilora.memory import PeakMemory, max_rss_bytes, measure, predict, private_bytes, projection_shapes
 from minilora.model import Mistral
 
@@ -22,6 +22,13 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
     ("nf4 double-quantized", {"quantize": "nf4", "double_quant": True}),
     ("float32", {}),
 ]
+
+
+FEATURES: list[dict[str, Any]] = [
+    {"targets": PROJECTIONS}, {"targets": ("k_proj", "down_proj")}, {"targets": r".*\.1\.mlp\.up_proj|.*v_proj"},
+    {"rank_pattern": {"layers.0.self_attn.q_proj": 5, "up_proj": 2}, "dora": True},
+    {"modules_to_save": ("lm_head", "embed_tokens", "norm")}, {"modules_to_save": ("model.norm",), "dora": True},
+]  # fmt: skip
 
 
 def load(folder: Path, config: ModelConfig, **options: Any) -> Mistral:
@@ -40,12 +47,12 @@ def test_a_model_takes_what_was_predicted(
     assert measure(model) == predict(config, storage, dense, None)
 
 
-@pytest.mark.parametrize("targets", [PROJECTIONS, ("k_proj", "down_proj")])
+@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize(("storage", "options"), KINDS)
 def test_adapters_and_their_gradients(
-    tmp_path: Path, storage: Any, options: dict[str, Any], targets: tuple[str, ...]
+    tmp_path: Path, storage: Any, options: dict[str, Any], features: dict[str, Any]
 ) -> None:
-    lora = LoraConfig(rank=3, targets=targets)
+    lora = LoraConfig(rank=3, **features)
     model = add_lora(load(tmp_path / "m", ODD, dtype=torch.float32, **options), lora)
     expected = predict(ODD, storage, "float32", lora)
     optimizer_bytes = expected.pop("optimizer")
@@ -53,8 +60,7 @@ def test_adapters_and_their_gradients(
     model(torch.tensor([[5, 6, 7]])).sum().backward()
     assert measure(model) == expected
 
-    learned = [p for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)]
-    adam = torch.optim.AdamW(learned)
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     adam.step()
     assert optimizer_bytes == sum(s[m].nbytes for s in adam.state.values() for m in ("exp_avg", "exp_avg_sq"))
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import mistral_common
 import pytest
 import torch
-from tiny_runs import TOKENIZER, MakeConfig, Quiet
+from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, tiny_model
 
 from minilora import base as base_module
 from minilora.base import Base
 from minilora.checkpoint.adapter import save_adapter
+from minilora.checkpoint.save import save_hf
 from minilora.cli import main
 from minilora.config import BaseConfig, LoraConfig
 from minilora.errors import UserError
@@ -73,9 +74,38 @@ def test_an_adapter_brings_its_tokenizer(make_config: MakeConfig, tiny_base: Pat
     adapter = str(tmp_path / "run" / "adapter")
     another = str(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
     assert Base.find(BaseConfig(path=""), adapter).tokenizer.path == Path(TOKENIZER)
-    with pytest.raises(UserError, match=r"not the tokenizer that .* was trained with; name that one"):
+    with pytest.raises(UserError, match=r"trained with a tokenizer whose sha256 is .*; name the right one"):
         Base.find(BaseConfig(path="", tokenizer=another), adapter)
     with pytest.raises(UserError, match=r"holds no tokenizer\.model; name one with --model\.tokenizer"):
         Base.find(BaseConfig(path=str(bare)))
     written = json.loads((tmp_path / "run" / "adapter" / "minilora.json").read_text())
     assert written["tokenizer_path"] == str(TOKENIZER)
+
+
+def test_an_adapter_brings_its_template(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Trained with Hugging Face's old spaces, it is answered with them, without being told again."""
+    v1 = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    model = tiny_model(config=replace(TINY, vocab_size=32_000))
+    save_hf(model, tmp_path / "v1", dtype=torch.float32, tokenizer=v1)
+    config = make_config(model__path=str(tmp_path / "v1"), model__old_hf_spaces=True)
+    run = fine_tune(config, Quiet())
+    assert run.tokenizer.template == "v1-hf"
+    adapter = run.folder.path / "adapter"
+    assert json.loads((adapter / "minilora.json").read_text())["tokenizer"]["template"] == "v1-hf"
+    found = Base.find(BaseConfig(path=""), str(adapter)).tokenizer
+    hello = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hi"}]
+    assert found.encode_chat(hello)[0][-2:] == [23809, 2]
+    assert Base.find(BaseConfig(path=str(tmp_path / "v1"))).tokenizer.encode_chat(hello)[0][-2:] == [15359, 2]
+
+    plain = tmp_path / "plain"
+    shutil.copytree(adapter, plain)
+    written = (plain / "minilora.json").read_text()
+    (plain / "minilora.json").write_text(written.replace('"v1-hf"', '"v1"'))
+    with pytest.raises(UserError, match="plain was trained with the template v1, not v1-hf; leave out"):
+        Base.find(BaseConfig(path="", old_hf_spaces=True), str(plain))
+
+
+def test_the_tokenizer_of_another_model_is_refused(tiny_base: Path) -> None:
+    other = str(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
+    with pytest.raises(UserError, match="v1: a v1 tokenizer of 32,000 pieces, but the model's vocabulary has 458; t"):
+        Base.find(BaseConfig(path=str(tiny_base), tokenizer=other))

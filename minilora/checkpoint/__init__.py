@@ -12,6 +12,13 @@ load              tensor by tensor into a model, quantized to NF4 on the way
 write             crash-safe files and folders: temporary name, fsync, rename
 save              a model as a folder, in both layouts
 quantize          a folder to a folder in NF4, tensor by tensor
+export            a folder to a folder in another program's format, reopened and compared
+gguf_file         llama.cpp's one file, written and compared
+chat_template     the chat template as Jinja, for programs that render a conversation
+card              README.md of a model
 merge             base plus adapter as plain weights, tensor by tensor
-adapter           LoRA adapters in PEFT's layout
+adapter_parts     an adapter in memory: which tensors it has, and how it is put into a model
+adapter           adapters and prefixes in PEFT's layout; reading either layout
+mistral_adapter   LoRA adapters in the layout of mistral-finetune
+provenance        minilora.json beside an adapter, and what of it is checked
 """

@@ -6,6 +6,7 @@ that are quantized already are taken as they are, with either value of it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.names import TensorSpec
-from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.open import Checkpoint, open_checkpoint
+from minilora.config import ModelConfig
 from minilora.dispatch import quantize as quantize_nf4
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
@@ -51,26 +53,53 @@ def load_model(
     device = torch.get_default_device() if device is None else torch.device(device)
     checkpoint = open_checkpoint(path)
     checkpoint.check_tied_head()
-    with torch.device("meta"), _Unfilled():
-        model = Mistral(checkpoint.config)
-    specs = list(checkpoint.tensors())
+    model, specs = skeleton(checkpoint.config), list(checkpoint.tensors())
+    storage = Storage(quantize is not None, double_quant, dtype, device)
     for done, spec in enumerate(specs, start=1):
-        where = f"{checkpoint.entries[spec.name].file}: {spec.name}"
-        if spec.name in checkpoint.nf4:
-            _set_layer(model, spec, NF4Linear(checkpoint.nf4[spec.name].read()).to(device))
-        elif quantize and spec.is_projection and not checkpoint.nf4:
-            weight = checkpoint.read(spec).to(device)
-            _set_layer(model, spec, NF4Linear(quantize_weight(weight, where, double_quant)))
-        else:
-            weight = checkpoint.read(spec).to(device)
-            refuse_not_finite(weight, where, "the file is damaged, fetch it again")
-            _set_weight(model.get_submodule(spec.module), weight.to(dtype))
+        fill(model, checkpoint, spec, storage)
         if progress:
             progress(done, len(specs))
     if checkpoint.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.base_fingerprint = checkpoint.fingerprint()
     return model.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a model's weights are kept: the blocks' linear layers in NF4, with absmax in 8 bits, or all in `dtype`."""
+
+    nf4: bool
+    double_quant: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def skeleton(config: ModelConfig) -> Mistral:
+    """A model without memory, on the meta device, to be filled."""
+    with torch.device("meta"), _Unfilled():
+        return Mistral(config)
+
+
+def fill(module: nn.Module, checkpoint: Checkpoint, spec: TensorSpec, storage: Storage) -> None:
+    """Put one weight of the files where it belongs in `module`, a model or a part of one with the same names."""
+    where = f"{checkpoint.entries[spec.name].file}: {spec.name}"
+    if spec.name in checkpoint.nf4:
+        set_layer(module, spec, NF4Linear(checkpoint.nf4[spec.name].read()).to(storage.device))
+        return
+    weight = checkpoint.read(spec).to(storage.device)
+    if storage.nf4 and spec.is_projection and not checkpoint.nf4:
+        set_layer(module, spec, NF4Linear(quantize_weight(weight, where, storage.double_quant)))
+    else:
+        refuse_not_finite(weight, where, "the file is damaged, fetch it again")
+        weight = nn.Parameter(weight.to(storage.dtype), requires_grad=False)
+        module.get_submodule(spec.module).register_parameter("weight", weight)
+
+
+def set_layer(module: nn.Module, spec: TensorSpec, layer: nn.Module) -> None:
+    """Put another layer in the place that `spec` names."""
+    parent, _, child = spec.module.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -81,15 +110,6 @@ class _Unfilled(TorchFunctionMode):
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return None if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **(kwargs or {}))
-
-
-def _set_weight(layer: nn.Module, weight: Tensor) -> None:
-    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-
-
-def _set_layer(model: Mistral, spec: TensorSpec, layer: nn.Module) -> None:
-    parent, _, child = spec.module.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def quantize_weight(weight: Tensor, name: str, double_quant: bool) -> NF4Tensor:

@@ -1,20 +1,29 @@
 """A model with adapters as plain weights: W' + scale * B A, tensor by tensor; with DoRA its rows of length m.
 
-W' is the dequantized NF4 weight, not the original: it is the base that the adapter was trained beside, and so the one
-that it fits (https://github.com/huggingface/peft/issues/2321 shows what becomes of the other way).
+W' may be (`Route`)
+
+    trained       what the adapter was trained beside: the NF4 weight, dequantized, or a plain base as it is
+    original      the weight before it was quantized
+    requantized   as trained, and the sum is quantized again
+
+The first is exact but for one rounding. The others put back, or add, an error of quantization that training never saw
+(https://github.com/huggingface/peft/issues/2321 shows what becomes of it), so what they lose is measured
+(`evaluate/merge_audit.py`).
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from minilora.checkpoint.names import tensor_specs
 from minilora.config import PrefixConfig
+from minilora.dispatch import quantize
 from minilora.errors import UserError
 from minilora.lora import LoRALinear
 from minilora.model import Mistral
-from minilora.nf4 import NF4Tensor
+from minilora.nf4 import BLOCK_SIZE, NF4Tensor
 from minilora.prefix import Prefix
 
 
@@ -25,11 +34,26 @@ def merged_weights(model: Mistral, dtype: torch.dtype = torch.bfloat16) -> Itera
     """
     refuse_prefix(model.prefix)
     for spec in tensor_specs(model.config):
-        layer = model.get_submodule(spec.module)
-        if isinstance(layer, LoRALinear):
-            yield spec.name, layer.merged(plain_weight(layer.base)).to(dtype)
-        else:
-            yield spec.name, plain_weight(layer).to(dtype)
+        yield spec.name, merged_weight(model.get_submodule(spec.module)).to(dtype)
+
+
+def merged_weight(layer: nn.Module, original: Tensor | None = None) -> Tensor:
+    """A layer's weight with its adapter in it; onto `original`, if given, instead of its own. float32 if adapted."""
+    if isinstance(layer, LoRALinear):
+        return layer.merged(plain_weight(layer.base) if original is None else original)
+    return plain_weight(layer) if original is None else original
+
+
+def requantized_weight(layer: nn.Module, double_quant: bool, dtype: torch.dtype) -> NF4Tensor:
+    """A projection's weight with its adapter in it, in NF4; one without an adapter as it is. dtype: to decode it to."""
+    found = layer.weight
+    if (
+        isinstance(found, NF4Tensor)
+        and found.block_size == BLOCK_SIZE
+        and (found.nested_absmax is None) != double_quant
+    ):
+        return replace(found, dtype=dtype)
+    return quantize(merged_weight(layer).to(dtype), double_quant=double_quant)
 
 
 def refuse_prefix(adapter: object) -> None:

@@ -46,6 +46,11 @@ class TensorSpec:
         return f"{self.module}.weight"
 
     @property
+    def layer(self) -> int:
+        """The block that it lies in; -1 outside of them."""
+        return int(self.module.split(".")[1]) if self.module.startswith("layers.") else -1
+
+    @property
     def is_projection(self) -> bool:
         """A linear layer of a block: what is quantized and adapted."""
         return self.module.rpartition(".")[2] in PROJECTIONS

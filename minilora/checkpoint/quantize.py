@@ -40,6 +40,7 @@ def quantize_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the checkpoint `source`, of either layout or "demo", to the folder `out` with its blocks' matrices in NF4.
 
@@ -47,6 +48,7 @@ def quantize_checkpoint(
     dtype: of all else, and what the matrices are dequantized to; None is each tensor's own
     max_shard_bytes, overwrite: as in `save_hf`
     progress: called after each tensor with the weights written and the weights in all
+    finish: as in `write_plan`
 
     Raises UserError if the source is wrong, quantized already or changes meanwhile, by name and index for a number that
     is not finite, and if `out` stands, holds the source, or cannot be written; it is then as it was.
@@ -62,14 +64,20 @@ def quantize_checkpoint(
     main = str(dtypes["embed_tokens.weight"]).removeprefix("torch.")
     config = config_to_hf(checkpoint.config, main) | {"quantization_config": quantization_to_hf(double_quant, main)}
     plan = plan_hf(config, [_planned(spec, dtypes[spec.name], double_quant) for spec in specs], max_shard_bytes)
-    tokenizers = sorted(f for f in checkpoint.folder.iterdir() if any(map(f.match, TOKENIZER_FILES)))
-    for file in tokenizers:
-        if not file.is_file():
-            raise UserError(f"{file}: a broken link or no file; put the tokenizer's own file there, or remove it")
+    tokenizers = tokenizer_files(checkpoint.folder)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as quantizer:
         read = _ahead(reader, ((spec, checkpoint.read(spec)) for spec in specs))
         stored = _ahead(quantizer, ((s, _stored(checkpoint, s, w, dtypes[s.name], double_quant)) for s, w in read))
-        write_plan(plan, out, _told(checkpoint, stored, progress), tokenizers, overwrite)
+        write_plan(plan, out, _told(checkpoint, stored, progress), tokenizers, overwrite, finish)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of all tokenizers in `folder`. Raises UserError for a broken link and what else is no file."""
+    found = sorted(f for f in folder.iterdir() if any(map(f.match, TOKENIZER_FILES)))
+    for file in found:
+        if not file.is_file():
+            raise UserError(f"{file}: a broken link or no file; put the tokenizer's own file there, or remove it")
+    return found
 
 
 def _planned(spec: TensorSpec, dtype: torch.dtype, double_quant: bool) -> PlannedWeight:

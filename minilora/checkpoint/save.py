@@ -6,7 +6,7 @@ passes another one that adds its deltas on the way, so writing needs no second m
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,13 +22,14 @@ from minilora.checkpoint.merge import plain_weight, refuse_prefix
 from minilora.checkpoint.names import tensor_specs
 from minilora.checkpoint.safetensors_file import Line, write_safetensors
 from minilora.checkpoint.write import atomic_folder
+from minilora.config import ModelConfig
 from minilora.errors import UserError
-from minilora.lora import LoRALinear
+from minilora.lora import Added
 from minilora.model import Mistral
 
 Weights = Iterable[tuple[str, Tensor]]
 PlannedWeight = tuple[str, list[Line]]  # our name of a weight, and the lines that it takes in a file
-_SPARE_BYTES = 50_000_000  # for headers, the small files and a tokenizer
+SPARE_BYTES = 50_000_000  # for headers, the small files and a tokenizer
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -61,10 +62,8 @@ def save_hf(
     Raises UserError if the model has adapters, a weight is not finite in `dtype`, or the folder cannot be written; the
     folder is then as it was.
     """
-    config = config_to_hf(model.config, str(dtype).removeprefix("torch."))
-    plan = plan_hf(config, _planned(model, "hf", dtype), max_shard_bytes)
-    parts = _prepared(model, weights or model_weights(model), "hf", dtype)
-    write_plan(plan, folder, parts, [tokenizer] if tokenizer else [], overwrite)
+    options = {"beside": [tokenizer] if tokenizer else [], "overwrite": overwrite}
+    write_layout("hf", model.config, dtype, weights or model_weights(model), folder, options, max_shard_bytes)
 
 
 def save_mistral(
@@ -77,10 +76,8 @@ def save_mistral(
     overwrite: bool = False,
 ) -> None:
     """Write `model` as mistral-inference reads it: params.json, consolidated.safetensors. Arguments as in `save_hf`."""
-    small = {CONFIG_NAMES["mistral"]: config_to_params(model.config)}
-    plan = Plan(small, {WEIGHTS_NAMES["mistral"]: _planned(model, "mistral", dtype)})
-    parts = _prepared(model, weights or model_weights(model), "mistral", dtype)
-    write_plan(plan, folder, parts, [tokenizer] if tokenizer else [], overwrite)
+    options = {"beside": [tokenizer] if tokenizer else [], "overwrite": overwrite}
+    write_layout("mistral", model.config, dtype, weights or model_weights(model), folder, options)
 
 
 def model_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:
@@ -91,9 +88,41 @@ def model_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:
     refuse_prefix(model.prefix)
     for spec in tensor_specs(model.config):
         layer = model.get_submodule(spec.module)
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, Added):
             raise UserError(f"{spec.module} has an adapter: merge it first, or save the adapter by itself")
         yield spec.name, plain_weight(layer)
+
+
+def write_layout(
+    layout: Layout,
+    config: ModelConfig,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    weights: Weights,
+    folder: str | Path,
+    options: Mapping[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write plain weights in either layout; Mistral's has one file of them.
+
+    dtype: of the files, one or each tensor's own by its name
+    options: of `write_plan`
+    """
+    specs = list(tensor_specs(config))
+    dtypes = dtype if isinstance(dtype, Mapping) else {spec.name: dtype for spec in specs}
+    planned = [(spec.name, [(spec.key(layout), dtypes[spec.name], spec.shape)]) for spec in specs]
+    if layout == "hf":
+        main = str(dtypes["embed_tokens.weight"]).removeprefix("torch.")
+        plan = plan_hf(config_to_hf(config, main), planned, max_shard_bytes)
+    else:
+        plan = Plan({CONFIG_NAMES[layout]: config_to_params(config)}, {WEIGHTS_NAMES[layout]: planned})
+
+    def prepared() -> Iterator[tuple[str, list[Tensor]]]:
+        for spec, (name, weight) in zip(specs, weights, strict=True):
+            cast = weight.detach().to(dtypes[name])
+            refuse_not_finite(cast, name, f"save it in another dtype than {cast.dtype}")
+            yield name, [spec.to_layout(cast, layout)]
+
+    write_plan(plan, folder, prepared(), **options)
 
 
 def plan_hf(config: dict[str, Any], weights: Sequence[PlannedWeight], max_shard_bytes: int) -> Plan:
@@ -125,11 +154,14 @@ def write_plan(
     parts: Iterable[tuple[str, list[Tensor]]],
     beside: Sequence[str | Path] = (),
     overwrite: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write what is planned into `folder`, at once and crash-safe, with a manifest.
 
     parts: each weight's name and the tensors of its lines, in the plan's order; ValueError if they differ from it
     beside: files to copy
+    finish: writes more into the folder, or looks at what was written, before it has its name; where it raises, nothing
+        is left
 
     Raises UserError if a file to copy is missing, the space is short, or the folder stands or cannot be written.
     """
@@ -137,7 +169,7 @@ def write_plan(
         if not Path(file).is_file():
             raise UserError(f"{file}: no such file; the tokenizer is copied beside the weights")
     n_bytes = sum(map(_n_bytes, plan.files.values())) + sum(Path(file).stat().st_size for file in beside)
-    with atomic_folder(folder, overwrite=overwrite, manifest={}, needed_bytes=n_bytes + _SPARE_BYTES) as temp:
+    with atomic_folder(folder, overwrite=overwrite, manifest={}, needed_bytes=n_bytes + SPARE_BYTES) as temp:
         for name, values in plan.small.items():
             (temp / name).write_text(json.dumps(values, indent=2) + "\n")
         for file in beside:
@@ -148,6 +180,8 @@ def write_plan(
             write_safetensors(temp / name, _in_order(weights, stream), lines, {"format": "pt"})
         if next(stream, None) is not None:
             raise ValueError("there are more weights than the model has tensors")
+        if finish:
+            finish(temp)
 
 
 def _in_order(weights: list[PlannedWeight], stream: Iterator[tuple[str, list[Tensor]]]) -> Iterator[Tensor]:
@@ -156,20 +190,6 @@ def _in_order(weights: list[PlannedWeight], stream: Iterator[tuple[str, list[Ten
         if name != expected:
             raise ValueError(f"{expected} was expected next, not {name}")
         yield from tensors
-
-
-def _planned(model: Mistral, layout: Layout, dtype: torch.dtype) -> list[PlannedWeight]:
-    return [(spec.name, [(spec.key(layout), dtype, spec.shape)]) for spec in tensor_specs(model.config)]
-
-
-def _prepared(
-    model: Mistral, weights: Weights, layout: Layout, dtype: torch.dtype
-) -> Iterator[tuple[str, list[Tensor]]]:
-    """The weights as the files of the layout have them."""
-    for spec, (name, weight) in zip(tensor_specs(model.config), weights, strict=True):
-        cast = weight.detach().to(dtype)
-        refuse_not_finite(cast, name, f"save it in another dtype than {dtype}")
-        yield name, [spec.to_layout(cast, layout)]
 
 
 def _n_bytes(weights: Sequence[PlannedWeight]) -> int:

@@ -29,7 +29,6 @@ from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer
 
 LEARNT = ("train", "replay_from")
-V3_VOCAB = 32_768  # of every Mistral whose tokenizer is v2 or v3
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,13 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: b
     Raises UserError for a file that cannot be read.
     """
     data, sizes = Data(tokenizer), list[int]()
-    data.findings += [Finding("template", text) for text in _version_faults(tokenizer, vocab_size)]
+    if mismatch := tokenizer.mismatch(vocab_size):
+        data.findings.append(Finding("template", mismatch))
+    elif more := vocab_size - tokenizer.vocab_size:
+        padded = (
+            f"{tokenizer.path}: the model's vocabulary has {more:,} more, padding or added tokens that no text gets"
+        )
+        data.findings.append(Finding("vocabulary", padded, False))
     parts = [part for part in FILE_KEYS if part != "replay_from" or config.replay]
     named = [(part, source) for part in parts for source in sources(getattr(config, part))]
     for part, source in named:
@@ -145,15 +150,6 @@ def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterat
 
 
 # Templates and tokens
-
-
-def _version_faults(tokenizer: Tokenizer, vocab_size: int) -> Iterator[str]:
-    """A model reads the template that it learned with: v1 with 32,000 pieces, v2 and v3 with 32,768."""
-    if tokenizer.vocab_size > vocab_size:
-        has = f"{tokenizer.path}: {tokenizer.vocab_size:,} pieces, but the model's vocabulary has {vocab_size:,}"
-        yield f"{has}; take the tokenizer that came with the model"
-    elif tokenizer.version == "v1" and vocab_size == V3_VOCAB:
-        yield f"{tokenizer.path}: a v1 tokenizer, but the model's vocabulary is v3's; take the one that came with it"
 
 
 def _written_template(record: Record, tokenizer: Tokenizer) -> Iterator[str]:

@@ -95,16 +95,6 @@ def encode_record(record: Record, tokenizer: Tokenizer, max_seq_len: int, too_lo
     return fits if too_long == "truncate" or len(fits) == len(samples) else []
 
 
-def check_vocab(samples: Iterable[Sample], vocab_size: int) -> None:
-    """Raises UserError if a token id is not one of the model's, 0 to vocab_size - 1: the tokenizer is another's."""
-    for sample in samples:
-        if (largest := int(sample.tokens.max())) >= vocab_size:
-            raise UserError(
-                f"{sample.where}: token id {largest} is outside of the model's vocabulary of {vocab_size}; "
-                "take the tokenizer that came with the model"
-            )
-
-
 def _text_samples(ids: Sequence[int], max_seq_len: int, where: str) -> Iterator[Sample]:
     """Pieces of at most max_seq_len positions. A piece begins with the token that the one before ends with, so every
     token but <s> is a target once."""

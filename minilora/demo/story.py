@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from minilora.base import Base
+from minilora.checkpoint.adapter import read_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import (
@@ -116,14 +118,16 @@ def tell(output: Path, seed: int, console: Console) -> None:
 
     console.rule("After")
     after = score(answer_samples(run.model, tokenizer, chats, LONGEST_ANSWER, BATCH))
+    base_there = Base.find(replace(config.model, quantize="auto"), str(output / "adapter"))
+    adapter = read_adapter(output / "adapter", base.config)
     audit = merge_with_audit(
-        run.model, output / "merged", run.validation, config.data.max_seq_len, tokenizer.path, overwrite=True
+        base_there, adapter, output / "merged", run.validation, config.data.max_seq_len, overwrite=True
     )
     write_summary(run, before, after, ceiling, audit)
     report = write_report(output)
     console.print(result_table(run.folder.read_json("summary.json"), ceiling["nf4"]))
     console.print(samples_table(run))
-    console.print(f"Merge check: {audit.text()}", highlight=False)
+    console.print(f"Merge check: {audit.text('trained')}", highlight=False)
     places = {
         "adapter (PEFT layout)": output / "adapter",
         "merged model": output / "merged",
@@ -167,7 +171,7 @@ def write_summary(run: Run, before: Score, after: Score, ceiling: dict[str, Scor
         summary[when] |= vars(asked) | {"own_text_perplexity": summary["forgetting"][when]["perplexity"]}
     summary["ceiling"] = {name: vars(value) for name, value in ceiling.items()}
     summary["share_of_ceiling"] = after.exact_match / ceiling["nf4"].exact_match
-    summary["merge"] = {"merged": vars(audit.merged), "base": vars(audit.base)}
+    summary["merge"] = audit.to_dict("trained")
     run.folder.write_json("summary.json", summary)
 
 

@@ -5,6 +5,7 @@ KL(p, q) = sum over v of p(v) (ln p(v) - ln q(v)),  in nats a token
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,12 +19,34 @@ from minilora.model import Mistral
 
 @dataclass(frozen=True)
 class Distance:
-    """mean_kl: KL(p, q) a token; max_logit_difference; top1_agreement: share of tokens with the same likeliest next."""
+    """mean_kl, max_kl: KL(p, q) of a token; max_logit_difference; top1_agreement: share of tokens with the same
+    likeliest next."""
 
     mean_kl: float
+    max_kl: float
     max_logit_difference: float
     top1_agreement: float
     n_tokens: int
+
+    @staticmethod
+    def of(logits_p: Tensor, logits_q: Tensor) -> "Distance":
+        """Of some tokens, one at least: from the logits of p (N, V) to those of q, float32."""
+        log_p, log_q = logits_p.log_softmax(-1), logits_q.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        largest = float((logits_p - logits_q).abs().max())
+        agreed = (logits_p.argmax(-1) == logits_q.argmax(-1)).float().mean()
+        return Distance(float(kl.mean()), float(kl.max()), largest, float(agreed), len(kl))
+
+    def __add__(self, other: "Distance") -> "Distance":
+        """That of both, taken together."""
+        n, share = self.n_tokens + other.n_tokens, other.n_tokens / (self.n_tokens + other.n_tokens)
+        return Distance(
+            self.mean_kl + share * (other.mean_kl - self.mean_kl),
+            max(self.max_kl, other.max_kl),
+            max(self.max_logit_difference, other.max_logit_difference),
+            self.top1_agreement + share * (other.top1_agreement - self.top1_agreement),
+            n,
+        )
 
 
 Predictor = Callable[[PackedBatch], Tensor]  # a batch -> the logits (targets, V) of its target tokens, float32
@@ -51,18 +74,21 @@ def base_predictor(model: Mistral) -> Predictor:
     return logits
 
 
+def first_tokens(samples: Sequence[Sample], n_tokens: int) -> list[Sample]:
+    """The first samples that have so many targets, or all."""
+    reach = accumulate(sample.n_targets for sample in samples)
+    return list(samples[: 1 + sum(n < n_tokens for n in reach)])
+
+
 @torch.no_grad()
 def distance(p: Predictor, q: Predictor, samples: Sequence[Sample], max_seq_len: int, batch_size: int = 1) -> Distance:
     """From p to q, of models in evaluation mode, over all target tokens of the samples."""
     rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
-    kl, largest, agreed, n_tokens = 0.0, 0.0, 0, 0
+    total: Distance | None = None
     for start in range(0, len(rows), batch_size):
         batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True)
         logits_p = p(batch)
-        logits_q = q(batch).to(logits_p.device)
-        log_p, log_q = logits_p.log_softmax(-1), logits_q.log_softmax(-1)
-        kl += float((log_p.exp() * (log_p - log_q)).sum())
-        largest = max(largest, float((logits_p - logits_q).abs().max()))
-        agreed += int((logits_p.argmax(-1) == logits_q.argmax(-1)).sum())
-        n_tokens += len(logits_p)
-    return Distance(kl / n_tokens, largest, agreed / n_tokens, n_tokens)
+        found = Distance.of(logits_p, q(batch).to(logits_p.device))
+        total = found if total is None else total + found
+    assert total is not None, "there is a sample"
+    return total

@@ -11,7 +11,6 @@ it again. Kept are log-probabilities in float32 on the CPU: 4 bytes x vocabulary
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from minilora.config import RunConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import epoch_rows, make_batch
 from minilora.errors import UserError
+from minilora.evaluate.distance import first_tokens
 from minilora.evaluate.perplexity import mean_loss, perplexity
 from minilora.generation import answer
 from minilora.loss import IGNORE
@@ -58,8 +58,7 @@ def log_probabilities(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """ln p(v) of n_tokens targets of the first samples that have so many, or of all, and the targets: (<= ROWS, V)
     float32 and (<= ROWS,) on the CPU at a time, in the order in which they are packed. For a model in eval mode."""
-    reach = accumulate(sample.n_targets for sample in samples)
-    samples = samples[: 1 + sum(n < n_tokens for n in reach)]
+    samples = first_tokens(samples, n_tokens)
     rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
     for start in range(0, len(rows), batch_size):
         batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(model.device)

@@ -1,66 +1,340 @@
-"""Merging with an audit: the merged files are read back and compared with the model that was trained, then they stay.
+"""Merging with an audit, block by block: one pass over the base makes the merged files and says what they lost.
 
-A merge may round away what was learnt. The measure: KL(merged, trained) against KL(base, trained), both on held-out
-text. Above a tenth of it, the merge has lost too much, and nothing is left on the disk.
+Held-out text goes through the blocks in step: through the base's, through those with their adapters, as they were
+trained, and through each way of merging them (`checkpoint/merge.py`). So a block is read once, and no model is ever
+whole in memory: a 7B is merged and measured within 2.5 GB. The measure: KL(merged, trained) against KL(base, trained).
+Above a tenth of it the merge has lost too much, and nothing is left on the disk unless that is forced.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from math import prod
 from pathlib import Path
+from typing import Any, get_args
+from zlib import crc32
 
-from minilora.checkpoint.load import load_model
-from minilora.checkpoint.merge import merged_weights
-from minilora.checkpoint.save import save_hf
-from minilora.checkpoint.write import atomic_folder
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from minilora.backend import product_dtype
+from minilora.base import Base
+from minilora.checkpoint.adapter_parts import Adapter
+from minilora.checkpoint.card import model_card
+from minilora.checkpoint.chat_template import tokenizer_config
+from minilora.checkpoint.config_files import config_to_hf, quantization_to_hf
+from minilora.checkpoint.finite import refuse_not_finite
+from minilora.checkpoint.load import Storage, fill, set_layer, skeleton
+from minilora.checkpoint.merge import merged_weight, plain_weight, refuse_prefix, requantized_weight
+from minilora.checkpoint.names import TensorSpec
+from minilora.checkpoint.nf4_file import nf4_lines, nf4_tensors
+from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION
+from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
+from minilora.checkpoint.write import check_target, sweep_stale
+from minilora.config import Route
 from minilora.data.encode import Sample
+from minilora.data.pack import epoch_rows, make_batch
 from minilora.errors import UserError
-from minilora.evaluate.distance import Distance, base_predictor, distance, predictor
-from minilora.model import Mistral
+from minilora.evaluate.distance import Distance
+from minilora.linear import NF4Linear, multiply
+from minilora.lora import adapters_off
+from minilora.loss import IGNORE
+from minilora.model import Block, Context
+from minilora.nf4 import NF4Tensor
+from minilora.norm import RMSNorm
 
+Progress = Callable[[int, int], None]  # told the weights done, and those in all
 LARGEST_SHARE = 0.1
+MERGED = torch.bfloat16  # what merged weights are stored in
+_LOGIT_ROWS = 256  # compared at a time: 34 MB of float32 logits a model, where V = 32768
 
 
 @dataclass(frozen=True)
 class MergeAudit:
-    """Distances to the trained model: of the merged one, and of the base, which has learnt nothing."""
+    """Distances to the trained model, on held-out text: of each way of merging, and of the base, which has learnt
+    nothing; and the bytes that the weights of each way take."""
 
-    merged: Distance
+    COLUMNS = (
+        "merged onto",
+        "KL to trained, nats a token",
+        "largest",
+        "top-1",
+        "largest logit difference",
+        "weights",
+        "",
+    )
+
+    routes: dict[Route, Distance]
     base: Distance
+    n_bytes: dict[Route, int]
 
-    @property
-    def passed(self) -> bool:
-        return self.merged.mean_kl <= LARGEST_SHARE * self.base.mean_kl
+    def passed(self, route: Route) -> bool:
+        return self.routes[route].mean_kl <= LARGEST_SHARE * self.base.mean_kl
 
-    def text(self) -> str:
-        m, b = self.merged, self.base
+    def text(self, route: Route) -> str:
+        m, b = self.routes[route], self.base
         return (
             f"merged against trained, on {m.n_tokens} held-out tokens: largest logit difference "
-            f"{m.max_logit_difference:.3g}, KL {m.mean_kl:.3g} nats a token (base against trained: {b.mean_kl:.3g}), "
-            f"top-1 agreement {m.top1_agreement:.2%}"
+            f"{m.max_logit_difference:.3g}, KL {m.mean_kl:.3g} nats a token, {m.max_kl:.3g} at most "
+            f"(base against trained: {b.mean_kl:.3g}), top-1 agreement {m.top1_agreement:.2%}"
         )
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """For a table under COLUMNS: a line for each way, and one for the base."""
+        all_of = [*self.routes.items(), ("(base)", self.base)]
+        return [
+            (
+                who, f"{d.mean_kl:.3g}", f"{d.max_kl:.3g}", f"{d.top1_agreement:.2%}", f"{d.max_logit_difference:.3g}",
+                f"{self.n_bytes[who] / 1e6:,.1f} MB" if who in self.routes else "",
+                "" if who not in self.routes else "passed" if self.passed(who) else "lost too much",
+            )
+            for who, d in all_of
+        ]  # fmt: skip
 
+    def to_dict(self, route: Route) -> dict[str, Any]:
+        return {"route": route, "merged": asdict(self.routes[route]), "base": asdict(self.base)}
+
+
+@torch.no_grad()
+def audit_routes(
+    base: Base, adapter: Adapter, samples: Sequence[Sample], max_seq_len: int, progress: Progress | None = None
+) -> MergeAudit:
+    """What each way of merging that this base allows would lose; nothing is written."""
+    run = _Pass(base, adapter, samples, max_seq_len, _possible(base), progress)
+    for _ in run.weights():
+        pass
+    return run.audit()
+
+
+@torch.no_grad()
 def merge_with_audit(
-    model: Mistral,
+    base: Base,
+    adapter: Adapter,
     out: Path,
     samples: Sequence[Sample],
     max_seq_len: int,
-    tokenizer: Path | None = None,
+    *,
+    route: Route = "trained",
     overwrite: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> MergeAudit:
-    """Write base plus adapter in bf16 to `out` in Hugging Face's layout, if the audit on `samples` passes.
+    """Write base plus adapter to `out`, in Hugging Face's layout, with a card, if the audit on `samples` passes.
+
+    base: where and how it lies (it is not loaded); route: see `checkpoint/merge.py`; force: write it in any case
 
     Raises UserError, and leaves nothing behind, if it does not.
     """
-    trained = predictor(model)
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        save_hf(model, folder, weights=merged_weights(model), tokenizer=tokenizer)
-        # On the CPU, since a GPU that holds the trained model may have no space for a second one.
-        merged = load_model(folder, dtype=model.embed_tokens.weight.dtype, device="cpu")
-        audit = MergeAudit(
-            merged=distance(predictor(merged), trained, samples, max_seq_len),
-            base=distance(base_predictor(model), trained, samples, max_seq_len),
-        )
-        if not audit.passed:
-            raise UserError(f"{out}: not written, the merge lost too much: {audit.text()}")
-    return audit
+    if route not in _possible(base):
+        why = "in NF4 here; name the one that this was made from" if base.checkpoint.nf4 else "what was trained beside"
+        raise UserError(f"{base.checkpoint.folder}: the original base is {why}; merge onto trained")
+    check_target(out, overwrite, [base.checkpoint.folder])
+    sweep_stale(out.absolute().parent, out.name)
+    run, config = _Pass(base, adapter, samples, max_seq_len, (route,), progress), base.checkpoint.config
+    values = config_to_hf(config, "bfloat16")
+    if route == "requantized":
+        values |= {"quantization_config": quantization_to_hf(run.double_quant, "bfloat16")}
+    plan = plan_hf(values, run.plan(route), MAX_SHARD_BYTES)
+
+    def finish(folder: Path) -> None:
+        audit = run.audit()
+        if not (force or audit.passed(route)):
+            lost = f"the merge lost too much (--force overrides this): {audit.text(route)}"
+            raise UserError(f"{out}: not written, {lost}")
+        run.reopen(folder)
+        _describe(folder, out.name, route, base, adapter, audit)
+
+    parts = ((name, stored[route]) for name, stored in run.weights())
+    write_plan(plan, out, parts, [base.tokenizer.path], overwrite, finish)
+    return run.audit()
+
+
+def _possible(base: Base) -> tuple[Route, ...]:
+    """Those that differ: without NF4 the original is what was trained beside, and NF4 files do not hold it."""
+    return get_args(Route) if base.quantize and not base.checkpoint.nf4 else ("trained", "requantized")
+
+
+class _Pass:
+    """One pass over the base, a block at a time, in which every way of merging goes along.
+
+    hidden: the hidden states of each batch, by whose they are: the base's, the trained model's or a merged one's
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapter: Adapter,
+        samples: Sequence[Sample],
+        max_seq_len: int,
+        routes: Sequence[Route],
+        progress: Progress | None,
+    ) -> None:
+        refuse_prefix(adapter.config)
+        base.checkpoint.check_tied_head()
+        self.base, self.adapter, self.routes, self.progress = base, adapter, routes, progress
+        self.config, self.skeleton = base.checkpoint.config, skeleton(base.checkpoint.config)
+        self.double_quant = base.checkpoint.double_quant if base.checkpoint.nf4 else base.double_quant
+        self.storage = Storage(base.quantize is not None, self.double_quant, base.dtype, base.device)
+        rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
+        self.batches = [make_batch(samples, [row], max_seq_len, trim=True).to(base.device) for row in rows]
+        self.contexts = [Context(self.config, b.positions, b.segments, None, base.dtype) for b in self.batches]
+        self.hidden: dict[str, list[Tensor]] = {}
+        self.heads: dict[str, Tensor] = {}
+        self.n_bytes: dict[Route, int] = dict.fromkeys(routes, 0)
+        self.sums: dict[str, list[int]] = {}
+
+    def plan(self, route: Route) -> list[PlannedWeight]:
+        """The weights as the files of that route hold them."""
+        return [
+            (spec.name, nf4_lines(spec.key("hf"), spec.shape, self.double_quant))
+            if route == "requantized" and spec.is_projection
+            else (spec.name, [(spec.key("hf"), MERGED, spec.shape)])
+            for spec in self.base.checkpoint.tensors()
+        ]
+
+    def weights(self) -> Iterator[tuple[str, dict[Route, list[Tensor]]]]:
+        """Each weight's name, and what of it is stored by each route."""
+        done = 0
+        for part, specs in groupby(self.base.checkpoint.tensors(), key=_part_of):
+            for spec, made in self._part(part, list(specs)):
+                stored = {route: _stored(weight) for route, weight in made.items()}
+                for route, tensors in stored.items():
+                    self.n_bytes[route] += sum(tensor.nbytes for tensor in tensors)
+                    self.sums[spec.name] = [_checksum(tensor) for tensor in tensors]
+                yield spec.name, stored
+                done += prod(spec.shape)
+                if self.progress:
+                    self.progress(done, self.config.n_parameters)
+        self.base.checkpoint.check_unchanged()
+
+    def audit(self) -> MergeAudit:
+        """Once all weights have gone by: the distances from the base and the merged models to the trained one."""
+        totals = dict[str, Distance]()
+        for batch in range(len(self.batches)):
+            for start in range(0, len(self.hidden["trained"][batch]), _LOGIT_ROWS):
+                trained = self._logits("trained", batch, start)
+                for who in ("base", *self.routes):
+                    found = Distance.of(self._logits(who, batch, start), trained)
+                    totals[who] = totals[who] + found if who in totals else found
+        return MergeAudit({route: totals[route] for route in self.routes}, totals["base"], self.n_bytes)
+
+    def reopen(self, folder: Path) -> None:
+        """Read back what was written, by one route. Raises UserError if it is not what was meant to be."""
+        written = open_checkpoint(folder)
+        for spec in written.tensors():
+            weight = written.nf4[spec.name].read() if spec.name in written.nf4 else written.read(spec)
+            if [_checksum(tensor) for tensor in _stored(weight)] != self.sums[spec.name]:
+                raise UserError(f"{folder}: read back, {spec.name} differs; is the disk sound? merge again")
+
+    def _part(self, name: str, specs: list[TensorSpec]) -> Iterator[tuple[TensorSpec, dict[Route, Tensor | NF4Tensor]]]:
+        """The weights of one part of the model, merged, once the hidden states have gone through it."""
+        part, plain = self._take(name)
+        for spec in specs:
+            fill(part, self.base.checkpoint, spec, self.storage)
+        self.adapter.attach(part)
+        made = {spec: {route: self._merged(part, spec, route) for route in self.routes} for spec in specs}
+        module = part.get_submodule(name)
+        if isinstance(module, Block):
+            self._go("trained", module)
+            with adapters_off(part):
+                self._go("base", module)
+            for route in self.routes:
+                for spec in specs:
+                    _set_weight(plain, spec, made[spec][route], self.storage.dtype)
+                self._go(route, plain.get_submodule(name))
+        else:
+            self._go_outside(name, "trained", plain_weight(module))
+            with adapters_off(part):
+                self._go_outside(name, "base", plain_weight(module))
+            for route, weight in made[specs[0]].items():
+                assert isinstance(weight, Tensor)
+                self._go_outside(name, route, weight)
+        yield from made.items()
+
+    def _take(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """A part of the model out of the skeleton, under its own name in a module that holds nothing else; twice."""
+        parts = []
+        for _ in range(2):
+            parent, part = nn.Module(), deepcopy(self.skeleton.get_submodule(name))
+            above, _, last = name.rpartition(".")
+            parent.add_module(above, nn.ModuleDict({last: part})) if above else parent.add_module(last, part)
+            parts.append(parent)
+        return parts[0], parts[1]
+
+    def _merged(self, part: nn.Module, spec: TensorSpec, route: Route) -> Tensor | NF4Tensor:
+        layer = part.get_submodule(spec.module)
+        if route == "requantized" and spec.is_projection:
+            return requantized_weight(layer, self.double_quant, MERGED)
+        original = self.base.checkpoint.read(spec).to(self.base.device) if route == "original" else None
+        merged = merged_weight(layer, original).to(MERGED)
+        refuse_not_finite(merged, spec.name, "the adapter's numbers are too large; its training has failed")
+        return merged
+
+    def _go(self, who: str, block: nn.Module) -> None:
+        pairs = zip(self.hidden[who], self.contexts, strict=True)
+        self.hidden[who] = [block(x, context) for x, context in pairs]
+
+    def _go_outside(self, name: str, who: str, weight: Tensor) -> None:
+        """Through what is no block: embedding, norm or head, which has this weight."""
+        if name == "embed_tokens":
+            self.hidden[who] = [embedding(batch.tokens, weight).to(self.storage.dtype) for batch in self.batches]
+        elif name == "norm":
+            norm = RMSNorm(self.config.dim, self.config.norm_eps)
+            norm.weight = nn.Parameter(weight.to(self.storage.dtype))
+            pairs = zip(self.hidden[who], self.batches, strict=True)
+            self.hidden[who] = [norm(x[batch.labels != IGNORE]) for x, batch in pairs]
+        if name == "lm_head" or (name == "embed_tokens" and self.config.tied_embeddings):
+            self.heads[who] = weight
+
+    def _logits(self, who: str, batch: int, start: int) -> Tensor:
+        rows = self.hidden[who][batch][start : start + _LOGIT_ROWS]
+        return multiply(rows.to(product_dtype(rows)), self.heads[who]).float()
+
+
+class _Rounded(nn.Module):
+    """A linear layer whose weight is stored in fewer bits than it is used in."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(product_dtype(x))
+        return multiply(rows, self.weight).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _set_weight(part: nn.Module, spec: TensorSpec, weight: Tensor | NF4Tensor, dtype: torch.dtype) -> None:
+    """Give a layer of `part` what was stored of it, to be computed with in `dtype`."""
+    if isinstance(weight, NF4Tensor):
+        set_layer(part, spec, NF4Linear(weight))
+    elif spec.is_projection:
+        set_layer(part, spec, _Rounded(weight))
+    else:
+        part.get_submodule(spec.module).register_parameter("weight", nn.Parameter(weight.to(dtype)))
+
+
+def _part_of(spec: TensorSpec) -> str:
+    """The block that the weight lies in, or its own module: what hidden states go through in one step."""
+    return ".".join(spec.module.split(".")[:2]) if spec.module.startswith("layers.") else spec.module
+
+
+def _stored(weight: Tensor | NF4Tensor) -> list[Tensor]:
+    """The tensors that a file has of it."""
+    return nf4_tensors(weight) if isinstance(weight, NF4Tensor) else [weight]
+
+
+def _checksum(tensor: Tensor) -> int:
+    return crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapter, audit: MergeAudit) -> None:
+    """Put beside the merged weights where they come from: minilora.json, the card, and the chat template."""
+    facts = {**adapter.provenance, "format_version": PROVENANCE_VERSION, "audit": audit.to_dict(route)}
+    kind, version = "bnb-4bit" if route == "requantized" else "hf", base.tokenizer.version
+    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(tokenizer_config(version))
+    (folder / "README.md").write_text(model_card(name, kind, base.checkpoint.config, facts, tokenizer=version))

@@ -44,7 +44,8 @@ def check_data(config: RunConfig) -> tuple[Data, list[tuple[str, str]]]:
 
 def _load(config: RunConfig, data: DataConfig, mend: bool = False) -> Data:
     checkpoint = open_checkpoint(config.model.path)
-    tokenizer = load_tokenizer(config.model.tokenizer or checkpoint.folder)
+    model = config.model
+    tokenizer = load_tokenizer(model.tokenizer or checkpoint.folder, old_hf_spaces=model.old_hf_spaces)
     return load_data(data, tokenizer, checkpoint.config.vocab_size, mend)
 
 

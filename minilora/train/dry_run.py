@@ -42,7 +42,7 @@ def dry_run(config: RunConfig, reporter: Reporter) -> None:
 
 def _reload(run: Run) -> Mistral:
     """The model from the files that the run wrote."""
-    config, dtype, device = run.config, run.model.embed_tokens.weight.dtype, run.model.device
+    config, dtype, device = run.config, run.model.dtype, run.model.device
     if config.train.base_learns:
         return load_model(run.folder.path / "model", dtype=dtype, device=device)
     base = load_model(

@@ -5,6 +5,7 @@ measure; then until done: take rows, step, now and then validate and save; then 
 """
 
 import json
+import platform
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -228,18 +229,6 @@ def finish(run: Run, with_test: bool = True) -> None:
         raise UserError(f"{folder.path}: no step could be taken, loss or gradient was never finite; lower train.lr")
     if counters.best_loss is not None and counters.best_step != counters.step:
         load_weights(run.state.weights, folder.checkpoint("best", counters.best_step))
-    if run.config.train.base_learns:
-        save_hf(run.model, folder.path / "model", dtype=torch.float32, tokenizer=run.tokenizer.path, overwrite=True)
-    else:
-        provenance = {k: run.state.origin[k] for k in ("base", "data", "dtype", "tokenizer")} | {
-            "base_path": _absolute(run.config.model.path),
-            "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
-            "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), None),
-            "quantize": run.config.quantize,
-            "double_quant": run.config.model.double_quant,
-            "versions": versions(),
-        }
-        save_adapter(run.model, folder.path / "adapter", provenance=provenance, overwrite=True)
     after, run.after = measure(run, run.validation)
     _write_answers(run)
     forgetting = run.forgetting.report(run.model)
@@ -247,6 +236,17 @@ def finish(run: Run, with_test: bool = True) -> None:
     for sentence in advice:
         run.reporter.say(f"advice: {sentence}")
     test = open_test(run) if with_test else {}
+    if run.config.train.base_learns:
+        save_hf(run.model, folder.path / "model", dtype=torch.float32, tokenizer=run.tokenizer.path, overwrite=True)
+    else:
+        provenance = {k: run.state.origin[k] for k in ("data", "tokenizer")} | {
+            "base_path": _absolute(run.config.model.path),
+            "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
+            "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), None),
+            "versions": versions() | {"python": platform.python_version()},
+            "metrics": {"before": run.before["metrics"], "after": after, "test": test},
+        }
+        save_adapter(run.model, folder.path / "adapter", provenance=provenance, overwrite=True)
     speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl")]
     summary = {
         "before": run.before["metrics"],

@@ -182,6 +182,8 @@ def _remove_run(path: Path) -> None:
 
 def _toml(value: Any) -> str:
     """TOML writes strings, numbers, lists and true/false as JSON does, but for one character that must be escaped."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

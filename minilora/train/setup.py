@@ -12,7 +12,7 @@ from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import RunConfig, to_dict
 from minilora.data.check import load_data
-from minilora.data.encode import Sample, check_vocab
+from minilora.data.encode import Sample
 from minilora.data.pack import Mix, RowSampler, epoch_rows
 from minilora.data.records import data_fingerprint
 from minilora.data.sources import FILE_KEYS, fingerprints
@@ -70,13 +70,12 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     config = replace(config, model=replace(config.model, path=pinned(config.model.path)))
     checkpoint = open_checkpoint(config.model.path)
     base = checkpoint.folder
-    tokenizer = load_tokenizer(config.model.tokenizer or base)
+    tokenizer = load_tokenizer(config.model.tokenizer or base, old_hf_spaces=config.model.old_hf_spaces)
     if not config.data.train:
         raise UserError("data.train is empty; name a JSONL file of messages or text")
     probes = read_probes(config.eval.probes, tokenizer) if config.eval.samples else []
     data = load_data(config.data, tokenizer, checkpoint.config.vocab_size)
     data.refuse_faults()
-    check_vocab(probes, checkpoint.config.vocab_size)
     for warning in data.warnings():
         reporter.say(warning)
     learnt = data.learnt
@@ -112,7 +111,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     origin = {
         "config": _what_must_stay(config),
         "base": model.base_fingerprint,
-        "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.version},
+        "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.template},
         "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
         "device": device.type,
         "dtype": str(dtype)[6:],

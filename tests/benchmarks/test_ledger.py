@@ -1,6 +1,6 @@
 """What the ledger predicts against every byte that a real step takes, as benchmarks/watch.py sees them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
@@ -49,6 +49,10 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "lora", "dora": True},
     {"strategy": "qlora", "dora": True, "dtype": "bfloat16"},
     {"strategy": "qlora", "dora": True, "activation_checkpointing": True},
+    {"strategy": "lora", "modules_to_save": ("lm_head",)},
+    {"strategy": "qlora", "modules_to_save": ("embed_tokens", "norm"), "activation_checkpointing": True},
+    {"strategy": "qlora", "modules_to_save": ("embed_tokens", "lm_head")},
+    {"strategy": "lora", "targets": r".*\.1\..*_proj", "rank_pattern": {"up_proj": 64}},
     {"strategy": "prefix"},
     {"strategy": "prefix", "quantize": "nf4", "prefix_tokens": 100, "dtype": "bfloat16"},
     {"strategy": "prefix", "activation_checkpointing": True},
@@ -61,7 +65,8 @@ STRATEGIES: list[dict[str, Any]] = [
 def test_every_strategy_takes_what_was_predicted(settings: dict[str, Any], tied: bool) -> None:
     keys, rows, length = dict(settings), 4, 256
     base = {"dtype": keys.pop("dtype", "float32"), "quantize": keys.pop("quantize", "auto")}
-    lora = LoraConfig(rank=16, dora=keys.pop("dora", False))
+    of_lora = {f.name for f in fields(LoraConfig)} & keys.keys()
+    lora = LoraConfig(**{"rank": 16, **{name: keys.pop(name) for name in of_lora}})
     train = TrainConfig(batch_size=rows, **keys)
     run = RunConfig(BaseConfig(**base), lora, DataConfig(max_seq_len=length), train)
     sizes = replace(shape("tiny"), tied_embeddings=tied)

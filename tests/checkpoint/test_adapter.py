@@ -11,11 +11,12 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_checkpoints import edit_json, edit_tensors, hf_model, tokens
+from tiny_checkpoints import assert_same_logits, edit_json, edit_tensors, hf_model, randomize, tokens
 
-from minilora.checkpoint.adapter import load_adapter, read_adapter_config, read_provenance, save_adapter
+from minilora.checkpoint.adapter import load_adapter, read_adapter_config, save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.merge import merged_weights
+from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.save import save_hf
 from minilora.config import PROJECTIONS, LoraConfig, PrefixConfig
 from minilora.errors import UserError
@@ -29,24 +30,6 @@ pytestmark = pytest.mark.filterwarnings(
     # peft 0.21 asks transformers 5.23 for the old name of a flag.
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-
-
-def randomize(model: torch.nn.Module) -> None:
-    """Adapters as after training: B is not zero any more."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
-            elif "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
-def assert_same_logits(ours: Mistral, theirs: torch.nn.Module, base: Mistral) -> None:
-    with torch.no_grad():
-        logits = ours(tokens())
-        torch.testing.assert_close(logits, theirs(tokens()).logits, atol=1e-5, rtol=0)
-        assert (logits - base(tokens())).abs().max() > 0.1  # the adapter does something
 
 
 def adapted(originals: Path, **settings: Any) -> Mistral:
@@ -222,7 +205,7 @@ def assert_refused(originals: Path, folder: Path, message: str) -> None:
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; only LORA and PREFIX_TUNING"),
     ({"peft_type": ...}, "peft_type is None"),
-    ({"r": 0}, "r is 0, but must be a whole number above 0"),
+    ({"r": 0}, "r is 0, but must be above 0"),
     ({"r": "4"}, "r is '4'"),
     ({"r": True}, "r is True"),
     ({"r": ...}, "r is missing"),
@@ -236,22 +219,44 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
     ({"use_dora": "yes"}, "use_dora is 'yes'"),
     ({"use_dora": True}, r"lacks .*lora_magnitude_vector, which adapter_config\.json asks for"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], which is not supported"),
+    ({"modules_to_save": ["lm_head"]}, r"lacks base_model\.model\.lm_head\.weight"),
+    ({"modules_to_save": ["q_proj"]}, "modules_to_save names 'q_proj'; it may name embed_tokens, lm_head, norm"),
+    ({"modules_to_save": ["mlp"]}, "modules_to_save names 'mlp'"),
+    ({"modules_to_save": ["score"]}, "modules_to_save names 'score'"),
+    ({"modules_to_save": ["j", ""]}, "modules_to_save names 'j'"),
+    ({"modules_to_save": [""]}, "modules_to_save names ''"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; list was expected"),
     ({"bias": "lora_only"}, "bias is 'lora_only'"),
-    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
-    ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern is"),
+    ({"rank_pattern": {"q_proj": 8}}, r"q_proj\.lora_A\.weight has shape \(4, 128\).*want \(8, 128\)"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern q_proj is 0, but must be above 0"),
+    ({"rank_pattern": {"q_proj": 4.0}}, "rank_pattern is {'q_proj': 4.0}"),
+    ({"rank_pattern": {"q_proj": True}}, "rank_pattern is {'q_proj': True}"),
+    ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*; dict was expected"),
+    ({"rank_pattern": {"k_proj": 4}}, "rank_pattern names 'k_proj', which no layer with an adapter is called"),
+    ({"alpha_pattern": {"layers.2.self_attn.q_proj": 4}}, "alpha_pattern names 'layers.2"),
+    ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern q_proj is nan"),
+    ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern q_proj is -1"),
+    ({"alpha_pattern": {"(q_proj": 4}}, r"alpha_pattern is .*\(q_proj.*no regular expression"),
+    ({"alpha_pattern": {"(.*)*q_proj": 4}}, "alpha_pattern is .*may take too long to match"),
+    ({"exclude_modules": ["down_proj"]}, r"exclude_modules is \['down_proj'\], which is not supported"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
     ({"layers_to_transform": [0]}, r"layers_to_transform is \[0\]"),
     ({"a_feature_of_tomorrow": {"x": 1}}, "a_feature_of_tomorrow is"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
-    ({"target_modules": "all-linear"}, "target_modules is 'all-linear'; only a list"),
-    ({"target_modules": r".*\.q_proj"}, "target_modules is .*; only a list"),
-    ({"target_modules": None}, "target_modules is None"),
-    ({"target_modules": []}, r"target_modules is \[\]"),
+    ({"target_modules": "all-linear"}, r"lacks .*layers\.0\.mlp\.gate_proj\.lora_A"),
+    ({"target_modules": r".*\.q_proj"}, r"holds .*down_proj.*does not ask for"),
+    ({"target_modules": "q_proj"}, "target_modules names 'q_proj', which no layer is called in full"),
+    ({"target_modules": r".*(lm_head|\.q_proj)"}, "target_modules is .*, which matches lm_head, too"),
+    ({"target_modules": r"(.+)+\.q_proj"}, "target_modules is .*may take too long to match"),
+    ({"target_modules": "["}, "target_modules is '\\[', which is no regular expression"),
+    ({"target_modules": None}, "target_modules is missing"),
+    ({"target_modules": 3}, "target_modules is 3; list or str was expected"),
+    ({"target_modules": []}, "target_modules is empty"),
     ({"target_modules": ["q_proj", "c_attn"]}, "target_modules names 'c_attn'"),
     ({"target_modules": ["lm_head"]}, "target_modules names 'lm_head'"),
-    ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, "target_modules names 'model.layers.0"),
-    ({"target_modules": [["q_proj"]]}, "target_modules names"),
+    ({"target_modules": ["model.layers.2.self_attn.q_proj"]}, "target_modules names 'model.layers.2"),
+    ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, r"holds .*layers\.0\.mlp\.down_proj"),
+    ({"target_modules": [["q_proj"]]}, "target_modules is .*; list or str was expected"),
     ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, r"lacks .*layers\.0\.self_attn\.v_proj\.lora_A\.weight"),
     ({"target_modules": ["q_proj"]}, r"holds .*layers\.0\.mlp\.down_proj\.lora_[AB]\.weight"),
     ({"r": 8}, r"q_proj\.lora_A\.weight has shape \(4, 128\); adapter_config.json and base want \(8, 128\)"),
@@ -309,8 +314,8 @@ def test_an_adapter_for_another_base_is_refused(originals: Path, tmp_path: Path)
 
 
 def test_a_newer_provenance_is_refused(originals: Path, adapter: Path) -> None:
-    (adapter / "minilora.json").write_text('{"format_version": 2}')
-    assert_refused(originals, adapter, r"minilora\.json: format_version is 2")
+    (adapter / "minilora.json").write_text('{"format_version": 3}')
+    assert_refused(originals, adapter, r"minilora\.json: format_version is 3; this minilora knows 1 to 2")
 
 
 def test_a_flipped_bit_in_our_own_adapter_is_found(originals: Path, tmp_path: Path) -> None:

@@ -399,7 +399,7 @@ def test_the_verb_and_everything_after_it(tmp_path: Path, capsys: pytest.Capture
     assert "linear layers NF4;" in capsys.readouterr().out
     assert "double_quant = false" in (tmp_path / "run" / "config.toml").read_text()
     provenance = json.loads((tmp_path / "run" / "adapter" / "minilora.json").read_text())
-    assert (provenance["base_path"], provenance["double_quant"]) == (str(nf4), False)
+    assert (provenance["base_path"], provenance["quantization"]["double_quant"]) == (str(nf4), False)
     assert provenance["base_fingerprint"] == open_checkpoint(nf4).fingerprint()
     assert main(["generate", "--adapter", str(tmp_path / "run" / "adapter"), "--max_new_tokens", "4", "hi"]) == 0
     assert main([str(arg) for arg in [*run, "--dry-run"]]) == 0

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 from transformers import logging as transformers_logging
 
+from minilora.model import Mistral
+
 transformers_logging.disable_progress_bar()
 
 # Every size differs from every other one, and n_heads * head_dim (256) from dim (128), so that a mix-up shows.
@@ -45,6 +47,26 @@ def hf_model(seed: int = 0, attention: str = "eager", **changes: Any) -> Mistral
 def tokens(seed: int = 1) -> Tensor:
     """(2, 20): longer than the window."""
     return torch.randint(0, SIZES["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Adapters as after training: B is not zero any more."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+            elif "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif "trained" in name or ("modules_to_save" in name and "default" in name):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def assert_same_logits(ours: Mistral, theirs: torch.nn.Module, base: Mistral) -> None:
+    with torch.no_grad():
+        logits = ours(tokens())
+        torch.testing.assert_close(logits, theirs(tokens()).logits, atol=1e-5, rtol=0)
+        assert (logits - base(tokens())).abs().max() > 0.1  # the adapter does something
 
 
 def params_json() -> dict[str, Any]:

@@ -122,10 +122,22 @@ def test_template_and_model_of_unlike_versions(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="two bos"):
             load_data(DataConfig(train), tokenizer(V1), 32_000).refuse_faults()
     write_jsonl(tmp_path / "raw.jsonl", raw)
-    with pytest.raises(UserError, match=r"v1: a v1 tokenizer, but the model's vocabulary is v3's"):
+    with pytest.raises(
+        UserError, match=r"v1: a v1 tokenizer of 32,000 pieces, but the model's vocabulary has 32,768; "
+    ):
         load_data(DataConfig(train), tokenizer(V1), 32_768).refuse_faults()
-    with pytest.raises(UserError, match=r"v3: 32,768 pieces, but the model's vocabulary has 32,000; take"):
+    with pytest.raises(
+        UserError, match=r"v3: a v3 tokenizer of 32,768 pieces, but the model's vocabulary has 32,000; "
+    ):
         load_data(DataConfig(train), tokenizer(), 32_000).refuse_faults()
+
+
+def test_a_padded_vocabulary_is_told(tmp_path: Path) -> None:
+    train = str(write_jsonl(tmp_path / "chats.jsonl", [chat("Hi", "Yo")]))
+    data = load_data(DataConfig(train), tokenizer(V1), 32_002)
+    data.refuse_faults()
+    (warning,) = data.warnings()
+    assert f"{V1}: the model's vocabulary has 2 more, padding or added tokens" in warning
 
 
 def test_samples_that_would_teach_the_wrong_thing() -> None:

@@ -1,26 +1,36 @@
-"""A merge is read back and compared before it stays: transformers reads it too, and a spoilt one leaves nothing."""
+"""A merge goes through the base block by block: its files equal the definition's, its figures those of whole models."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TOKENIZER, tiny_model
+from tiny_runs import TINY, TOKENIZER, tiny_model
 from transformers import MistralForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from minilora.base import Base
+from minilora.checkpoint.adapter import load_adapter, read_adapter, save_adapter
 from minilora.checkpoint.load import load_model
+from minilora.checkpoint.merge import merged_weights
+from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.quantize import quantize_checkpoint
+from minilora.checkpoint.safetensors_file import TensorEntry
 from minilora.checkpoint.save import save_hf
-from minilora.config import LoraConfig
+from minilora.checkpoint.write import verify_manifest
+from minilora.config import BaseConfig, LoraConfig, Route
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.evaluate.merge_audit import merge_with_audit
+from minilora.evaluate.distance import base_predictor, distance, predictor
+from minilora.evaluate.merge_audit import MergeAudit, audit_routes, merge_with_audit
 from minilora.lora import LoRALinear, add_lora, lora_layers
-from minilora.model import Mistral
 from minilora.tokenizer import load_tokenizer
 
 transformers_logging.disable_progress_bar()
+F32 = torch.float32
 
 
 @pytest.fixture
@@ -29,39 +39,135 @@ def samples(data_folder: Path) -> list[Sample]:
     return encode_records(records, load_tokenizer(TOKENIZER), 64)[0]
 
 
-def trained(base: Path, quantize: Any) -> Mistral:
-    """As if it were trained: adapters that change the logits by far more than bf16 rounds away."""
-    model = load_model(base, quantize=quantize, dtype=torch.float32)
+def adapter_for(base: Path, folder: Path, quantize: Any = "nf4", strength: float = 0.1, **settings: Any) -> Path:
+    """As if it were trained: its adapters change the logits by far more than bf16 rounds away."""
+    model = load_model(base, quantize=quantize, dtype=F32)
     torch.manual_seed(0)
-    add_lora(model, LoraConfig(rank=4, alpha=8))
+    add_lora(model, LoraConfig(**{"rank": 4, "alpha": 8.0, **settings}))
     with torch.no_grad():
         for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0, 0.1)
-    return model.eval()
+            layer.lora_B.normal_(0, strength)
+            if layer.lora_magnitude_vector is not None:
+                layer.lora_magnitude_vector.mul_(1.1)
+    save_adapter(model, folder, provenance={"tokenizer_path": str(TOKENIZER)})
+    return folder
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_the_merged_files_are_the_trained_model(
-    tmp_path: Path, tiny_base: Path, samples: list[Sample], quantize: Any
+def found(base: Path, adapter: Path, **settings: Any) -> Base:
+    given = {"path": str(base), "quantize": "nf4", "tokenizer": str(TOKENIZER), "device": "cpu", "dtype": "float32"}
+    return Base.find(BaseConfig(**{**given, **settings}), str(adapter))
+
+
+def merge(
+    base: Path, adapter: Path, out: Path, samples: list[Sample], storage: Any = None, **options: Any
+) -> MergeAudit:
+    there = found(base, adapter, **(storage or {}))
+    return merge_with_audit(there, read_adapter(adapter, there.checkpoint.config), out, samples, 64, **options)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"dora": True},
+    "some layers, whole embedding and head": {
+        "targets": ("q_proj", "down_proj"), "rslora": True, "modules_to_save": ("embed_tokens", "lm_head", "norm"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_and_figures_are_those_of_whole_models(
+    tmp_path: Path, tiny_base: Path, samples: list[Sample], kind: str, quantize: str
 ) -> None:
-    model = trained(tiny_base, quantize)
-    audit = merge_with_audit(model, tmp_path / "merged", samples, 64, TOKENIZER)
-    assert audit.passed
-    assert 0 < audit.merged.mean_kl < 0.01 * audit.base.mean_kl
-    assert f"on {sum(s.n_targets for s in samples)} held-out tokens" in audit.text()
-    assert any(True for _ in lora_layers(model)), "the model is as it was"
+    """What goes block by block is held against models that are loaded whole: the definition."""
+    nf4 = "nf4" if quantize == "nf4" else None
+    adapter = adapter_for(tiny_base, tmp_path / "adapter", nf4, **KINDS[kind])
+    audit = merge(tiny_base, adapter, tmp_path / "merged", samples, {"quantize": quantize})
+    model = load_adapter(load_model(tiny_base, quantize=nf4, dtype=F32), adapter).eval()
+    written = open_checkpoint(tmp_path / "merged")
+    for name, weight in merged_weights(model):
+        assert torch.equal(written.read(spec_of(written, name)), weight), name
+
+    merged = load_model(tmp_path / "merged", dtype=F32)
+    for got, p in ((audit.routes["trained"], predictor(merged)), (audit.base, base_predictor(model))):
+        expected = distance(p, predictor(model), samples, 64)
+        for figure, value in vars(expected).items():
+            assert getattr(got, figure) == pytest.approx(value, rel=1e-3, abs=1e-6), figure
+    assert audit.passed("trained")
+    assert 0 < audit.routes["trained"].mean_kl < 0.01 * audit.base.mean_kl
+    assert audit.n_bytes["trained"] == 2 * TINY.n_parameters
 
     tokens = torch.tensor(samples[0].tokens[None], dtype=torch.int64)
     with torch.no_grad():
-        expected = model(tokens)
-        theirs = MistralForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens).logits
-        ours = load_model(tmp_path / "merged", dtype=torch.float32)(tokens)
-        far = load_model(tiny_base, dtype=torch.float32)(tokens)
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
-    scale = float(expected.abs().max())
-    assert float((theirs - expected).abs().max()) < 0.05 * scale
-    assert float((far - expected).abs().max()) > 0.2 * scale
-    assert (tmp_path / "merged" / TOKENIZER.name).exists()
+        theirs = MistralForCausalLM.from_pretrained(tmp_path / "merged", dtype=F32)(tokens).logits
+        torch.testing.assert_close(theirs, merged(tokens), atol=1e-5, rtol=1e-5)
+
+
+def spec_of(checkpoint: Any, name: str) -> Any:
+    return next(spec for spec in checkpoint.tensors() if spec.name == name)
+
+
+def test_a_tied_head_is_merged_once(tmp_path: Path, samples: list[Sample]) -> None:
+    save_hf(tiny_model(config=replace(TINY, tied_embeddings=True)), tmp_path / "base", dtype=F32)
+    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter")
+    audit = merge(tmp_path / "base", adapter, tmp_path / "merged", samples)
+    model = load_adapter(load_model(tmp_path / "base", quantize="nf4", dtype=F32), adapter).eval()
+    expected = distance(base_predictor(model), predictor(model), samples, 64)
+    assert audit.base.mean_kl == pytest.approx(expected.mean_kl, rel=1e-3)
+    assert audit.passed("trained")
+
+
+def test_onto_the_original_base(tmp_path: Path, tiny_base: Path, samples: list[Sample]) -> None:
+    """W + s B A, not W' + s B A: NF4's error comes back with the sign it was trained against."""
+    adapter = adapter_for(tiny_base, tmp_path / "adapter")
+    audit = merge(tiny_base, adapter, tmp_path / "merged", samples, route="original", force=True)
+    plain = load_adapter(load_model(tiny_base, dtype=F32), adapter, force=True).eval()
+    written = open_checkpoint(tmp_path / "merged")
+    for name, weight in merged_weights(plain):
+        assert torch.equal(written.read(spec_of(written, name)), weight), name
+    trained = load_adapter(load_model(tiny_base, quantize="nf4", dtype=F32), adapter).eval()
+    expected = distance(predictor(load_model(tmp_path / "merged", dtype=F32)), predictor(trained), samples, 64)
+    assert audit.routes["original"].mean_kl == pytest.approx(expected.mean_kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_requantized_is_what_quantize_makes_of_the_merged(
+    tmp_path: Path, tiny_base: Path, samples: list[Sample], double_quant: bool
+) -> None:
+    adapter = adapter_for(tiny_base, tmp_path / "adapter")
+    storage = {"double_quant": double_quant}
+    merge(tiny_base, adapter, tmp_path / "merged", samples, storage)
+    audit = merge(tiny_base, adapter, tmp_path / "again", samples, storage, route="requantized", force=True)
+    quantize_checkpoint(tmp_path / "merged", tmp_path / "expected", double_quant=double_quant)
+    again, expected = open_checkpoint(tmp_path / "again"), open_checkpoint(tmp_path / "expected")
+    assert again.fingerprint() == expected.fingerprint()
+    assert again.nf4.keys() == expected.nf4.keys()
+    for name, entry in again.nf4.items():
+        assert torch.equal(entry.read().packed, expected.nf4[name].read().packed), name
+    assert audit.n_bytes["requantized"] < 0.6 * 2 * TINY.n_parameters
+
+
+def test_the_table_of_all_ways(tmp_path: Path, tiny_base: Path, samples: list[Sample]) -> None:
+    adapter = adapter_for(tiny_base, tmp_path / "adapter")
+    there = found(tiny_base, adapter)
+    audit = audit_routes(there, read_adapter(adapter, there.checkpoint.config), samples, 64)
+    assert list(audit.routes) == ["trained", "original", "requantized"]
+    one: Route
+    for one in ("trained", "original", "requantized"):
+        alone = merge(tiny_base, adapter, tmp_path / one, samples, route=one, force=True)
+        assert alone.routes[one] == audit.routes[one]
+        assert alone.base == audit.base
+        assert alone.n_bytes[one] == audit.n_bytes[one]
+    assert audit.routes["trained"].mean_kl < audit.routes["requantized"].mean_kl
+    assert [row[0] for row in audit.rows()] == ["trained", "original", "requantized", "(base)"]
+
+
+def test_an_nf4_folder_is_a_base_too(tmp_path: Path, tiny_base: Path, samples: list[Sample]) -> None:
+    quantize_checkpoint(tiny_base, tmp_path / "nf4")
+    adapter = adapter_for(tmp_path / "nf4", tmp_path / "adapter", None)
+    assert merge(tmp_path / "nf4", adapter, tmp_path / "merged", samples, {"quantize": "auto"}).passed("trained")
+    with pytest.raises(UserError, match="the original base is in NF4 here"):
+        merge(tmp_path / "nf4", adapter, tmp_path / "m2", samples, {"quantize": "auto"}, route="original")
 
 
 def double_the_delta(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,24 +183,57 @@ def no_delta(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_merge_is_refused_and_nothing_is_left(
     tmp_path: Path, tiny_base: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, damage: Any
 ) -> None:
+    adapter = adapter_for(tiny_base, tmp_path / "adapter")
     damage(monkeypatch)
-    with pytest.raises(UserError, match=r"merged: not written, the merge lost too much: .* KL"):
-        merge_with_audit(trained(tiny_base, "nf4"), tmp_path / "merged", samples, 64, TOKENIZER)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"not written, the merge lost too much \(--force overrides this\): .* KL"):
+        merge(tiny_base, adapter, tmp_path / "merged", samples)
+    assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+    assert not merge(tiny_base, adapter, tmp_path / "merged", samples, force=True).passed("trained")
+    assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
 def test_an_older_merge_survives_a_damaged_one(
     tmp_path: Path, tiny_base: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = trained(tiny_base, "nf4")
-    merge_with_audit(model, tmp_path / "merged", samples, 64)
+    adapter = adapter_for(tiny_base, tmp_path / "adapter")
+    merge(tiny_base, adapter, tmp_path / "merged", samples)
     before = (tmp_path / "merged" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="exists already"):
-        merge_with_audit(model, tmp_path / "merged", samples, 64)
+        merge(tiny_base, adapter, tmp_path / "merged", samples)
     no_delta(monkeypatch)
     with pytest.raises(UserError, match="lost too much"):
-        merge_with_audit(model, tmp_path / "merged", samples, 64, overwrite=True)
+        merge(tiny_base, adapter, tmp_path / "merged", samples, overwrite=True)
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
+
+
+def test_what_the_disk_did_not_keep_is_noticed(
+    tmp_path: Path, tiny_base: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of one weight, turned in the written file before it is read back."""
+    adapter, read = adapter_for(tiny_base, tmp_path / "adapter"), TensorEntry.read
+
+    def turned(entry: TensorEntry) -> torch.Tensor:
+        tensor = read(entry)
+        if entry.key == "model.layers.1.mlp.up_proj.weight" and "merged" in str(entry.file):
+            tensor.view(torch.int16)[3, 5] ^= 1
+        return tensor
+
+    monkeypatch.setattr(TensorEntry, "read", turned)
+    with pytest.raises(UserError, match=r"read back, layers\.1\.mlp\.up_proj\.weight differs"):
+        merge(tiny_base, adapter, tmp_path / "merged", samples)
+    assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_beside_the_weights_lies_where_they_come_from(tmp_path: Path, tiny_base: Path, samples: list[Sample]) -> None:
+    adapter = adapter_for(tiny_base, tmp_path / "adapter")
+    audit = merge(tiny_base, adapter, tmp_path / "merged", samples)
+    facts = json.loads((tmp_path / "merged" / "minilora.json").read_text())
+    assert facts["base_fingerprint"] == open_checkpoint(tiny_base).fingerprint()
+    assert facts["audit"]["route"] == "trained"
+    assert facts["audit"]["merged"]["mean_kl"] == audit.routes["trained"].mean_kl
+    assert "# merged" in (tmp_path / "merged" / "README.md").read_text()
+    assert (tmp_path / "merged" / TOKENIZER.name).read_bytes() == TOKENIZER.read_bytes()
+    assert {"README.md", "minilora.json", "model.safetensors"} <= verify_manifest(tmp_path / "merged")["files"].keys()
 
 
 def test_adapters_that_learnt_nothing_merge_too(tmp_path: Path, samples: list[Sample]) -> None:
@@ -103,6 +242,6 @@ def test_adapters_that_learnt_nothing_merge_too(tmp_path: Path, samples: list[Sa
     with torch.no_grad():
         for weight in rounded.parameters():
             weight.copy_(weight.bfloat16())
-    save_hf(rounded, tmp_path / "base", dtype=torch.float32)
-    model = add_lora(load_model(tmp_path / "base", dtype=torch.float32), LoraConfig(rank=2)).eval()
-    assert merge_with_audit(model, tmp_path / "merged", samples, 64).passed
+    save_hf(rounded, tmp_path / "base", dtype=F32)
+    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter", None, strength=0.0)
+    assert merge(tmp_path / "base", adapter, tmp_path / "merged", samples, {"quantize": "none"}).passed("trained")

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
 
-from minilora.checkpoint.adapter import load_adapter, read_provenance
+from minilora.checkpoint.adapter import load_adapter
 from minilora.checkpoint.load import load_model
+from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.save import save_hf
 from minilora.config import RunConfig
 from minilora.data import pack
 from minilora.data.pack import epoch_rows
+from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.evaluate.perplexity import mean_loss
 from minilora.fused import Projections
@@ -75,7 +77,12 @@ def test_a_run_and_its_files(make_config: MakeConfig, quiet: Quiet) -> None:
     provenance = read_provenance(path / "adapter")
     assert provenance["base_path"] == config.model.path
     assert provenance["validation_path"] == config.data.validation
-    assert (provenance["quantize"], provenance["double_quant"]) == ("nf4", True)
+    recipe = {"type": "nf4", "double_quant": True, "block_size": 64, "compute_dtype": "float32"}
+    assert provenance["quantization"] == recipe
+    assert provenance["tokenizer"] == {"sha256": data_fingerprint(TOKENIZER), "template": run.tokenizer.version}
+    assert provenance["data"]["train"] == run.state.origin["data"]["train"]
+    assert provenance["versions"].keys() == {"minilora", "torch", "threads", "python"}
+    assert provenance["metrics"] == {key: summary[key] for key in ("before", "after", "test")}
 
 
 def test_the_adapter_is_the_model_that_was_measured(make_config: MakeConfig, quiet: Quiet, tiny_base: Path) -> None:
@@ -663,7 +670,7 @@ def test_the_tokenizer_of_a_larger_model_is_refused(make_config: MakeConfig, qui
 
     small = tiny_model(config=replace(TINY, vocab_size=400))
     save_hf(small, tmp_path / "small", dtype=torch.float32, tokenizer=TOKENIZER)
-    with pytest.raises(UserError, match=r"tokenizer.model: 458 pieces, but the model's vocabulary has 400; take"):
+    with pytest.raises(UserError, match=r"model: a v\d tokenizer of 458 pieces, but the model's vocabulary has 400; "):
         fine_tune(make_config(model__path=str(tmp_path / "small")), quiet)
 
 

@@ -1,0 +1,65 @@
+"""README.md of a model: the card that a repository of models shows.
+
+What is not known is said to be unknown. Text from files is data, not markup: it stands in indented blocks of JSON,
+which no text in it can end, or is made of letters and digits alone.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from minilora.checkpoint.chat_template import TEMPLATES
+from minilora.config import ModelConfig, to_dict
+
+_LIBRARY = {"gguf": "gguf", "mistral": "vllm"}  # of the others: transformers
+
+
+def model_card(
+    name: str,
+    kind: str,
+    config: ModelConfig,
+    facts: Mapping[str, Any],
+    *,
+    tokenizer: str | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """The card of a model that lies in a folder called `name`.
+
+    kind: its format, a key of `export.FORMATS`; "hf" is what a merge writes
+    facts: what minilora.json tells, each key of it optional: license, base_path, base_fingerprint, quantization, data,
+        config (of the run), metrics, audit (of the merge), versions, export
+    tokenizer: the version, None if the folder has no tokenizer that we know
+    notes: what limits it, a sentence each, of our own words
+    """
+    base, (form, _, bits) = str(facts.get("base_path") or ""), kind.partition("-")
+    of_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base, re.ASCII)
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    known = {key: value for key, value in facts.items() if value}
+    of_base = {"base_path": Path(base).name} if base else {}
+    return Template((TEMPLATES / "card.md").read_text("utf-8")).substitute(
+        name=plain,
+        kind=kind,
+        license=json.dumps(re.sub(r"[^\w.-]", "", str(facts.get("license") or "unknown"), flags=re.ASCII)),
+        library=_LIBRARY.get(form, "transformers"),
+        base_model=f"base_model: {base}\n" if of_hub else "",
+        n_parameters=f"{config.n_parameters:,}",
+        tokenizer=tokenizer or "none",
+        sizes=_block(to_dict(config)),
+        base=_block({k: known[k] for k in ("base_fingerprint", "quantization") if k in known} | of_base),
+        made_from=_block(facts.get("export")),
+        data=_block(facts.get("data")),
+        recipe=_block(facts.get("config")),
+        metrics=_block({k: known[k] for k in ("metrics", "audit") if k in known}),
+        usage=Template((TEMPLATES / f"use_{form}.md").read_text("utf-8")).substitute(name=plain, bits=bits).strip(),
+        limits="".join(f"- {note}\n" for note in (*notes, *([] if tokenizer else ["No tokenizer lies with it."]))),
+        versions=_block(facts.get("versions")),
+    )
+
+
+def _block(value: object) -> str:
+    """JSON as an indented block, which no text in it can end: JSON escapes line ends and what is not ASCII."""
+    lines = json.dumps(value, indent=2, default=str).splitlines() if value else []
+    return "\n".join(f"    {line}" for line in lines) or "Unknown: the files that this was made from do not say."

@@ -1,0 +1,153 @@
+"""GGUF, the one file that llama.cpp reads: sizes and tokenizer as keys, then the tensors.
+
+    token_embd  blk.N.attn_q ... blk.N.ffn_down  output_norm  output      matrices F16 or Q8_0, norms F32
+    Q8_0: blocks of 32 along a row, a scale d = max|x| / 127 in F16 and 32 bytes round(x / d)
+
+A Mistral is of llama.cpp's architecture "llama", which turns interleaved pairs, as Mistral's own files have the rows
+of W_q and W_k. It knows no sliding window: with one, W is written as the context's length, up to which both see alike.
+Source: `convert_hf_to_gguf.py` in https://github.com/ggml-org/llama.cpp, whose package `gguf` writes and reads here.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.checkpoint.chat_template import TEMPLATES, chat_template
+from minilora.checkpoint.finite import refuse_not_finite
+from minilora.checkpoint.names import TensorSpec, tensor_specs
+from minilora.config import ModelConfig
+from minilora.errors import UserError, need_library
+from minilora.tokenizer import Tokenizer
+
+GGUFKind = Literal["F16", "Q8_0"]
+Weights = Iterable[tuple[TensorSpec, Tensor]]  # in the order of `tensor_specs`, rows in our order
+_TABLE = json.loads((TEMPLATES / "gguf.json").read_text("utf-8"))  # names of tensors and sizes, fixed keys
+_FILE_TYPES = {"F16": 1, "Q8_0": 7}  # ggml's numbers of files that are mostly of the type
+_NORMAL, _UNUSED = 1, 5  # kinds of a piece, sentencepiece's numbers and GGUF's alike
+_Q8_BLOCK, _Q8_LARGEST = 32, 127
+_ROWS_AT_A_TIME = 1024
+
+
+def gguf_name(spec: TensorSpec) -> str:
+    """What GGUF calls the tensor."""
+    layer, _, part = re.sub(r"^layers\.(\d+)\.", r"blk.\1.=", spec.module).rpartition("=")
+    return f"{layer}{_TABLE['tensors'][part]}.weight"
+
+
+def gguf_keys(config: ModelConfig, tokenizer: Tokenizer, kind: GGUFKind, name: str) -> dict[str, Any]:
+    """All that the file says beside the tensors. Raises UserError if the tokenizer is another model's.
+
+    name: of the model, for people
+    """
+    pieces = list(sentencepiece_pieces(tokenizer.path.read_bytes()))
+    if (n := len(pieces)) > config.vocab_size:
+        raise UserError(f"{tokenizer.path}: has {n:,} pieces, the model {config.vocab_size:,}; name the model's own")
+    pieces += [(f"[PAD{i}]", -1e4, _UNUSED) for i in range(n, config.vocab_size)]
+    tokens, scores, kinds = map(list, zip(*pieces, strict=True))
+    keys = {key: getattr(config, field) for key, field in _TABLE["sizes"].items()} | _TABLE["fixed"]
+    of_tokenizer: dict[str, Any] = {"tokens": tokens, "scores": scores, "token_type": kinds}
+    of_tokenizer |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return {
+        "general.name": name,
+        "general.file_type": _FILE_TYPES[kind],
+        "llama.context_length": min(config.max_seq_len, config.sliding_window or config.max_seq_len),
+        "tokenizer.chat_template": chat_template(tokenizer.version),
+        **keys,
+        **{f"tokenizer.ggml.{key}": value for key, value in of_tokenizer.items()},
+    }
+
+
+def sentencepiece_pieces(model: bytes) -> Iterator[tuple[str, float, int]]:
+    """Text, score and kind of each piece in the bytes of a tokenizer.model, which begins with them.
+
+    In sentencepiece_model.proto a piece is field 1, of text (1), score (2) and, unless it is normal, kind (3); each is
+    shorter than 128 bytes, so its length is one.
+    """
+    at = 0
+    while model[at] == 0x0A:
+        n, n_text = model[at + 1], model[at + 3]
+        rest = model[at + 4 + n_text : at + 2 + n]
+        score, kind = struct.unpack("<f", rest[1:5])[0], rest[6] if rest[5:6] == b"\x18" else _NORMAL
+        yield model[at + 4 : at + 4 + n_text].decode(), score, kind
+        at += 2 + n
+
+
+def write_gguf(file: Path, keys: dict[str, Any], config: ModelConfig, weights: Weights, kind: GGUFKind) -> None:
+    """Write the file, a tensor at a time. Raises UserError for a number that F16 cannot hold, by name and index."""
+    import gguf
+
+    with closing(gguf.GGUFWriter(file, "llama")) as writer:
+        add: dict[type, Callable[[str, Any], None]] = {bool: writer.add_bool, int: writer.add_uint32}
+        add |= {float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        for key, value in keys.items():
+            add[type(value)](key, value)
+        for spec in tensor_specs(config):
+            as_type = gguf.GGMLQuantizationType[_type(spec, kind)]
+            block, n_bytes = gguf.GGML_QUANT_SIZES[as_type]
+            n_bytes *= prod(spec.shape) // block
+            writer.add_tensor_info(gguf_name(spec), spec.shape, np.dtype(np.float32), n_bytes, raw_dtype=as_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for spec, weight in weights:
+            refuse_not_finite(weight.half(), spec.name, "F16 cannot hold it; export to hf instead")
+            rows = spec.to_layout(weight, "mistral").float().numpy()
+            writer.write_tensor_data(gguf.quantize(rows, gguf.GGMLQuantizationType[_type(spec, kind)]))
+
+
+def compare_gguf(file: Path, keys: dict[str, Any], config: ModelConfig, weights: Weights, kind: GGUFKind) -> None:
+    """Read the file back. Raises UserError for the first key or tensor that is not what `write_gguf` was given.
+
+    F32 and F16 must be the weights' own roundings, Q8_0 within half a step, and what rounding d to F16 adds.
+    """
+    import gguf
+
+    held, lines = read_gguf(file)
+    wrong = [k for k, v in keys.items() if held.get(k) != (np.float32(v) if isinstance(v, float) else v)]
+    if [line[:3] for line in lines] != [(gguf_name(s), s.shape, _type(s, kind)) for s in tensor_specs(config)]:
+        wrong.append("the list of tensors")
+    for stored, (spec, weight) in zip(gguf.GGUFReader(file).tensors, weights, strict=True):
+        rows = spec.to_layout(weight, "mistral")
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            part = slice(start, start + _ROWS_AT_A_TIME)
+            got = torch.tensor(gguf.dequantize(stored.data[part], stored.tensor_type))
+            if not _agrees(got, rows[part].float(), _type(spec, kind)):
+                wrong.append(gguf_name(spec))
+    if wrong:
+        raise UserError(f"{file}: {wrong[0]} is not what was to be written; export again, and report it")
+
+
+def _agrees(got: Tensor, expected: Tensor, as_type: str) -> bool:
+    if as_type != "Q8_0":
+        return torch.equal(got, expected.half().float() if as_type == "F16" else expected)
+    step = expected.reshape(-1, _Q8_BLOCK).abs().amax(1, keepdim=True) / _Q8_LARGEST
+    allowed = step * (0.5 + _Q8_LARGEST * 2**-11 + 1e-4) + _Q8_LARGEST * 2**-25  # d in F16, normal or not
+    return bool(((got - expected).reshape(-1, _Q8_BLOCK).abs() <= allowed).all())
+
+
+def read_gguf(file: Path) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], str, int]]]:
+    """The keys of any GGUF file, and of each tensor its name, shape, type and bytes. Raises UserError."""
+    need_library("gguf", "gguf", "a GGUF file")
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(file)
+        keys = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = [(t.name, tuple(t.shape[::-1].tolist()), t.tensor_type.name, t.n_bytes) for t in reader.tensors]
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise UserError(f"{file}: not a whole GGUF file: {error}; export it again") from None
+    return keys, tensors
+
+
+def _type(spec: TensorSpec, kind: GGUFKind) -> str:
+    """As llama.cpp's converter chooses: norms stay F32, and rows that blocks do not divide F16."""
+    return "F32" if len(spec.shape) == 1 else "F16" if spec.shape[-1] % _Q8_BLOCK else kind

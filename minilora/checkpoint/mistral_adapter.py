@@ -1,0 +1,123 @@
+"""LoRA adapters in the layout of mistral-finetune: lora.safetensors, and params.json beside it.
+
+    layers.0.attention.wq.lora_A.weight  (rank, in)      .lora_B.weight  (out, rank)      all seven layers of a block
+    params.json: the base's sizes, and "lora": {"enable": true, "rank", "dropout", "scaling"}
+
+What B A is multiplied by stands in params.json alone; mistral-inference, which reads the tensors alone, is told it by
+its caller and else takes 2. As in all of Mistral's files, the rows of wq and wk interleave a head's pairs, and with
+them those of their B (rope.py). There is one rank, one scale and no word for DoRA, for whole modules or for a prefix.
+
+Source: finetune/checkpointing.py and model/lora.py of github.com/mistralai/mistral-finetune; lora.py of
+mistral-inference, which looks for all seven layers: one without an adapter is written as zeros.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora.checkpoint.adapter_parts import Adapter, expected_shapes, read_exactly
+from minilora.checkpoint.config_files import config_to_params
+from minilora.checkpoint.finite import refuse_not_finite
+from minilora.checkpoint.json_file import read_json, short
+from minilora.checkpoint.names import TensorSpec, tensor_specs
+from minilora.checkpoint.provenance import PROVENANCE
+from minilora.checkpoint.safetensors_file import read_header, write_safetensors
+from minilora.checkpoint.write import atomic_folder
+from minilora.config import LoraConfig, ModelConfig, PrefixConfig
+from minilora.errors import UserError
+
+WEIGHTS, PARAMS = "lora.safetensors", "params.json"
+
+
+def is_mistral(path: Path) -> bool:
+    """Whether it is a file of tensors alone, or a folder with one and without PEFT's config."""
+    return path.suffix == ".safetensors" or (
+        (path / WEIGHTS).is_file() and not (path / "adapter_config.json").is_file()
+    )
+
+
+def read_config(path: Path, scaling: float | None) -> LoraConfig:
+    """The adapter's config: its rank from the tensors, its scale from params.json, unless `scaling` is given.
+
+    path: a folder, or its file of tensors
+
+    Raises UserError if neither says the scale, or params.json says what the tensors are not.
+    """
+    file = _weights(path)
+    params = file.with_name(PARAMS)
+    lora = read_json(params).get("lora") or {} if params.is_file() else {}
+    shapes = (entry.shape for key, entry in read_header(file).items() if key.endswith(".lora_A.weight"))
+    rank = next((shape[0] for shape in shapes if shape), 0)
+    if not isinstance(lora, dict) or lora.get("enable", True) is not True or lora.get("rank", rank) != rank:
+        raise UserError(f"{params}: lora is {short(lora)}, but {WEIGHTS} has an adapter of rank {rank}")
+    scale, dropout = lora.get("scaling") if scaling is None else scaling, lora.get("dropout", 0.0)
+    if scale is None:
+        raise UserError(f"{file}: no {PARAMS} beside it says its scale; give it with --adapter_scaling")
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (scale, dropout)):
+        raise UserError(f"{params}: scaling and dropout of lora are {short((scale, dropout))}, but must be numbers")
+    try:
+        return LoraConfig(rank, scale * max(rank, 1), dropout)
+    except UserError as error:
+        raise UserError(f"{file}: with the scale {scale}, {error}") from None
+
+
+def read_tensors(path: Path, config: LoraConfig | PrefixConfig, sizes: ModelConfig) -> dict[str, Tensor]:
+    """The tensors by our names, B's rows in our order. Raises UserError if they are not all, or others too."""
+    shapes = expected_shapes(config, sizes)
+    tensors = read_exactly(_weights(path), _keys(sizes), shapes, "a lora of this rank")
+    for spec in _projections(sizes):
+        b = f"{spec.module}.lora_B"
+        tensors[b] = spec.from_layout(tensors[b], "mistral")
+    return tensors
+
+
+def save_mistral_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write an adapter of a base of these sizes as mistral-finetune does, in bfloat16, with its minilora.json.
+
+    Raises UserError for what the layout has no word for, a number that bfloat16 cannot hold, or a folder that stands.
+    """
+    config = adapter.config
+    if isinstance(config, PrefixConfig):
+        raise UserError("mistral-finetune has no prefixes; keep PEFT's layout")
+    adapted = [spec.module for spec in _projections(sizes) if config.adapts(spec.module)]
+    ranks, scales = sorted({*map(config.rank_of, adapted)}), sorted({*map(config.scale_of, adapted)})
+    more = {"lora.dora": config.dora, "lora.modules_to_save": config.modules_to_save}
+    more |= {"lora.rank_pattern": len(ranks) > 1, "lora.alpha_pattern": len(scales) > 1}
+    for key, used in more.items():
+        if used:
+            raise UserError(f"mistral-finetune's layout has no word for {key}; keep PEFT's, or merge the adapter")
+    tensors = dict[str, Tensor]()
+    for spec in _projections(sizes):
+        shapes = {"lora_A": (ranks[0], spec.shape[1]), "lora_B": (spec.shape[0], ranks[0])}
+        for part, shape in shapes.items():
+            tensor = adapter.tensors.get(f"{spec.module}.{part}", torch.zeros(shape)).bfloat16()
+            refuse_not_finite(tensor, f"{spec.module}.{part}", "bfloat16 cannot hold it")
+            tensors[f"{spec.module}.{part}"] = spec.to_layout(tensor, "mistral") if part == "lora_B" else tensor
+    lora = {"enable": True, "rank": ranks[0], "dropout": config.dropout, "scaling": scales[0]}
+    small = {PARAMS: config_to_params(sizes) | {"lora": lora}, PROVENANCE: adapter.provenance}
+    with atomic_folder(folder, overwrite=overwrite, manifest={}) as temp:
+        for name, values in small.items():
+            if values:
+                (temp / name).write_text(json.dumps(values, indent=2) + "\n")
+        keys = _keys(sizes)
+        lines = [(keys[name], torch.bfloat16, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        write_safetensors(temp / WEIGHTS, tensors.values(), lines, {"format": "pt"})
+
+
+def _weights(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / WEIGHTS
+
+
+def _projections(sizes: ModelConfig) -> list[TensorSpec]:
+    return [spec for spec in tensor_specs(sizes) if spec.is_projection]
+
+
+def _keys(sizes: ModelConfig) -> dict[str, str]:
+    """Our names of the tensors, and the file's."""
+    return {
+        f"{spec.module}.{part}": f"{spec.mistral_module}.{part}.weight"
+        for spec in _projections(sizes)
+        for part in ("lora_A", "lora_B")
+    }

@@ -1,0 +1,95 @@
+"""minilora.json beside an adapter: where it comes from, checked when it is loaded.
+
+    base_fingerprint  base_path  quantization {"type": "nf4" or "none", "double_quant", "block_size", "compute_dtype"}
+    tokenizer {"sha256", "template"}  tokenizer_path  validation_path
+    data (sha256 by key)  versions  metrics {"before", "after", "test"}
+
+Another base, tokenizer or template, or a file that was altered, is refused, or with `force` only said. That the base is
+stored otherwise is said: such an adapter works, if not as well. Other programs' adapters have no such file and pass.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.checkpoint.json_file import read_json, short
+from minilora.checkpoint.write import MANIFEST, verify_manifest
+from minilora.errors import UserError
+from minilora.linear import NF4Linear
+from minilora.model import Mistral
+from minilora.nf4 import BLOCK_SIZE
+
+PROVENANCE = "minilora.json"
+PROVENANCE_VERSION = 2  # 1 had "quantize" and "double_quant" in place of "quantization"
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """What minilora.json tells of where an adapter comes from; empty if another program wrote the adapter."""
+    file = Path(folder) / PROVENANCE
+    if not file.is_file():
+        return {}
+    provenance = read_json(file)
+    if (version := provenance.get("format_version")) not in (1, PROVENANCE_VERSION):
+        raise UserError(f"{file}: format_version is {short(version)}; this minilora knows 1 to {PROVENANCE_VERSION}")
+    if version == 1 and "quantize" in provenance:
+        kind, double_quant = provenance["quantize"] or "none", provenance.get("double_quant")
+        provenance["quantization"] = {"type": kind, "double_quant": double_quant}
+    texts = dict.fromkeys(("base_path", "tokenizer_path", "validation_path", "base_fingerprint"), str)
+    for key, kind in {**texts, "tokenizer": dict, "quantization": dict}.items():
+        if not isinstance(provenance.get(key), kind | None):
+            raise UserError(f"{file}: {key} is {short(provenance[key])}, but must be a {kind.__name__}")
+    recipe = provenance.get("quantization") or {}
+    if recipe.get("type", "none") not in ("nf4", "none") or not isinstance(recipe.get("double_quant"), bool | None):
+        raise UserError(f"{file}: quantization is {short(recipe)}; its type must be nf4 or none")
+    return provenance
+
+
+def recipe(double_quant: bool | None, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> dict[str, Any]:
+    """How a base is stored and computed, as minilora.json has it. double_quant: None where it is not in NF4."""
+    nf4 = {} if double_quant is None else {"double_quant": double_quant, "block_size": block_size}
+    return {"type": "nf4" if nf4 else "none", **nf4, "compute_dtype": str(dtype).removeprefix("torch.")}
+
+
+def recipe_of(model: Mistral) -> dict[str, Any]:
+    """The recipe of a model that is loaded."""
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            return recipe(module.nested_absmax is not None, model.dtype, module.block_size)
+    return recipe(None, model.dtype)
+
+
+def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], force: bool) -> list[str]:
+    """What should be said before the adapter in `folder` is used.
+
+    trained: its provenance; here: the same keys of the base and tokenizer at hand, those that are known
+
+    Raises UserError for another base, tokenizer or template and for altered files, unless `force` is given.
+    """
+    wrong = list[str]()
+    if (folder / MANIFEST).is_file():
+        try:
+            verify_manifest(folder)
+        except UserError as error:
+            wrong.append(str(error))
+    theirs, ours = (origin.get("base_fingerprint") for origin in (trained, here))
+    if theirs and ours and theirs != ours:
+        wrong.append(f"{folder}: trained on another base: fingerprint {theirs}, but this model's is {ours}")
+    for key, was, now in _differences(trained.get("tokenizer"), here.get("tokenizer")):
+        other = f"a tokenizer whose {key} is {short(was)}, but here it is {short(now)}"
+        wrong.append(f"{folder}: trained with {other}; name the right one with --model.tokenizer")
+    if wrong and not force:
+        raise UserError(f"{wrong[0]} (--force overrides this)")
+    said = [f"overridden by force: {text}" for text in wrong]
+    for key, was, now in _differences(trained.get("quantization"), here.get("quantization")):
+        if key != "compute_dtype":
+            stored = f"trained on a base stored with {key} {was}, here it is {now}"
+            said.append(f"{folder}: {stored}; expect slightly other answers")
+    return said
+
+
+def _differences(trained: dict[str, Any] | None, here: dict[str, Any] | None) -> list[tuple[str, Any, Any]]:
+    """Key and both values, where both are known and differ."""
+    was, now = trained or {}, here or {}
+    both = ((key, was[key], now[key]) for key in was if key in now and None not in (was[key], now[key]))
+    return [(key, old, new) for key, old, new in both if old != new]

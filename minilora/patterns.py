@@ -1,0 +1,41 @@
+"""Regular expressions for names of layers, written by strangers, so only such as are matched in few steps.
+
+`re` tries one way after another to match, and a hostile expression has more ways than a machine has time for: (x+)+y.
+Here no group is repeated, so the ways are at most the product of what each alternation and each repetition may choose.
+"""
+
+import re
+from typing import TypeVar
+
+from minilora.errors import UserError
+
+T = TypeVar("T")
+
+MAX_CHARACTERS = 2000
+MAX_WAYS = 200_000
+_LONGEST_NAME = 48  # characters: what a repetition may choose from
+
+
+def check_pattern(pattern: str, key: str) -> None:
+    """Raise UserError, naming the `key` that it stands at, unless `pattern` is a regular expression of few ways."""
+    easier = "write it with fewer * + ? {} and alternatives, without looking around and without repeated groups"
+    too_long = f"{key} is {pattern[:80]!r}, which may take too long to match; {easier}"
+    if len(pattern) > MAX_CHARACTERS:
+        raise UserError(too_long)
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{key} is {pattern[:80]!r}, which is no regular expression: {error}") from None
+    plain = re.sub(r"\[\^?.[^\]]*\]", "x", re.sub(r"\\.", "x", pattern))  # an escape, a class: one character
+    ways = _LONGEST_NAME ** len(re.findall(r"(?<!\()[*+{]", plain)) * 2 ** len(re.findall(r"(?<![(*+?}])\?", plain))
+    while (group := re.search(r"\((?:\?:)?((?!\?)[^()]*)\)(?![*+{?])", plain)) and ways <= MAX_WAYS:
+        ways *= 1 + group[1].count("|")
+        plain = plain[: group.start()] + "x" + plain[group.end() :]
+    if "(" in plain or ways * (1 + plain.count("|")) > MAX_WAYS:
+        raise UserError(too_long)
+
+
+def first_match(patterns: dict[str, T], name: str, default: T) -> T:
+    """The value of the first of `patterns` that matches an end of the layer's name as PEFT has it; else `default`."""
+    matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", f"model.{name}"))
+    return next(matches, default)

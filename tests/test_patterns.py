@@ -1,0 +1,60 @@
+"""What PEFT's users write for names of layers is taken; what would keep `re` busy is refused before it is tried."""
+
+import re
+import time
+
+import pytest
+
+from minilora.config import LoraConfig
+from minilora.errors import UserError
+from minilora.patterns import check_pattern, first_match
+
+NAME = "model.layers.31.post_attention_layernorm.x.q_proj"
+TAKEN = [
+    r".*\.(q_proj|v_proj)", "model.layers.0.self_attn.q_proj", r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|gate)_proj",
+    r".*layers\.(2[0-9]|3[01])\..*(q|k|v)_proj", r"^.*?layers\.[0-9]+\..*_proj$",
+    r"(?:model\.)layers\.1?2\.mlp\.up_proj",
+    r"model\.layers\.(" + "|".join(map(str, range(32))) + r")\.self_attn\.(q_proj|k_proj|v_proj|o_proj)", r"[\]()*+]|x",
+]  # fmt: skip
+REFUSED = [
+    "(.+)+y", "(a|a)*y", "((a?)?)?", "(.*.*)*", r"(\w+\.)+z", "(?=x).*", "(?!lm_head).*", "(?i)Q_PROJ", "(?P<a>x)",
+    "x" * 2001,
+    ".*" * 12 + "y", ".?" * 30 + "y", "(.|.)" * 25 + "y", "(.|..|...)" * 20,
+    ".{0,40}" * 8 + "y", "(" * 300 + ")" * 300 + "+",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", TAKEN)
+def test_what_users_write_is_taken_and_matched_at_once(pattern: str) -> None:
+    check_pattern(pattern, "lora.targets")
+    began = time.perf_counter()
+    re.fullmatch(pattern, NAME)
+    assert time.perf_counter() - began < 0.1
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_what_may_take_too_long_is_refused_at_once(pattern: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"lora\.targets is '.*may take too long to match; write it with fewer"):
+        LoraConfig(targets=pattern)
+    with pytest.raises(UserError, match=r"lora\.rank_pattern is '"):
+        LoraConfig(rank_pattern={pattern: 4})
+    assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize("pattern", ["(", "[a", "*", r"\1"])
+def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
+    with pytest.raises(UserError, match="is no regular expression"):
+        check_pattern(pattern, "lora.targets")
+
+
+def test_too_many_names_are_refused() -> None:
+    for key, value in (("rank_pattern", {f"{i}": 4 for i in range(5000)}), ("targets", tuple(map(str, range(5000))))):
+        with pytest.raises(UserError, match=f"lora.{key} holds more than 4096"):
+            LoraConfig(**{key: value})
+
+
+def test_the_first_pattern_that_matches_an_end_counts() -> None:
+    patterns = {"layers.1.self_attn.q_proj": 1, r"layers\.\d\.mlp\.(up|down)_proj": 2, "q_proj": 3, "proj": 4}
+    names = ("layers.1.self_attn.q_proj", "layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.0.mlp.gate_proj")
+    assert [first_match(patterns, name, 9) for name in names] == [1, 3, 2, 9]
