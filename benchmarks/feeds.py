@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilora.attention import Runs
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
 
@@ -58,9 +59,9 @@ def random_batch(rows: int, length: int, vocab_size: int) -> PackedBatch:
     """(rows, length) random tokens, the next one the label of each."""
     drawn = torch.from_numpy(np.random.default_rng(0).integers(10, vocab_size, (rows, length + 1)))
     positions = torch.arange(length).repeat(rows, 1)
-    return PackedBatch(
-        drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous(), positions, torch.zeros(rows, length, dtype=torch.int32)
-    )
+    segments, stops = torch.zeros(rows, length, dtype=torch.int32), length * torch.arange(rows + 1, dtype=torch.int32)
+    tokens, labels = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+    return PackedBatch(tokens, labels, positions, segments, Runs(stops, length))
 
 
 def save_samples(samples: Sequence[Sample], file: Path) -> None:

@@ -2,7 +2,13 @@
 
 The window, said once: token i sees token j iff 0 <= i - j < window. In a packed row a token sees only its own segment,
 and positions start again with each segment, so the same rule on positions holds there.
+
+Three ways to it, by what is known of the tokens: under a mask; causal, run by run, on a CPU; and on a GPU all runs in
+one launch of FlashAttention (https://arxiv.org/abs/2307.08691), as torch ships it, which knows the window and no mask.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,12 +61,50 @@ def causal_runs(
     return tuple(lengths)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | tuple[int, ...]) -> Tensor:
+@dataclass(frozen=True)
+class Runs:
+    """Tokens, row after row, in runs: one sees those before it in its run, within `window`, and itself; on a GPU.
+
+    stops: (K + 1,) int32, where each run begins, and the last one ends; runs may be empty
+    longest: no run is longer; the host must know it, so that a GPU need not be waited for
+    """
+
+    stops: Tensor
+    longest: int
+    window: int | None = None
+
+    @staticmethod
+    def serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether torch's FlashAttention takes such heads there."""
+        return (
+            device.type == "cuda"
+            and dtype in (torch.bfloat16, torch.float16)
+            and head_dim % 8 == 0
+            and head_dim <= 256
+            and torch.cuda.get_device_capability(device) >= (8, 0)
+            and torch.backends.cuda.is_flash_attention_available()
+        )
+
+    @property
+    def _limits(self) -> tuple[Any, ...]:
+        return self.stops, self.stops, self.longest, self.longest, 0.0, self.window is None
+
+    @property
+    def _sides(self) -> dict[str, int]:
+        return {"window_size_left": -1 if self.window is None else self.window - 1, "window_size_right": 0}
+
+
+Sees = Tensor | tuple[int, ...] | Runs
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> Tensor:
     """q (B, Tq, Hq, Dh), k and v (B, Tk, Hkv, Dh) -> (B, Tq, Hq, Dh).
 
     sees: a mask (B, 1, Tq, Tk), or the lengths of causal runs, which cost half of a mask's work where there is one run
-    and a small part where there are many. Query head h uses key head h // (Hq / Hkv).
+    and a small part where there are many; or, on a GPU, `Runs`. Query head h uses key head h // (Hq / Hkv).
     """
+    if isinstance(sees, Runs):
+        return _flash(q, k, v, sees)[0].view(q.shape)
     if isinstance(sees, Tensor):
         return _softmax_product(q, k, v, sees)
     if len(set(sees)) == 1:
@@ -79,3 +123,36 @@ def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, Dh)
     y = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
     return y.transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> tuple[Tensor, ...]:
+    """Output (B * T, Hq, Dh), logsumexp and what else its backward takes."""
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    made = torch.ops.aten._flash_attention_forward(q, k, v, *runs._limits, False, **runs._sides)
+    return tuple(made[:4])
+
+
+def attend_kept(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`attend`, for a caller that differentiates by hand: the output, and what `attend_back` wants besides.
+
+    That is a graph of autograd's own, which keeps q, k and v; but for `Runs` it is small.
+    """
+    if isinstance(sees, Runs):
+        y, *rest = _flash(q, k, v, sees)
+        return y.view(q.shape), tuple(rest)
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        y = attend(q, k, v, sees)
+    return y.detach(), (y, q, k, v)
+
+
+def attend_back(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, rest: tuple[Tensor, ...], sees: Sees
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, in their shapes."""
+    if not isinstance(sees, Runs):
+        output, *inputs = rest
+        return torch.autograd.grad(output, inputs, dy)
+    dy, *heads = (x.flatten(0, 1) for x in (dy, q, k, v, y))
+    grads = torch.ops.aten._flash_attention_backward(dy, *heads, rest[0], *sees._limits, *rest[1:], **sees._sides)
+    return tuple(grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))

@@ -1,227 +1,206 @@
-"""The fast block: what `model.Block` says, as three functions whose backward is written by hand.
+"""The fast block: what `model.Block` says, as one function whose backward is written by hand.
 
-    q, k, v = rotate(norm(x) W_qkv^T)        saved: x; the adapters' x A^T
-    y       = residual + a W_o^T             saved: a, the attention's output
-    y       = x + (silu(g) * u) W_down^T     saved: x, g, u        g, u = norm(x) W_gate^T, norm(x) W_up^T
+    q, k, v = rotate(norm(x) W_qkv^T)          a = attention(q, k, v)
+    m       = x + a W_o^T
+    y       = m + (silu(g) * u) W_down^T       g, u = norm(m) W_gate^T, norm(m) W_up^T
 
-What autograd would save besides, the norm's float32 copies, rotated pairs, silu(g), silu(g) * u, is elementwise and
-made again in backward. No product is computed twice: recomputing saves memory by the block, not by the tensor
-(`Mistral.activation_checkpointing`). For adapters, with P = x A^T (rank numbers a token):
-
-    y  = x W'^T + s P B^T                    dx = dy W' + (s dy B) A
-    dB = s dy^T P                            dA = (s dy B)^T x
-
-all added in place onto the frozen layer's product, the A of layers with the same x in one product, so adapters cost
-little more than their FLOPs. Weights are decoded by slices (`linear.slices`); products run in `backend.product_dtype`,
-where a 16-bit x is widened once.
+What lies between the products stands on a tape. Backward needs all of it, but not all of it must be kept: what is not
+is made again from what is, by the same lines (`Keep`). The last product is never made again, since nothing but y comes
+of it; nor are norm(x), rotated pairs and silu(g) * u ever kept. The products, with their adapters, are those of
+`projections.py`; they run in `backend.product_dtype`, where a 16-bit x is widened once.
 
 `fuse` puts the fast block where it applies: frozen bases and norms, no dropout. It falls back to the plain block where
 there is nothing to differentiate, so inference and the KV cache have one definition.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
-from minilora.attention import attend
+from minilora.attention import Runs, Sees, attend_back, attend_kept
 from minilora.backend import product_dtype
-from minilora.linear import NF4Linear, multiply, multiply_back
 from minilora.lora import LoRALinear
 from minilora.model import Block, Context, Mistral
-from minilora.nf4 import NF4Tensor
-from minilora.norm import RMSNorm
+from minilora.norm import RMSNorm, add_rms_norm, rms_norm, rms_norm_backward
+from minilora.projections import Projections
+from minilora.rope import rotate
+from minilora.swiglu import swiglu, swiglu_backward
+
+
+class Keep(IntEnum):
+    """What a block keeps for backward; in the 7B, in 16 bits: 8 kB a token, 25, 37 and 94 kB."""
+
+    INPUT = 0
+    ATTENTION = 1  # its output, too, and the stream after it
+    HEADS = 2  # q, k and v, too
+    ALL = 3  # gate and up, too
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A (rank, in) and B (out, rank), float32, whose product is added `scale` times."""
+class _Layers:
+    """A block's frozen layers with their adapters, by their inputs, and what all blocks share."""
 
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
-class Projections:
-    """Layers of one input: their frozen weights (out, in), and the adapters that some of them have."""
-
-    weights: tuple[NF4Tensor | Tensor, ...]
-    adapters: tuple[Adapter | None, ...]
-
-    @staticmethod
-    def of(*layers: nn.Module) -> "Projections":
-        """What each `nn.Linear`, `NF4Linear` or `LoRALinear` computes."""
-        weights, adapters = list[NF4Tensor | Tensor](), list[Adapter | None]()
-        for layer in layers:
-            base, adapter = layer, None
-            if isinstance(layer, LoRALinear):
-                base, adapter = layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scale) if layer.enabled else None
-            assert isinstance(base, nn.Linear | NF4Linear)
-            weights.append(base.weight)
-            adapters.append(adapter)
-        return Projections(tuple(weights), tuple(adapters))
+    norm: RMSNorm
+    qkv: Projections
+    o: Projections
+    mlp_norm: RMSNorm
+    wide: Projections
+    down: Projections
+    context: Context
+    sees: Sees
 
     @property
     def learned(self) -> list[Tensor]:
-        """A and B of each adapter: what is handed to an autograd function as arguments of its own."""
-        return [tensor for adapter in self.adapters if adapter for tensor in (adapter.down, adapter.up)]
+        return [*self.qkv.learned, *self.o.learned, *self.wide.learned, *self.down.learned]
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """x (N, in) -> y (N, out) of each, and x A^T (N, sum of ranks) for backward."""
-        ys = [multiply(x, weight) for weight in self.weights]
-        if not self.learned:
-            return ys, None
-        reduced = x @ self._down(x.dtype).T
-        for adapter, y, part in self._adapted(ys, reduced):
-            y.addmm_(part, adapter.up.to(x.dtype).T, alpha=adapter.scale)
-        return ys, reduced
-
-    def backward(
-        self, dys: Sequence[Tensor], x: Tensor, reduced: Tensor | None, needs_dx: bool = True
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """dx (N, in), if it is needed, and the float32 gradients of what is `learned`."""
-        dx: Tensor | None = None
-        for dy, weight in zip(dys, self.weights, strict=True):
-            dx = multiply_back(dy, weight, dx) if needs_dx else None
-        if reduced is None:
-            return dx, []
-        d_reduced, d_ups = torch.empty_like(reduced), list[Tensor]()
-        for adapter, dy, part in self._adapted(dys, reduced):
-            d_ups.append((dy.T @ part).mul_(adapter.scale).float())
-        for adapter, dy, part in self._adapted(dys, d_reduced):
-            torch.mm(dy, adapter.up.to(dy.dtype), out=part).mul_(adapter.scale)
-        if dx is not None:
-            dx.addmm_(d_reduced, self._down(x.dtype))
-        d_downs = (d_reduced.T @ x).split(self._ranks)
-        pairs = zip(d_downs, d_ups, strict=True)
-        return dx, [grad for d_down, d_up in pairs for grad in (d_down.to(torch.float32, copy=True), d_up)]
-
-    @property
-    def _ranks(self) -> list[int]:
-        return [len(adapter.down) for adapter in self.adapters if adapter]
-
-    def _down(self, dtype: torch.dtype) -> Tensor:
-        """Every A, one below the other: (sum of ranks, in). They read x once."""
-        return torch.cat([adapter.down for adapter in self.adapters if adapter]).to(dtype)
-
-    def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[Adapter, Tensor, Tensor]]:
-        """Each adapter with its y and its columns of x A^T."""
-        with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, ys, strict=True) if adapter]
-        for (adapter, y), part in zip(with_adapter, reduced.split(self._ranks, dim=1), strict=True):
-            yield adapter, y, part
+    def rotation(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin (N, Dh / 2)."""
+        cos, sin = (r.flatten(0, 1).to(dtype) for r in (self.context.cos, self.context.sin))
+        return cos, sin
 
 
-def _normalize(norm: RMSNorm, x: Tensor, dtype: torch.dtype, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """norm(x) (N, D) in `dtype`, and 1 / rms (N, 1) float32, which is made where it is not given."""
-    x = x.float()
-    if inverse is None:
-        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).pow_(2) / x.shape[-1] + norm.eps)
-    return (x * inverse).mul_(norm.weight).to(dtype), inverse
+class _Tape(SimpleNamespace):
+    """A block's numbers between its products, those that are there; N = B * T."""
+
+    x: Tensor  # (B, T, D)
+    inverse: Tensor  # 1 / rms (N, 1)
+    q: Tensor  # (B, T, Hq, Dh), rotated, as is
+    k: Tensor  # (B, T, Hkv, Dh)
+    v: Tensor  # (B, T, Hkv, Dh)
+    qkv_reduced: Tensor | None  # x A^T (N, sum of ranks), as the others of that name; None without adapters
+    attended: Tensor  # (B, T, Hq, Dh)
+    rest: tuple[Tensor, ...]  # what `attend_back` wants besides
+    mid: Tensor  # (B, T, D)
+    o_reduced: Tensor | None
+    mid_inverse: Tensor
+    gate: Tensor  # (N, F), as is
+    up: Tensor
+    wide_reduced: Tensor | None
+    down_reduced: Tensor | None
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
 
 
-def _normalize_back(norm: RMSNorm, dn: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """dx = (dn w - x mean(dn w x) / rms^2) / rms, (N, D) float32; `dn` may be overwritten."""
-    x, d_unit = x.float(), dn.float().mul_(norm.weight)
-    mean = torch.linalg.vecdot(d_unit, x)[:, None] / x.shape[-1]
-    return d_unit.mul_(inverse).addcmul_(x, mean.mul_(inverse.pow(3)), value=-1)
+_KEPT = (  # what each step of Keep adds
+    ("x", "down_reduced"),
+    ("attended", "mid", "o_reduced"),
+    ("q", "k", "v", "inverse", "qkv_reduced"),
+    ("gate", "up", "mid_inverse", "wide_reduced"),
+)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (N, H, Dh), its half-split pairs turned by cos, sin (N, 1, Dh/2)."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (a, b), (c, d) = (t.unflatten(-1, (2, -1)).unbind(-2) for t in (x, y))
-    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=d).addcmul_(a, sin)
-    return y
+def _fill(tape: _Tape, layers: _Layers) -> None:
+    """Forward up to gate and up: put on the tape what is not there."""
+    x, dtype = _rows(tape.x), product_dtype(tape.x)
+    if "q" not in tape:
+        x_normed, tape.inverse = rms_norm(x, layers.norm.weight, layers.norm.eps, dtype)
+        ys, tape.qkv_reduced = layers.qkv.forward(x_normed)
+        cos, sin = layers.rotation(dtype)
+        q, k, v = (y.unflatten(1, (-1, 2 * cos.shape[-1])) for y in ys)
+        heads = (rotate(q, cos, sin), rotate(k, cos, sin), v)
+        tape.q, tape.k, tape.v = (y.unflatten(0, tape.x.shape[:2]) for y in heads)
+        del x_normed, ys, q, k, v, heads
+    if "rest" not in tape:
+        tape.attended, tape.rest = attend_kept(tape.q, tape.k, tape.v, layers.sees)
+    norm: RMSNorm = layers.mlp_norm
+    normed: Tensor | None = None
+    if "mid" not in tape:
+        (y,), tape.o_reduced = layers.o.forward(tape.attended.view(len(x), -1))
+        mid, normed, tape.mid_inverse = add_rms_norm(x, y, norm.weight, norm.eps, dtype)
+        tape.mid = mid.view(tape.x.shape)
+    if "gate" not in tape:
+        if normed is None:
+            normed, tape.mid_inverse = rms_norm(_rows(tape.mid), norm.weight, norm.eps, dtype)
+        (tape.gate, tape.up), tape.wide_reduced = layers.wide.forward(normed)
+
+
+def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of `mid` (N, D), in dy's dtype, and the adapters'."""
+    mid, norm, dtype = _rows(tape.mid), layers.mlp_norm, product_dtype(dy)
+    dys, wide, down = [dy.to(dtype)], layers.wide, layers.down
+    d_reduced = down.reduce(dys)
+    dh = down.back(dys, d_reduced)
+    h, *d_wide = swiglu_backward(dh, tape.gate.to(dtype), tape.up.to(dtype))
+    of_down = down.learn(dys, d_reduced, h, tape.down_reduced)
+    del h, dh
+    d_reduced = wide.reduce(d_wide)
+    dn = wide.back(d_wide, d_reduced)
+    normed, _ = rms_norm(mid, norm.weight, norm.eps, dtype)
+    of_wide = wide.learn(d_wide, d_reduced, normed, tape.wide_reduced)
+    del normed, d_wide
+    return rms_norm_backward(dn, mid, norm.weight, tape.mid_inverse, dy), [*of_wide, *of_down]
+
+
+def _attention_back(dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient of x (N, D), if it is needed, and the adapters'."""
+    x, norm, dtype = _rows(tape.x), layers.norm, product_dtype(dmid)
+    dys = [dmid.to(dtype)]
+    d_reduced = layers.o.reduce(dys)
+    da = layers.o.back(dys, d_reduced)
+    of_o = layers.o.learn(dys, d_reduced, tape.attended.view(len(x), -1), tape.o_reduced)
+    heads = tape.q, tape.k, tape.v, tape.attended
+    grads = attend_back(da.view(tape.attended.shape), *heads, tape.rest, layers.sees)
+    cos, sin = layers.rotation(dtype)
+    dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
+    dys = [dy.flatten(1) for dy in (rotate(dq, cos, sin, back=True), rotate(dk, cos, sin, back=True), dv)]
+    d_reduced = layers.qkv.reduce(dys)
+    normed, _ = rms_norm(x, norm.weight, norm.eps, dtype)
+    of_qkv = layers.qkv.learn(dys, d_reduced, normed, tape.qkv_reduced)
+    learned = [*of_qkv, *of_o]
+    if not needed:
+        return None, learned
+    dn = layers.qkv.back(dys, d_reduced)
+    return rms_norm_backward(dn, x, norm.weight, tape.inverse, dmid), learned
+
+
+class _Block(torch.autograd.Function):
+    """x (B, T, D) -> y (B, T, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: _Layers, keep: Keep, *_learned: Tensor) -> Tensor:
+        tape = _Tape(x=x)
+        _fill(tape, layers)
+        (y,), tape.down_reduced = layers.down.forward(swiglu(tape.gate, tape.up))
+        ctx.layers, ctx.names = layers, [name for names in _KEPT[: keep + 1] for name in names]
+        tape.gate, tape.up = tape.gate.to(x.dtype), tape.up.to(x.dtype)
+        ctx.save_for_backward(*(getattr(tape, name) for name in ctx.names))
+        if keep >= (Keep.ATTENTION if isinstance(layers.sees, Runs) else Keep.HEADS):  # else `rest` holds q, k and v
+            ctx.rest = tape.rest
+        return tape.mid + y.view(x.shape).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        tape, layers = _Tape(**dict(zip(ctx.names, ctx.saved_tensors, strict=True))), ctx.layers
+        if hasattr(ctx, "rest"):
+            tape.rest = ctx.rest
+        _fill(tape, layers)
+        dmid, of_mlp = _mlp_back(_rows(grads[0]), tape, layers)
+        del tape.gate, tape.up
+        dx, of_attention = _attention_back(dmid, tape, layers, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(tape.x.shape), None, None, *of_attention, *of_mlp
+
+
+_block: Callable[..., Tensor] = _Block.apply
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-class _QKV(torch.autograd.Function):
-    """x (B, T, D) -> rotated q (B, T, Hq, Dh), rotated k and v (B, T, Hkv, Dh), in the dtype of the products."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: RMSNorm, parts: Projections, context: Context, *_learned: Tensor) -> Any:
-        dtype = product_dtype(x)
-        normed, inverse = _normalize(norm, _rows(x), dtype)
-        ctx.rotation = [r.flatten(0, 1)[:, None].to(dtype) for r in (context.cos, context.sin)]
-        ys, reduced = parts.forward(normed)
-        q, k, v = (y.unflatten(1, (-1, 2 * context.cos.shape[-1])) for y in ys)
-        ctx.norm, ctx.parts = norm, parts
-        ctx.save_for_backward(x, inverse, reduced)
-        rotated = (_rotated(q, *ctx.rotation), _rotated(k, *ctx.rotation), v)
-        return tuple(y.unflatten(0, x.shape[:2]) for y in rotated)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, inverse, reduced = ctx.saved_tensors
-        cos, sin = ctx.rotation
-        dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
-        dys = [dy.flatten(1) for dy in (_rotated(dq, cos, -sin), _rotated(dk, cos, -sin), dv)]
-        normed, _ = _normalize(ctx.norm, _rows(x), dv.dtype, inverse)
-        dn, learned = ctx.parts.backward(dys, normed, reduced, ctx.needs_input_grad[0])
-        dx = None if dn is None else _normalize_back(ctx.norm, dn, _rows(x), inverse).to(x.dtype).view(x.shape)
-        return dx, None, None, None, *learned
-
-
-class _Output(torch.autograd.Function):
-    """residual (B, T, D) + a W^T, a (B, T, Hq * Dh) the attention's output."""
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, a: Tensor, part: Projections, *_learned: Tensor) -> Tensor:
-        (y,), reduced = part.forward(_rows(a))
-        ctx.part = part
-        ctx.save_for_backward(a, reduced)
-        return residual + y.view(residual.shape).to(residual.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        a, reduced = ctx.saved_tensors
-        dy = grads[0]
-        da, learned = ctx.part.backward([_rows(dy).to(a.dtype)], _rows(a), reduced)
-        return dy, da.view(a.shape), None, *learned
-
-
-class _MLP(torch.autograd.Function):
-    """x (B, T, D) -> x + down(silu(gate(norm(x))) * up(norm(x)))."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: RMSNorm, wide: Projections, down: Projections, *_learned: Tensor) -> Tensor:
-        normed, inverse = _normalize(norm, _rows(x), product_dtype(x))
-        (gate, up), wide_reduced = wide.forward(normed)
-        (y,), down_reduced = down.forward(silu(gate).mul_(up))
-        ctx.norm, ctx.wide, ctx.down = norm, wide, down
-        ctx.save_for_backward(x, inverse, gate.to(x.dtype), up.to(x.dtype), wide_reduced, down_reduced)
-        return x + y.view(x.shape).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, inverse, gate, up, wide_reduced, down_reduced = ctx.saved_tensors
-        dtype, dy = product_dtype(x), grads[0]
-        gate, up = gate.to(dtype), up.to(dtype)
-        gated = silu(gate)
-        dh, of_down = ctx.down.backward([_rows(dy).to(dtype)], gated * up, down_reduced)
-        d_up = gated.mul_(dh)
-        d_gate = torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh)
-        normed, _ = _normalize(ctx.norm, _rows(x), dtype, inverse)
-        dn, of_wide = ctx.wide.backward([d_gate, d_up], normed, wide_reduced)
-        dx = _normalize_back(ctx.norm, dn, _rows(x), inverse).view(x.shape).add_(dy).to(x.dtype)
-        return dx, None, None, None, *of_wide, *of_down
-
-
-_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]] = _QKV.apply
-_output: Callable[..., Tensor] = _Output.apply
-_mlp: Callable[..., Tensor] = _MLP.apply
-
-
 class FusedBlock(Block):
-    """A block's own layers under their own names, run by the three functions while there is something to learn."""
+    """A block's own layers under their own names, run by the function while there is something to learn.
+
+    keep: None is everything, or the input alone with activation checkpointing
+    """
+
+    makes_again = True
+    keep: Keep | None = None
 
     def __init__(self, block: Block) -> None:
         nn.Module.__init__(self)
@@ -233,14 +212,18 @@ class FusedBlock(Block):
         if not torch.is_grad_enabled() or context.cache is not None or context.prefix:
             return super().forward(x, context)
         attention, mlp = self.self_attn, self.mlp
-        qkv, output = (
+        layers = _Layers(
+            self.input_layernorm,
             Projections.of(attention.q_proj, attention.k_proj, attention.v_proj),
             Projections.of(attention.o_proj),
+            self.post_attention_layernorm,
+            Projections.of(mlp.gate_proj, mlp.up_proj),
+            Projections.of(mlp.down_proj),
+            context,
+            context.sees(attention.layer),
         )
-        wide, down = Projections.of(mlp.gate_proj, mlp.up_proj), Projections.of(mlp.down_proj)
-        q, k, v = _qkv(x, self.input_layernorm, qkv, context, *qkv.learned)
-        x = _output(x, attend(q, k, v, context.sees(attention.layer)).flatten(-2), output, *output.learned)
-        return _mlp(x, self.post_attention_layernorm, wide, down, *wide.learned, *down.learned)
+        keep = self.keep if self.keep is not None else Keep.INPUT if context.checkpointing else Keep.ALL
+        return _block(x, layers, keep, *layers.learned)
 
 
 def fuse(model: Mistral) -> bool:

@@ -7,12 +7,14 @@
 Parameters are named as in Hugging Face's files, without their leading "model.".
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from minilora.attention import attend, causal_runs, visible
+from minilora.attention import Runs, Sees, attend, causal_runs, visible
 from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
 from minilora.neftune import with_noise
@@ -22,7 +24,10 @@ from minilora.rope import apply_rope, rope_cos_sin
 
 
 class Context:
-    """What all blocks of one forward pass share: rotations, who sees whom, the cache, and a prefix (prefix.py)."""
+    """What all blocks of one forward pass share: rotations, who sees whom, the cache, and a prefix (prefix.py).
+
+    checkpointing: a block keeps its input alone for backward
+    """
 
     def __init__(
         self,
@@ -32,16 +37,21 @@ class Context:
         cache: KVCache | None,
         dtype: torch.dtype,
         prefix: Prefix | None = None,
+        runs: Runs | None = None,
+        checkpointing: bool = False,
     ) -> None:
-        self.positions, self.cache, self.windows = positions, cache, config.windows
+        self.positions, self.cache, self.windows, self.checkpointing = positions, cache, config.windows, checkpointing
+        self.runs = runs if runs is not None and Runs.serve(positions.device, dtype, config.head_dim) else None
         self.prefix = prefix.by_layer(dtype) if prefix is not None and prefix.enabled else ()
         n_before = len(self.prefix[0]) if self.prefix else 0
         self.cos, self.sin = rope_cos_sin(positions + n_before, config.head_dim, config.rope_theta, dtype)
         self._sees = {window: self._who_sees(window, segments, n_before) for window in set(self.windows)}
 
-    def _who_sees(self, window: int | None, segments: Tensor | None, n_before: int) -> Tensor | tuple[int, ...]:
+    def _who_sees(self, window: int | None, segments: Tensor | None, n_before: int) -> Sees:
         """Under that window, `attend`'s argument: a mask, or causal runs."""
         positions, cache = self.positions, self.cache
+        if cache is None and not self.prefix and self.runs is not None:
+            return replace(self.runs, window=window if window and window < self.runs.longest else None)
         if cache is None and not self.prefix and (runs := causal_runs(positions, window, segments)):
             return runs
         k_positions = positions if cache is None else torch.cat([cache.positions[window], positions], dim=1)
@@ -51,7 +61,7 @@ class Context:
         before = torch.arange(n_before, device=positions.device).expand(len(positions), -1)
         return torch.cat([visible(positions + n_before, before, window), mask], dim=-1)
 
-    def sees(self, layer: int) -> Tensor | tuple[int, ...]:
+    def sees(self, layer: int) -> Sees:
         """Who sees whom in that layer: `attend`'s argument."""
         return self._sees[self.windows[layer % len(self.windows)]]
 
@@ -103,6 +113,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer, (B, T, D) -> (B, T, D)."""
+
+    makes_again = False  # whether it sees to `Context.checkpointing` itself
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -171,21 +183,26 @@ class Mistral(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
+        runs: Runs | None = None,
     ) -> Tensor:
         """The normalised last hidden state, (B, T, D): what the head turns into logits.
 
         positions: (B, T) int64, 0, 1, 2, ... if None; negative ones are padding
         segments: (B, T), the sample that each token of a packed row belongs to
         cache: what was seen before; the new tokens are added to it
+        runs: the same as positions and segments say, in the form in which a GPU takes it
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+            stops = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32, device=tokens.device)
+            runs = Runs(stops, tokens.shape[1])
         x = self.embed_tokens(tokens)
         if self.neftune_alpha and self.training:
             x = with_noise(x, segments, self.neftune_alpha)
-        context = Context(self.config, positions, segments, cache, x.dtype, self.prefix)
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
+        context = Context(self.config, positions, segments, cache, x.dtype, self.prefix, runs, checkpointing)
         for block in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if checkpointing and not block.makes_again:
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)

@@ -42,3 +42,13 @@ def interleaved_to_half_split(rows: Tensor, n_heads: int) -> Tensor:
 def half_split_to_interleaved(rows: Tensor, n_heads: int) -> Tensor:
     """The inverse of `interleaved_to_half_split`."""
     return rows.reshape(n_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """x (N, H, Dh), its half-split pairs turned by cos, sin (N, Dh/2); the other way with `back`."""
+    cos, sin = cos[:, None], (-sin if back else sin)[:, None]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (a, b), (c, d) = (t.unflatten(-1, (2, -1)).unbind(-2) for t in (x, y))
+    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=d).addcmul_(a, sin)
+    return y

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from minilora import backend
 from minilora.config import LoraConfig, ModelConfig
-from minilora.fused import FusedBlock, fuse
+from minilora.fused import FusedBlock, Keep, fuse
 from minilora.linear import NF4Linear
 from minilora.lora import add_lora
 from minilora.loss import IGNORE, cross_entropy_sum
@@ -94,6 +94,32 @@ def test_loss_and_every_gradient_equal_the_plain_blocks(config: ModelConfig, pac
     assert loss.allclose(expected_loss, rtol=1e-6)
     assert len(grads) == 2 * 7 * config.n_layers
     assert distance(grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("keep", Keep)
+def test_what_is_not_kept_is_made_again_to_the_same_bits(keep: Keep, packed: bool) -> None:
+    model = adapted(SHAPES[2])
+    assert fuse(model)
+    again = copy.deepcopy(model)
+    for block in again.layers:
+        block.keep = keep  # type: ignore[assignment]
+    loss, grads = gradients(again, packed)
+    expected_loss, expected = gradients(model, packed)
+    assert torch.equal(loss, expected_loss)
+    assert grads.keys() == expected.keys()
+    assert all(torch.equal(grads[name], expected[name]) for name in expected)
+
+
+def test_each_policy_keeps_less_than_the_next() -> None:
+    model = adapted(SHAPES[1])
+    assert fuse(model)
+    bytes_kept = []
+    for keep in Keep:
+        for block in model.layers:
+            block.keep = keep  # type: ignore[assignment]
+        bytes_kept.append(saved_bytes(model))
+    assert bytes_kept == sorted(set(bytes_kept))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from two numbers. So is, where sources have weights or other text is replayed, w
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minilora.attention import Runs
 from minilora.data.encode import Sample
 from minilora.errors import UserError
 from minilora.loss import IGNORE
@@ -31,20 +32,27 @@ WINDOW = 1024  # samples packed together: enough to fill rows, few enough that e
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """tokens, labels, positions (B, T) int64, segments (B, T) int32; labels are IGNORE where nothing is predicted."""
+    """tokens, labels, positions (B, T) int64, segments (B, T) int32; labels are IGNORE where nothing is predicted.
+
+    runs: what segments and positions say, once more, as attention takes it on a GPU
+    """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     segments: Tensor
+    runs: Runs | None = None
 
     @property
     def n_targets(self) -> int:
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        moved = (x.to(device) for x in (self.tokens, self.labels, self.positions, self.segments))
-        return PackedBatch(*moved)
+        tokens, labels, positions, segments = (
+            x.to(device) for x in (self.tokens, self.labels, self.positions, self.segments)
+        )
+        runs = self.runs and replace(self.runs, stops=self.runs.stops.to(device))
+        return PackedBatch(tokens, labels, positions, segments, runs)
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,7 @@ def make_batch(
     shape = (len(rows), taken if trim else max_seq_len)
     tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels, segments = np.full(shape, IGNORE, np.int64), np.zeros(shape, np.int32)
+    lengths = [0]
     for b, row in enumerate(rows):
         start = 0
         for segment, i in enumerate(row):
@@ -140,9 +149,13 @@ def make_batch(
             positions[here] = np.arange(sample.length)
             segments[here] = segment
             start += sample.length
+            lengths.append(sample.length)
         positions[b, start:] = np.arange(shape[1] - start)
         segments[b, start:] = len(row)
-    return PackedBatch(*map(torch.from_numpy, (tokens, labels, positions, segments)))
+        lengths.append(shape[1] - start)
+    runs = Runs(torch.from_numpy(np.cumsum(lengths, dtype=np.int32)), max(lengths))
+    t, n, p, s = map(torch.from_numpy, (tokens, labels, positions, segments))
+    return PackedBatch(t, n, p, s, runs)
 
 
 class RowSampler:

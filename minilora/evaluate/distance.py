@@ -57,7 +57,7 @@ def predictor(model: Mistral) -> Predictor:
 
     def logits(batch: PackedBatch) -> Tensor:
         batch = batch.to(model.device)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
         rows: Tensor = model.lm_head(hidden[batch.labels != IGNORE])
         return rows.float()
 

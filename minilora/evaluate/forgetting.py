@@ -63,7 +63,7 @@ def log_probabilities(
     for start in range(0, len(rows), batch_size):
         batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(model.device)
         here = batch.labels != IGNORE
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments)[here][:n_tokens]
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)[here][:n_tokens]
         n_tokens -= len(hidden)
         for part, labels in zip(hidden.split(ROWS), batch.labels[here].cpu().split(ROWS), strict=False):
             yield model.lm_head(part).float().log_softmax(-1).cpu(), labels[: len(part)]

@@ -181,7 +181,9 @@ class _Pass:
         self.storage = Storage(base.quantize is not None, self.double_quant, base.dtype, base.device)
         rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
         self.batches = [make_batch(samples, [row], max_seq_len, trim=True).to(base.device) for row in rows]
-        self.contexts = [Context(self.config, b.positions, b.segments, None, base.dtype) for b in self.batches]
+        self.contexts = [
+            Context(self.config, b.positions, b.segments, None, base.dtype, runs=b.runs) for b in self.batches
+        ]
         self.hidden: dict[str, list[Tensor]] = {}
         self.heads: dict[str, Tensor] = {}
         self.n_bytes: dict[Route, int] = dict.fromkeys(routes, 0)

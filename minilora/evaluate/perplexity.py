@@ -20,7 +20,7 @@ def mean_loss(model: Mistral, samples: Sequence[Sample], max_seq_len: int, batch
     total, n_targets = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(model.device)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
         total += float(cross_entropy_sum(hidden, model.lm_head.weight, batch.labels))
         n_targets += batch.n_targets
     model.train(was_training)

@@ -63,7 +63,7 @@ class LossScale:
 def loss_sum(model: Mistral, batch: PackedBatch) -> Tensor:
     """Summed loss of a packed batch's target tokens, () float32."""
     batch = batch.to(model.device)
-    hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
     return cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
 
 

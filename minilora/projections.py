@@ -1,0 +1,104 @@
+"""Frozen layers of one input with their adapters, differentiated by hand. With P = x A^T (rank numbers a token):
+
+    y  = x W'^T + s P B^T                    dx = dy W' + (s dy B) A
+    dB = s dy^T P                            dA = (s dy B)^T x
+
+All is added in place onto the frozen layer's product, the A of layers with the same x in one product, so adapters cost
+little more than their FLOPs. Weights are decoded by slices (`linear.slices`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minilora.linear import NF4Linear, multiply, multiply_back
+from minilora.lora import LoRALinear
+from minilora.nf4 import NF4Tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A (rank, in) and B (out, rank), float32, whose product is added `scale` times."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Layers of one input: their frozen weights (out, in), and the adapters that some of them have."""
+
+    weights: tuple[NF4Tensor | Tensor, ...]
+    adapters: tuple[Adapter | None, ...]
+
+    @staticmethod
+    def of(*layers: nn.Module) -> "Projections":
+        """What each `nn.Linear`, `NF4Linear` or `LoRALinear` computes."""
+        weights, adapters = list[NF4Tensor | Tensor](), list[Adapter | None]()
+        for layer in layers:
+            base, adapter = layer, None
+            if isinstance(layer, LoRALinear):
+                base, adapter = layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scale) if layer.enabled else None
+            assert isinstance(base, nn.Linear | NF4Linear)
+            weights.append(base.weight)
+            adapters.append(adapter)
+        return Projections(tuple(weights), tuple(adapters))
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """A and B of each adapter: what is handed to an autograd function as arguments of its own."""
+        return [tensor for adapter in self.adapters if adapter for tensor in (adapter.down, adapter.up)]
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """x (N, in) -> y (N, out) of each, and x A^T (N, sum of ranks) for backward."""
+        ys = [multiply(x, weight) for weight in self.weights]
+        if not self.learned:
+            return ys, None
+        reduced = x @ self._down(x.dtype).T
+        for adapter, y, part in self._adapted(ys, reduced):
+            y.addmm_(part, adapter.up.to(x.dtype).T, alpha=adapter.scale)
+        return ys, reduced
+
+    def reduce(self, dys: Sequence[Tensor]) -> Tensor | None:
+        """s dy B of each adapter (N, sum of ranks): what `back` and `learn` take; None without adapters."""
+        if not self.learned:
+            return None
+        d_reduced = dys[0].new_empty(len(dys[0]), sum(self._ranks))
+        for adapter, dy, part in self._adapted(dys, d_reduced):
+            torch.mm(dy, adapter.up.to(dy.dtype), out=part).mul_(adapter.scale)
+        return d_reduced
+
+    def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None) -> Tensor:
+        """dx (N, in)."""
+        dx: Tensor | None = None
+        for dy, weight in zip(dys, self.weights, strict=True):
+            dx = multiply_back(dy, weight, dx)
+        assert dx is not None
+        return dx if d_reduced is None else dx.addmm_(d_reduced, self._down(dx.dtype))
+
+    def learn(self, dys: Sequence[Tensor], d_reduced: Tensor | None, x: Tensor, reduced: Tensor | None) -> list[Tensor]:
+        """The float32 gradients of what is `learned`; x and reduced as in `forward`."""
+        if d_reduced is None or reduced is None:
+            return []
+        adapted = self._adapted(dys, reduced)
+        d_ups = [(dy.T @ part).mul_(adapter.scale).float() for adapter, dy, part in adapted]
+        d_downs = (d_reduced.T @ x).split(self._ranks)
+        pairs = zip(d_downs, d_ups, strict=True)
+        return [grad for d_down, d_up in pairs for grad in (d_down.to(torch.float32, copy=True), d_up)]
+
+    @property
+    def _ranks(self) -> list[int]:
+        return [len(adapter.down) for adapter in self.adapters if adapter]
+
+    def _down(self, dtype: torch.dtype) -> Tensor:
+        """Every A, one below the other: (sum of ranks, in). They read x once."""
+        return torch.cat([adapter.down for adapter in self.adapters if adapter]).to(dtype)
+
+    def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[Adapter, Tensor, Tensor]]:
+        """Each adapter with its y and its columns of x A^T."""
+        with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, ys, strict=True) if adapter]
+        for (adapter, y), part in zip(with_adapter, reduced.split(self._ranks, dim=1), strict=True):
+            yield adapter, y, part

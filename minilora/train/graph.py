@@ -1,0 +1,101 @@
+"""Forward and backward of a micro-batch as one CUDA graph: launched once, by the host, instead of some thousand times.
+
+A 7B's step on 512 tokens is 65 ms of a GPU's work in 7,000 launches, and a host takes longer than that to make them
+(benchmarks/results/gpu.json). Packed rows always have one shape, so the launches of one step are those of the next:
+they are recorded once and replayed, on other numbers in the same memory.
+
+    first batch of a shape     run as it comes: kernels are compiled, libraries choose theirs
+    second                     recorded, and replayed
+    all others                 copied to where the recorded kernels read, and replayed
+
+A shape is rows, length, and how many runs there is space for. Nothing in between may depend on a number that only the
+GPU knows: the loss goes over all rows, not over those with a target.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minilora.attention import Runs
+from minilora.data.pack import PackedBatch
+from minilora.fused import FusedBlock
+from minilora.lora import TrainedCopy
+from minilora.model import Mistral
+from minilora.train.step import Backward, backward_of
+
+MOST_GRAPHS = 6  # each holds its launches in the GPU's memory; the oldest goes first
+
+
+class StepGraphs:
+    """A `Backward` by CUDA graphs: the model's gradients must have memory that stays (train/adamw.py)."""
+
+    def __init__(self, model: Mistral) -> None:
+        self._model, self._plain = model, backward_of(model)
+        self._seen, self._graphs = set[tuple[int, ...]](), dict[tuple[int, ...], _Recorded]()
+
+    @staticmethod
+    def serve(model: Mistral) -> bool:
+        """Whether every launch of this model's step follows from a batch's shape alone."""
+        return (
+            model.device.type == "cuda"
+            and Runs.serve(model.device, model.dtype, model.config.head_dim)
+            and all(isinstance(block, FusedBlock) for block in model.layers)
+            and not any(isinstance(module, TrainedCopy) for module in model.modules())
+            and model.prefix is None
+            and not model.neftune_alpha
+        )
+
+    def __call__(self, batch: PackedBatch, factor: float) -> Tensor:
+        if batch.runs is None:
+            return self._plain(batch, factor)
+        space = 4
+        while space < len(batch.runs.stops):
+            space *= 4
+        shape = (*batch.tokens.shape, space)
+        if shape not in self._graphs:
+            if shape not in self._seen:
+                self._seen.add(shape)
+                return self._plain(batch, factor)
+            if len(self._graphs) == MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[shape] = _Recorded(self._model, self._plain, shape, self._pool())
+        return self._graphs[shape].replay(batch, factor)
+
+    def release(self) -> None:
+        """Give the recorded memory back: before work that has memory of its own."""
+        self._graphs.clear()
+        torch.cuda.empty_cache()
+
+    def _pool(self) -> "_Recorded | None":
+        """One whose memory a new graph may share: they never run at the same time."""
+        return next(iter(self._graphs.values()), None)
+
+
+class _Recorded:
+    """One graph, and the memory that it reads and writes."""
+
+    def __init__(
+        self, model: Mistral, backward: Backward, shape: tuple[int, ...], beside: "_Recorded | None"
+    ) -> None:
+        rows, length, space = shape
+        numbers = torch.zeros(3, rows, length, dtype=torch.int64, device=model.device)
+        stops = torch.zeros(space, dtype=torch.int32, device=model.device)
+        self._batch = PackedBatch(*numbers.unbind(), numbers[0].int(), Runs(stops, length))
+        self._factor = torch.ones((), device=model.device)
+        torch.cuda.empty_cache()  # what the steps before have left; the graph takes memory anew
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=beside._graph.pool() if beside else None):
+            self._loss = backward(self._batch, self._factor)
+
+    def replay(self, batch: PackedBatch, factor: float) -> Tensor:
+        assert batch.runs is not None and self._batch.runs is not None
+        stops = batch.runs.stops
+        padded = torch.cat([stops, stops[-1:].expand(len(self._batch.runs.stops) - len(stops))])  # empty runs
+        pairs = [(getattr(self._batch, name), getattr(batch, name)) for name in ("tokens", "labels", "positions")]
+        for here, there in [*pairs, (self._batch.runs.stops, padded)]:
+            here.copy_(there.pin_memory(), non_blocking=True)
+        self._factor.fill_(factor)
+        self._graph.replay()
+        return self._loss
