@@ -27,7 +27,7 @@ from minilora.backend import product_dtype
 from minilora.lora import LoRALinear
 from minilora.model import Block, Context, Mistral
 from minilora.norm import RMSNorm, add_rms_norm, rms_norm, rms_norm_backward
-from minilora.projections import Projections
+from minilora.projections import Gradients, Projections
 from minilora.rope import rotate
 from minilora.swiglu import swiglu, swiglu_backward
 
@@ -120,7 +120,7 @@ def _fill(tape: _Tape, layers: _Layers) -> None:
         (tape.gate, tape.up), tape.wide_reduced = layers.wide.forward(normed)
 
 
-def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, list[Tensor]]:
+def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, Gradients]:
     """The gradient of `mid` (N, D), in dy's dtype, and the adapters'."""
     mid, norm, dtype = _rows(tape.mid), layers.mlp_norm, product_dtype(dy)
     dys, wide, down = [dy.to(dtype)], layers.wide, layers.down
@@ -137,7 +137,7 @@ def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, list[Te
     return rms_norm_backward(dn, mid, norm.weight, tape.mid_inverse, dy), [*of_wide, *of_down]
 
 
-def _attention_back(dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool) -> tuple[Tensor | None, list[Tensor]]:
+def _attention_back(dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool) -> tuple[Tensor | None, Gradients]:
     """The gradient of x (N, D), if it is needed, and the adapters'."""
     x, norm, dtype = _rows(tape.x), layers.norm, product_dtype(dmid)
     dys = [dmid.to(dtype)]

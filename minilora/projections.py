@@ -17,6 +17,8 @@ from minilora.linear import NF4Linear, multiply, multiply_back
 from minilora.lora import LoRALinear
 from minilora.nf4 import NF4Tensor
 
+Gradients = list[Tensor | None]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -68,7 +70,7 @@ class Projections:
             return None
         d_reduced = dys[0].new_empty(len(dys[0]), sum(self._ranks))
         for adapter, dy, part in self._adapted(dys, d_reduced):
-            torch.mm(dy, adapter.up.to(dy.dtype), out=part).mul_(adapter.scale)
+            part.addmm_(dy, adapter.up.to(dy.dtype), beta=0, alpha=adapter.scale)
         return d_reduced
 
     def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None) -> Tensor:
@@ -79,15 +81,30 @@ class Projections:
         assert dx is not None
         return dx if d_reduced is None else dx.addmm_(d_reduced, self._down(dx.dtype))
 
-    def learn(self, dys: Sequence[Tensor], d_reduced: Tensor | None, x: Tensor, reduced: Tensor | None) -> list[Tensor]:
-        """The float32 gradients of what is `learned`; x and reduced as in `forward`."""
+    def learn(self, dys: Sequence[Tensor], d_reduced: Tensor | None, x: Tensor, reduced: Tensor | None) -> Gradients:
+        """The float32 gradients of what is `learned`, x and reduced as in `forward`; None where they have been added.
+
+        That is on a GPU, which multiplies 16 bits into float32: there each is one product onto what `.grad` holds.
+        """
         if d_reduced is None or reduced is None:
             return []
         adapted = self._adapted(dys, reduced)
+        if (of_downs := self._gradients_in_place(x)) is not None:
+            for adapter, dy, part in adapted:
+                _add_product(adapter.up.grad, dy.T, part, adapter.scale)
+            _add_product(of_downs, d_reduced.T, x, 1.0)
+            return [None] * len(self.learned)
         d_ups = [(dy.T @ part).mul_(adapter.scale).float() for adapter, dy, part in adapted]
         d_downs = (d_reduced.T @ x).split(self._ranks)
         pairs = zip(d_downs, d_ups, strict=True)
         return [grad for d_down, d_up in pairs for grad in (d_down.to(torch.float32, copy=True), d_up)]
+
+    def _gradients_in_place(self, x: Tensor) -> Tensor | None:
+        """Those of every A, one below the other, if they lie so and can be added to; then each B's can, too."""
+        if x.device.type != "cuda" or x.dtype == torch.float32 or any(p.grad is None for p in self.learned):
+            return None
+        downs = [adapter.down.grad for adapter in self.adapters if adapter and adapter.down.grad is not None]
+        return _as_one(downs)
 
     @property
     def _ranks(self) -> list[int]:
@@ -95,10 +112,28 @@ class Projections:
 
     def _down(self, dtype: torch.dtype) -> Tensor:
         """Every A, one below the other: (sum of ranks, in). They read x once."""
-        return torch.cat([adapter.down for adapter in self.adapters if adapter]).to(dtype)
+        downs = [adapter.down.detach() for adapter in self.adapters if adapter]
+        together = _as_one(downs)
+        return (torch.cat(downs) if together is None else together).to(dtype)
 
     def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[Adapter, Tensor, Tensor]]:
         """Each adapter with its y and its columns of x A^T."""
         with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, ys, strict=True) if adapter]
         for (adapter, y), part in zip(with_adapter, reduced.split(self._ranks, dim=1), strict=True):
             yield adapter, y, part
+
+
+def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
+    """Matrices (n, in), one below the other, without a copy; None where they do not lie so in memory."""
+    at, first = parts[0].storage_offset(), parts[0]
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.is_contiguous() and part.storage_offset() == at):
+            return None
+        at += part.numel()
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
+
+
+def _add_product(to: Tensor | None, a: Tensor, b: Tensor, scale: float) -> None:
+    """to (M, N), float32, += scale * a (M, K) b (K, N), in 16 bits."""
+    torch.ops.aten.addmm.dtype_out(to, a, b, torch.float32, beta=1, alpha=scale, out=to)

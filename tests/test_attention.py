@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minilora import attention
-from minilora.attention import attend, causal_runs, visible
+from minilora.attention import Runs, attend, attend_back, attend_kept, causal_runs, visible
 
 
 def sees(q: int, k: int, window: int | None, same_segment: bool) -> bool:
@@ -184,3 +184,48 @@ def test_keys_are_repeated_where_no_fast_kernel_takes_fewer(
     q, k, v = (torch.empty(1, 8, n, 4, device=device) for n in (4, 2, 2))
     attend(q, k, v, torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device) if masked else (8,))
     assert seen == [heads]
+
+
+@pytest.mark.parametrize("sees", [(12, 12), "mask"])
+def test_by_hand_it_gives_what_autograd_gives(sees: tuple[int, ...] | str) -> None:
+    positions = torch.arange(12).expand(2, 12)
+    who = visible(positions, positions, 5) if isinstance(sees, str) else sees
+    q, k, v = (x.requires_grad_() for x in random_heads(4, 2, T=12, Dh=8))
+    dy = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    y = attend(q, k, v, who)
+    by_hand, rest = attend_kept(q, k, v, who)
+    assert torch.equal(by_hand, y)
+    assert not by_hand.requires_grad
+    expected = torch.autograd.grad(y, (q, k, v), dy)
+    assert all(map(torch.equal, attend_back(dy, q, k, v, by_hand, rest, who), expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's FlashAttention is for GPUs")
+@pytest.mark.parametrize("rows", [([256],), ([100, 156], [256]), ([1, 3, 250, 2], [7, 249])])
+@pytest.mark.parametrize("window", [None, 1, 16, 100])
+@pytest.mark.parametrize("empty", [0, 3])
+def test_on_a_gpu_all_runs_at_once_err_no_more_than_the_mask(
+    rows: tuple[list[int], ...], window: int | None, empty: int
+) -> None:
+    """Against float64, forward and backward; runs without a token change nothing."""
+    positions, segments = (x.cuda() for x in rows_of(*rows))
+    stops = torch.tensor([0, *(n for row in rows for n in row), *[0] * empty]).cumsum(0).int().cuda()
+    mask = visible(positions, positions, window, segments, segments)
+    runs = Runs(stops, 256, window)
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(len(rows), 256, heads, 64) for heads in (8, 2, 2, 8)]
+    q, k, v, dy = (torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes)
+    assert Runs.serve(q.device, q.dtype, 64)
+
+    def results(dtype: torch.dtype, who: Runs | Tensor) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs, who)  # type: ignore[arg-type]
+        return [x.double() for x in (y, *torch.autograd.grad(y, inputs, dy.to(dtype)))]
+
+    by_hand, rest = attend_kept(q, k, v, runs)
+    ours = [x.double() for x in (by_hand, *attend_back(dy, q, k, v, by_hand, rest, runs))]
+    exact, masked, flash = results(torch.float64, mask), results(torch.bfloat16, mask), results(torch.bfloat16, runs)
+    for reference, plain, *fast in zip(exact, masked, flash, ours, strict=True):
+        for each in fast:
+            assert (each - reference).norm() <= 2 * (plain - reference).norm()

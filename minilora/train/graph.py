@@ -12,9 +12,6 @@ A shape is rows, length, and how many runs there is space for. Nothing in betwee
 GPU knows: the loss goes over all rows, not over those with a target.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -47,7 +44,7 @@ class StepGraphs:
             and not model.neftune_alpha
         )
 
-    def __call__(self, batch: PackedBatch, factor: float) -> Tensor:
+    def __call__(self, batch: PackedBatch, factor: float | Tensor) -> Tensor:
         if batch.runs is None:
             return self._plain(batch, factor)
         space = 4
@@ -76,21 +73,20 @@ class StepGraphs:
 class _Recorded:
     """One graph, and the memory that it reads and writes."""
 
-    def __init__(
-        self, model: Mistral, backward: Backward, shape: tuple[int, ...], beside: "_Recorded | None"
-    ) -> None:
+    def __init__(self, model: Mistral, backward: Backward, shape: tuple[int, ...], beside: "_Recorded | None") -> None:
         rows, length, space = shape
-        numbers = torch.zeros(3, rows, length, dtype=torch.int64, device=model.device)
+        tokens, labels, positions = torch.zeros(3, rows, length, dtype=torch.int64, device=model.device)
         stops = torch.zeros(space, dtype=torch.int32, device=model.device)
-        self._batch = PackedBatch(*numbers.unbind(), numbers[0].int(), Runs(stops, length))
+        self._batch = PackedBatch(tokens, labels, positions, tokens.int(), Runs(stops, length))
         self._factor = torch.ones((), device=model.device)
         torch.cuda.empty_cache()  # what the steps before have left; the graph takes memory anew
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=beside._graph.pool() if beside else None):
             self._loss = backward(self._batch, self._factor)
 
-    def replay(self, batch: PackedBatch, factor: float) -> Tensor:
-        assert batch.runs is not None and self._batch.runs is not None
+    def replay(self, batch: PackedBatch, factor: float | Tensor) -> Tensor:
+        assert batch.runs is not None
+        assert self._batch.runs is not None
         stops = batch.runs.stops
         padded = torch.cat([stops, stops[-1:].expand(len(self._batch.runs.stops) - len(stops))])  # empty runs
         pairs = [(getattr(self._batch, name), getattr(batch, name)) for name in ("tokens", "labels", "positions")]

@@ -151,7 +151,7 @@ def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     ]
     lr = lr_at(counters.updates, run.n_steps, train)
     result = train_step(
-        run.model, run.state.optimizer, batches, lr, train.clip_norm, run.state.loss_scale, run.memory.note
+        run.model, run.state.optimizer, batches, lr, train.clip_norm, run.state.loss_scale, run.backward
     )
     n_tokens = sum(run.train[i].length for row in rows for i in row)
     run.memory.note()

@@ -24,10 +24,11 @@ from minilora.hub import pinned
 from minilora.memory import PeakMemory, one_line
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.train.graph import StepGraphs
 from minilora.train.ledger import Ledger
 from minilora.train.run_folder import RunFolder
 from minilora.train.state import RunState
-from minilora.train.step import LossScale
+from minilora.train.step import Backward, LossScale, backward_of
 from minilora.train.strategies import apply_strategy, trainable
 
 
@@ -55,6 +56,7 @@ class Run:
     n_steps: int
     reporter: Reporter
     memory: PeakMemory
+    backward: Backward
     predicted_bytes: dict[str, int]
     forgetting: Forgetting
     before: dict[str, Any] = field(default_factory=dict)
@@ -125,10 +127,14 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         f"{len(learnt):,} samples in {len(sampler.rows):,} rows of {config.data.max_seq_len}, "
         f"{n_steps:,} steps of {n_rows} rows"
     )
+    memory = PeakMemory(device)
+    backward: Backward = StepGraphs(model) if StepGraphs.serve(model) else backward_of(model, memory.note)
+    if isinstance(backward, StepGraphs):
+        reporter.say("steps are replayed as CUDA graphs")
     return Run(
         config, folder, model, tokenizer, learnt, data.samples["validation"], data.samples["test"],
         RunState(weights, _optimizer(weights, config), sampler, LossScale(dtype == torch.float16), origin),
-        n_steps, reporter, PeakMemory(device), predicted, forgetting,
+        n_steps, reporter, memory, backward, predicted, forgetting,
     )  # fmt: skip
 
 

@@ -67,6 +67,25 @@ def loss_sum(model: Mistral, batch: PackedBatch) -> Tensor:
     return cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
 
 
+# A batch and a factor -> its summed loss times the factor, () float32, whose gradients have been added up.
+Backward = Callable[[PackedBatch, float | Tensor], Tensor]
+
+
+def backward_of(model: Mistral, after_forward: Callable[[], None] = lambda: None) -> Backward:
+    """Forward and backward as autograd does it. `graph.py` has the other way.
+
+    after_forward is called when a micro-batch's activations are all alive: the moment of most memory.
+    """
+
+    def backward(batch: PackedBatch, factor: float | Tensor) -> Tensor:
+        loss = loss_sum(model, batch) * factor
+        after_forward()
+        loss.backward()
+        return loss.detach()
+
+    return backward
+
+
 def train_step(
     model: Mistral,
     optimizer: torch.optim.Optimizer,
@@ -74,20 +93,17 @@ def train_step(
     lr: float,
     clip_norm: float,
     loss_scale: LossScale,
-    after_forward: Callable[[], None] = lambda: None,
+    backward: Backward | None = None,
 ) -> StepResult:
     """Forward, backward, guard, clip, update. Where loss or gradient is not finite, nothing is changed.
 
-    after_forward is called when a micro-batch's activations are all alive: the moment of most memory.
+    backward: another way than `backward_of` to the model's loss and gradients
     """
     n_targets = sum(batch.n_targets for batch in batches)
     optimizer.zero_grad()
-    total = torch.zeros((), device=model.device)
+    total, backward = torch.zeros((), device=model.device), backward or backward_of(model)
     for batch in batches:
-        loss = loss_sum(model, batch) / n_targets
-        after_forward()
-        (loss * loss_scale.scale).backward()
-        total += loss.detach()
+        total += backward(batch, loss_scale.scale / n_targets) / loss_scale.scale
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if loss_scale.enabled:
         for p in parameters:

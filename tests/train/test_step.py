@@ -23,7 +23,7 @@ from minilora.lora import add_lora, lora_layers
 from minilora.model import Mistral
 from minilora.train import step as step_module
 from minilora.train.setup import _optimizer
-from minilora.train.step import LEAST_SCALE, LossScale, train_step
+from minilora.train.step import LEAST_SCALE, LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
 LENGTHS = (5, 17, 3, 30, 9, 24, 2, 12)
@@ -143,7 +143,8 @@ def test_the_learning_rate_is_the_step_s() -> None:
 def test_after_forward_is_called_once_a_micro_batch() -> None:
     calls: list[None] = []
     model = with_lora()
-    train_step(model, adamw(model), rows(2), 1e-3, 1.0, LossScale(False), lambda: calls.append(None))
+    backward = backward_of(model, lambda: calls.append(None))
+    train_step(model, adamw(model), rows(2), 1e-3, 1.0, LossScale(False), backward)
     assert len(calls) == 4
 
 

@@ -1,0 +1,104 @@
+"""Steps replayed as CUDA graphs against steps as they come: the same losses, gradients and updates."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import TINY, tiny_model
+
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.save import save_hf
+from minilora.config import LoraConfig, RunConfig, TrainConfig
+from minilora.data.encode import Sample
+from minilora.data.pack import PackedBatch, make_batch
+from minilora.model import Mistral
+from minilora.train.graph import MOST_GRAPHS, StepGraphs
+from minilora.train.setup import _optimizer
+from minilora.train.step import LossScale, backward_of, train_step
+from minilora.train.strategies import apply_strategy, trainable
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+LENGTH = 64
+
+
+def test_without_a_gpu_steps_run_as_they_come() -> None:
+    model = apply_strategy(tiny_model(), RunConfig(lora=LoraConfig(rank=4)))
+    assert not StepGraphs.serve(model)
+
+
+@pytest.fixture
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Mistral]:
+    """A QLoRA model on the GPU, in bfloat16; every call gives the same."""
+    folder = tmp_path_factory.mktemp("base") / "m"
+    save_hf(tiny_model(config=replace(TINY, n_layers=3, sliding_window=24)), folder, dtype=torch.float32)
+
+    def make() -> Mistral:
+        model = load_model(folder, quantize="nf4", dtype=torch.bfloat16, device="cuda")
+        torch.manual_seed(0)
+        return apply_strategy(model, RunConfig(lora=LoraConfig(rank=8, alpha=8))).train()
+
+    return make
+
+
+def batches(n: int, most_samples: int = 6) -> list[PackedBatch]:
+    """Two rows each, of unlike samples."""
+    draw, made = np.random.default_rng(0), list[PackedBatch]()
+    for _ in range(n):
+        samples, rows = list[Sample](), list[list[int]]()
+        for _ in range(2):
+            lengths = draw.multinomial(LENGTH - 10, [1 / most_samples] * int(draw.integers(1, most_samples + 1))) + 1
+            rows.append([])
+            for length in lengths:
+                rows[-1].append(len(samples))
+                mask = draw.random(length + 1) < 0.5
+                mask[-1] = True
+                samples.append(Sample(draw.integers(14, TINY.vocab_size, length + 1, dtype=np.int32), mask, "f"))
+        made.append(make_batch(samples, rows, LENGTH))
+    return made
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("n_micro", [1, 2])
+def test_a_run_by_graphs_is_the_run_without(adapted: Callable[[], Mistral], checkpointing: bool, n_micro: int) -> None:
+    """Sums of FlashAttention's backward have no fixed order, so bits may differ: in bfloat16 2^-8 a number, and
+    Adam's first steps are of the learning rate's size whatever the gradient is. So gradients are compared in norm,
+    and losses over the run."""
+    losses, grads = [], []
+    for by_graphs in (False, True):
+        model = adapted()
+        model.activation_checkpointing = checkpointing
+        config = RunConfig(train=TrainConfig(weight_decay=0.0))
+        optimizer = _optimizer(trainable(model), config)
+        assert StepGraphs.serve(model)
+        backward = StepGraphs(model) if by_graphs else backward_of(model)
+        found, data = [], batches(12)
+        for start in range(0, len(data), n_micro):
+            step = data[start : start + n_micro]
+            found.append(train_step(model, optimizer, step, 1e-3, 1.0, LossScale(False), backward).loss)
+        losses.append(found)
+        grads.append({name: copy.deepcopy(p.grad) for name, p in trainable(model).items()})
+        if isinstance(backward, StepGraphs):
+            assert 0 < len(backward._graphs) <= MOST_GRAPHS
+    assert losses[1] == pytest.approx(losses[0], rel=2**-7)
+    for name, expected in grads[0].items():
+        assert expected is not None
+        assert (grads[1][name] - expected).norm() <= 2**-4 * expected.norm(), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_after_a_release_graphs_are_recorded_anew(adapted: Callable[[], Mistral]) -> None:
+    model = adapted()
+    optimizer = _optimizer(trainable(model), RunConfig())
+    backward, [batch] = StepGraphs(model), batches(1)
+    losses = []
+    for turn in range(6):
+        if turn == 3:
+            backward.release()
+        losses.append(train_step(model, optimizer, [batch], 0.0, 0.0, LossScale(False), backward).loss)
+    assert losses == pytest.approx([losses[0]] * 6, rel=2**-7)
