@@ -96,10 +96,11 @@ def _owner(operator: str) -> str:
         return "final hidden"
     if not in_block and "Mistral.hidden" not in called:
         return "scratch"  # a gradient on its way
-    if "embedding" in operator or (adds and inner in ("Block.forward", "_Output.forward", "_MLP.forward")):
+    if "embedding" in operator or (adds and inner in ("Block.forward", "_Block.forward", "add_rms_norm")):
         return "residual stream"
     if inner in ("Projections.forward", "Projections._down", "LoRALinear.forward") and not adds:
         return "adapter inputs"
     if within == "RMSNorm.forward":
         return "norms"
-    return "mlp" if called & {"MLP.forward", "_MLP.forward"} else "attention"
+    attends = "_fill_attention" in called or not called & {"MLP.forward", "_Block.forward"}
+    return "attention" if attends else "mlp"

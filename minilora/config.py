@@ -281,7 +281,8 @@ class TrainConfig:
         beta1: AdamW's memory of the gradient
         beta2: AdamW's memory of its square
         clip_norm: longest gradient allowed; 0 does not clip
-        activation_checkpointing: keep only each block's input and compute the block again in backward
+        activation_checkpointing: keep only each block's input and compute the block again in backward; adapters without
+            dropout do so by themselves, as far as memory demands it
         checkpoint_every: steps between saved states
         keep_checkpoints: how many of them to keep
         max_bad_steps: stop after this many steps in a row whose loss or gradient is not finite

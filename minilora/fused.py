@@ -13,7 +13,7 @@ of it; nor are norm(x), rotated pairs and silu(g) * u ever kept. The products, w
 there is nothing to differentiate, so inference and the KV cache have one definition.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from types import SimpleNamespace
@@ -95,8 +95,8 @@ _KEPT = (  # what each step of Keep adds
 )
 
 
-def _fill(tape: _Tape, layers: _Layers) -> None:
-    """Forward up to gate and up: put on the tape what is not there."""
+def _fill_attention(tape: _Tape, layers: _Layers) -> None:
+    """Forward as far as attention's output: put on the tape what is not there."""
     x, dtype = _rows(tape.x), product_dtype(tape.x)
     if "q" not in tape:
         x_normed, tape.inverse = rms_norm(x, layers.norm.weight, layers.norm.eps, dtype)
@@ -108,7 +108,11 @@ def _fill(tape: _Tape, layers: _Layers) -> None:
         del x_normed, ys, q, k, v, heads
     if "rest" not in tape:
         tape.attended, tape.rest = attend_kept(tape.q, tape.k, tape.v, layers.sees)
-    norm: RMSNorm = layers.mlp_norm
+
+
+def _fill_mlp(tape: _Tape, layers: _Layers) -> None:
+    """And on to gate and up."""
+    x, dtype, norm = _rows(tape.x), product_dtype(tape.x), layers.mlp_norm
     normed: Tensor | None = None
     if "mid" not in tape:
         (y,), tape.o_reduced = layers.o.forward(tape.attended.view(len(x), -1))
@@ -165,7 +169,8 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: _Layers, keep: Keep, *_learned: Tensor) -> Tensor:
         tape = _Tape(x=x)
-        _fill(tape, layers)
+        _fill_attention(tape, layers)
+        _fill_mlp(tape, layers)
         (y,), tape.down_reduced = layers.down.forward(swiglu(tape.gate, tape.up))
         ctx.layers, ctx.names = layers, [name for names in _KEPT[: keep + 1] for name in names]
         tape.gate, tape.up = tape.gate.to(x.dtype), tape.up.to(x.dtype)
@@ -179,7 +184,8 @@ class _Block(torch.autograd.Function):
         tape, layers = _Tape(**dict(zip(ctx.names, ctx.saved_tensors, strict=True))), ctx.layers
         if hasattr(ctx, "rest"):
             tape.rest = ctx.rest
-        _fill(tape, layers)
+        _fill_attention(tape, layers)
+        _fill_mlp(tape, layers)
         dmid, of_mlp = _mlp_back(_rows(grads[0]), tape, layers)
         del tape.gate, tape.up
         dx, of_attention = _attention_back(dmid, tape, layers, ctx.needs_input_grad[0])
@@ -226,8 +232,10 @@ class FusedBlock(Block):
         return _block(x, layers, keep, *layers.learned)
 
 
-def fuse(model: Mistral) -> bool:
+def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
     """Put the fast block in place of each plain one, if it applies to all of them; whether it did.
+
+    keep: of each block; none: everything, or the input alone with activation checkpointing
 
     It does if no weight of the blocks learns but adapters, and these are plain: without dropout, not DoRA's. (Under a
     prefix the fast block falls back to the plain one, so there `fuse` would gain nothing.)
@@ -242,4 +250,7 @@ def fuse(model: Mistral) -> bool:
         if not isinstance(block, FusedBlock):
             assert isinstance(block, Block)
             model.layers[i] = FusedBlock(block)
+    for block, what in zip(model.layers, keep, strict=False):
+        assert isinstance(block, FusedBlock)
+        block.keep = what
     return True

@@ -31,6 +31,7 @@ from minilora.backend import product_dtype
 from minilora.checkpoint.adapter_parts import expected_shapes
 from minilora.checkpoint.names import tensor_specs
 from minilora.config import LoraConfig, ModelConfig, PrefixConfig
+from minilora.fused import Keep
 from minilora.kv_cache import n_slots
 from minilora.linear import SLICE_BYTES, NF4Linear
 from minilora.lora import Added, LoRALinear
@@ -128,6 +129,7 @@ class StepPlan:
     adapter: None where weights of the base learn: those of `learned`, or all if that is None
     rows, length: of a micro-batch; targets: how many of its tokens are, None: all
     sees: a row is one causal run, or falls into several, or a mask says who sees whom (`attention.causal_runs`)
+    keep: of each fast block; none: all of them everything or, with checkpointing, their input
     accumulated: the gradients of earlier micro-batches are there, too
     """
 
@@ -140,6 +142,7 @@ class StepPlan:
     targets: int | None = None
     sees: Literal["rows", "runs", "mask"] = "rows"
     checkpointing: bool = False
+    keep: tuple[Keep, ...] = ()
     accumulated: bool = False
     learned: Learned | None = None
     device: torch.device = CPU
@@ -163,7 +166,7 @@ class StepPlan:
         self.computed = product if self.on_cpu else self.stored
         self.cast = self.stored != self.computed
         self.mask = self.tokens * (self.length + self.before) if self.sees == "mask" else 0
-        self.rotation = self.tokens * config.head_dim * self.computed if self.fused and self.cast else 0
+        self.keeps = self.keep or (Keep.INPUT if self.checkpointing else Keep.ALL,) * config.n_layers
 
     def predict(self, in_between: Sequence[dict[str, int]] = ()) -> dict[str, int]:
         """By owner, at the moment of the step when they are most, the optimizer's moments there already.
@@ -178,13 +181,10 @@ class StepPlan:
             rest |= {"gradients": 4 * base.n, "optimizer": 8 * base.n}
         gradients, head = rest.pop("gradients"), 4 * learns.head if learns else 0
         reached = learns.reached if learns else (1,) * n_layers
-        kept = [self.block(n_layers - len(reached) + i, n > 0) for i, n in enumerate(reached)]
-        scratch = {"scratch": self.scratch() if kept else 0}
-        if self.checkpointing and kept:
-            again = kept[0] if not self.cast else kept[0] | {"mlp": 0}  # backward casts gate and up, then these go
-            block = {"residual stream": kept[0]["residual stream"] // 2, "attention": self.rotation}
-            scratch = add_up(scratch, again, {kind: -n for kind, n in block.items()})
-            kept = [block] * len(kept)
+        lowest_layer = n_layers - len(reached)
+        whole = [self.block(lowest_layer + i, n > 0) for i, n in enumerate(reached)]
+        kept = [self.kept(lowest_layer + i, block) for i, block in enumerate(whole)]
+        of_last, of_first = ({}, {}) if not kept else (self.again(whole[i], kept[i]) for i in (-1, 0))
         blocks = add_up(*kept)
         masks = len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
@@ -192,8 +192,8 @@ class StepPlan:
         loss, last, first = (gradients if self.accumulated else n for n in (0, head, gradients - lowest))
         moments: list[dict[str, int]] = [
             add_up(shared, blocks, self.loss(), {"gradients": loss}),
-            add_up(shared, blocks, scratch, {"gradients": last}),
-            add_up(shared, *kept[:1], scratch, {"gradients": first}),
+            add_up(shared, blocks, of_last, {"gradients": last}),
+            add_up(shared, *kept[:1], of_first, {"gradients": first}),
             # A tied embedding's gradient and the head's are made whole before they are added.
             {"gradients": gradients, "scratch": 2 * head if config.tied_embeddings else 0},
             *in_between,
@@ -214,7 +214,7 @@ class StepPlan:
         kept = {
             "residual stream": 2 * self.d * self.stored if self.fused or self.stored == 4 else 0,
             "norms": 2 * self.d * 4 if not self.fused and self.stored != 4 else 0,
-            "attention": (heads + self.mask) * number + 4 * self.tokens * self.config.n_heads + self.rotation,
+            "attention": (heads + self.mask) * number + 4 * self.tokens * self.config.n_heads,
             "mlp": self.f * self.stored * (2 if self.fused else 3),
         }
         if self.base and learns:  # x / rms and that times the weight, and down's input
@@ -232,6 +232,31 @@ class StepPlan:
             kept_of_dora = sum(outs.values()) + sum({inputs.get(t, t): n for t, n in ins.items()}.values())
         reduced = sum(lora.rank_of(spec.module) for spec in here.values())
         return kept | {"adapter inputs": self.tokens * number * (reduced + 2 * let_through + kept_of_dora)}
+
+    def kept(self, layer: int, whole: dict[str, int]) -> dict[str, int]:
+        """What of a `whole` block stays from its forward to its backward: see `fused.Keep`, or its input alone."""
+        keep, x = self.keeps[layer], self.d * self.stored
+        if keep == Keep.ALL:
+            return whole
+        if not self.fused:
+            return {"residual stream": x}
+        number = self.computed
+        logsumexp = 0 if self.on_cpu or self.sees == "mask" else 4 * self.tokens * self.config.n_heads
+        attention = (0, self.q * number + logsumexp, whole["attention"])[keep]
+        here = ("down_proj", "o_proj", "q_proj", "k_proj", "v_proj")[: (1, 2, 5)[keep]]
+        assert self.lora is not None
+        specs = [s for s in self.adapted if s.layer == layer and s.module.rpartition(".")[2] in here]
+        reduced = self.tokens * number * sum(self.lora.rank_of(spec.module) for spec in specs)
+        return {
+            "residual stream": x * (1 if keep == Keep.INPUT else 2),
+            "attention": attention,
+            "adapter inputs": reduced,
+        }
+
+    def again(self, whole: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
+        """What is alive besides in backward of a block: its scratch, and what was not kept and is made again."""
+        made = whole if not (self.cast and self.fused and "mlp" not in kept) else whole | {"mlp": 0}  # scratch has it
+        return add_up({"scratch": self.scratch()}, made, {owner: -n for owner, n in kept.items()})
 
     def scratch(self) -> int:
         """What is alive besides in backward of a block's MLP: at down_proj, at the other two, or at its norm."""

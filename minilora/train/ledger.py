@@ -1,17 +1,22 @@
-"""Does the run fit? What it will need, by owner, before a weight is loaded, and which settings would make it fit."""
+"""Does the run fit? What it will need, by owner, before a weight is loaded, and which settings would make it fit.
 
+Where all activations do not, the fast blocks keep less, one by one, and backward makes it again: as few as must.
+"""
+
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
-from minilora.attention import causal_runs
+from minilora.attention import Runs, causal_runs
 from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, PrefixConfig, RunConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, RowSampler, make_batch
 from minilora.errors import UserError
+from minilora.fused import Keep
 from minilora.memory import DenseDtype, Learned, StepPlan, as_text, free_bytes, private_bytes
 from minilora.train.strategies import learned_names
 
@@ -28,13 +33,17 @@ def on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The memory of a run. sample: its first micro-batch, which the others are like; longest: positions of a sample."""
+    """The memory of a run. sample: its first micro-batch, which the others are like; longest: positions of a sample.
+
+    keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
+    """
 
     config: RunConfig
     sizes: ModelConfig
     device: torch.device
     sample: PackedBatch
     longest: int
+    keep: tuple[Keep, ...] = ()
 
     @staticmethod
     def of(
@@ -46,15 +55,31 @@ class Ledger:
 
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
+        plan, in_between = self._plan(), list[dict[str, int]]()
+        if self._evaluates():
+            limits = self.config.eval
+            in_between.append(replace(plan, rows=limits.batch_size, targets=None).forward())
+            if limits.answers or limits.samples:
+                answered = replace(plan, rows=limits.batch_size, length=self.longest, targets=None)
+                in_between.append(answered.forward(limits.max_new_tokens))
+        on_cpu = self.device.type == "cpu"
+        held = {"process": private_bytes()} if on_cpu else {}
+        if on_cpu and self.config.data.general:
+            held["base's predictions"] = 4 * self.sizes.vocab_size * self.config.eval.general_tokens
+        return held | plan.predict(in_between)
+
+    def _plan(self) -> StepPlan:
         model, train, length, sample = self.config.model, self.config.train, self.config.data.max_seq_len, self.sample
         base_learns, is_prefix, on_cpu = train.base_learns, train.strategy == "prefix", self.device.type == "cpu"
         dtype = torch.float32 if base_learns else pick_dtype(self.device, model.dtype)[0]
         dense = cast(DenseDtype, str(dtype).removeprefix("torch."))
-        no_mask = on_cpu and not is_prefix
         narrowest = min((window for window in self.sizes.windows if window), default=None)
-        runs = causal_runs(sample.positions, narrowest, sample.segments) if no_mask else None
+        runs = causal_runs(sample.positions, narrowest, sample.segments) if on_cpu else None
+        on_rows = runs is not None and len(set(runs)) == 1
+        if sample.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim):
+            runs, on_rows = (), True  # all at once
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
-        plan = StepPlan(
+        return StepPlan(
             self.sizes,
             storage=dense if not self.config.quantize else "nf4 double-quantized" if model.double_quant else "nf4",
             dtype=dense,
@@ -63,26 +88,38 @@ class Ledger:
             rows=train.batch_size,
             length=length,
             targets=round(train.batch_size * length * sample.n_targets / sample.tokens.numel()),
-            sees="mask" if runs is None else "rows" if len(set(runs)) == 1 else "runs",
+            sees="mask" if runs is None or is_prefix else "rows" if on_rows else "runs",
             checkpointing=train.activation_checkpointing,
+            keep=self.keep,
             accumulated=train.accumulate > 1,
             device=self.device,
         )
-        in_between = []
-        if self._evaluates():
-            limits = self.config.eval
-            in_between.append(replace(plan, rows=limits.batch_size, targets=None).forward())
-            if limits.answers or limits.samples:
-                answered = replace(plan, rows=limits.batch_size, length=self.longest, targets=None)
-                in_between.append(answered.forward(limits.max_new_tokens))
-        held = {"process": private_bytes()} if on_cpu else {}
-        if on_cpu and self.config.data.general:
-            held["base's predictions"] = 4 * self.sizes.vocab_size * self.config.eval.general_tokens
-        return held | plan.predict(in_between)
 
     def _evaluates(self) -> bool:
         data = self.config.data
         return any((data.validation, data.test, data.general, data.validation_share, data.test_share))
+
+    def fitted(self) -> "Ledger":
+        """With as little made again in backward as fits, or all of it if nothing does."""
+        if self.config.train.activation_checkpointing or not self._plan().fused:
+            return self
+        free, n = free_bytes(self.device), self.sizes.n_layers
+        steps = [self._keeping(n_steps) for n_steps in range(len(Keep.__members__) * n - n + 1)]
+        fits = bisect_left(steps, True, key=lambda ledger: ledger._total() <= free)
+        return steps[min(fits, len(steps) - 1)]
+
+    def _keeping(self, n_steps: int) -> "Ledger":
+        """So many steps of `Keep` below everything, the lowest blocks all of theirs first."""
+        each = int(Keep.ALL)
+        below = (min(max(n_steps - each * i, 0), each) for i in range(self.sizes.n_layers))
+        return replace(self, keep=tuple(Keep(each - n) for n in below))
+
+    def kept(self) -> str:
+        """What the fast blocks keep, in words; nothing where they keep everything."""
+        counts = [(self.keep.count(keep), keep) for keep in Keep if self.keep.count(keep)]
+        if not counts or counts == [(len(self.keep), Keep.ALL)]:
+            return ""
+        return "kept for backward: " + ", ".join(f"{keep.name.lower()} of {n} blocks" for n, keep in counts)
 
     def check(self) -> dict[str, int]:
         """The prediction. Raises UserError if it does not fit, with the mildest form of each setting that is enough."""
@@ -104,7 +141,7 @@ class Ledger:
     def _smaller(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Settings that need less memory, the mildest form of each first: key, value, what changes in its sections."""
         train, length = self.config.train, self.config.data.max_seq_len
-        if not train.activation_checkpointing:
+        if not train.activation_checkpointing and not self._plan().fused:
             yield "train.activation_checkpointing", "true", {"train": {"activation_checkpointing": True}}
         for n in (n for n in range(train.batch_size - 1, 0, -1) if train.batch_size % n == 0):
             accumulate = train.accumulate * train.batch_size // n
@@ -127,7 +164,7 @@ class Ledger:
 
     def _with(self, changes: dict[str, Any]) -> "Ledger":
         new = {section: replace(getattr(self.config, section), **values) for section, values in changes.items()}
-        return replace(self, config=replace(self.config, **new))
+        return replace(self, config=replace(self.config, **new), keep=()).fitted()
 
     def _total(self) -> int:
         return sum(self.predict().values())

@@ -100,14 +100,17 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
     lengths = [s.length for s in learnt]
     sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed, mix=data.mix)
-    predicted = Ledger.of(config, checkpoint.config, device, [*learnt, *probes], sampler).check()
+    ledger = Ledger.of(config, checkpoint.config, device, [*learnt, *probes], sampler).fitted()
+    predicted = ledger.check()
     reporter.say(one_line(predicted))
+    if kept := ledger.kept():
+        reporter.say(kept)
     model = load_model(
         base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
     forgetting = Forgetting(config, tokenizer, data.samples["general"], probes).ask_base(model)
     torch.manual_seed(config.train.seed)
-    apply_strategy(model, config)
+    apply_strategy(model, config, ledger.keep)
 
     weights = trainable(model)
     origin = {

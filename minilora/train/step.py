@@ -77,13 +77,13 @@ def backward_of(model: Mistral, after_forward: Callable[[], None] = lambda: None
     after_forward is called when a micro-batch's activations are all alive: the moment of most memory.
     """
 
-    def backward(batch: PackedBatch, factor: float | Tensor) -> Tensor:
+    def both(batch: PackedBatch, factor: float | Tensor) -> Tensor:
         loss = loss_sum(model, batch) * factor
         after_forward()
         loss.backward()
         return loss.detach()
 
-    return backward
+    return both
 
 
 def train_step(

@@ -1,6 +1,7 @@
 """Which weights learn: all ("full"), some of them ("partial"), or what is added to a frozen base: adapters ("qlora" on
 NF4, "lora" on a plain base), or keys and values before the tokens of every layer ("prefix")."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -10,14 +11,17 @@ from torch import nn
 from minilora.checkpoint.names import tensor_specs
 from minilora.config import ModelConfig, PrefixConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
-from minilora.fused import fuse
+from minilora.fused import Keep, fuse
 from minilora.lora import add_lora
 from minilora.model import Mistral
 from minilora.prefix import add_prefix
 
 
-def apply_strategy(model: Mistral, config: RunConfig) -> Mistral:
-    """Make the model of a run from its base, in place. What is added is drawn from torch's global random state."""
+def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ()) -> Mistral:
+    """Make the model of a run from its base, in place. What is added is drawn from torch's global random state.
+
+    keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
+    """
     train = config.train
     model.activation_checkpointing, model.neftune_alpha = train.activation_checkpointing, train.neftune_alpha
     if train.base_learns:
@@ -30,7 +34,7 @@ def apply_strategy(model: Mistral, config: RunConfig) -> Mistral:
         add_prefix(model, PrefixConfig(train.prefix_tokens))
     else:
         add_lora(model, config.lora)
-        fuse(model)
+        fuse(model, keep)
     return model
 
 

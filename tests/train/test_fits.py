@@ -11,6 +11,7 @@ from benchmarks.feeds import random_batch
 from benchmarks.shapes import shape
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
+from minilora.fused import Keep
 from minilora.train import ledger
 from minilora.train.ledger import Ledger
 
@@ -30,6 +31,11 @@ def of(run: RunConfig, longest: int = 100) -> Ledger:
 
 def total(run: RunConfig) -> int:
     return sum(of(run).predict().values())
+
+
+def least(run: RunConfig) -> int:
+    """With every block's input alone kept for backward."""
+    return total(replace(run, train=replace(run.train, activation_checkpointing=True)))
 
 
 def changed(**sections: dict[str, Any]) -> RunConfig:
@@ -65,7 +71,6 @@ def test_the_mildest_form_of_each_setting_that_is_enough(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("key", "value", "smaller"),
     [
-        ("train.activation_checkpointing", "true", changed(train={"activation_checkpointing": True})),
         ("train.batch_size", "1 and train.accumulate 4", changed(train={"batch_size": 1, "accumulate": 4})),
         ("data.max_seq_len", "128", changed(data={"max_seq_len": 128})),
         ("model.dtype", "bfloat16", changed(model={"dtype": "bfloat16"})),
@@ -75,10 +80,36 @@ def test_each_setting_makes_it_fit_as_it_says(
     monkeypatch: pytest.MonkeyPatch, key: str, value: str, smaller: RunConfig
 ) -> None:
     monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
-    said = refusal(monkeypatch, RUN, total(smaller))
-    assert f"{key} {value} ({ledger.as_text(total(smaller))})" in said
+    said = refusal(monkeypatch, RUN, least(smaller))
+    assert f"{key} {value} ({ledger.as_text(least(smaller))})" in said
     # and one byte less is too little for it
-    assert f"{key} {value} (" not in refusal(monkeypatch, RUN, total(smaller) - 1)
+    assert f"{key} {value} (" not in refusal(monkeypatch, RUN, least(smaller) - 1)
+
+
+def test_adapters_without_a_fast_block_are_told_of_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    dora = changed(lora={"dora": True})
+    said = refusal(monkeypatch, dora, least(dora))
+    assert f"train.activation_checkpointing true ({ledger.as_text(least(dora))})" in said
+    assert of(dora).fitted().keep == ()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_no_more_is_made_again_than_must(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Anything between everything and the inputs alone can be had; one step of one block more would not fit."""
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    free = least(RUN) + share * (total(RUN) - least(RUN))
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: free)
+    fitted = of(RUN).fitted()
+    assert sum(fitted.check().values()) <= free
+    if share < 1:
+        n_steps = sum(Keep.ALL - keep for keep in fitted.keep)
+        assert 0 < n_steps <= 3 * 30
+        assert sum(of(RUN)._keeping(n_steps - 1).predict().values()) > free
+        assert fitted.kept().startswith("kept for backward: ")
+    else:
+        assert set(fitted.keep) == {Keep.ALL}
+        assert fitted.kept() == ""
 
 
 def test_a_row_is_not_made_shorter_than_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +160,7 @@ def test_what_no_setting_can_help(monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(monkeypatch, RUN, 300e6)
     found = re.search(r"even (.*) comes to (.*), too much still: take a smaller model$", said)
     assert found
-    assert all(key in found[1] for key in ("checkpointing true", "batch_size 1", "max_seq_len 128", "dtype bfloat16"))
+    assert all(key in found[1] for key in ("batch_size 1", "max_seq_len 128", "dtype bfloat16"))
 
 
 def test_evaluation_counts_where_it_takes_more_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
