@@ -162,7 +162,7 @@ class Compiled:
 def kernels(arch: int) -> list[Kernel]:
     """All that we run there, in the 16-bit dtype that the architecture computes in; matmul in float32, too."""
     sixteen = "*fp16" if arch < 80 else "*bf16"
-    found = [quantize_kernel(sixteen)]
+    found = [quantize_kernel(sixteen), softmax_gradient_kernel(sixteen)]
     for nested in (False, True):
         found.append(dequantize_kernel(sixteen, nested))
         for shuffle in (False, True):
@@ -196,6 +196,23 @@ def dequantize_kernel(sixteen: str, nested: bool) -> Kernel:
         _weight_signature(nested) | {"out": sixteen, "n": "i32"},
         _weight_constants(nested) | {"is_whole": True, "WORDS": WORDS, "TILES": TILES},
         weights=TILES * WORDS * 8 / 128,
+    )
+
+
+def softmax_gradient_kernel(sixteen: str) -> Kernel:
+    """For a weight, a logit: the longest loop is one of the two passes."""
+    from minilora.kernels.softmax_gradient import BLOCK, WARPS
+
+    return Kernel(
+        "softmax gradient",
+        "minilora.kernels.softmax_gradient",
+        "softmax_gradient_kernel",
+        {"logits": sixteen, "labels": "*i64", "losses": "*fp32", "n_columns": "i32"},
+        {"ignore": -100, "BLOCK": BLOCK},
+        weights=BLOCK / (32 * WARPS),
+        in_loop=True,
+        warps=WARPS,
+        fusion=True,
     )
 
 

@@ -35,10 +35,10 @@ def dequantize(weight: NF4Tensor, dtype: torch.dtype | None = None, out: Tensor 
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.packed.device)
     fits = tuple(out.shape) == weight.shape and out.device == weight.packed.device
-    if not fits or not _is_plain(out) or not out.is_floating_point() or out.itemsize < 2:
+    if not fits or not is_plain(out) or not out.is_floating_point() or out.itemsize < 2:
         raise ValueError(
             f"out must be contiguous, {weight.shape}, floating point of 16 bits or more, on {weight.packed.device}; "
-            f"it is {_told(out)}"
+            f"it is {told(out)}"
         )
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires a gradient, and there is none through it")
@@ -76,9 +76,9 @@ def check_nf4(weight: NF4Tensor) -> None:
             ("nested_offset", nested_offset.reshape(-1), torch.float32, 1),
         ]
     for name, part, dtype, n in wanted:
-        if part.dtype != dtype or part.shape != (n,) or not _is_plain(part) or part.device != weight.packed.device:
+        if part.dtype != dtype or part.shape != (n,) or not is_plain(part) or part.device != weight.packed.device:
             raise ValueError(
-                f"{name} must be {n} contiguous {dtype} on {weight.packed.device}, flattened; it is {_told(part)}"
+                f"{name} must be {n} contiguous {dtype} on {weight.packed.device}, flattened; it is {told(part)}"
             )
 
 
@@ -97,12 +97,12 @@ def levels_and_absmax(weight: NF4Tensor) -> dict[str, Any]:
     }
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether its numbers lie in memory in order and as they are."""
     return tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _told(tensor: Tensor) -> str:
+def told(tensor: Tensor) -> str:
     strides = f"strides {tensor.stride()}" if tensor.layout == torch.strided else tensor.layout
     return f"{tuple(tensor.shape)} {tensor.dtype}{' negated' * tensor.is_neg()}, {strides}, on {tensor.device}"
 

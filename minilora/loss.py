@@ -7,6 +7,10 @@ while it is in the cache, then thrown away. m, the row's largest logit so far, m
 summed before shrinks by exp(m_old - m_new), as in FlashAttention (https://arxiv.org/abs/2205.14135). So forward makes
 h's gradient with the loss, and backward has nothing to compute again. Where W learns, a tile has all columns: W's
 gradient needs the whole sum. Logits are 131 kB a row (V = 32768, float32); what is kept, h's gradient, is 8 kB (bf16).
+
+On a GPU a tile has all columns, too, in 16 bits: between the two products one kernel turns its logits into their
+gradient. Rows without a target are computed like the others, for to leave them out the host would have to be told how
+many there are; so it never waits for the GPU, and the whole can be captured as a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -16,32 +20,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.backend import product_dtype
+from minilora.backend import backend_for, product_dtype
 
 IGNORE = -100  # the label of a row that is no target
-ROWS = {"cpu": 1024, "cuda": 4096}  # of a tile, at most: the more, the less often W is read
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of float32 logits: a CPU's cache, a GPU's work for one launch
+ROWS = 1024  # of a tile, at most: the more, the less often W is read
+TILE_BYTES = 8 << 20  # of float32 logits: a CPU's cache
 WHOLE_BYTES = 64 << 20  # where a tile has all columns
+GPU_ROWS = 128  # of a GPU's products: a tile's are a multiple
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """Summed natural-log loss, () float32, of the rows of hidden (..., D) whose label (...) is not IGNORE.
 
-    head: (V, D), the output projection
+    head: (V, D), the output projection. A label that is not in it is an error on a CPU; on a GPU, which nobody waits
+    for here, it makes the sum NaN, which no step is taken with.
     """
-    targets = labels.reshape(-1) != IGNORE
-    rows = hidden.reshape(-1, hidden.shape[-1])[targets]
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not torch.is_grad_enabled():
         head = head.detach()  # else a head that learns would have its gradient made in validation too
-    return _tiled_cross_entropy(rows, head, labels.reshape(-1)[targets])
+    if rows.device.type != "cpu":
+        return _whole_row_cross_entropy(rows, head, labels)
+    targets = labels != IGNORE
+    return _tiled_cross_entropy(rows[targets], head, labels[targets])
 
 
-def tile(n_rows: int, n_columns: int, device_type: str, head_learns: bool) -> tuple[int, int]:
-    """Rows and columns of the (n_rows, n_columns) logits that are in work at a time, at least one of each."""
+def tile(n_rows: int, n_columns: int, head_learns: bool) -> tuple[int, int]:
+    """Rows and columns of the (n_rows, n_columns) logits that a CPU has in work at a time, at least one of each."""
     if head_learns:
         return max(1, min(n_rows, WHOLE_BYTES // (4 * n_columns))), n_columns
-    rows = max(1, min(n_rows, ROWS[device_type]))
-    return rows, max(1, min(n_columns, TILE_BYTES[device_type] // (4 * rows)))
+    rows = max(1, min(n_rows, ROWS))
+    return rows, max(1, min(n_columns, TILE_BYTES // (4 * rows)))
+
+
+def whole_rows(n_rows: int, n_columns: int, itemsize: int) -> int:
+    """How many rows of the (n_rows, n_columns) logits a GPU has in work at a time, at least one."""
+    rows = WHOLE_BYTES // (itemsize * n_columns)
+    return max(1, min(n_rows, rows - rows % GPU_ROWS if rows > GPU_ROWS else rows))
+
+
+def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """Losses (N,) of logits (N, V), which become their gradients: softmax(z) - onehot(label). In float32 at least.
+
+    Where a label (N,) int64 is `ignore`, loss and gradient are zeros, whatever the logits are; where it is neither
+    that nor a column, the loss is NaN. The GPU's way; its kernel is kernels/softmax_gradient.py.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    columns, y = torch.arange(logits.shape[1], device=logits.device), labels[:, None]
+    log_p = z.log_softmax(-1)
+    losses = -log_p.gather(1, y.clamp(0, len(columns) - 1))
+    losses = torch.where((y < 0) | (y >= len(columns)), torch.nan, losses).masked_fill(y == ignore, 0.0)
+    logits.copy_((log_p.exp() - (columns == y).to(z.dtype)).masked_fill(y == ignore, 0.0))
+    return losses[:, 0]
+
+
+def _gradient_(logits: Tensor, labels: Tensor) -> Tensor:
+    """`softmax_gradient_` where the logits lie."""
+    if backend_for(logits.device).name != "triton":
+        return softmax_gradient_(logits, labels, IGNORE)
+    from minilora.kernels import softmax_gradient
+
+    return softmax_gradient.softmax_gradient_(logits, labels, IGNORE)
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -53,7 +91,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        n_rows, n_columns = tile(len(hidden), len(head), hidden.device.type, grad_head is not None)
+        n_rows, n_columns = tile(len(hidden), len(head), grad_head is not None)
         buffer = hidden.new_empty(n_rows * n_columns, dtype=dtype)  # one for all tiles: new memory is slow
         for start in range(0, len(hidden), n_rows):
             h, y = hidden[start : start + n_rows].to(dtype), labels[start : start + n_rows, None]
@@ -91,6 +129,29 @@ class _TiledCrossEntropy(torch.autograd.Function):
         )
 
 
+class _WholeRowCrossEntropy(_TiledCrossEntropy):
+    """The same of all rows, without a wait: hidden (N, D), head (V, D), labels (N,), some IGNORE."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        w, n_rows = head.to(hidden.dtype), whole_rows(len(hidden), len(head), hidden.itemsize)
+        buffer = hidden.new_empty(n_rows, len(head))
+        for start in range(0, len(hidden), n_rows):
+            h, y = hidden[start : start + n_rows], labels[start : start + n_rows]
+            z = torch.mm(h, w.T, out=buffer[: len(h)])
+            total += _gradient_(z, y).sum()
+            if grad_hidden is not None:
+                torch.mm(z, w, out=grad_hidden[start : start + n_rows])
+            if grad_head is not None:  # in rows without a target h may be anything, and 0 * NaN is NaN
+                _add_product(grad_head, z.T, h.masked_fill((y == IGNORE)[:, None], 0.0))
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = head.dtype
+        return total
+
+
 def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     """to (M, N) += a (M, K) b (K, N); `to` is float32."""
     if a.dtype == to.dtype:
@@ -100,3 +161,4 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 _tiled_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = _TiledCrossEntropy.apply
+_whole_row_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = _WholeRowCrossEntropy.apply

@@ -35,7 +35,7 @@ from minilora.fused import Keep
 from minilora.kv_cache import n_slots
 from minilora.linear import SLICE_BYTES, NF4Linear
 from minilora.lora import Added, LoRALinear
-from minilora.loss import tile
+from minilora.loss import tile, whole_rows
 from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE
 
 DenseDtype = Literal["float32", "bfloat16", "float16"]
@@ -293,16 +293,23 @@ class StepPlan:
 
     def loss(self) -> dict[str, int]:
         """The final norm's input and output, and the loss's tile of logits with what becomes of it (loss.py)."""
-        config, targets = self.config, self.tokens if self.targets is None else self.targets
-        what = self.learns
-        learns, norm = (4 * config.dim if what and n else 0 for n in (what and what.head, what and what.norm))
-        rows, columns = tile(targets, config.vocab_size, "cpu" if self.on_cpu else "cuda", bool(learns))
-        number = 4 if self.computed == 4 else 2 * self.computed + 4  # the product, in float32, and again in 16 bits
-        in_work = rows * (columns * number + config.dim * (4 + self.computed))  # and h's gradient, the label's row
-        in_work += config.dim * self.computed * (rows + columns) if self.cast else 0
-        hidden = (self.tokens + targets) * self.config.dim * self.stored + norm * self.tokens  # of it: x / rms
-        head = learns * config.vocab_size  # the gradient; backward makes it anew, scaled, once the tiles are gone
-        logits = max(in_work, head) + head + targets * self.config.dim * self.stored
+        dim, columns, what = self.config.dim, self.config.vocab_size, self.learns
+        head, norm = (what.head, what.norm) if what else (0, 0)
+        if self.on_cpu:
+            targets = self.tokens if self.targets is None else self.targets
+            rows, columns = tile(targets, columns, head > 0)
+            number = 4 if self.computed == 4 else 2 * self.computed + 4  # the product, in float32, and again in 16 bits
+            in_work = rows * (columns * number + dim * (4 + self.computed))  # and h's gradient, the label's row
+            in_work += dim * self.computed * (rows + columns) if self.cast else 0
+            hidden = (self.tokens + targets) * dim * self.stored  # also of the targets alone
+        else:
+            targets, rows, hidden = self.tokens, whole_rows(self.tokens, columns, self.stored), self.d * self.stored
+            in_work = rows * columns * self.stored
+            if head:  # a tile's h where it is a target; the head in h's dtype, and what a tile adds to its gradient
+                in_work += rows * dim * self.stored + (2 * head * self.stored if self.stored != 4 else 0)
+        hidden += 4 * self.d if norm else 0  # x / rms
+        back = targets * dim * self.stored  # h's gradient: backward makes it and the head's anew, scaled
+        logits = max(in_work, 4 * head + (0 if self.on_cpu else back)) + 4 * head + back
         kept = {"final hidden": hidden, "logits": logits}
         # The last block's output, which is the norm's input in float32 already if the stream is.
         return add_up(kept, {"residual stream" if self.stored == 4 else "final hidden": 4 * self.d})

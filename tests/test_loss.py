@@ -40,8 +40,8 @@ def plain(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 def set_tile(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int = V) -> None:
-    monkeypatch.setattr(loss_module, "ROWS", {"cpu": rows})
-    monkeypatch.setattr(loss_module, "TILE_BYTES", {"cpu": 4 * rows * columns})
+    monkeypatch.setattr(loss_module, "ROWS", rows)
+    monkeypatch.setattr(loss_module, "TILE_BYTES", 4 * rows * columns)
     monkeypatch.setattr(loss_module, "WHOLE_BYTES", 4 * rows * V)
 
 
@@ -61,9 +61,9 @@ def test_value_and_gradients_equal_torch_wherever_the_tiles_end(
 
 @pytest.mark.parametrize("head_learns", [True, False])
 def test_a_tile_holds_at_least_one_number(head_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "TILE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(loss_module, "TILE_BYTES", 1)
     monkeypatch.setattr(loss_module, "WHOLE_BYTES", 1)
-    assert loss_module.tile(N, V, "cpu", head_learns) == ((1, V) if head_learns else (N, 1))
+    assert loss_module.tile(N, V, head_learns) == ((1, V) if head_learns else (N, 1))
     torch.testing.assert_close(cross_entropy_sum(*problem()), plain(*problem()), rtol=1e-5, atol=0)
 
 
@@ -176,3 +176,113 @@ def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPat
     with torch.no_grad(), LargestTensor() as largest:
         cross_entropy_sum(hidden, head, labels)
     assert largest.numel < V * D
+
+
+# --- The GPU's way --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["definition", "kernel"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What makes the gradient of the logits; the kernel in Triton's interpreter where there is no GPU."""
+    if request.param == "kernel":
+        monkeypatch.setattr(loss_module, "backend_for", lambda _: backend.Backend("triton", "a test"))
+    return str(request.param)
+
+
+def whole_rows_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    return loss_module._whole_row_cross_entropy(hidden, head, labels)
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("rows", [1, 5, 27, 36, 37, 1000])
+@pytest.mark.parametrize("ignored", [0, 9, N])
+@pytest.mark.parametrize("head_learns", [True, False])
+def test_whole_rows_are_torch_s_cross_entropy_too(
+    rows: int, ignored: int, head_learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "WHOLE_BYTES", 4 * rows * V)
+    given = problem(ignored=ignored)
+    ours = value_and_gradients(whole_rows_sum, *given, head_learns=head_learns)
+    for mine, theirs in zip(ours, value_and_gradients(plain, *given, head_learns=head_learns), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_learns", [True, False])
+@pytest.mark.parametrize("head_dtype", [None, torch.float32])
+def test_whole_rows_err_at_most_twice_as_much_as_torch(
+    dtype: torch.dtype,
+    head_learns: bool,
+    head_dtype: torch.dtype | None,
+    monkeypatch: pytest.MonkeyPatch,
+    by: str,
+) -> None:
+    """head_dtype float32: a trained copy beside a model in 16 bits."""
+    if by == "kernel" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter truncates casts to bfloat16")
+    monkeypatch.setattr(loss_module, "WHOLE_BYTES", 2 * 10 * V)
+    hidden, head, labels = problem(dtype)
+    exact = value_and_gradients(plain_float64, hidden.double(), head.double(), labels, head_learns)
+    ours = value_and_gradients(whole_rows_sum, hidden, head.to(head_dtype or dtype), labels, head_learns)
+    theirs = value_and_gradients(plain, hidden, head, labels, head_learns)
+    assert [t.dtype for t in ours] == [torch.float32, dtype, head_dtype or dtype][: 2 + head_learns]
+    for mine, peer, true in zip(ours, theirs, exact, strict=True):
+        assert (mine.double() - true).norm() <= 2 * (peer.double() - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.usefixtures("by")
+def test_whole_rows_that_are_ignored_may_hold_anything() -> None:
+    hidden, head, labels = problem()
+    clean = value_and_gradients(whole_rows_sum, hidden, head, labels)
+    hidden[labels == IGNORE] = float("nan")
+    for mine, expected in zip(value_and_gradients(whole_rows_sum, hidden, head, labels), clean, strict=True):
+        assert torch.equal(mine, expected)
+    assert (clean[1][labels == IGNORE] == 0).all()
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("label", [V, -1])
+def test_a_label_beyond_the_vocabulary_makes_a_gpu_s_loss_nan(label: int) -> None:
+    hidden, head, labels = problem()
+    labels[3] = label
+    assert whole_rows_sum(hidden, head, labels).isnan()
+
+
+@pytest.mark.usefixtures("by")
+def test_whole_rows_without_gradients_and_no_rows() -> None:
+    hidden, head, labels = problem()
+    torch.testing.assert_close(whole_rows_sum(hidden, head, labels), plain(hidden, head, labels), rtol=1e-5, atol=0)
+    assert whole_rows_sum(hidden[:0], head, labels[:0]) == 0
+
+
+class NothingThatWaits(TorchDispatchMode):
+    """Refuses the operators whose result's size or value the host would have to be told by a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waiting = {"nonzero", "_local_scalar_dense", "masked_select", "equal", "is_nonzero"}
+        assert func.overloadpacket.__name__ not in waiting, func
+        given = tree_leaves(args[1:])  # of an index, the mask
+        if "index" in func.overloadpacket.__name__:
+            assert not any(isinstance(t, Tensor) and t.dtype == torch.bool for t in given), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head_learns", [True, False])
+def test_whole_rows_are_free_of_what_a_gpu_is_waited_for(head_learns: bool) -> None:
+    with NothingThatWaits():
+        value_and_gradients(whole_rows_sum, *problem(), head_learns=head_learns)
+    with NothingThatWaits(), pytest.raises(AssertionError, match="index"):
+        value_and_gradients(cross_entropy_sum, *problem(), head_learns=head_learns)  # a CPU's way does
+
+
+@pytest.mark.parametrize(
+    ("columns", "itemsize", "rows"), [(32768, 2, 1024), (131072, 2, 256), (32000, 2, 1024), (32768, 4, 512)]
+)
+def test_a_gpu_s_rows_fill_its_products_and_64_mib_at_most(columns: int, itemsize: int, rows: int) -> None:
+    assert loss_module.whole_rows(4096, columns, itemsize) == rows
+    assert rows % loss_module.GPU_ROWS == 0
+    assert rows * columns * itemsize <= 64 << 20
+    assert loss_module.whole_rows(100, columns, itemsize) == 100
+    assert loss_module.whole_rows(100, 1 << 30, itemsize) == 1
+    assert loss_module.whole_rows(100, 1 << 20, itemsize) == (64 << 20) // (itemsize << 20)

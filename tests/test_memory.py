@@ -13,7 +13,7 @@ from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig
 from minilora.lora import add_lora
-from minilora.memory import PeakMemory, max_rss_bytes, measure, predict, private_bytes, projection_shapes
+from minilora.memory import PeakMemory, StepPlan, max_rss_bytes, measure, predict, private_bytes, projection_shapes
 from minilora.model import Mistral
 
 ODD = dataclasses.replace(TINY, dim=36, hidden_dim=52)  # blocks that end in the middle
@@ -86,6 +86,24 @@ def test_a_7b_by_hand() -> None:
     assert nf4["adapters"] == 4 * 41_943_040  # the 42 M that PEFT prints
     assert (nf4["gradients"], nf4["optimizer"]) == (nf4["adapters"], 2 * nf4["adapters"])
     assert predict(config, "bfloat16", "bfloat16", None)["linear weights"] == 2 * weights
+
+
+def test_a_gpu_s_loss_by_hand() -> None:
+    """64 MiB of logits, of which nothing else is made; the last block's output in float32, the norm's in 16 bits, and
+    h's gradient, which backward makes anew, scaled. A head that learns: its gradient too, and in 16 bits the head, what
+    a tile adds to its gradient, and h without what is no target."""
+    config = ModelConfig(
+        dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=32768
+    )
+    of = {"rows": 4, "length": 1024, "targets": 10, "device": torch.device("cuda")}
+    h, v = 4096 * 4096, 32768 * 4096
+    plan = StepPlan(config, "nf4 double-quantized", "bfloat16", LoraConfig(rank=16), **of)
+    assert plan.loss() == {"final hidden": 6 * h, "logits": (64 << 20) + 2 * h}
+    plan = StepPlan(config, "nf4 double-quantized", "bfloat16", LoraConfig(rank=16, modules_to_save=("lm_head",)), **of)
+    in_work = (64 << 20) + 1024 * 4096 * 2 + 2 * v + 2 * v
+    assert plan.loss() == {"final hidden": 6 * h, "logits": max(in_work, 4 * v + 2 * h) + 4 * v + 2 * h}
+    plan = StepPlan(config, "float32", "float32", None, **of)
+    assert plan.loss()["logits"] == max((64 << 20) + 512 * 4096 * 4, 4 * v + 4 * h) + 4 * v + 4 * h
 
 
 def test_peak_memory_keeps_the_largest_note() -> None:

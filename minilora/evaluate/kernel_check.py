@@ -1,9 +1,9 @@
-"""What this machine's kernels are off by: each NF4 operation against its definition, and against float64.
+"""What this machine's kernels are off by: each operation against its definition, and against float64.
 
 Quantizing and dequantizing must give the bits of the definition. A product, forward and backward, must be off by no
 more than twice what plain torch is off by in the same dtype, or than K terms summed in float32 are in any order: both
-against the same product in float64. Where there is no GPU, the interpreter of Triton runs the kernels, in the dtypes
-that it computes rightly.
+against the same product in float64; and so the gradients and losses of logits. Where there is no GPU, the interpreter
+of Triton runs the kernels, in the dtypes that it computes rightly.
 """
 
 import os
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minilora import loss
 from minilora.dispatch import entry_for
 from minilora.nf4 import NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
@@ -21,6 +22,8 @@ from minilora.nf4 import quantize_nf4 as quantize_by_definition
 SHAPES = ((1, 64), (129, 192), (40, 576))
 LAYERS = ((4096, 4096), (14336, 4096))
 ROWS = (1, 2, 3, 100, 256)
+COLUMNS = (1, 999, 4097)  # of logits
+VOCABULARIES = (32000, 32768, 131072)
 TWICE = 2.0
 
 
@@ -60,6 +63,9 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
                 for m in ROWS:
                     x = torch.randn(m, k, generator=generator).to(device, dtype)
                     yield from _products(x, weight, f"{m} rows, {case}")
+    for v in (*COLUMNS, *(VOCABULARIES if on_gpu else ())):
+        for dtype in dtypes:
+            yield from _softmax((4 * torch.randn(8, v, generator=generator)).to(device, dtype))
 
 
 def _quantized(dense: Tensor, weight: NF4Tensor, case: str) -> Check:
@@ -102,6 +108,22 @@ def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
     dy = plain
     plain = dy @ weight.dequantize(x.dtype)
     yield _compared("backward", case, dy @ dequantize(weight, x.dtype), plain, dy, reference)
+
+
+def _softmax(logits: Tensor) -> Iterator[Check]:
+    """Gradients and losses of logits, every fourth of whose rows has no target. Errors are shares of the largest."""
+    from minilora.kernels.softmax_gradient import softmax_gradient_
+
+    labels = torch.arange(len(logits), device=logits.device) * 7919 % logits.shape[1]
+    labels[3::4] = loss.IGNORE
+    made = [logits.clone(), logits.clone(), logits.double()]
+    functions = (softmax_gradient_, loss.softmax_gradient_, loss.softmax_gradient_)
+    losses = [function(z, labels, loss.IGNORE) for function, z in zip(functions, made, strict=True)]
+    for name, (ours, plain, exact) in (("softmax", made), ("loss", losses)):
+        largest = max(float(exact.abs().max()), 2.0**-24)
+        error, of_torch = (float((each - exact).abs().max()) / largest for each in (ours, plain))
+        allowed = max(TWICE * of_torch, 64 * 2**-24)  # of an exponential whose argument is 64 at most
+        yield Check(name, _name(logits.dtype), f"{logits.shape[1]} columns", error, allowed)
 
 
 def _compared(operation: str, case: str, y: Tensor, plain: Tensor, a: Tensor, b: Tensor) -> Check:

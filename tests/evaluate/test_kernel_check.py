@@ -16,12 +16,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_check, "SHAPES", ((3, 64), (20, 128)))
     monkeypatch.setattr(kernel_check, "LAYERS", ())
     monkeypatch.setattr(kernel_check, "ROWS", (1, 3))
+    monkeypatch.setattr(kernel_check, "COLUMNS", (77,))
 
 
 def test_kernels_that_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "kernels"]) == 0
     out = capsys.readouterr().out
-    for words in ("NF4 is computed by", "sm_90", "an estimate", "matvec", "backward", "checks passed"):
+    for words in ("NF4 is computed by", "sm_90", "an estimate", "matvec", "backward", "softmax", "checks passed"):
         assert words in out
     assert "failed" not in out
 
@@ -54,7 +55,7 @@ def test_a_product_that_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_a_card_whose_table_has_no_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_matvec, "architecture", lambda _: 75)
     operations = {check.operation for check in kernel_check.check_kernels(torch.device("cpu"))}
-    assert operations == {"quantize", "dequantize", "matvec", "backward"}
+    assert operations == {"quantize", "dequantize", "matvec", "backward", "softmax", "loss"}
 
 
 def test_no_number_does_not_pass() -> None:
