@@ -28,6 +28,7 @@ from minilora.dispatch import quantize
 from minilora.generation import generate
 from minilora.linear import NF4Linear
 from minilora.model import Mistral
+from minilora.train.graph import StepGraphs
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -45,13 +46,16 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
     state: dict[str, Any] = {}
 
     def begin() -> None:
+        state.clear()
         same_adapters(weights.items())
         state["optimizer"] = adamw(weights.values()) if weights else None
+        state["backward"] = StepGraphs(model) if weights and StepGraphs.serve(model) else None
 
     def train(rows: int, length: int, checkpointing: bool) -> dict[str, Any]:
         model.activation_checkpointing = checkpointing
         [batch] = packed_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size})
-        done = train_step(model, state["optimizer"], [batch], LEARNING_RATE, 0.0, LossScale(False))
+        optimizer, backward = state["optimizer"], state["backward"]
+        done = train_step(model, optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False), backward)
         return {"loss": done.loss}
 
     def continue_(prompt: int, new: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from minilora.evaluate.metrics import score
 from minilora.evaluate.perplexity import mean_loss, perplexity
 from minilora.hub import is_hub_id
 from minilora.lora import adapters_off
+from minilora.train.graph import StepGraphs
 from minilora.train.looks import TRAIN, looks, note_look
 from minilora.train.run_folder import RunFolder, to_json
 from minilora.train.schedule import lr_at
@@ -126,6 +127,7 @@ def run_steps(run: Run) -> None:
                 _refuse_still_weights(check, counters.updates, metrics["lr"])
                 check = check if counters.updates < 2 else None
             if counters.step % run.config.eval.every == 0 or counters.step == run.n_steps:
+                _make_room(run)
                 metrics |= validate(run)
             for log, record in ((run.folder.metrics, metrics), (run.folder.timing, timing)):
                 if trouble := log.append(record):
@@ -137,7 +139,14 @@ def run_steps(run: Run) -> None:
             if stop.requested or is_last or counters.step % run.config.train.checkpoint_every == 0:
                 save(run)
             stop.follow(f"{run.folder.path}: stopped after step {counters.step}, saved; go on with --resume")
+    _make_room(run)
     run.model.eval()
+
+
+def _make_room(run: Run) -> None:
+    """Recorded steps hold the memory of their activations, which evaluation needs for its own."""
+    if isinstance(run.backward, StepGraphs):
+        run.backward.release()
 
 
 def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
