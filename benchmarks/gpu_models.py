@@ -11,7 +11,7 @@ A new setting begins with fresh adapters and an empty cache of memory; its first
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from minilora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from minilora.dispatch import quantize
 from minilora.generation import generate
 from minilora.linear import NF4Linear
+from minilora.memory import DenseDtype, StepPlan
 from minilora.model import Mistral
 from minilora.train.graph import StepGraphs
 from minilora.train.step import LossScale, train_step
@@ -56,7 +57,12 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
         [batch] = packed_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size})
         optimizer, backward = state["optimizer"], state["backward"]
         done = train_step(model, optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False), backward)
-        return {"loss": done.loss}
+        dense = cast(DenseDtype, str(compute_dtype(where)).removeprefix("torch."))
+        plan = StepPlan(
+            config, "nf4 double-quantized", dense, LoraConfig(rank=RANK), rows, length, checkpointing=checkpointing,
+            device=where,
+        )  # fmt: skip
+        return {"loss": done.loss, "predicted_bytes": sum(plan.predict().values())}
 
     def continue_(prompt: int, new: int) -> dict[str, Any]:
         tokens = generate(model, random_prompt(config, prompt, where), new)
