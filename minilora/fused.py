@@ -1,12 +1,17 @@
 """The fast block: what `model.Block` says, as three functions whose backward is written by hand.
 
     q, k, v = rotate(norm(x) W_qkv^T)        saved: x; the adapters' x A^T
-    y       = residual + a W_o^T             saved: a, the attention's output
-    y       = x + (silu(g) * u) W_down^T     saved: x, g, u        g, u = norm(x) W_gate^T, norm(x) W_up^T
+    y       = a W_o^T                        saved: a, the attention's output
+    x       = residual + y                   saved: x, g, u        g, u = norm(x) W_gate^T, norm(x) W_up^T
+    result  = x + (silu(g) * u) W_down^T
 
 What autograd would save besides, the norm's float32 copies, rotated pairs, silu(g), silu(g) * u, is elementwise and
-made again in backward. No product is computed twice: recomputing saves memory by the block, not by the tensor
-(`Mistral.activation_checkpointing`). For adapters, with P = x A^T (rank numbers a token):
+made again in backward, on a GPU by one kernel for all that lies between two products (`norm.py`, `rope.py`,
+`swiglu.py`). Therefore residual + y is the third function's, whose norm reads the sum at once; and the first returns x,
+too, so that both of x's gradients meet in the norm's backward. No product is computed twice: recomputing saves memory
+by the block, not by the tensor (`Mistral.activation_checkpointing`).
+
+For adapters, with P = x A^T (rank numbers a token):
 
     y  = x W'^T + s P B^T                    dx = dy W' + (s dy B) A
     dB = s dy^T P                            dA = (s dy B)^T x
@@ -25,7 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from minilora.attention import attend
 from minilora.backend import product_dtype
@@ -33,7 +37,9 @@ from minilora.linear import NF4Linear, multiply, multiply_back
 from minilora.lora import LoRALinear
 from minilora.model import Block, Context, Mistral
 from minilora.nf4 import NF4Tensor
-from minilora.norm import RMSNorm
+from minilora.norm import RMSNorm, add_rms_norm, rms_norm, rms_norm_backward
+from minilora.rope import rotate
+from minilora.swiglu import swiglu, swiglu_backward
 
 
 @dataclass(frozen=True)
@@ -84,21 +90,33 @@ class Projections:
         self, dys: Sequence[Tensor], x: Tensor, reduced: Tensor | None, needs_dx: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
         """dx (N, in), if it is needed, and the float32 gradients of what is `learned`."""
+        dx, d_reduced = self.backward_to_x(dys, needs_dx)
+        return dx, self.backward_to_adapters(dys, x, reduced, d_reduced)
+
+    def backward_to_x(self, dys: Sequence[Tensor], needs_dx: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """dx (N, in), if it is needed, and the gradient of x A^T (N, sum of ranks)."""
         dx: Tensor | None = None
         for dy, weight in zip(dys, self.weights, strict=True):
             dx = multiply_back(dy, weight, dx) if needs_dx else None
-        if reduced is None:
-            return dx, []
-        d_reduced, d_ups = torch.empty_like(reduced), list[Tensor]()
-        for adapter, dy, part in self._adapted(dys, reduced):
-            d_ups.append((dy.T @ part).mul_(adapter.scale).float())
+        if not self.learned:
+            return dx, None
+        d_reduced = dys[0].new_empty(len(dys[0]), sum(self._ranks))
         for adapter, dy, part in self._adapted(dys, d_reduced):
             torch.mm(dy, adapter.up.to(dy.dtype), out=part).mul_(adapter.scale)
         if dx is not None:
-            dx.addmm_(d_reduced, self._down(x.dtype))
+            dx.addmm_(d_reduced, self._down(dx.dtype))
+        return dx, d_reduced
+
+    def backward_to_adapters(
+        self, dys: Sequence[Tensor], x: Tensor, reduced: Tensor | None, d_reduced: Tensor | None
+    ) -> list[Tensor]:
+        """The float32 gradients of what is `learned`, from x (N, in), x A^T and its gradient."""
+        if reduced is None or d_reduced is None:
+            return []
+        d_ups = [(dy.T @ part).mul_(adapter.scale).float() for adapter, dy, part in self._adapted(dys, reduced)]
         d_downs = (d_reduced.T @ x).split(self._ranks)
         pairs = zip(d_downs, d_ups, strict=True)
-        return dx, [grad for d_down, d_up in pairs for grad in (d_down.to(torch.float32, copy=True), d_up)]
+        return [grad for d_down, d_up in pairs for grad in (d_down.to(torch.float32, copy=True), d_up)]
 
     @property
     def _ranks(self) -> list[int]:
@@ -115,107 +133,87 @@ class Projections:
             yield adapter, y, part
 
 
-def _normalize(norm: RMSNorm, x: Tensor, dtype: torch.dtype, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """norm(x) (N, D) in `dtype`, and 1 / rms (N, 1) float32, which is made where it is not given."""
-    x = x.float()
-    if inverse is None:
-        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).pow_(2) / x.shape[-1] + norm.eps)
-    return (x * inverse).mul_(norm.weight).to(dtype), inverse
-
-
-def _normalize_back(norm: RMSNorm, dn: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """dx = (dn w - x mean(dn w x) / rms^2) / rms, (N, D) float32; `dn` may be overwritten."""
-    x, d_unit = x.float(), dn.float().mul_(norm.weight)
-    mean = torch.linalg.vecdot(d_unit, x)[:, None] / x.shape[-1]
-    return d_unit.mul_(inverse).addcmul_(x, mean.mul_(inverse.pow(3)), value=-1)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (N, H, Dh), its half-split pairs turned by cos, sin (N, 1, Dh/2)."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (a, b), (c, d) = (t.unflatten(-1, (2, -1)).unbind(-2) for t in (x, y))
-    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=d).addcmul_(a, sin)
-    return y
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
 class _QKV(torch.autograd.Function):
-    """x (B, T, D) -> rotated q (B, T, Hq, Dh), rotated k and v (B, T, Hkv, Dh), in the dtype of the products."""
+    """x (B, T, D) -> rotated q (B, T, Hq, Dh), rotated k and v (B, T, Hkv, Dh), in the dtype of the products, and x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: RMSNorm, parts: Projections, context: Context, *_learned: Tensor) -> Any:
         dtype = product_dtype(x)
-        normed, inverse = _normalize(norm, _rows(x), dtype)
-        ctx.rotation = [r.flatten(0, 1)[:, None].to(dtype) for r in (context.cos, context.sin)]
+        normed, inverse = rms_norm(_rows(x), norm.weight, norm.eps, dtype)
+        ctx.rotation = [r.flatten(0, 1).to(dtype) for r in (context.cos, context.sin)]
         ys, reduced = parts.forward(normed)
         q, k, v = (y.unflatten(1, (-1, 2 * context.cos.shape[-1])) for y in ys)
         ctx.norm, ctx.parts = norm, parts
         ctx.save_for_backward(x, inverse, reduced)
-        rotated = (_rotated(q, *ctx.rotation), _rotated(k, *ctx.rotation), v)
-        return tuple(y.unflatten(0, x.shape[:2]) for y in rotated)
+        rotated = (rotate(q, *ctx.rotation), rotate(k, *ctx.rotation), v)
+        return *(y.unflatten(0, x.shape[:2]) for y in rotated), x
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, inverse, reduced = ctx.saved_tensors
-        cos, sin = ctx.rotation
-        dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
-        dys = [dy.flatten(1) for dy in (_rotated(dq, cos, -sin), _rotated(dk, cos, -sin), dv)]
-        normed, _ = _normalize(ctx.norm, _rows(x), dv.dtype, inverse)
+        norm, (cos, sin) = ctx.norm, ctx.rotation
+        dq, dk, dv, residual_grad = (grad.flatten(0, 1) for grad in grads)
+        dys = [dy.flatten(1) for dy in (rotate(dq, cos, sin, True), rotate(dk, cos, sin, True), dv)]
+        normed, _ = rms_norm(_rows(x), norm.weight, norm.eps, dv.dtype, inverse)
         dn, learned = ctx.parts.backward(dys, normed, reduced, ctx.needs_input_grad[0])
-        dx = None if dn is None else _normalize_back(ctx.norm, dn, _rows(x), inverse).to(x.dtype).view(x.shape)
+        if dn is None:
+            return None, None, None, None, *learned
+        dx = rms_norm_backward(dn, _rows(x), norm.weight, inverse, residual_grad).view(x.shape)
         return dx, None, None, None, *learned
 
 
 class _Output(torch.autograd.Function):
-    """residual (B, T, D) + a W^T, a (B, T, Hq * Dh) the attention's output."""
+    """a W^T (B, T, D), a (B, T, Hq * Dh) the attention's output, in its dtype."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, a: Tensor, part: Projections, *_learned: Tensor) -> Tensor:
-        (y,), reduced = part.forward(_rows(a))
+    def forward(ctx: Any, a: Tensor, part: Projections, *_learned: Tensor) -> Tensor:
+        [y], reduced = part.forward(_rows(a))
         ctx.part = part
         ctx.save_for_backward(a, reduced)
-        return residual + y.view(residual.shape).to(residual.dtype)
+        return y.view(*a.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         a, reduced = ctx.saved_tensors
-        dy = grads[0]
-        da, learned = ctx.part.backward([_rows(dy).to(a.dtype)], _rows(a), reduced)
-        return dy, da.view(a.shape), None, *learned
+        da, learned = ctx.part.backward([_rows(grads[0])], _rows(a), reduced)
+        return da.view(a.shape), None, *learned
 
 
 class _MLP(torch.autograd.Function):
-    """x (B, T, D) -> x + down(silu(gate(norm(x))) * up(norm(x)))."""
+    """residual, y (B, T, D) -> x + down(silu(gate(norm(x))) * up(norm(x))), x = residual + y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: RMSNorm, wide: Projections, down: Projections, *_learned: Tensor) -> Tensor:
-        normed, inverse = _normalize(norm, _rows(x), product_dtype(x))
+    def forward(
+        ctx: Any, residual: Tensor, y: Tensor, norm: RMSNorm, wide: Projections, down: Projections, *_learned: Tensor
+    ) -> Tensor:
+        dtype, shape = product_dtype(residual), residual.shape
+        x, normed, inverse = add_rms_norm(_rows(residual), _rows(y), norm.weight, norm.eps, dtype)
         (gate, up), wide_reduced = wide.forward(normed)
-        (y,), down_reduced = down.forward(silu(gate).mul_(up))
+        (z,), down_reduced = down.forward(swiglu(gate, up))
         ctx.norm, ctx.wide, ctx.down = norm, wide, down
         ctx.save_for_backward(x, inverse, gate.to(x.dtype), up.to(x.dtype), wide_reduced, down_reduced)
-        return x + y.view(x.shape).to(x.dtype)
+        return (x + z.to(x.dtype)).view(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, inverse, gate, up, wide_reduced, down_reduced = ctx.saved_tensors
-        dtype, dy = product_dtype(x), grads[0]
-        gate, up = gate.to(dtype), up.to(dtype)
-        gated = silu(gate)
-        dh, of_down = ctx.down.backward([_rows(dy).to(dtype)], gated * up, down_reduced)
-        d_up = gated.mul_(dh)
-        d_gate = torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh)
-        normed, _ = _normalize(ctx.norm, _rows(x), dtype, inverse)
+        norm, dtype, dresult = ctx.norm, product_dtype(x), _rows(grads[0])
+        dz = [dresult.to(dtype)]
+        dh, d_down_reduced = ctx.down.backward_to_x(dz)
+        h, d_gate, d_up = swiglu_backward(dh, gate.to(dtype), up.to(dtype))
+        of_down = ctx.down.backward_to_adapters(dz, h, down_reduced, d_down_reduced)
+        del h  # (N, F), before more is made
+        normed, _ = rms_norm(x, norm.weight, norm.eps, dtype, inverse)
         dn, of_wide = ctx.wide.backward([d_gate, d_up], normed, wide_reduced)
-        dx = _normalize_back(ctx.norm, dn, _rows(x), inverse).view(x.shape).add_(dy).to(x.dtype)
-        return dx, None, None, None, *of_wide, *of_down
+        dx = rms_norm_backward(dn, x, norm.weight, inverse, dresult).view(grads[0].shape)
+        return dx, dx.to(dtype), None, None, None, *of_wide, *of_down
 
 
-_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]] = _QKV.apply
+_qkv: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _QKV.apply
 _output: Callable[..., Tensor] = _Output.apply
 _mlp: Callable[..., Tensor] = _MLP.apply
 
@@ -238,9 +236,9 @@ class FusedBlock(Block):
             Projections.of(attention.o_proj),
         )
         wide, down = Projections.of(mlp.gate_proj, mlp.up_proj), Projections.of(mlp.down_proj)
-        q, k, v = _qkv(x, self.input_layernorm, qkv, context, *qkv.learned)
-        x = _output(x, attend(q, k, v, context.sees(attention.layer)).flatten(-2), output, *output.learned)
-        return _mlp(x, self.post_attention_layernorm, wide, down, *wide.learned, *down.learned)
+        q, k, v, x = _qkv(x, self.input_layernorm, qkv, context, *qkv.learned)
+        y = _output(attend(q, k, v, context.sees(attention.layer)).flatten(-2), output, *output.learned)
+        return _mlp(x, y, self.post_attention_layernorm, wide, down, *wide.learned, *down.learned)
 
 
 def fuse(model: Mistral) -> bool:
