@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from inspect import unwrap
 from statistics import median, quantiles
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import row
+from minilora.dispatch import launcher
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
 Call = Callable[[], object]
@@ -132,6 +134,13 @@ def peer_sets(dense: Tensor, sets: int) -> list[tuple[Tensor, Any]]:
     return [made, *(bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True) for _ in range(sets - 1))]
 
 
+def copies(n_bytes: int, device: torch.device) -> list[Call]:
+    """Copies of as many bytes, read and written together, each from elsewhere."""
+    sources = torch.empty(n_sets(n_bytes // 2, device), n_bytes // 2, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(sources[0])
+    return [partial(target.copy_, source) for source in sources]
+
+
 # -- reports -----------------------------------------------------------------------------------------------------------
 
 
@@ -157,3 +166,23 @@ def report(
         peer_us = timings[best].median_us
         case["rows"].append(row(what, f"{ours:.1f} us", f"{peer_us:.1f} us ({best})", f"{peer_us / ours:.2f}"))
     return case
+
+
+def beside_a_copy(what: str, definition: Callable[..., Any], given: Sequence[Any], device: torch.device) -> Any:
+    """The case of an elementwise kernel beside its definition and a copy of as many bytes.
+
+    share_of_copy: our bytes a second over those of `copy_`
+    """
+    kernel, plain = launcher(definition), unwrap(definition)
+    made = kernel(*_cloned(given))
+    results = [made] if isinstance(made, Tensor) else made
+    moved = sum(tensor.nbytes for tensor in (*given, *results) if isinstance(tensor, Tensor))
+    sets = [_cloned(given) for _ in range(n_sets(moved, device))]
+    ours, torchs = ([partial(function, *one) for one in sets] for function in (kernel, plain))
+    timings = in_turns({"minilora": ours, "torch": torchs, "copy": copies(moved, device)}, device)
+    case = report(what, timings, moved, peers=("torch",))
+    return case | {"share_of_copy": timings["copy"].median_us / timings["minilora"].median_us}
+
+
+def _cloned(given: Sequence[Any]) -> list[Any]:
+    return [thing.clone() if isinstance(thing, Tensor) else thing for thing in given]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_harness import dense_weight, in_turns, n_sets, nf4_sets, peer_sets, report, sixteen_bits
+from benchmarks.gpu_harness import Call, copies, dense_weight, in_turns, nf4_sets, peer_sets, report, sixteen_bits
 
 SHAPES = ((4096, 4096), (14336, 4096))
 DRY_SHAPES = ((16, 128),)
@@ -21,12 +21,10 @@ def measure(device: torch.device) -> dict[str, Any]:
         out, dtype = torch.empty_like(dense), sixteen_bits(device)
         sets = nf4_sets(dense)
         moved = sets[0].nbytes + out.nbytes
-        source = torch.empty(n_sets(moved // 2, device), moved // 2, dtype=torch.uint8, device=device).random_()
-        target = torch.empty_like(source[0])
-        contestants = {
+        contestants: dict[str, list[Call]] = {
             "minilora": [partial(dequantize, w, out=out) for w in sets],
             "torch": [partial(w.dequantize, out=out) for w in sets],
-            "copy": [partial(target.copy_, s) for s in source],
+            "copy": copies(moved, device),
         }
         if peers := peer_sets(dense, len(sets)):
             import bitsandbytes.functional as bnb

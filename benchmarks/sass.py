@@ -2,7 +2,8 @@
 
 Our kernels are compiled ahead of time, bitsandbytes' are taken out of its wheel; both are disassembled with the tools
 that Triton brings, and counted by the same rule: every instruction of the function but NOP and what pads its end, or
-those of its longest loop, over the weights that a thread has done by then. Rarely taken branches count too, for both.
+those of its longest loop, over the weights that a thread has done by then (of what is elementwise, the numbers of one
+of its tensors). Rarely taken branches count too, for both.
 
 It is no time: what a kernel waits for does not show. But a GPU issues one instruction a lane and cycle, so that
 instructions a weight times weights is a floor under the time, and a change for the worse is seen where no GPU is.
@@ -28,6 +29,7 @@ from minilora.errors import UserError
 ARCHITECTURES = (75, 80, 90, 100)
 OTHERS = (86, 89, 120)  # that can be asked for: with less shared memory
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
+NARROW = re.compile(r"(LDG|STG)(?!.*\.(128|256))")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,11 @@ class Kernel:
         if not isinstance(function, triton.JITFunction):
             raise UserError("TRITON_INTERPRET is set; kernels can be compiled without it only")
         signature = {name: self.signature.get(name, "constexpr") for name in function.arg_names}
-        aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in self.signature}
+        aligned = {
+            (function.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in self.signature.items()
+            if kind != "fp32"
+        }
         constants = {name: self.constants.get(name) for name in function.arg_names if name not in self.signature}
         source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fusion}
@@ -170,7 +176,7 @@ def kernels(arch: int) -> list[Kernel]:
             if arch >= 80:  # Triton has no way to the tensor cores of Turing
                 found += [matmul_kernel(arch, nested, shuffle, m) for m in (16, 64, 256)]
                 found.append(matmul_kernel(arch, nested, shuffle, 32, "*fp32"))
-    return found
+    return [*found, *norm_kernels(sixteen), rotate_kernel(sixteen), *swiglu_kernels(sixteen)]
 
 
 def quantize_kernel(sixteen: str) -> Kernel:
@@ -248,6 +254,58 @@ def matmul_kernel(arch: int, nested: bool, shuffle: bool, m: int, dtype: str = "
         in_loop=True,
         warps=warps,
     )
+
+
+def norm_kernels(sixteen: str, d: int = 4096) -> list[Kernel]:
+    """Over rows of a 7B; the last with a residual stream in float32."""
+    from minilora.kernels.norm import A_THREAD, warps
+
+    module, known = "minilora.kernels.norm", {"inverse": "*fp32", "d": "i32"}
+    shape: dict[str, Any] = {"weights": A_THREAD, "warps": warps(d), "fusion": True}
+    of = dict.fromkeys(("x", "weight", "total", "normed"), sixteen) | known | {"eps": "fp32"}
+    back = dict.fromkeys(("dn", "x", "weight", "residual_grad", "dx"), sixteen) | known
+    constants = {"IS_KNOWN": False, "BLOCK": d}
+    return [
+        Kernel("rms_norm", module, "normalize_kernel", of, constants, **shape),
+        Kernel("add_rms_norm", module, "normalize_kernel", of | {"y": sixteen}, constants, **shape),
+        Kernel("rms_norm_backward", module, "normalize_back_kernel", back, constants, **shape),
+        Kernel("rms_norm, float32 to 16 bits", module, "normalize_kernel", of | {"x": "*fp32"}, constants, **shape),
+    ]
+
+
+def rotate_kernel(sixteen: str) -> Kernel:
+    """Of 32 heads of 128."""
+    from minilora.kernels.norm import A_THREAD, warps
+
+    integers = dict.fromkeys(("heads", "row_stride", "head_stride"), "i32")
+    return Kernel(
+        "rotate",
+        "minilora.kernels.rope",
+        "rotate_kernel",
+        dict.fromkeys(("x", "cos", "sin", "out"), sixteen) | integers | {"turn": "fp32"},
+        {"HALF": 64, "HEADS": 32, "BLOCK": 64},
+        weights=A_THREAD,
+        warps=warps(4096),
+        fusion=True,
+    )
+
+
+def swiglu_kernels(sixteen: str) -> list[Kernel]:
+    from minilora.kernels.swiglu import BLOCK, WARPS
+
+    module, wide = "minilora.kernels.swiglu", dict.fromkeys(("gate", "up", "h"), sixteen) | {"n": "i32"}
+    shape: dict[str, Any] = {"weights": BLOCK / (32 * WARPS), "warps": WARPS, "fusion": True}
+    return [
+        Kernel("swiglu", module, "swiglu_kernel", wide, {"BLOCK": BLOCK}, **shape),
+        Kernel(
+            "swiglu_backward",
+            module,
+            "swiglu_back_kernel",
+            wide | {"dh": sixteen, "d_up": sixteen},
+            {"BLOCK": BLOCK},
+            **shape,
+        ),
+    ]
 
 
 def _weight_signature(nested: bool) -> dict[str, str]:
@@ -362,7 +420,8 @@ def _rows(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _case(done: Compiled, peer: float | None) -> dict[str, Any]:
-    """What is told of a kernel. tensor_cores: the instruction, or None; stack: bytes a thread spills, and the like."""
+    """What is told of a kernel. tensor_cores: the instruction, or None; stack: bytes a thread spills, and the like;
+    narrow: loads from and stores to global memory of less than 16 bytes."""
     listing = done.listing
     return {
         "kernel": done.kernel.name,
@@ -371,7 +430,9 @@ def _case(done: Compiled, peer: float | None) -> dict[str, Any]:
         "bitsandbytes": peer,
         "tensor_cores": next((name for name in TENSOR_CORES if listing.has(name)), None),
         "spills": listing.has("LDL") or listing.has("STL"),
+        "loads_16_bytes": listing.has("LDG.E.128"),
         "stores_16_bytes": listing.has("STG.E.128"),
+        "narrow": sum(bool(NARROW.match(opcode)) for opcode in listing.opcodes),
         "shuffles": listing.has("SHFL.IDX"),
         **done.resources,
     }

@@ -8,14 +8,18 @@ A product x W'^T with few rows of x costs the reading of W, with many the multip
 
 `TABLE` says up to which M each is taken, by the architecture of the GPU. `python -m benchmarks.calibrate` measures it;
 where no GPU was to be had it is an estimate by counted instructions (`benchmarks/sass.py`), and says so.
+
+What is elementwise (`norm`, `rope`, `swiglu`) has one way on a GPU, the kernel of its name: `kernel_on_gpu`.
 """
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, wraps
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +34,8 @@ OLDEST = 75
 MOST = {"least_weights": 1 << 34, "matvec": 2, "matmul": 256}  # what the launchers take
 FLOAT32_ROWS = 32  # one tile of `nf4_matmul`, estimated; with two, each weight is decoded twice
 Way = Literal["matvec", "matmul", "dequantize"]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -165,3 +171,23 @@ def _may_shuffle(device: torch.device) -> bool:
     if not right:
         warnings.warn(f"{device}: the look-up by lane exchange is wrong here; the plain one is taken", stacklevel=2)
     return right
+
+
+def kernel_on_gpu(definition: Callable[P, R]) -> Callable[P, R]:
+    """`definition`, a function whose first argument is a tensor; on a GPU its kernel takes its place."""
+
+    @wraps(definition)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        on_gpu = backend_for(first.device).name == "triton"
+        return (launcher(definition) if on_gpu else definition)(*args, **kwargs)
+
+    return chosen
+
+
+def launcher(definition: Callable[P, R]) -> Callable[P, R]:
+    """Of the kernel that does what `definition` does: by the same name, in the module of minilora/kernels so called."""
+    module = import_module("minilora.kernels." + definition.__module__.rpartition(".")[2])
+    found: Callable[P, R] = getattr(module, definition.__name__)
+    return found

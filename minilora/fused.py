@@ -135,7 +135,7 @@ def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, Gradien
     del h, dh
     d_reduced = wide.reduce(d_wide)
     dn = wide.back(d_wide, d_reduced)
-    normed, _ = rms_norm(mid, norm.weight, norm.eps, dtype)
+    normed, _ = rms_norm(mid, norm.weight, norm.eps, dtype, tape.mid_inverse)
     of_wide = wide.learn(d_wide, d_reduced, normed, tape.wide_reduced)
     del normed, d_wide
     return rms_norm_backward(dn, mid, norm.weight, tape.mid_inverse, dy), [*of_wide, *of_down]
@@ -154,7 +154,7 @@ def _attention_back(dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool) ->
     dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
     dys = [dy.flatten(1) for dy in (rotate(dq, cos, sin, back=True), rotate(dk, cos, sin, back=True), dv)]
     d_reduced = layers.qkv.reduce(dys)
-    normed, _ = rms_norm(x, norm.weight, norm.eps, dtype)
+    normed, _ = rms_norm(x, norm.weight, norm.eps, dtype, tape.inverse)
     of_qkv = layers.qkv.learn(dys, d_reduced, normed, tape.qkv_reduced)
     learned = [*of_qkv, *of_o]
     if not needed:

@@ -1,10 +1,15 @@
 """RMSNorm (https://arxiv.org/abs/1910.07467): y = x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension.
 
 The norm is computed in float32 and cast back to x's dtype before the weight is applied, as Mistral does it.
+
+The functions are what the fast block (`fused.py`) does of it, by a kernel on a GPU: all in float32, rounded once. With
+r = 1 / sqrt(mean(x^2) + eps) and u = dy weight, the gradient is dx = r u - r^3 x mean(u x).
 """
 
 import torch
 from torch import Tensor, nn
+
+from minilora.dispatch import kernel_on_gpu
 
 
 class RMSNorm(nn.Module):
@@ -21,26 +26,38 @@ class RMSNorm(nn.Module):
         return self.weight * unit.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """norm(x) (N, D) in `dtype`, and 1 / rms (N, 1) float32."""
-    x = x.float()
-    inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).pow_(2) / x.shape[-1] + eps)
-    return (x * inverse).mul_(weight).to(dtype), inverse
+@kernel_on_gpu
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The norm of x (N, D) in `dtype`, and r (N, 1) float32, which is made where `inverse` does not give it."""
+    return _normalized(x, weight, eps, dtype, inverse)
 
 
+@kernel_on_gpu
 def add_rms_norm(
     residual: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x = residual + y (N, D) in residual's dtype, and `rms_norm` of it."""
     x = residual + y.to(residual.dtype)
-    return x, *rms_norm(x, weight, eps, dtype)
+    return x, *_normalized(x, weight, eps, dtype)
 
 
+def _normalized(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    if inverse is None:
+        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).pow_(2) / x.shape[-1] + eps)
+    return (x * inverse).mul_(weight).to(dtype), inverse
+
+
+@kernel_on_gpu
 def rms_norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None = None
 ) -> Tensor:
-    """dx = (dn w - x mean(dn w x) / rms^2) / rms + residual_grad (N, D), in x's dtype; `dn` may be overwritten."""
-    wide, d_unit = x.float(), dn.float().mul_(weight)
-    mean = torch.linalg.vecdot(d_unit, wide)[:, None] / x.shape[-1]
-    dx = d_unit.mul_(inverse).addcmul_(wide, mean.mul_(inverse.pow(3)), value=-1)
+    """dx (N, D) in x's dtype from the norm's gradient dn (N, D), which may be overwritten; residual_grad is added."""
+    x32, u = x.float(), dn.float().mul_(weight)
+    mean = torch.linalg.vecdot(u, x32)[:, None] / x.shape[-1]
+    dx = u.mul_(inverse).addcmul_(x32, mean.mul_(inverse.pow(3)), value=-1)
     return (dx if residual_grad is None else dx.add_(residual_grad)).to(x.dtype)

@@ -12,6 +12,8 @@ key at q depends on p - q alone. Two ways to choose the pairs are in use, and di
 import torch
 from torch import Tensor
 
+from minilora.dispatch import kernel_on_gpu
+
 
 def rope_cos_sin(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every pair's angle, each (B, T, Dh/2) in `dtype`, for positions (B, T). Angles are float32."""
@@ -25,6 +27,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, :, None], sin[:, :, None]  # (B, T, 1, Dh/2)
     a, b = x.unflatten(-1, (2, -1)).unbind(-2)  # not chunk: its backward fills two tensors of x's size with zeros
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+@kernel_on_gpu
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """`apply_rope` of x (N, H, Dh) by cos, sin (N, Dh/2), in new memory; `back` turns the other way: its gradient."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (a, b), (c, d) = (t.unflatten(-1, (2, -1)).unbind(-2) for t in (x, y))
+    cos, sin = cos[:, None], -sin[:, None] if back else sin[:, None]
+    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=d).addcmul_(a, sin)
+    return y
 
 
 def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,13 +55,3 @@ def interleaved_to_half_split(rows: Tensor, n_heads: int) -> Tensor:
 def half_split_to_interleaved(rows: Tensor, n_heads: int) -> Tensor:
     """The inverse of `interleaved_to_half_split`."""
     return rows.reshape(n_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """x (N, H, Dh), its half-split pairs turned by cos, sin (N, Dh/2); the other way with `back`."""
-    cos, sin = cos[:, None], (-sin if back else sin)[:, None]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (a, b), (c, d) = (t.unflatten(-1, (2, -1)).unbind(-2) for t in (x, y))
-    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=d).addcmul_(a, sin)
-    return y

@@ -1,19 +1,28 @@
-"""SwiGLU (https://arxiv.org/abs/2002.05202) between its products: h = silu(g) * u, and backward by hand."""
+"""SwiGLU's elementwise half (https://arxiv.org/abs/2002.05202): h = silu(gate) * up, silu(g) = g s, s = 1 / (1 + e^-g).
+
+    d_up = dh silu(gate)        d_gate = dh up s (1 + gate (1 - s))
+
+`model.MLP` says the whole; these are what the fast block (`fused.py`) does of it, by a kernel on a GPU. Backward makes
+h again on its way, since the gradient of down_proj's adapter needs it.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from minilora.dispatch import kernel_on_gpu
 
+
+@kernel_on_gpu
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """h (N, F)."""
+    """h (N, F) from gate and up (N, F)."""
     return silu(gate).mul_(up)
 
 
+@kernel_on_gpu
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """h, made again, d_gate and d_up (N, F); `dh` may be overwritten."""
+    """h, d_gate and d_up, each (N, F). d_gate takes the memory of dh."""
     gated = silu(gate)
     h = gated * up
     d_up = gated.mul_(dh)
-    d_gate = torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh)
-    return h, d_gate, d_up
+    return h, torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh), d_up

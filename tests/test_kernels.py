@@ -2,33 +2,38 @@
 
 import ast
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from minilora import loss, nf4
+from minilora import dispatch, loss, nf4, norm, rope, swiglu
+from minilora.backend import Backend
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "nf4_table")
-# The launcher, and what it does the same as: torch's own product has no name of ours.
-DEFINITIONS = {
-    "nf4_dequantize": ("dequantize", nf4.NF4Tensor.dequantize),
-    "nf4_quantize": ("quantize_nf4", nf4.quantize_nf4),
-    "nf4_matvec": ("matvec", torch.matmul),
-    "nf4_matmul": ("matmul", torch.matmul),
-    "softmax_gradient": ("softmax_gradient_", loss.softmax_gradient_),
+# The launchers, and what each does the same as: torch's own product has no name of ours.
+DEFINITIONS: dict[str, dict[str, Callable[..., object]]] = {
+    "nf4_dequantize": {"dequantize": nf4.NF4Tensor.dequantize},
+    "nf4_quantize": {"quantize_nf4": nf4.quantize_nf4},
+    "nf4_matvec": {"matvec": torch.matmul},
+    "nf4_matmul": {"matmul": torch.matmul},
+    "norm": {f.__name__: f for f in (norm.rms_norm, norm.add_rms_norm, norm.rms_norm_backward)},
+    "rope": {"rotate": rope.rotate},
+    "softmax_gradient": {"softmax_gradient_": loss.softmax_gradient_},
+    "swiglu": {f.__name__: f for f in (swiglu.swiglu, swiglu.swiglu_backward)},
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_five_places_of_a_kernel(name: str) -> None:
-    launcher, definition = DEFINITIONS[name]
-    ours = getattr(import_module(f"minilora.kernels.{name}"), launcher)
-    if definition is not torch.matmul:
-        theirs = list(inspect.signature(definition).parameters)
-        assert list(inspect.signature(ours).parameters)[1:] == theirs[1:]  # the first is the weight, called self there
+    for launcher, definition in DEFINITIONS[name].items():
+        ours = list(inspect.signature(getattr(import_module(f"minilora.kernels.{name}"), launcher)).parameters)
+        if definition is not torch.matmul:
+            theirs = list(inspect.signature(definition).parameters)
+            assert ours[theirs[0] == "self" :] == theirs[theirs[0] == "self" :]  # the weight, there called self
     for place in (f"tests/test_kernels_{name}.py", f"benchmarks/{name}.py"):
         assert (ROOT / place).is_file(), place
     assert f"| `{name}.py` |" in (ROOT / "kernels" / "README.md").read_text()
@@ -49,6 +54,17 @@ def test_a_launch_is_on_the_tensors_gpu(name: str) -> None:
     on = [node for node in withs if ast.unparse(node.items[0].context_expr).startswith("on(")]
     assert launches(tree)
     assert launches(tree) == [launch for node in on for launch in launches(node)]
+
+
+@pytest.mark.parametrize("name", ["norm", "rope", "swiglu"])
+def test_what_is_elementwise_is_the_kernel_s_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher of its name gets what the definition would, and the definition is not asked."""
+    module = import_module(f"minilora.kernels.{name}")
+    monkeypatch.setattr(dispatch, "backend_for", lambda _: Backend("triton", "as if"))
+    for launcher, definition in DEFINITIONS[name].items():
+        monkeypatch.setattr(module, launcher, lambda *args, **kwargs: (args, kwargs))
+        x = torch.ones(2)
+        assert definition(x, 1, back=3) == ((x, 1), {"back": 3})
 
 
 def launches(tree: ast.AST) -> list[ast.Call]:

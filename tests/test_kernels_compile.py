@@ -26,6 +26,23 @@ LIMITS = {
     "matmul M=256, shuffle": 8.5,
     "matmul M=256, shuffle, nested": 8.5,
     "softmax gradient": 15,
+    # A number of 16 bits; what a copy's time has room for is 9.6 for each byte.
+    "rms_norm": 15,
+    "add_rms_norm": 17,
+    "rms_norm_backward": 22,
+    "rotate": 12,
+    "swiglu": 25,
+    "swiglu_backward": 35,
+}
+# Elementwise: how many accesses of less than 16 bytes a thread may have, to 1 / rms.
+NARROW = {
+    "rms_norm": 1,
+    "add_rms_norm": 1,
+    "rms_norm_backward": 1,
+    "rms_norm, float32 to 16 bits": 1,
+    "rotate": 0,
+    "swiglu": 0,
+    "swiglu_backward": 0,
 }
 # All that QLoRA's default, double quantization, runs; each takes a second or two to compile.
 COMPILED = [
@@ -35,6 +52,7 @@ COMPILED = [
     *(f"matvec M=1{way}, nested" for way in ("", ", shuffle")),
     *(f"matmul M={m}{way}, nested" for m in (16, 64, 256) for way in ("", ", shuffle")),
     "matmul M=32, float32, nested",
+    *NARROW,
 ]
 # Of the cards with little shared memory, what takes the most of it; sm_86 and sm_89 have the tiles of sm_80.
 LARGEST = ["matmul M=256, nested", "matmul M=32, float32, nested"]
@@ -84,6 +102,14 @@ def test_a_card_has_the_shared_memory(compiled: tuple[int, Cases]) -> None:
 
 def test_sixteen_bytes_are_stored_at_a_time(compiled: tuple[int, Cases]) -> None:
     assert all(case["stores_16_bytes"] for name, case in compiled[1].items() if name in SIXTEEN_BYTES)
+
+
+def test_what_is_elementwise_moves_sixteen_bytes_at_a_time(compiled: tuple[int, Cases]) -> None:
+    for name, case in compiled[1].items():
+        if name in NARROW:
+            assert case["loads_16_bytes"], name
+            assert case["stores_16_bytes"], name
+            assert case["narrow"] <= NARROW[name], name
 
 
 def test_products_run_on_tensor_cores(compiled: tuple[int, Cases]) -> None:

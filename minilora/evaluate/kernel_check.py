@@ -1,30 +1,47 @@
-"""What this machine's kernels are off by: each operation against its definition, and against float64.
+"""What this machine's kernels are off by: each against its definition, and against float64.
 
 Quantizing and dequantizing must give the bits of the definition. A product, forward and backward, must be off by no
 more than twice what plain torch is off by in the same dtype, or than K terms summed in float32 are in any order: both
-against the same product in float64; and so the gradients and losses of logits. Where there is no GPU, the interpreter
-of Triton runs the kernels, in the dtypes that it computes rightly.
+against the same product in float64. So must what is elementwise, or than ten roundings to float32 are, and the
+gradients and losses of logits. Where there is no GPU, the interpreter of Triton runs the kernels, in the dtypes that it
+computes rightly.
+
+Triton compiles a kernel for each dtype and way, and again for sizes that are 1 or multiples of 16, which is what the
+time goes to. So not every pair is tried of what knows nothing of each other: absmax without a second quantization, and
+a layer's size, with a dtype that the card does not train in, or the first with the shuffle. Weights of one row are left
+to each kernel's tests.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import unwrap
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
+from torch.nn import functional
 
 from minilora import loss
-from minilora.dispatch import entry_for
+from minilora.dispatch import entry_for, launcher
 from minilora.nf4 import NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
+from minilora.norm import add_rms_norm, rms_norm, rms_norm_backward
+from minilora.rope import apply_rope, rotate
+from minilora.swiglu import swiglu, swiglu_backward
 
-# (N, K): one block, tails of every tile; on a GPU layers, too, for which the interpreter would take minutes
-SHAPES = ((1, 64), (129, 192), (40, 576))
+# (N, K): rows of one block, tails of every tile; on a GPU layers, too, for which the interpreter would take minutes
+SHAPES = ((3, 64), (129, 192), (40, 576))
 LAYERS = ((4096, 4096), (14336, 4096))
 ROWS = (1, 2, 3, 100, 256)
 COLUMNS = (1, 999, 4097)  # of logits
 VOCABULARIES = (32000, 32768, 131072)
+# (N, H, Dh) of what is elementwise: no multiples of 16; on a GPU a layer's, too
+SMALL, WIDE = (5, 3, 34), (512, 32, 128)
+EPS = 1e-5
 TWICE = 2.0
+ROUNDINGS = 10 * 2**-24
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
             weight = quantize_by_definition(dense, double_quant=double_quant)
             case = f"{n} x {k}" + ", nested" * double_quant
             yield _quantized(dense, weight, case)
-            for dtype in dtypes:
+            for dtype in dtypes if double_quant and (n, k) not in LAYERS else dtypes[-1:]:
                 yield _dequantized(weight, dtype, case)
                 for m in ROWS:
                     x = torch.randn(m, k, generator=generator).to(device, dtype)
@@ -66,6 +83,10 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
     for v in (*COLUMNS, *(VOCABULARIES if on_gpu else ())):
         for dtype in dtypes:
             yield from _softmax((4 * torch.randn(8, v, generator=generator)).to(device, dtype))
+    for dtype in dtypes:
+        yield from _elementwise(*SMALL, dtype, device, generator)
+    if on_gpu:
+        yield from _elementwise(*WIDE, dtypes[-1], device, generator)
 
 
 def _quantized(dense: Tensor, weight: NF4Tensor, case: str) -> Check:
@@ -89,8 +110,8 @@ def _dequantized(weight: NF4Tensor, dtype: torch.dtype, case: str) -> Check:
 
 
 def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
-    """y = x W'^T by each kernel that takes so many rows and has a place in the table of ways, and dx = y W' by decoding
-    with the kernel."""
+    """y = x W'^T by the kernel for so many rows, if it has a place in the table of ways, and dx = y W' by decoding with
+    the kernel."""
     from minilora.kernels.nf4_dequantize import dequantize
     from minilora.kernels.nf4_matmul import is_exact, matmul
     from minilora.kernels.nf4_matvec import MAX_VECTORS, architecture, matvec, shuffle_is_right
@@ -99,12 +120,11 @@ def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
     takes_matmul = is_exact(x.dtype, arch) and any(row.matmul > row.matvec for row in entry_for(arch).limits)
     reference = weight.dequantize(torch.float32)
     plain = x @ weight.dequantize(x.dtype).T
-    shuffles = (False, True) if x.device.type == "cuda" and shuffle_is_right(x.device) else (False,)
-    for operation in (matvec, matmul):
-        if takes_matmul if operation is matmul else len(x) <= MAX_VECTORS:
-            for shuffle in shuffles:
-                name, y = operation.__name__ + ", shuffle" * shuffle, operation(x, weight, shuffle)
-                yield _compared(name, case, y, plain, x, reference.T)
+    may_shuffle = weight.nested_absmax is not None and x.device.type == "cuda" and shuffle_is_right(x.device)
+    operation = matvec if len(x) <= MAX_VECTORS else matmul
+    for shuffle in (False, True)[: 1 + may_shuffle] if operation is matvec or takes_matmul else ():
+        name, y = operation.__name__ + ", shuffle" * shuffle, operation(x, weight, shuffle)
+        yield _compared(name, case, y, plain, x, reference.T)
     dy = plain
     plain = dy @ weight.dequantize(x.dtype)
     yield _compared("backward", case, dy @ dequantize(weight, x.dtype), plain, dy, reference)
@@ -133,6 +153,54 @@ def _compared(operation: str, case: str, y: Tensor, plain: Tensor, a: Tensor, b:
     ours, theirs = (float((product.double() - exact).abs().max()) / terms for product in (y, plain))
     in_float32 = a.shape[1] ** 0.5 * 2**-24  # as roundings add up that do not know of each other
     return Check(operation, _name(y.dtype), case, ours, max(TWICE * theirs, in_float32))
+
+
+def _elementwise(
+    n: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Iterator[Check]:
+    """What the fast block does between its products, forward and backward, against autograd in float64."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    d = heads * head_dim
+    x, dy, gate, up = (draw(n, d) for _ in range(4))
+    weight, angles = draw(d), draw(n, head_dim // 2)
+    cos, sin = angles.cos(), angles.sin()
+    x64, dy64, gate64, up64 = (tensor.double().requires_grad_() for tensor in (x, dy, gate, up))
+
+    def turned(x: Tensor) -> Tensor:
+        return apply_rope(x.view(1, n, heads, head_dim), cos[None].double(), sin[None].double()).view(n, d)
+
+    def normed(x: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.rms_norm(x, (d,), weight.double(), EPS), (x.square().mean(1, keepdim=True) + EPS).rsqrt()
+
+    of_x, total, h64 = normed(x64), x + dy, functional.silu(gate64) * up64
+    inverse, [back], [dx] = of_x[1].detach().float(), grad(turned(x64), x64, dy64), grad(of_x[0], x64, dy64)
+    by_head = (n, heads, head_dim)
+    for definition, given, exact in (
+        (rms_norm, (x, weight, EPS, dtype), of_x),
+        (rms_norm, (x, weight, EPS, dtype, inverse), of_x),
+        (add_rms_norm, (x, dy, weight, EPS, dtype), (x64 + dy64, *normed(total.double()))),
+        (rms_norm_backward, (dy, x, weight, inverse, up), (dx + up64,)),
+        (rotate, (x.view(by_head), cos, sin), (turned(x64).view(by_head),)),
+        (rotate, (dy.view(by_head), cos, sin, True), (back.view(by_head),)),
+        (swiglu, (gate, up), (h64,)),
+        (swiglu_backward, (dy, gate, up), (h64, *grad(h64, (gate64, up64), dy64, retain_graph=True))),
+    ):
+        yield _no_worse(definition, given, [tensor.detach() for tensor in exact], "x".join(map(str, by_head)))
+
+
+def _no_worse(definition: Callable[..., Any], given: tuple[Any, ...], exact: Sequence[Tensor], case: str) -> Check:
+    """The worst of a kernel's results, each beside the definition's own error."""
+    errors = []
+    for function in (launcher(definition), unwrap(definition)):
+        made = function(*(thing.clone() if isinstance(thing, Tensor) else thing for thing in given))
+        results = (made,) if isinstance(made, Tensor) else made
+        errors.append([float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, exact, strict=True)])
+    pairs = [(ours, max(TWICE * plain, ROUNDINGS)) for ours, plain in zip(*errors, strict=True)]
+    error, allowed = max(pairs, key=lambda pair: (pair[0] != pair[0], pair[0] / pair[1]))
+    return Check(definition.__name__, _name(given[0].dtype), case, error, allowed)
 
 
 def _name(dtype: torch.dtype) -> str:

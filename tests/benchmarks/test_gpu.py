@@ -18,7 +18,8 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "gpu.json"
     assert gpu.main(["--dry", "--only", "ops", "--out", str(out)]) == 0
     parts = json.loads(out.read_text())["parts"]
-    assert parts.keys() == {"ceilings", "dequantize", "quantize", "matvec", "matmul", "softmax_gradient"}
+    elementwise = {"norm", "rope", "swiglu", "softmax_gradient"}
+    assert parts.keys() == {"ceilings", "dequantize", "quantize", "matvec", "matmul"} | elementwise
     ceilings = parts.pop("ceilings")
     for name, part in parts.items():
         assert part["machine"]["gpu"] == "none, a dry run"
@@ -27,7 +28,8 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert {"minilora"} < case["timings"].keys()
             of_copy, of_matmul = (case[f"{rate}_per_s"] / ceilings[f"{most}_per_s"] for rate, most in RATES)
             assert case["share_of_ceiling"] == pytest.approx(max(of_copy, of_matmul), rel=1e-4)
-    assert "share_of_copy" in next(iter(parts["dequantize"]["cases"].values()))
+    for name in ("dequantize", "norm", "rope", "swiglu"):
+        assert all(case["share_of_copy"] > 0 for case in parts[name]["cases"].values())
     assert "failed" not in capsys.readouterr().out
 
 

@@ -8,7 +8,9 @@ import torch
 from minilora.cli import main
 from minilora.evaluate import kernel_check
 from minilora.evaluate.kernel_check import Check
-from minilora.kernels import nf4_dequantize, nf4_matmul, nf4_matvec
+from minilora.kernels import nf4_dequantize, nf4_matmul, nf4_matvec, swiglu
+
+ELEMENTWISE = {"rms_norm", "add_rms_norm", "rms_norm_backward", "rotate", "swiglu", "swiglu_backward"}
 
 
 @pytest.fixture(autouse=True)
@@ -17,13 +19,24 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_check, "LAYERS", ())
     monkeypatch.setattr(kernel_check, "ROWS", (1, 3))
     monkeypatch.setattr(kernel_check, "COLUMNS", (77,))
+    monkeypatch.setenv("COLUMNS", "100")  # no row in two
 
 
 def test_kernels_that_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "kernels"]) == 0
     out = capsys.readouterr().out
-    for words in ("NF4 is computed by", "sm_90", "an estimate", "matvec", "backward", "softmax", "checks passed"):
-        assert words in out
+    words = (
+        "NF4 is computed by",
+        "sm_90",
+        "an estimate",
+        "matvec",
+        "backward",
+        "softmax",
+        *ELEMENTWISE,
+        "checks passed",
+    )
+    for each in (*words, *ELEMENTWISE):
+        assert each in out
     assert "failed" not in out
 
 
@@ -38,9 +51,9 @@ def test_a_bit_that_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(nf4_dequantize, "dequantize", wrong)
     assert main(["verify", "kernels"]) == 1
     captured = capsys.readouterr()
-    assert "4 of 4 failed" in captured.out
+    assert "2 of 2 failed" in captured.out
     assert captured.err.startswith("minilora verify: ")
-    assert "the first: dequantize in float32, 3 x 64: 1 where 0 is allowed" in captured.err
+    assert "the first: dequantize in float16, 3 x 64: 1 where 0 is allowed" in captured.err
     assert captured.err.count("\n") == 1
 
 
@@ -49,13 +62,25 @@ def test_a_product_that_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(nf4_matmul, "matmul", lambda *a: (right(*a).double() * (1 + 2**-9)).to(a[0].dtype))
     nf4_matmul.matmul.__name__ = "matmul"
     assert main(["verify", "kernels"]) == 1
-    assert "the first: matmul in float32, 1 rows, 3 x 64" in capsys.readouterr().err
+    assert "the first: matmul in float16, 3 rows, 3 x 64" in capsys.readouterr().err
+
+
+def test_what_is_elementwise_and_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = swiglu.swiglu_backward
+
+    def wrong(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h, d_gate, d_up = right(*args)
+        return h, d_gate, d_up.double().mul(1 + 2**-8).to(d_up.dtype)
+
+    monkeypatch.setattr(swiglu, "swiglu_backward", wrong)
+    assert main(["verify", "kernels"]) == 1
+    assert "the first: swiglu_backward in float32, 5x3x34" in capsys.readouterr().err
 
 
 def test_a_card_whose_table_has_no_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_matvec, "architecture", lambda _: 75)
     operations = {check.operation for check in kernel_check.check_kernels(torch.device("cpu"))}
-    assert operations == {"quantize", "dequantize", "matvec", "backward", "softmax", "loss"}
+    assert operations == {"quantize", "dequantize", "matvec", "backward", "softmax", "loss", *ELEMENTWISE}
 
 
 def test_no_number_does_not_pass() -> None:

@@ -1,0 +1,25 @@
+"""SwiGLU on a GPU, forward and backward, beside plain torch and a copy of as many bytes: `benchmarks.gpu` runs it."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_harness import beside_a_copy, sixteen_bits
+from minilora.swiglu import swiglu, swiglu_backward
+
+SHAPES = ((2048, 4096), (2048, 14336))
+DRY_SHAPES = ((4, 64),)
+
+
+def measure(device: torch.device) -> dict[str, Any]:
+    """Cases by name."""
+    cases, dtype = {}, sixteen_bits(device)
+    for n, f in SHAPES if device.type == "cuda" else DRY_SHAPES:
+        dh, gate, up = (torch.randn(n, f, device=device).to(dtype) for _ in range(3))
+        for what, definition, given in (
+            ("forward", swiglu, (gate, up)),
+            ("backward", swiglu_backward, (dh, gate, up)),
+        ):
+            name = f"swiglu, {what}, {n} x {f}"
+            cases[name] = beside_a_copy(name, definition, given, device)
+    return cases

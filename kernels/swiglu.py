@@ -1,0 +1,73 @@
+"""h = silu(gate) * up and its backward, number by number.
+
+A thread takes eight neighbours of each tensor, 16 bytes in 16 bits. Backward makes h again while gate and up are at
+hand, and puts d_gate where dh was: a number is read before it is written, by the same thread, and (N, F) is the widest
+tensor of a step.
+
+Bytes moved a number of 16 bits: 4 read, 2 written; backward 6 and 6. In float32, rounded once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minilora.kernels.nf4_table import on
+from minilora.kernels.norm import DTYPES, fitting, two
+
+BLOCK, WARPS = 1024, 4
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """What `swiglu.swiglu` does, with the same arguments. Raises ValueError as `fitting` and `on` do."""
+    gate, up = _alike(gate=gate, up=up)
+    h = torch.empty_like(gate)
+    with on(gate.device):
+        swiglu_kernel[(triton.cdiv(h.numel(), BLOCK),)](
+            gate, up, h, h.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+        )
+    return h
+
+
+def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `swiglu.swiglu_backward` does, with the same arguments. Raises ValueError as `fitting` and `on` do."""
+    dh, gate, up = _alike(dh=dh, gate=gate, up=up)
+    h, d_up = torch.empty_like(gate), torch.empty_like(gate)
+    with on(gate.device):
+        swiglu_back_kernel[(triton.cdiv(h.numel(), BLOCK),)](
+            dh, gate, up, h, d_up, h.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+        )
+    torch.autograd.graph.increment_version(dh)  # a kernel writes behind autograd's back
+    return h, dh, d_up
+
+
+def _alike(**tensors: Tensor) -> list[Tensor]:
+    """The tensors with their numbers in order. Raises ValueError unless all are as the first."""
+    first = next(iter(tensors.values()))
+    of_first = two(first), first.device
+    return [fitting(name, t, *of_first, DTYPES if t is first else (first.dtype,)) for name, t in tensors.items()]
+
+
+@triton.jit
+def swiglu_kernel(gate, up, h, n, BLOCK: tl.constexpr):
+    """gate, up, h (n,)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0).to(tl.float32)
+    tl.store(h + at, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_back_kernel(dh, gate, up, h, d_up, n, BLOCK: tl.constexpr):
+    """dh, gate, up, h, d_up (n,). dh becomes d_gate."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0).to(tl.float32)
+    d = tl.load(dh + at, mask=inside, other=0).to(tl.float32)
+    s = tl.sigmoid(g)
+    silu = g * s
+    tl.store(h + at, (silu * u).to(h.dtype.element_ty), mask=inside)
+    tl.store(d_up + at, (d * silu).to(d_up.dtype.element_ty), mask=inside)
+    tl.store(dh + at, (d * u * (s + silu * (1 - s))).to(dh.dtype.element_ty), mask=inside)

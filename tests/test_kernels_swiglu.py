@@ -1,0 +1,86 @@
+"""SwiGLU's kernels against the definition, and against autograd: in Triton's interpreter, or on a GPU."""
+
+from inspect import unwrap
+
+import numpy as np
+import pytest
+import torch
+from elementwise import DEVICE, DTYPES, assert_no_worse, leaves, random, widened
+from torch.nn.functional import silu
+
+from minilora import swiglu as definitions
+from minilora.kernels.swiglu import BLOCK, swiglu, swiglu_backward
+
+defined, defined_backward = unwrap(definitions.swiglu), unwrap(definitions.swiglu_backward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 14), (1, BLOCK), (2, BLOCK), (3, 682), (5, 1000)])
+def test_any_shape_and_backward(shape: tuple[int, int], scale: float, dtype: torch.dtype) -> None:
+    gate, up, dh = (scale * random(*shape, seed=seed, dtype=dtype) for seed in range(3))
+    wide, own = widened(gate, up), leaves(gate, up)
+    exact, plain = (silu(g) * u for g, u in (wide, own))
+    exact.backward(dh.double())
+    plain.backward(dh)
+    assert_no_worse(swiglu(gate, up), defined(gate, up), plain.detach(), exact=exact.detach())
+    ours, theirs = swiglu_backward(dh.clone(), gate, up), defined_backward(dh.clone(), gate, up)
+    assert torch.equal(ours[0], swiglu(gate, up))
+    for mine, other, leaf, precise in zip(ours[1:], theirs[1:], own, wide, strict=True):
+        assert precise.grad is not None
+        assert leaf.grad is not None
+        assert_no_worse(mine, other, leaf.grad, exact=precise.grad)
+
+
+def test_where_the_results_lie() -> None:
+    """d_gate in the memory of dh, the rest in new memory: as the definition has it."""
+    for function in (swiglu_backward, defined_backward):
+        given = [random(3, 100, seed=seed) for seed in range(3)]
+        dh, gate, up = (tensor.clone() for tensor in given)
+        version = dh._version
+        h, d_gate, d_up = function(dh, gate, up)
+        assert d_gate.data_ptr() == dh.data_ptr()
+        assert dh._version > version
+        assert len({t.data_ptr() for t in (h, d_gate, d_up, gate, up)}) == 5
+        assert torch.equal(gate, given[1])
+        assert torch.equal(up, given[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ends_of_the_numbers(dtype: torch.dtype) -> None:
+    """Where e^-g is none, and zeros: silu is 0 or g there, its slope 0, 1/2 or 1."""
+    gate = torch.tensor([[-6e4, -200.0, 0.0, 200.0, 6e4]], device=DEVICE, dtype=dtype)
+    ones = torch.ones_like(gate)
+    with np.errstate(over="ignore"):  # the interpreter is numpy, which warns
+        h, d_gate, d_up = swiglu_backward(ones.clone(), gate, ones)
+        assert torch.equal(swiglu(gate, ones), h)
+    assert torch.equal(h, gate.clamp_min(0))
+    assert torch.equal(d_up, h)
+    assert d_gate.tolist() == [[0, 0, 0.5, 1, 1]]
+
+
+def test_any_layout_in_memory() -> None:
+    gate, up = random(64, 6).T, random(6, 128, seed=1)[:, ::2]
+    assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
+    assert torch.equal(swiglu(torch._neg_view(gate), up), swiglu(-gate, up))
+    strided = random(64, 6, seed=2).T
+    expected = swiglu_backward(strided.clone(memory_format=torch.contiguous_format), gate, up)
+    for ours, same in zip(swiglu_backward(strided, gate, up), expected, strict=True):
+        assert torch.equal(ours, same)
+
+
+def test_what_does_not_fit() -> None:
+    gate = random(2, 64)
+    for wrong in (gate[:, 1:], gate.half(), gate.to("meta")):
+        with pytest.raises(ValueError, match="up is "):
+            swiglu(gate, wrong)
+        with pytest.raises(ValueError, match="up is "):
+            swiglu_backward(gate, gate, wrong)
+    with pytest.raises(ValueError, match=r"dh is .* torch\.float64"):
+        swiglu_backward(gate.double(), gate, gate)
+    with pytest.raises(ValueError, match=r"gate is .* torch\.sparse_coo"):
+        swiglu(gate.to_sparse(), gate)
+    with pytest.raises(ValueError, match=r"not the shape \(2, 0\)"):
+        swiglu(gate[:, :0], gate[:, :0])
+    with pytest.raises(ValueError, match="not on meta"):
+        swiglu(gate.to("meta"), gate.to("meta"))
