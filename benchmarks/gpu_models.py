@@ -30,6 +30,7 @@ from minilora.linear import NF4Linear
 from minilora.memory import DenseDtype, StepPlan
 from minilora.model import Mistral
 from minilora.train.graph import StepGraphs
+from minilora.train.setup import _optimizer
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -40,17 +41,18 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
     """minilora's own pieces."""
     config, where = shape(shape_name), torch.device(device)
     model = our_model(config, where)
+    train_config = TrainConfig(strategy="qlora", weight_decay=0.0)
+    run = RunConfig(lora=LoraConfig(rank=RANK, alpha=ALPHA), train=train_config)
     if adapters:
-        lora = LoraConfig(rank=RANK, alpha=ALPHA)
-        apply_strategy(model, RunConfig(lora=lora, train=TrainConfig(strategy="qlora"))).train()
+        apply_strategy(model, run).train()
     weights = trainable(model) if adapters else {}
     state: dict[str, Any] = {}
 
     def begin() -> None:
         state.clear()
         same_adapters(weights.items())
-        state["optimizer"] = adamw(weights.values()) if weights else None
-        state["backward"] = StepGraphs(model) if weights and StepGraphs.serve(model) else None
+        state["optimizer"] = _optimizer(weights, run) if weights else None
+        state["backward"] = StepGraphs(model, state["optimizer"]) if weights and StepGraphs.serve(model) else None
 
     def train(rows: int, length: int, checkpointing: bool) -> dict[str, Any]:
         model.activation_checkpointing = checkpointing

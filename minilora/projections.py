@@ -61,7 +61,7 @@ class Projections:
             return ys, None
         reduced = x @ self._down(x.dtype).T
         for adapter, y, part in self._adapted(ys, reduced):
-            y.addmm_(part, adapter.up.to(x.dtype).T, alpha=adapter.scale)
+            y.addmm_(part, _cast(adapter.up, x.dtype).T, alpha=adapter.scale)
         return ys, reduced
 
     def reduce(self, dys: Sequence[Tensor]) -> Tensor | None:
@@ -70,7 +70,7 @@ class Projections:
             return None
         d_reduced = dys[0].new_empty(len(dys[0]), sum(self._ranks))
         for adapter, dy, part in self._adapted(dys, d_reduced):
-            part.addmm_(dy, adapter.up.to(dy.dtype), beta=0, alpha=adapter.scale)
+            part.addmm_(dy, _cast(adapter.up, dy.dtype), beta=0, alpha=adapter.scale)
         return d_reduced
 
     def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None) -> Tensor:
@@ -112,15 +112,21 @@ class Projections:
 
     def _down(self, dtype: torch.dtype) -> Tensor:
         """Every A, one below the other: (sum of ranks, in). They read x once."""
-        downs = [adapter.down.detach() for adapter in self.adapters if adapter]
+        downs = [_cast(adapter.down, dtype) for adapter in self.adapters if adapter]
         together = _as_one(downs)
-        return (torch.cat(downs) if together is None else together).to(dtype)
+        return torch.cat(downs) if together is None else together
 
     def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[Adapter, Tensor, Tensor]]:
         """Each adapter with its y and its columns of x A^T."""
         with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, ys, strict=True) if adapter]
         for (adapter, y), part in zip(with_adapter, reduced.split(self._ranks, dim=1), strict=True):
             yield adapter, y, part
+
+
+def _cast(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B in the dtype of the products, which a step's backward may have made of all of them (`FlatAdamW.casts`)."""
+    cast: Tensor = getattr(p, "cast", p.detach())
+    return cast.to(dtype)
 
 
 def _as_one(parts: Sequence[Tensor]) -> Tensor | None:

@@ -20,7 +20,7 @@ LAYERS = (
     ("errors", "scratch", "patterns", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
-    ("norm", "rope", "swiglu", "attention", "loss", "linear", "lora", "projections", "neftune", "prefix"),
+    ("norm", "rope", "swiglu", "attention", "loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
     ("model", "fused"),
     ("base", "hub", "memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report"),

@@ -15,6 +15,7 @@ GPU knows: the loss goes over all rows, not over those with a target.
 import torch
 from torch import Tensor
 
+from minilora.adamw import FlatAdamW
 from minilora.attention import Runs
 from minilora.data.pack import PackedBatch
 from minilora.fused import FusedBlock
@@ -26,10 +27,10 @@ MOST_GRAPHS = 6  # each holds its launches in the GPU's memory; the oldest goes 
 
 
 class StepGraphs:
-    """A `Backward` by CUDA graphs: the model's gradients must have memory that stays (train/adamw.py)."""
+    """A `Backward` by CUDA graphs; the optimizer's parameters and gradients have memory that stays."""
 
-    def __init__(self, model: Mistral) -> None:
-        self._model, self._plain = model, backward_of(model)
+    def __init__(self, model: Mistral, optimizer: FlatAdamW) -> None:
+        self._model, self._plain = model, backward_of(model, optimizer)
         self._seen, self._graphs = set[tuple[int, ...]](), dict[tuple[int, ...], _Recorded]()
 
     @staticmethod

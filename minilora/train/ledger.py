@@ -91,7 +91,6 @@ class Ledger:
             sees="mask" if runs is None or is_prefix else "rows" if on_rows else "runs",
             checkpointing=train.activation_checkpointing,
             keep=self.keep,
-            accumulated=train.accumulate > 1,
             device=self.device,
         )
 

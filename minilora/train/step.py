@@ -8,11 +8,12 @@ same gradients; a mean of means would weigh a token by the company it came in.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import isfinite
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from minilora.adamw import FlatAdamW
 from minilora.data.pack import PackedBatch
 from minilora.loss import cross_entropy_sum
 from minilora.model import Mistral
@@ -71,16 +72,17 @@ def loss_sum(model: Mistral, batch: PackedBatch) -> Tensor:
 Backward = Callable[[PackedBatch, float | Tensor], Tensor]
 
 
-def backward_of(model: Mistral, after_forward: Callable[[], None] = lambda: None) -> Backward:
+def backward_of(model: Mistral, optimizer: FlatAdamW, after_forward: Callable[[], None] = lambda: None) -> Backward:
     """Forward and backward as autograd does it. `graph.py` has the other way.
 
     after_forward is called when a micro-batch's activations are all alive: the moment of most memory.
     """
 
     def both(batch: PackedBatch, factor: float | Tensor) -> Tensor:
-        loss = loss_sum(model, batch) * factor
-        after_forward()
-        loss.backward()
+        with optimizer.casts(model.dtype):
+            loss = loss_sum(model, batch) * factor
+            after_forward()
+            loss.backward()
         return loss.detach()
 
     return both
@@ -88,32 +90,26 @@ def backward_of(model: Mistral, after_forward: Callable[[], None] = lambda: None
 
 def train_step(
     model: Mistral,
-    optimizer: torch.optim.Optimizer,
+    optimizer: FlatAdamW,
     batches: Sequence[PackedBatch],
     lr: float,
     clip_norm: float,
     loss_scale: LossScale,
     backward: Backward | None = None,
 ) -> StepResult:
-    """Forward, backward, guard, clip, update. Where loss or gradient is not finite, nothing is changed.
+    """Forward, backward, guard, update, which clips. Where loss or gradient is not finite, nothing is changed.
 
     backward: another way than `backward_of` to the model's loss and gradients
     """
     n_targets = sum(batch.n_targets for batch in batches)
     optimizer.zero_grad()
-    total, backward = torch.zeros((), device=model.device), backward or backward_of(model)
+    total, backward = torch.zeros((), device=model.device), backward or backward_of(model, optimizer)
     for batch in batches:
-        total += backward(batch, loss_scale.scale / n_targets) / loss_scale.scale
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if loss_scale.enabled:
-        for p in parameters:
-            if p.grad is not None:
-                p.grad /= loss_scale.scale
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm or inf))
-    finite = isfinite(float(total)) and isfinite(norm)
-    loss_scale.update(overflowed=not isfinite(norm))
+        total += backward(batch, loss_scale.scale / n_targets)
+    loss, norm = (torch.stack((total, optimizer.grad_norm())) / loss_scale.scale).tolist()  # the one wait for a GPU
+    finite = isfinite(loss) and isfinite(norm)
     if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1.0)
-        optimizer.step()
-    return StepResult(float(total), norm, finite)
+        clip = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
+        optimizer.step(lr, clip / loss_scale.scale)
+    loss_scale.update(overflowed=not isfinite(norm))
+    return StepResult(loss, norm, finite)

@@ -75,7 +75,7 @@ def test_a_run_by_graphs_is_the_run_without(adapted: Callable[[], Mistral], chec
         config = RunConfig(train=TrainConfig(weight_decay=0.0))
         optimizer = _optimizer(trainable(model), config)
         assert StepGraphs.serve(model)
-        backward = StepGraphs(model) if by_graphs else backward_of(model)
+        backward = StepGraphs(model, optimizer) if by_graphs else backward_of(model, optimizer)
         found, data = [], batches(12)
         for start in range(0, len(data), n_micro):
             step = data[start : start + n_micro]
@@ -95,7 +95,7 @@ def test_a_run_by_graphs_is_the_run_without(adapted: Callable[[], Mistral], chec
 def test_after_a_release_graphs_are_recorded_anew(adapted: Callable[[], Mistral]) -> None:
     model = adapted()
     optimizer = _optimizer(trainable(model), RunConfig())
-    backward, [batch] = StepGraphs(model), batches(1)
+    backward, [batch] = StepGraphs(model, optimizer), batches(1)
     losses = []
     for turn in range(6):
         if turn == 3:
