@@ -11,6 +11,8 @@ A new setting begins with fresh adapters and an empty cache of memory; its first
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -59,12 +61,13 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
         [batch] = packed_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size})
         optimizer, backward = state["optimizer"], state["backward"]
         done = train_step(model, optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False), backward)
+        return {"loss": done.loss, "predicted_bytes": predicted_bytes(rows, length, checkpointing)}
+
+    @cache
+    def predicted_bytes(rows: int, length: int, checkpointing: bool) -> int:
         dense = cast(DenseDtype, str(compute_dtype(where)).removeprefix("torch."))
-        plan = StepPlan(
-            config, "nf4 double-quantized", dense, LoraConfig(rank=RANK), rows, length, checkpointing=checkpointing,
-            device=where,
-        )  # fmt: skip
-        return {"loss": done.loss, "predicted_bytes": sum(plan.predict().values())}
+        plan = StepPlan(config, "nf4 double-quantized", dense, run.lora, rows, length, device=where)
+        return sum(replace(plan, checkpointing=checkpointing).predict().values())
 
     def continue_(prompt: int, new: int) -> dict[str, Any]:
         tokens = generate(model, random_prompt(config, prompt, where), new)

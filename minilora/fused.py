@@ -88,7 +88,7 @@ class _Tape(SimpleNamespace):
 
 
 _KEPT = (  # what each step of Keep adds
-    ("x", "down_reduced"),
+    ("x",),  # and down's x A^T, which is not made again
     ("attended", "mid", "o_reduced"),
     ("q", "k", "v", "inverse", "qkv_reduced"),
     ("gate", "up", "mid_inverse", "wide_reduced"),
@@ -131,6 +131,7 @@ def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, Gradien
     d_reduced = down.reduce(dys)
     dh = down.back(dys, d_reduced)
     h, *d_wide = swiglu_backward(dh, tape.gate.to(dtype), tape.up.to(dtype))
+    del tape.gate, tape.up
     of_down = down.learn(dys, d_reduced, h, tape.down_reduced)
     del h, dh
     d_reduced = wide.reduce(d_wide)
@@ -171,23 +172,27 @@ class _Block(torch.autograd.Function):
         tape = _Tape(x=x)
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
-        (y,), tape.down_reduced = layers.down.forward(swiglu(tape.gate, tape.up))
-        ctx.layers, ctx.names = layers, [name for names in _KEPT[: keep + 1] for name in names]
-        tape.gate, tape.up = tape.gate.to(x.dtype), tape.up.to(x.dtype)
-        ctx.save_for_backward(*(getattr(tape, name) for name in ctx.names))
+        h, mid = swiglu(tape.gate, tape.up), tape.mid
+        if keep == Keep.ALL:
+            tape.gate, tape.up = tape.gate.to(x.dtype), tape.up.to(x.dtype)
         if keep >= (Keep.ATTENTION if isinstance(layers.sees, Runs) else Keep.HEADS):  # else `rest` holds q, k and v
             ctx.rest = tape.rest
-        return tape.mid + y.view(x.shape).to(x.dtype)
+        ctx.layers, ctx.names = layers, [name for names in _KEPT[: keep + 1] for name in names]
+        kept = [getattr(tape, name) for name in ctx.names]
+        del tape  # so what is not kept makes room for the last product
+        (y,), down_reduced = layers.down.forward(h)
+        ctx.save_for_backward(down_reduced, *kept)
+        return mid + y.view(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        tape, layers = _Tape(**dict(zip(ctx.names, ctx.saved_tensors, strict=True))), ctx.layers
+        down_reduced, *kept = ctx.saved_tensors
+        tape, layers = _Tape(down_reduced=down_reduced, **dict(zip(ctx.names, kept, strict=True))), ctx.layers
         if hasattr(ctx, "rest"):
             tape.rest = ctx.rest
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
         dmid, of_mlp = _mlp_back(_rows(grads[0]), tape, layers)
-        del tape.gate, tape.up
         dx, of_attention = _attention_back(dmid, tape, layers, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(tape.x.shape), None, None, *of_attention, *of_mlp
 

@@ -186,9 +186,10 @@ class StepPlan:
         masks = len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
         head = 4 * learns.head if learns and config.tied_embeddings else 0
+        casts = self.stored * learns.n if learns and self.stored != 4 else 0  # of what learns (adamw.py)
         moments: list[dict[str, int]] = [
-            add_up(shared, blocks, self.loss()),
-            add_up(shared, blocks, of_last, {"scratch": head}),
+            add_up(shared, blocks, self.loss(), {"scratch": casts}),
+            add_up(shared, blocks, of_last, {"scratch": head + casts}),
             {"scratch": 2 * head},
             *in_between,
         ]
@@ -249,20 +250,25 @@ class StepPlan:
 
     def again(self, whole: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
         """What is alive besides in backward of a block: its scratch, and what was not kept and is made again."""
-        made = whole if not (self.cast and self.fused and "mlp" not in kept) else whole | {"mlp": 0}  # scratch has it
-        return add_up({"scratch": self.scratch()}, made, {owner: -n for owner, n in kept.items()})
+        makes_gates = self.fused and "mlp" not in kept
+        made = whole | {"mlp": 0} if makes_gates else whole  # scratch has them
+        return add_up({"scratch": self.scratch(makes_gates)}, made, {owner: -n for owner, n in kept.items()})
 
-    def scratch(self) -> int:
-        """What is alive besides in backward of a block's MLP: at down_proj, at the other two, or at its norm."""
+    def scratch(self, makes_gates: bool) -> int:
+        """What is alive besides in backward of a block's MLP: at down_proj, at the other two, or at its norm.
+
+        makes_gates: gate and up were not kept
+        """
         d, f, stored, computed = self.d, self.f, self.stored, self.computed
         decoded = self.decoded(self.config.dim, self.config.hidden_dim, self.storage)
         if not self.fused:
             of_weight = 4 * self.config.dim * self.config.hidden_dim if self.base else 0  # a gradient not yet added
             return (d + f) * stored + max(f * stored, of_weight) + decoded
-        down = (3 * f + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
+        gates = 2 * f if self.cast or makes_gates else 0  # in the products' dtype
+        down = (3 * f + gates + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
         wide = (2 * f + 2 * d) * computed  # d_gate, d_up; norm(x) and its gradient
         norm = 4 * d * (1 + (computed != 4) + (stored != 4))  # what it multiplies, and in float32
-        return d * stored + (2 * f * computed if self.cast else 0) + max(down, wide + max(decoded, norm))
+        return d * stored + max(down, wide + max(decoded, norm))
 
     def forward(self, new: int | None = None) -> dict[str, int]:
         """What a pass without gradients takes: the widest of the MLP, attention and loss; an estimate.
