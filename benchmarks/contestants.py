@@ -1,8 +1,9 @@
 """One whole QLoRA step, by minilora and by transformers + peft + bitsandbytes: what runs in the contestants' processes.
 
 Both: NF4 with double quantization, rank 16, alpha 32 on all seven projections, no dropout, mean loss of the target
-tokens, backward, fused AdamW without weight decay, no clipping. The same files, the same adapters to begin with, the
-same tokens; so the losses of step after step must be equal, which `train_step` checks before it compares anything.
+tokens, backward, AdamW without weight decay (the peer's is torch's, fused), no clipping. The same files, the same
+adapters to begin with, the same tokens; so the losses of step after step must be equal, which `train_step` checks
+before it compares anything.
 """
 
 import gc
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.feeds import Feed, packed_batches, peer_batches, tokens_of_steps
 from benchmarks.harness import Step
+from minilora.adamw import FlatAdamW
 from minilora.checkpoint.load import load_model
 from minilora.config import PROJECTIONS, LoraConfig, RunConfig, TrainConfig
 from minilora.train.step import LossScale, train_step
@@ -30,7 +32,7 @@ def ours(base: str, dtype: str, feed: Feed, checkpointing: bool) -> Step:
     apply_strategy(model, RunConfig(lora=LoraConfig(rank=RANK, alpha=ALPHA), train=train)).train()
     weights = trainable(model)
     same_adapters(weights.items())
-    optimizer = adamw(weights.values())
+    optimizer = FlatAdamW({(0.0, 1.0): list(weights.values())})
     batches, tokens, turns = packed_batches(feed), tokens_of_steps(feed), count()
     loss_scale = LossScale(False)
 

@@ -84,6 +84,7 @@ PARTS: dict[str, tuple[str, Callable[[torch.device], dict[str, Any]]]] = {
     "ceilings": ("ceilings", ceilings),
     **{name: ("ops", measured_by(f"nf4_{name}")) for name in ("dequantize", "quantize", "matvec", "matmul")},
     "softmax_gradient": ("ops", measured_by("softmax_gradient")),
+    "adamw": ("ops", measured_by("adamw")),
     "train": ("train", measured_by("gpu_train")),
     "decode": ("decode", measured_by("gpu_decode")),
 }

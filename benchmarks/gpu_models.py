@@ -21,6 +21,7 @@ from benchmarks.feeds import packed_batches, peer_batches
 from benchmarks.gpu_harness import sixteen_bits
 from benchmarks.harness import Step
 from benchmarks.shapes import shape
+from minilora.adamw import FlatAdamW
 from minilora.checkpoint.config_files import config_to_hf
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -46,7 +47,7 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
 
     def begin() -> None:
         same_adapters(weights.items())
-        state["optimizer"] = adamw(weights.values()) if weights else None
+        state["optimizer"] = FlatAdamW({(0.0, 1.0): list(weights.values())}) if weights else None
 
     def train(rows: int, length: int, checkpointing: bool) -> dict[str, Any]:
         model.activation_checkpointing = checkpointing

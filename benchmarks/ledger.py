@@ -32,6 +32,7 @@ from benchmarks.harness import Contestant, ContestantError, Step, Worker, write_
 from benchmarks.shapes import SHAPES, shape
 from benchmarks.watch import StepWatch
 from minilora import scratch
+from minilora.adamw import FlatAdamW
 from minilora.backend import pick_device
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -102,7 +103,7 @@ def one_step(cell: Mapping[str, Any], model: str | None) -> Step:
 def _step(cell: Cell, base: Mistral) -> Callable[[], tuple[dict[str, int], int]]:
     """A training step: bytes by owner, and the most private memory while it ran."""
     model = apply_strategy(base, run_config(cell)).train()
-    optimizer = torch.optim.AdamW(list(trainable(model).values()), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    optimizer = FlatAdamW({(0.0, 1.0): list(trainable(model).values())})
     batch = random_batch(cell.rows, cell.length, model.config.vocab_size)
 
     def step() -> tuple[dict[str, int], int]:

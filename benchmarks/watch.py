@@ -13,12 +13,12 @@ from functools import partial
 from math import inf
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora import scratch
+from minilora.adamw import FlatAdamW
 from minilora.memory import add_up, named_storages
 
 
@@ -38,7 +38,7 @@ class StepWatch(TorchDispatchMode):
     What an operator takes for itself alone is not seen: it is small. The clock counts operators.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: FlatAdamW) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._optimizer = model, optimizer
         self._alive: dict[int, tuple[weakref.ref[Any], _Made]] = {}
@@ -67,15 +67,11 @@ class StepWatch(TorchDispatchMode):
         made.died, self._bytes = self._clock + 0.5, self._bytes - made.n_bytes
 
     def owners(self) -> dict[str, int]:
-        """Bytes by owner at that moment. What the optimizer's first step has made counts from the step's beginning."""
+        """Bytes by owner at that moment."""
         named = named_storages(self._model, self._optimizer)
-        always = [{owner: n} for owner, n in named.values() if owner != "gradients"]
-        owner_of = {made: named[address][0] for address, (_, made) in self._alive.items() if address in named}
-        then = [made for made in self._made if made.born <= self._moment < made.died]
-        then = [made for made in then if owner_of.get(made, "gradients") == "gradients"]
-        return add_up(
-            *always, {"scratch": self._kept}, *({owner_of.get(made, made.owner): made.n_bytes} for made in then)
-        )
+        always = {made for address, (_, made) in self._alive.items() if address in named}
+        then = [made for made in self._made if made.born <= self._moment < made.died and made not in always]
+        return add_up(*named.values(), {"scratch": self._kept}, *({made.owner: made.n_bytes} for made in then))
 
 
 def _owner(operator: str) -> str:

@@ -4,12 +4,11 @@ NF4 weight: 1/2 byte; absmax: 4/64, or with double quantization 1/64 + 4/(64 * 2
 adapter: 4 bytes a parameter, as much again for its gradient, twice as much for Adam's two moments
 activations: what forward keeps for backward; scratch: what comes and goes within backward
 
-`StepPlan.predict` is the largest of four moments of a step, and of what else a run does in between (`forward`):
+`StepPlan.predict` is the largest of some moments of a step, and of what else a run does in between (`forward`):
 
     loss     activations of all blocks, and a tile of logits
     last     without logits, but with the last block's MLP in backward, whose products are the widest
-    first    one block's activations in backward, and the gradients of the others
-    update   no activations, all gradients
+    tied     no activations, but the gradient of a tied head that waits for the embedding's
 
 What a real step takes, benchmarks/watch.py sees, without these formulas.
 """
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import nf4
+from minilora.adamw import FlatAdamW
 from minilora.backend import product_dtype
 from minilora.checkpoint.adapter_parts import expected_shapes
 from minilora.checkpoint.names import tensor_specs
@@ -128,7 +128,6 @@ class StepPlan:
     adapter: None where weights of the base learn: those of `learned`, or all if that is None
     rows, length: of a micro-batch; targets: how many of its tokens are, None: all
     sees: a row is one causal run, or falls into several, or a mask says who sees whom (`attention.causal_runs`)
-    accumulated: the gradients of earlier micro-batches are there, too
     """
 
     config: ModelConfig
@@ -140,7 +139,6 @@ class StepPlan:
     targets: int | None = None
     sees: Literal["rows", "runs", "mask"] = "rows"
     checkpointing: bool = False
-    accumulated: bool = False
     learned: Learned | None = None
     device: torch.device = CPU
 
@@ -176,7 +174,6 @@ class StepPlan:
         rest = predict(config, self.storage, self.dtype, self.adapter)
         if base is not None:
             rest |= {"gradients": 4 * base.n, "optimizer": 8 * base.n}
-        gradients, head = rest.pop("gradients"), 4 * learns.head if learns else 0
         reached = learns.reached if learns else (1,) * n_layers
         kept = [self.block(n_layers - len(reached) + i, n > 0) for i, n in enumerate(reached)]
         scratch = {"scratch": self.scratch() if kept else 0}
@@ -188,14 +185,11 @@ class StepPlan:
         blocks = add_up(*kept)
         masks = len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
-        lowest = 4 * (learns.reached[0] if learns.reached else 0) if learns else gradients // n_layers
-        loss, last, first = (gradients if self.accumulated else n for n in (0, head, gradients - lowest))
+        head = 4 * learns.head if learns and config.tied_embeddings else 0
         moments: list[dict[str, int]] = [
-            add_up(shared, blocks, self.loss(), {"gradients": loss}),
-            add_up(shared, blocks, scratch, {"gradients": last}),
-            add_up(shared, *kept[:1], scratch, {"gradients": first}),
-            # A tied embedding's gradient and the head's are made whole before they are added.
-            {"gradients": gradients, "scratch": 2 * head if config.tied_embeddings else 0},
+            add_up(shared, blocks, self.loss()),
+            add_up(shared, blocks, scratch, {"scratch": head}),
+            {"scratch": 2 * head},
             *in_between,
         ]
         worst = max(moments, key=lambda owners: sum(owners.values()))
@@ -238,7 +232,8 @@ class StepPlan:
         d, f, stored, computed = self.d, self.f, self.stored, self.computed
         decoded = self.decoded(self.config.dim, self.config.hidden_dim, self.storage)
         if not self.fused:
-            return (d + 2 * f) * stored + decoded
+            of_weight = 4 * self.config.dim * self.config.hidden_dim if self.base else 0  # a gradient not yet added
+            return (d + f) * stored + max(f * stored, of_weight) + decoded
         down = (3 * f + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
         wide = (2 * f + 2 * d) * computed  # d_gate, d_up; norm(x) and its gradient
         norm = 4 * d * (1 + (computed != 4) + (stored != 4))  # what it multiplies, and in float32
@@ -328,13 +323,14 @@ def as_text(n_bytes: float) -> str:
 # -- measured ----------------------------------------------------------------------------------------------------------
 
 
-def measure(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
+def measure(model: nn.Module, optimizer: FlatAdamW | None = None) -> dict[str, int]:
     """Bytes by owner of a model's tensors, counted once each, with the owners that `predict` has."""
-    return add_up(*({owner: n} for owner, n in named_storages(model, optimizer).values()))
+    return add_up(*named_storages(model, optimizer).values())
 
 
-def named_storages(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[int, tuple[str, int]]:
-    """Owner and bytes of what a model's tensors, their gradients and an optimizer's state lie in, by its address."""
+def named_storages(model: nn.Module, optimizer: FlatAdamW | None = None) -> dict[int, dict[str, int]]:
+    """Bytes by owner of a model's tensors, their gradients and an optimizer's state, by the address of the storage that
+    they lie in, which several may share."""
     owned = list[tuple[str, Tensor | None]]()
     for name, module in model.named_modules():
         owner = "embeddings, head, norms"
@@ -348,9 +344,13 @@ def named_storages(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
             owner = "linear weights"
         for parameter in module.parameters(recurse=False):
             owned += [(owner, parameter), ("gradients", parameter.grad)]
-    for state in optimizer.state.values() if optimizer else ():
-        owned += [("optimizer", part) for part in state.values() if isinstance(part, Tensor)]
-    return {part.untyped_storage()._cdata: (owner, part.nbytes) for owner, part in owned if part is not None}
+    for moments in optimizer.state.values() if optimizer else ():
+        owned += [("optimizer", moment) for moment in moments.values()]
+    found = dict[int, dict[str, int]]()
+    for owner, part in {part.data_ptr(): (owner, part) for owner, part in owned if part is not None}.values():
+        owners = found.setdefault(part.untyped_storage()._cdata, {})
+        owners[owner] = owners.get(owner, 0) + part.nbytes
+    return found
 
 
 def private_bytes() -> int:

@@ -20,7 +20,7 @@ LAYERS = (
     ("errors", "scratch", "patterns", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
-    ("norm", "rope", "attention", "loss", "linear", "lora", "neftune", "prefix"),
+    ("norm", "rope", "attention", "loss", "adamw", "linear", "lora", "neftune", "prefix"),
     ("model", "fused"),
     ("base", "hub", "memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report"),

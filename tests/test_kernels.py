@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora import loss, nf4
+from minilora import adamw, loss, nf4
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "nf4_table")
@@ -18,6 +18,7 @@ DEFINITIONS = {
     "nf4_quantize": ("quantize_nf4", nf4.quantize_nf4),
     "nf4_matvec": ("matvec", torch.matmul),
     "nf4_matmul": ("matmul", torch.matmul),
+    "adamw": ("adamw_", adamw.adamw_),
     "softmax_gradient": ("softmax_gradient_", loss.softmax_gradient_),
 }
 

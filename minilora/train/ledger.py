@@ -65,7 +65,6 @@ class Ledger:
             targets=round(train.batch_size * length * sample.n_targets / sample.tokens.numel()),
             sees="mask" if runs is None else "rows" if len(set(runs)) == 1 else "runs",
             checkpointing=train.activation_checkpointing,
-            accumulated=train.accumulate > 1,
             device=self.device,
         )
         in_between = []

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from minilora.adamw import FlatAdamW
 from minilora.backend import abilities, backend_for, pick_device, pick_dtype
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -153,16 +154,14 @@ def rows_of_epochs(lengths: Sequence[int], config: RunConfig, mix: Mix | None) -
     return sum(map(rows, range(whole))) + (config.train.epochs - whole) * rows(whole)
 
 
-def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> FlatAdamW:
     """AdamW; weight decay pulls at matrices only, not at norms. With LoRA+ B and DoRA's m learn faster, as in PEFT."""
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, p in weights.items():
         decay = config.train.weight_decay if p.dim() > 1 else 0.0
         ratio = config.train.lora_plus_ratio if name.endswith(("lora_B", "lora_magnitude_vector")) else 1.0
         groups.setdefault((decay, ratio), []).append(p)
-    settings = [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in groups.items()]
-    betas = (config.train.beta1, config.train.beta2)
-    return torch.optim.AdamW(settings, lr=config.train.lr, betas=betas, fused=True)
+    return FlatAdamW(groups, config.train.beta1, config.train.beta2)
 
 
 def _what_must_stay(config: RunConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from minilora.adamw import FlatAdamW
 from minilora.checkpoint.write import atomic_folder, verify_manifest
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
@@ -57,7 +58,7 @@ class RunState:
     """The changing parts of a run. `origin` is what must be the same to go on: settings, files, device."""
 
     weights: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: FlatAdamW
     sampler: RowSampler
     loss_scale: LossScale
     origin: dict[str, Any]
@@ -91,10 +92,9 @@ class RunState:
         for name, parameter in self.weights.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"weight.{name}"])
-            prefix = f"optimizer.{name}."
-            moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if moments:
-                self.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+            for key, moment in self.optimizer.state[parameter].items():
+                moment.copy_(tensors.get(f"optimizer.{name}.{key}", torch.zeros(())))
+            self.optimizer.steps = int(tensors.get(f"optimizer.{name}.step", 0))
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -109,9 +109,9 @@ class RunState:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self._weights()
-        for name, parameter in self.weights.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = value.contiguous()
+        for name, parameter in self.weights.items() if self.optimizer.steps else ():
+            moments = {"step": torch.tensor(float(self.optimizer.steps)), **self.optimizer.state[parameter]}
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()

@@ -8,11 +8,12 @@ same gradients; a mean of means would weigh a token by the company it came in.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import isfinite
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from minilora.adamw import FlatAdamW
 from minilora.data.pack import PackedBatch
 from minilora.loss import cross_entropy_sum
 from minilora.model import Mistral
@@ -69,14 +70,14 @@ def loss_sum(model: Mistral, batch: PackedBatch) -> Tensor:
 
 def train_step(
     model: Mistral,
-    optimizer: torch.optim.Optimizer,
+    optimizer: FlatAdamW,
     batches: Sequence[PackedBatch],
     lr: float,
     clip_norm: float,
     loss_scale: LossScale,
     after_forward: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Forward, backward, guard, clip, update. Where loss or gradient is not finite, nothing is changed.
+    """Forward, backward, guard, update, which clips. Where loss or gradient is not finite, nothing is changed.
 
     after_forward is called when a micro-batch's activations are all alive: the moment of most memory.
     """
@@ -88,16 +89,11 @@ def train_step(
         after_forward()
         (loss * loss_scale.scale).backward()
         total += loss.detach()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if loss_scale.enabled:
-        for p in parameters:
-            if p.grad is not None:
-                p.grad /= loss_scale.scale
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm or inf))
-    finite = isfinite(float(total)) and isfinite(norm)
-    loss_scale.update(overflowed=not isfinite(norm))
+    mean_loss, scaled_norm = torch.stack((total, optimizer.grad_norm())).tolist()  # the one wait for a GPU
+    norm = scaled_norm / loss_scale.scale
+    finite = isfinite(mean_loss) and isfinite(norm)
     if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1.0)
-        optimizer.step()
-    return StepResult(float(total), norm, finite)
+        clip = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
+        optimizer.step(lr, clip / loss_scale.scale)
+    loss_scale.update(overflowed=not isfinite(norm))
+    return StepResult(mean_loss, norm, finite)

@@ -80,8 +80,9 @@ _FACTORS = torch.randint(-(2**63), 2**63 - 1, (1 << 16,), generator=torch.Genera
 class MovementCheck:
     """Did every trained tensor get a gradient and move? A forgotten one would train nothing, and say nothing.
 
-    LoRA's A cannot move in the first update: B is zero, and A's gradient is a product with it. So after the first
-    update every tensor must have had a gradient and all but the A's must have moved, after the second all of them.
+    What backward has not reached has a gradient of zeros (and yet would move, by weight decay). So has LoRA's A in the
+    first update, where B is zero, and A's gradient is a product with it. So after the first update all tensors but the
+    A's must have had a gradient and have moved, after the second all of them.
     Excused is a tensor whose every number is so large that float32 cannot add the learning rate to it, such as a norm's
     ones in the first updates of a long warm-up.
     """
@@ -94,10 +95,10 @@ class MovementCheck:
         """The tensors that got no gradient, or did not move though they should have after `updates` updates by `lr`."""
         still, large = list[str](), lr / torch.finfo(torch.float32).eps
         for name, p in self.parameters.items():
-            if p.grad is None:
-                still.append(f"{name} (got no gradient)")
-            elif updates == 1 and name.endswith("lora_A"):
+            if updates == 1 and name.endswith("lora_A"):
                 continue
+            if p.grad is None or not p.grad.any():
+                still.append(f"{name} (got no gradient)")
             elif _bits(p) == self.start[name] and p.abs().min() < large:
                 still.append(f"{name} (did not move)")
         return still

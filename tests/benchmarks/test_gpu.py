@@ -18,7 +18,7 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "gpu.json"
     assert gpu.main(["--dry", "--only", "ops", "--out", str(out)]) == 0
     parts = json.loads(out.read_text())["parts"]
-    assert parts.keys() == {"ceilings", "dequantize", "quantize", "matvec", "matmul", "softmax_gradient"}
+    assert parts.keys() == {"ceilings", "dequantize", "quantize", "matvec", "matmul", "softmax_gradient", "adamw"}
     ceilings = parts.pop("ceilings")
     for name, part in parts.items():
         assert part["machine"]["gpu"] == "none, a dry run"
