@@ -83,7 +83,7 @@ PARTS: dict[str, tuple[str, Callable[[torch.device], dict[str, Any]]]] = {
     "equality": ("equality", equality),
     "ceilings": ("ceilings", ceilings),
     **{name: ("ops", measured_by(f"nf4_{name}")) for name in ("dequantize", "quantize", "matvec", "matmul")},
-    **{name: ("ops", measured_by(name)) for name in ("norm", "rope", "swiglu", "softmax_gradient")},
+    **{name: ("ops", measured_by(name)) for name in ("norm", "rope", "swiglu", "softmax_gradient", "adamw")},
     "train": ("train", measured_by("gpu_train")),
     "decode": ("decode", measured_by("gpu_decode")),
 }

@@ -23,6 +23,7 @@ from benchmarks.feeds import Feed
 from benchmarks.harness import ROOT, Contestant, ContestantError, Step, Worker, machine, write_result
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.shapes import qlora_step_flops, shape
+from minilora.adamw import FlatAdamW
 from minilora.attention import attend
 from minilora.loss import cross_entropy_sum
 from minilora.nf4 import NF4Tensor
@@ -75,6 +76,8 @@ def _name_ranges() -> None:
                 setattr(module, function.__name__, named)
     for method in ("dequantize", "decode"):  # of a whole weight, of some of its rows
         setattr(NF4Tensor, method, _named("dequantize", getattr(NF4Tensor, method)))
+    for method in ("zero_grad", "grad_norm", "step"):
+        setattr(FlatAdamW, method, _named("optimizer", getattr(FlatAdamW, method)))
 
 
 def _named(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +96,7 @@ def _group(event: Any, vocab_size: int) -> str:
         around.append(parent.name)
         parent = parent.cpu_parent
     names = " ".join(around)
-    if "Optimizer." in names:
+    if "optimizer" in around:
         return "optimizer"
     if "attention" in around or "scaled_dot_product" in names or "ScaledDotProduct" in names or "bmm" in event.name:
         return "attention"

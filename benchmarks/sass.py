@@ -133,11 +133,8 @@ class Kernel:
         if not isinstance(function, triton.JITFunction):
             raise UserError("TRITON_INTERPRET is set; kernels can be compiled without it only")
         signature = {name: self.signature.get(name, "constexpr") for name in function.arg_names}
-        aligned = {
-            (function.arg_names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in self.signature.items()
-            if kind != "fp32"
-        }
+        whole = [name for name, kind in self.signature.items() if kind != "fp32"]
+        aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in whole}
         constants = {name: self.constants.get(name) for name in function.arg_names if name not in self.signature}
         source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fusion}
@@ -168,7 +165,7 @@ class Compiled:
 def kernels(arch: int) -> list[Kernel]:
     """All that we run there, in the 16-bit dtype that the architecture computes in; matmul in float32, too."""
     sixteen = "*fp16" if arch < 80 else "*bf16"
-    found = [quantize_kernel(sixteen), softmax_gradient_kernel(sixteen)]
+    found = [quantize_kernel(sixteen), softmax_gradient_kernel(sixteen), adamw_kernel()]
     for nested in (False, True):
         found.append(dequantize_kernel(sixteen, nested))
         for shuffle in (False, True):
@@ -218,6 +215,21 @@ def softmax_gradient_kernel(sixteen: str) -> Kernel:
         weights=BLOCK / (32 * WARPS),
         in_loop=True,
         warps=WARPS,
+        fusion=True,
+    )
+
+
+def adamw_kernel() -> Kernel:
+    from minilora.kernels.adamw import BLOCK
+
+    numbers = ("grad_scale", "weight_m", "beta2", "weight_v", "eps", "kept", "step_size")
+    return Kernel(
+        "adamw",
+        "minilora.kernels.adamw",
+        "adamw_kernel",
+        dict.fromkeys(("p", "grad", "m", "v"), "*fp32") | {"n": "i32"} | dict.fromkeys(numbers, "fp32"),
+        {"BLOCK": BLOCK},
+        weights=BLOCK / 128,
         fusion=True,
     )
 

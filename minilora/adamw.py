@@ -9,10 +9,9 @@ each, and what clipping multiplies the gradient by is applied on the way (kernel
 what backward has not reached is zeros.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ from minilora.backend import backend_for
 
 ALIGNED = 16  # numbers at which a parameter begins: 64 bytes
 PIECE = 1 << 16  # numbers that a CPU updates at a time: the passes over them stay in its cache
+
+Piece = tuple[Tensor, Tensor, Tensor, Tensor]  # parameters, gradients, m, v, each (n,)
 
 
 @torch.no_grad()
@@ -68,23 +69,23 @@ class FlatAdamW:
         self._flat: list[tuple[Tensor, Sequence[nn.Parameter]]] = []
         self._pieces = [(*key, piece) for key, parameters in groups.items() for piece in self._flatten(parameters)]
 
-    def _flatten(self, parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor, ...]]:
-        """Pieces of (parameters, gradients, m, v), each (n,), that the parameters and their state are views of."""
+    def _flatten(self, parameters: Sequence[nn.Parameter]) -> list[Piece]:
+        """Memory that the parameters and their state are views of, in pieces."""
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) != 1 or next(iter(kinds))[0] != torch.float32:
             raise ValueError(f"what learns together must be float32 on one device, not {kinds or 'nothing'}")
         [(_, device)] = kinds
         sizes = [-(-p.numel() // ALIGNED) * ALIGNED for p in parameters]
-        flat = [torch.zeros(sum(sizes), device=device)]
-        for p, part in zip(parameters, flat[0].split(sizes), strict=True):
+        weights = torch.zeros(sum(sizes), device=device)
+        for p, part in zip(parameters, weights.split(sizes), strict=True):
             p.data = part[: p.numel()].view(p.shape).copy_(p.data)  # what it lay in is given back, one by one
-        flat += [torch.zeros_like(flat[0]) for _ in range(3)]
-        for p, *parts in zip(parameters, *(each.split(sizes) for each in flat[1:]), strict=True):
-            p.grad, m, v = (part[: p.numel()].view(p.shape) for part in parts)
-            self.state[p] = {"exp_avg": m, "exp_avg_sq": v}
-        self._flat.append((flat[0], parameters))
-        piece = PIECE if device.type == "cpu" else sum(sizes)
-        return list(zip(*(each.split(piece) for each in flat), strict=True))
+        grad, m, v = (torch.zeros_like(weights) for _ in range(3))
+        for p, *parts in zip(parameters, grad.split(sizes), m.split(sizes), v.split(sizes), strict=True):
+            p.grad, exp_avg, exp_avg_sq = (part[: p.numel()].view(p.shape) for part in parts)
+            self.state[p] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        self._flat.append((weights, parameters))
+        n = PIECE if device.type == "cpu" else sum(sizes)
+        return list(zip(weights.split(n), grad.split(n), m.split(n), v.split(n), strict=True))
 
     @contextmanager
     def casts(self, dtype: torch.dtype) -> Iterator[None]:
@@ -107,22 +108,19 @@ class FlatAdamW:
 
     def grad_norm(self) -> Tensor:
         """The length of the whole gradient, () float32 on its device; nobody waits for it here."""
-        return torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(grad) for *_, (_, grad, _, _) in self._pieces])
-        )
+        lengths = [torch.linalg.vector_norm(grad) for *_, (_, grad, _, _) in self._pieces]
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(lengths))
+        return whole
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Update by the gradient times `grad_scale`, which is left as it is."""
         self.steps += 1
         for weight_decay, lr_ratio, piece in self._pieces:
-            _update(piece, lr * lr_ratio, self.beta1, self.beta2, self.eps, weight_decay, self.steps, grad_scale)
+            update = _kernel() if backend_for(piece[0].device).name == "triton" else adamw_
+            update(*piece, lr * lr_ratio, self.beta1, self.beta2, self.eps, weight_decay, self.steps, grad_scale)
 
 
-def _update(piece: tuple[Tensor, ...], *settings: Any) -> None:
-    """`adamw_` where the piece lies."""
-    if backend_for(piece[0].device).name != "triton":
-        adamw_(*piece, *settings)
-        return
+def _kernel() -> Callable[..., None]:
     from minilora.kernels import adamw
 
-    adamw.adamw_(*piece, *settings)
+    return adamw.adamw_

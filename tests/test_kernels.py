@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora import dispatch, loss, nf4, norm, rope, swiglu
+from minilora import adamw, dispatch, loss, nf4, norm, rope, swiglu
 from minilora.backend import Backend
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "nf4_table")
 # The launchers, and what each does the same as: torch's own product has no name of ours.
 DEFINITIONS: dict[str, dict[str, Callable[..., object]]] = {
+    "adamw": {"adamw_": adamw.adamw_},
     "nf4_dequantize": {"dequantize": nf4.NF4Tensor.dequantize},
     "nf4_quantize": {"quantize_nf4": nf4.quantize_nf4},
     "nf4_matvec": {"matvec": torch.matmul},

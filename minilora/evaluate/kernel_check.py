@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn import functional
 
-from minilora import loss
+from minilora import adamw, loss
 from minilora.dispatch import entry_for, launcher
 from minilora.nf4 import NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
@@ -87,6 +87,7 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
         yield from _elementwise(*SMALL, dtype, device, generator)
     if on_gpu:
         yield from _elementwise(*WIDE, dtypes[-1], device, generator)
+    yield from _adamw([torch.randn(5000, generator=generator).abs().to(device) for _ in range(4)])
 
 
 def _quantized(dense: Tensor, weight: NF4Tensor, case: str) -> Check:
@@ -144,6 +145,18 @@ def _softmax(logits: Tensor) -> Iterator[Check]:
         error, of_torch = (float((each - exact).abs().max()) / largest for each in (ours, plain))
         allowed = max(TWICE * of_torch, 64 * 2**-24)  # of an exponential whose argument is 64 at most
         yield Check(name, _name(logits.dtype), f"{logits.shape[1]} columns", error, allowed)
+
+
+def _adamw(parts: list[Tensor]) -> Iterator[Check]:
+    """p, m and v after an update by a learning rate that is large enough for an error of it to show in p."""
+    from minilora.kernels.adamw import adamw_
+
+    made = [[part.clone() for part in parts], [part.clone() for part in parts], [part.double() for part in parts]]
+    for function, (p, g, m, v) in zip((adamw_, adamw.adamw_, adamw.adamw_), made, strict=True):
+        function(p, g, m, v, 0.1, 0.9, 0.999, 1e-8, 0.1, 3, 0.5)
+    for i, name in ((0, "p"), (2, "m"), (3, "v")):
+        error, of_torch = (float((each[i] - made[2][i]).abs().max() / made[2][i].abs().max()) for each in made[:2])
+        yield Check("adamw", "float32", name, error, max(TWICE * of_torch, 16 * 2**-24))  # of its roundings
 
 
 def _compared(operation: str, case: str, y: Tensor, plain: Tensor, a: Tensor, b: Tensor) -> Check:

@@ -18,7 +18,7 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "gpu.json"
     assert gpu.main(["--dry", "--only", "ops", "--out", str(out)]) == 0
     parts = json.loads(out.read_text())["parts"]
-    elementwise = {"norm", "rope", "swiglu", "softmax_gradient"}
+    elementwise = {"norm", "rope", "swiglu", "softmax_gradient", "adamw"}
     assert parts.keys() == {"ceilings", "dequantize", "quantize", "matvec", "matmul"} | elementwise
     ceilings = parts.pop("ceilings")
     for name, part in parts.items():

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_runs import tiny_model
 
+from minilora.adamw import FlatAdamW
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import LoraConfig
 from minilora.data.pack import RowSampler
@@ -29,9 +31,8 @@ LENGTHS = [3, 9, 5, 7, 2, 8, 4]
 def fresh(seed: int = 0, origin: dict[str, Any] = ORIGIN) -> RunState:
     torch.manual_seed(seed)
     weights = trainable(add_lora(tiny_model(), LoraConfig(rank=2, alpha=4)))
-    return RunState(
-        weights, torch.optim.AdamW(weights.values(), lr=1e-3), RowSampler(LENGTHS, 12, 0), LossScale(False), origin
-    )
+    optimizer = FlatAdamW({(0.01, 1.0): list(weights.values())})
+    return RunState(weights, optimizer, RowSampler(LENGTHS, 12, 0), LossScale(False), origin)
 
 
 def advance(state: RunState, steps: int = 1) -> list[list[int]]:
@@ -40,17 +41,19 @@ def advance(state: RunState, steps: int = 1) -> list[list[int]]:
     for _ in range(steps):
         taken += state.sampler.take(2)
         for p in state.weights.values():
-            p.grad = torch.randn_like(p)
-        state.optimizer.step()
+            assert p.grad is not None
+            p.grad.copy_(torch.randn_like(p))
+        state.optimizer.step(1e-3)
     return taken
 
 
 def assert_same(a: RunState, b: RunState) -> None:
     assert a.weights.keys() == b.weights.keys()
+    assert a.optimizer.steps == b.optimizer.steps
     for name in a.weights:
         assert a.weights[name].equal(b.weights[name]), name
         moments_a, moments_b = a.optimizer.state[a.weights[name]], b.optimizer.state[b.weights[name]]
-        assert moments_a.keys() == moments_b.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert moments_a.keys() == moments_b.keys() == {"exp_avg", "exp_avg_sq"}
         for key in moments_a:
             assert moments_a[key].equal(moments_b[key])
             assert moments_a[key].dtype == moments_b[key].dtype
@@ -89,9 +92,42 @@ def test_before_the_first_update_there_are_no_moments(tmp_path: Path) -> None:
     straight.save(tmp_path / "c")
     advance(straight, 2)
     resumed = fresh(seed=9)
+    advance(resumed, 1)
     resumed.load(tmp_path / "c")
     advance(resumed, 2)
     assert_same(straight, resumed)
+
+
+def test_a_checkpoint_of_torch_s_own_optimizer_is_gone_on_from(tmp_path: Path) -> None:
+    """Its moments have the same names and meaning, and a count of steps beside each."""
+    straight = fresh()
+    twins = {name: torch.nn.Parameter(p.detach().clone()) for name, p in straight.weights.items()}
+    adam = torch.optim.AdamW(twins.values(), lr=1e-3, weight_decay=0.01, fused=True)
+    for _ in range(3):
+        for p in twins.values():
+            p.grad = torch.randn_like(p)
+        adam.step()
+    saved = {f"weight.{name}": p.detach() for name, p in twins.items()} | {"rng.cpu": torch.get_rng_state()}
+    saved |= {f"optimizer.{name}.{key}": t for name, p in twins.items() for key, t in adam.state[p].items()}
+    straight.save(tmp_path / "c")
+    document = (tmp_path / "c" / "state.json").read_text()
+    with atomic_folder(tmp_path / "c", overwrite=True, manifest={}) as new:
+        (new / "state.json").write_text(document)
+        save_file(saved, new / "state.safetensors")
+    resumed = fresh(seed=9)
+    resumed.load(tmp_path / "c")
+    assert resumed.optimizer.steps == 3
+    for name, p in resumed.weights.items():
+        assert p.equal(twins[name])
+        assert all(moment.equal(adam.state[twins[name]][key]) for key, moment in resumed.optimizer.state[p].items())
+
+
+def test_what_is_saved_of_the_optimizer(saved: Path) -> None:
+    names = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq", "step") for name in fresh().weights}
+    tensors = load_file(saved / "state.safetensors")
+    kept = {key.removeprefix("optimizer."): t for key, t in tensors.items() if key.startswith("optimizer.")}
+    assert {f"{key.rpartition('.')[2]}.{key.rpartition('.')[0]}" for key in kept} == names
+    assert {float(t) for key, t in kept.items() if key.endswith(".step")} == {3.0}
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:

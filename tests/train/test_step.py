@@ -1,6 +1,5 @@
 """One optimizer step: the token-exact loss, the guard, the loss scale, and PEFT's own step beside ours."""
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from tiny_runs import TINY, tiny_model
 from torch import Tensor, nn
 
+from minilora.adamw import FlatAdamW
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.merge import merged_weights
@@ -23,7 +23,7 @@ from minilora.lora import add_lora, lora_layers
 from minilora.model import Mistral
 from minilora.train import step as step_module
 from minilora.train.setup import _optimizer
-from minilora.train.step import LEAST_SCALE, LossScale, backward_of, train_step
+from minilora.train.step import LEAST_SCALE, LossScale, StepResult, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
 LENGTHS = (5, 17, 3, 30, 9, 24, 2, 12)
@@ -50,8 +50,8 @@ def with_lora(seed: int = 1, **settings: Any) -> Mistral:
     return model
 
 
-def adamw(model: nn.Module, **settings: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trainable(model).values(), weight_decay=0.0, **settings)
+def adamw(model: nn.Module) -> FlatAdamW:
+    return FlatAdamW({(0.0, 1.0): list(trainable(model).values())})
 
 
 def rows(width: int) -> list[PackedBatch]:
@@ -61,7 +61,7 @@ def rows(width: int) -> list[PackedBatch]:
 
 
 def gradients(model: Mistral, batches: Sequence[PackedBatch], **changes: Any) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a step that does not clip."""
+    """Loss and gradients of a step that does not clip; the gradients are still the loss scale's."""
     step = {"lr": 1e-3, "clip_norm": 0.0, "loss_scale": LossScale(False)} | changes
     result = train_step(model, adamw(model), batches, **step)
     assert result.updated
@@ -126,10 +126,11 @@ def test_clipping_scales_the_whole_gradient() -> None:
     model = with_lora()
     _, free = gradients(with_lora(), rows(8))
     norm = math.sqrt(sum(float((g**2).sum()) for g in free.values()))
-    result = train_step(model, adamw(model), rows(8), 1e-3, norm / 3, LossScale(False))
+    optimizer = adamw(model)
+    result = train_step(model, optimizer, rows(8), 1e-3, norm / 3, LossScale(False))
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
-    for name, p in trainable(model).items():
-        torch.testing.assert_close(p.grad, free[name] / 3, atol=1e-7, rtol=1e-4)
+    for name, p in trainable(model).items():  # Adam's first moment is a tenth of its first gradient
+        torch.testing.assert_close(10 * optimizer.state[p]["exp_avg"], free[name] / 3, atol=1e-7, rtol=1e-4)
 
 
 def test_the_learning_rate_is_the_step_s() -> None:
@@ -143,23 +144,23 @@ def test_the_learning_rate_is_the_step_s() -> None:
 def test_after_forward_is_called_once_a_micro_batch() -> None:
     calls: list[None] = []
     model = with_lora()
-    backward = backward_of(model, lambda: calls.append(None))
-    train_step(model, adamw(model), rows(2), 1e-3, 1.0, LossScale(False), backward)
+    optimizer = adamw(model)
+    backward = backward_of(model, optimizer, lambda: calls.append(None))
+    train_step(model, optimizer, rows(2), 1e-3, 1.0, LossScale(False), backward)
     assert len(calls) == 4
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return {n: p.detach().clone() for n, p in trainable(model).items()}, copy.deepcopy(optimizer.state_dict()["state"])
+def snapshot(model: nn.Module, optimizer: FlatAdamW) -> tuple[int, dict[str, Tensor]]:
+    """Steps; copies of the weights and their moments."""
+    found = {name: {"weight": p.detach(), **optimizer.state[p]} for name, p in trainable(model).items()}
+    return optimizer.steps, {f"{name}.{key}": t.clone() for name, each in found.items() for key, t in each.items()}
 
 
-def assert_unchanged(
-    model: nn.Module, optimizer: torch.optim.Optimizer, old: tuple[dict[str, Tensor], dict[str, Any]]
-) -> None:
-    weights, state = snapshot(model, optimizer)
-    assert all(weights[name].equal(old[0][name]) for name in old[0])
-    assert state.keys() == old[1].keys()
-    for index, moments in old[1].items():
-        assert all(state[index][key].equal(moment) for key, moment in moments.items())
+def assert_unchanged(model: nn.Module, optimizer: FlatAdamW, old: tuple[int, dict[str, Tensor]]) -> None:
+    steps, tensors = snapshot(model, optimizer)
+    assert steps == old[0]
+    assert tensors.keys() == old[1].keys()
+    assert all(tensor.equal(old[1][name]) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -240,7 +241,19 @@ def test_it_cancels_out() -> None:
     """A power of two changes no bit of a float32 gradient."""
     _, plain = gradients(with_lora(), rows(4))
     _, scaled = gradients(with_lora(), rows(4), loss_scale=LossScale(True))
-    assert all(scaled[name].equal(gradient) for name, gradient in plain.items())
+    assert all((scaled[name] / 2**16).equal(gradient) for name, gradient in plain.items())
+    (one, same), (two, also) = with_both_scales()
+    assert same == also
+    assert all(p.equal(trainable(two)[name]) for name, p in trainable(one).items())
+
+
+def with_both_scales() -> list[tuple[Mistral, StepResult]]:
+    """The model after a step that clips, and what the step tells, without a loss scale and with one."""
+    done = []
+    for scale in (LossScale(False), LossScale(True)):
+        model = with_lora()
+        done.append((model, train_step(model, adamw(model), rows(4), 1e-3, 0.1, scale)))
+    return done
 
 
 def half_with_lora() -> Mistral:
@@ -267,6 +280,7 @@ def test_float16_follows_float32() -> None:
     half = half_with_lora()
     loss, exact = gradients(with_lora(), rows(4))
     half_loss, near = gradients(half, rows(4), loss_scale=LossScale(True, scale=2.0**12))
+    near = {name: gradient / 2**12 for name, gradient in near.items()}
     assert half_loss == pytest.approx(loss, rel=2e-3)
     for name, gradient in exact.items():
         assert near[name].dtype == torch.float32
@@ -355,7 +369,8 @@ def test_one_optimizer_step_is_peft_s(
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
     assert result.grad_norm > longest, "the gradient is clipped"
     for name, p in trainable(ours).items():
-        torch.testing.assert_close(p.grad, names[name].grad, atol=1e-6, rtol=1e-5, msg=name)
+        clipped = optimizer.state[p]["exp_avg"] / (1 - training.beta1)
+        torch.testing.assert_close(clipped, names[name].grad, atol=1e-6, rtol=1e-5, msg=name)
         # Adam's first step is g / (|g| + 1e-8): of a gradient of nothing but rounding errors it makes any number.
         sure = names[name].grad.abs() > 1e-6
         assert sure.float().mean() > 0.9, name

@@ -167,11 +167,23 @@ def test_b_may_not() -> None:
     assert check.still(1, 1e-3) == [f"{name} (did not move)"]
 
 
-def test_a_tensor_without_a_gradient_is_named_even_in_the_first_update() -> None:
+@pytest.mark.parametrize("nothing", [None, torch.zeros(32, 2)])
+def test_a_tensor_without_a_gradient_is_named_even_in_the_first_update(nothing: torch.Tensor | None) -> None:
+    """Also where it has moved, by weight decay."""
     weights, check = checked()
-    name = "layers.0.self_attn.o_proj.lora_A"
-    weights[name].grad = None
+    name = "layers.0.self_attn.o_proj.lora_B"
+    weights[name].grad = nothing
     assert check.still(1, 1e-3) == [f"{name} (got no gradient)"]
+
+
+def test_a_must_have_a_gradient_in_the_second_update() -> None:
+    weights, check = checked()
+    for p in weights.values():
+        p.data += 0.1
+    name = "layers.0.self_attn.o_proj.lora_A"
+    weights[name].grad = torch.zeros_like(weights[name])
+    assert check.still(1, 1e-3) == []
+    assert check.still(2, 1e-3) == [f"{name} (got no gradient)"]
 
 
 def test_all_that_moved_passes() -> None:
