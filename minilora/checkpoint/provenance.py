@@ -23,6 +23,8 @@ from minilora.nf4 import BLOCK_SIZE
 PROVENANCE = "minilora.json"
 PROVENANCE_VERSION = 2  # 1 had "quantize" and "double_quant" in place of "quantization"
 
+_REMEDIES = {"sha256": "name the right one with --model.tokenizer", "template": "mend --model.old_hf_spaces"}
+
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """What minilora.json tells of where an adapter comes from; empty if another program wrote the adapter."""
@@ -77,7 +79,7 @@ def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], fo
         wrong.append(f"{folder}: trained on another base: fingerprint {theirs}, but this model's is {ours}")
     for key, was, now in _differences(trained.get("tokenizer"), here.get("tokenizer")):
         other = f"a tokenizer whose {key} is {short(was)}, but here it is {short(now)}"
-        wrong.append(f"{folder}: trained with {other}; name the right one with --model.tokenizer")
+        wrong.append(f"{folder}: trained with {other}; {_REMEDIES.get(key, _REMEDIES['sha256'])}")
     if wrong and not force:
         raise UserError(f"{wrong[0]} (--force overrides this)")
     said = [f"overridden by force: {text}" for text in wrong]

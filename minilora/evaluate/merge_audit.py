@@ -50,6 +50,7 @@ from minilora.norm import RMSNorm
 Progress = Callable[[int, int], None]  # told the weights done, and those in all
 LARGEST_SHARE = 0.1
 MERGED = torch.bfloat16  # what merged weights are stored in
+_BASE, _ADAPTED = "(base)", "(adapted)"  # no routes
 _LOGIT_ROWS = 256  # compared at a time: 34 MB of float32 logits a model, where V = 32768
 
 
@@ -85,7 +86,7 @@ class MergeAudit:
 
     def rows(self) -> list[tuple[str, ...]]:
         """For a table under COLUMNS: a line for each way, and one for the base."""
-        all_of = [*self.routes.items(), ("(base)", self.base)]
+        all_of = [*self.routes.items(), (_BASE, self.base)]
         return [
             (
                 who, f"{d.mean_kl:.3g}", f"{d.max_kl:.3g}", f"{d.top1_agreement:.2%}", f"{d.max_logit_difference:.3g}",
@@ -161,7 +162,8 @@ def _possible(base: Base) -> tuple[Route, ...]:
 class _Pass:
     """One pass over the base, a block at a time, in which every way of merging goes along.
 
-    hidden: the hidden states of each batch, by whose they are: the base's, the trained model's or a merged one's
+    hidden: the hidden states of each batch, by whose they are: `_BASE`, `_ADAPTED` (the trained model) or a route (the
+        one that was merged so)
     """
 
     def __init__(
@@ -215,12 +217,12 @@ class _Pass:
         """Once all weights have gone by: the distances from the base and the merged models to the trained one."""
         totals = dict[str, Distance]()
         for batch in range(len(self.batches)):
-            for start in range(0, len(self.hidden["trained"][batch]), _LOGIT_ROWS):
-                trained = self._logits("trained", batch, start)
-                for who in ("base", *self.routes):
+            for start in range(0, len(self.hidden[_ADAPTED][batch]), _LOGIT_ROWS):
+                trained = self._logits(_ADAPTED, batch, start)
+                for who in (_BASE, *self.routes):
                     found = Distance.of(self._logits(who, batch, start), trained)
                     totals[who] = totals[who] + found if who in totals else found
-        return MergeAudit({route: totals[route] for route in self.routes}, totals["base"], self.n_bytes)
+        return MergeAudit({route: totals[route] for route in self.routes}, totals[_BASE], self.n_bytes)
 
     def reopen(self, folder: Path) -> None:
         """Read back what was written, by one route. Raises UserError if it is not what was meant to be."""
@@ -239,17 +241,17 @@ class _Pass:
         made = {spec: {route: self._merged(part, spec, route) for route in self.routes} for spec in specs}
         module = part.get_submodule(name)
         if isinstance(module, Block):
-            self._go("trained", module)
+            self._go(_ADAPTED, module)
             with adapters_off(part):
-                self._go("base", module)
+                self._go(_BASE, module)
             for route in self.routes:
                 for spec in specs:
                     _set_weight(plain, spec, made[spec][route], self.storage.dtype)
                 self._go(route, plain.get_submodule(name))
         else:
-            self._go_outside(name, "trained", plain_weight(module))
+            self._go_outside(name, _ADAPTED, plain_weight(module))
             with adapters_off(part):
-                self._go_outside(name, "base", plain_weight(module))
+                self._go_outside(name, _BASE, plain_weight(module))
             for route, weight in made[specs[0]].items():
                 assert isinstance(weight, Tensor)
                 self._go_outside(name, route, weight)
