@@ -23,8 +23,8 @@ from torch.nn.functional import embedding
 from minilora.backend import product_dtype
 from minilora.base import Base
 from minilora.checkpoint.adapter_parts import Adapter
-from minilora.checkpoint.card import model_card
-from minilora.checkpoint.chat_template import tokenizer_config
+from minilora.checkpoint.card import license_of, model_card
+from minilora.checkpoint.chat_template import write_tokenizer
 from minilora.checkpoint.config_files import config_to_hf, quantization_to_hf
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.load import Storage, fill, set_layer, skeleton
@@ -150,7 +150,7 @@ def merge_with_audit(
         _describe(folder, out.name, route, base, adapter, audit)
 
     parts = ((name, stored[route]) for name, stored in run.weights())
-    write_plan(plan, out, parts, [base.tokenizer.path], overwrite, finish)
+    write_plan(plan, out, parts, overwrite=overwrite, finish=finish)
     return run.audit()
 
 
@@ -334,9 +334,11 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapter, audit: MergeAudit) -> None:
-    """Put beside the merged weights where they come from: minilora.json, the card, and the chat template."""
-    facts = {**adapter.provenance, "format_version": PROVENANCE_VERSION, "audit": audit.to_dict(route)}
-    kind, version = "bnb-4bit" if route == "requantized" else "hf", base.tokenizer.version
+    """Put beside the merged weights the tokenizer, the card, and where it all comes from."""
+    facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance}
+    facts |= {"format_version": PROVENANCE_VERSION, "audit": audit.to_dict(route)}
+    kind = "bnb-4bit" if route == "requantized" else "hf"
+    card = model_card(name, kind, base.checkpoint.config, facts, tokenizer=base.tokenizer.template)
     (folder / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / "tokenizer_config.json").write_text(tokenizer_config(version))
-    (folder / "README.md").write_text(model_card(name, kind, base.checkpoint.config, facts, tokenizer=version))
+    (folder / "README.md").write_text(card)
+    write_tokenizer(base.tokenizer, folder)

@@ -12,7 +12,6 @@ numpy's random states are not used. A checkpoint is taken between steps, so ther
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from minilora.checkpoint.provenance import versions
 from minilora.checkpoint.write import atomic_folder, verify_manifest
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
@@ -116,11 +116,6 @@ class RunState:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         return tensors
-
-
-def versions() -> dict[str, Any]:
-    """What the last bits of a run's numbers depend on, beside its settings."""
-    return {"minilora": version("minilora"), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def read_document(folder: Path) -> dict[str, Any]:
