@@ -3,7 +3,7 @@
 A rendered string forgets where its pieces came from: a user who types "[INST]" opens a turn there, where `encode_chat`
 has it as text. Of other conversations the ids are the same, if the tokenizer takes the control pieces as such and puts
 its space before each text (llama.cpp with tokenizer.ggml.add_space_prefix, transformers as `write_tokenizer` sets it),
-and if arguments of calls and results are objects, or text in Python's spacing of JSON.
+and if results that are JSON are objects or lists in Python's spacing, and others begin with neither { nor [.
 """
 
 import json

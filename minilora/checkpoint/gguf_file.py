@@ -10,7 +10,6 @@ Source: `convert_hf_to_gguf.py` in https://github.com/ggml-org/llama.cpp, whose 
 
 import json
 import re
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from math import prod
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from minilora.checkpoint.chat_template import TEMPLATES, chat_template
@@ -31,7 +31,7 @@ GGUFKind = Literal["F16", "Q8_0"]
 Weights = Iterable[tuple[TensorSpec, Tensor]]  # in the order of `tensor_specs`, rows in our order
 _TABLE = json.loads((TEMPLATES / "gguf.json").read_text("utf-8"))  # names of tensors and sizes, fixed keys
 _FILE_TYPES = {"F16": 1, "Q8_0": 7}  # ggml's numbers of files that are mostly of the type
-_NORMAL, _UNUSED = 1, 5  # kinds of a piece, sentencepiece's numbers and GGUF's alike
+_UNUSED = 5  # a kind of piece
 _Q8_BLOCK = 32
 
 
@@ -43,7 +43,7 @@ def gguf_name(spec: TensorSpec) -> str:
 
 def gguf_keys(config: ModelConfig, tokenizer: Tokenizer, kind: GGUFKind, name: str) -> dict[str, Any]:
     """All that the file says beside the tensors. name: of the model, for people."""
-    pieces = list(sentencepiece_pieces(tokenizer.path.read_bytes()))
+    pieces = list(sentencepiece_pieces(tokenizer.path))
     pieces += [(f"[PAD{i}]", -1e4, _UNUSED) for i in range(len(pieces), config.vocab_size)]
     tokens, scores, kinds = map(list, zip(*pieces, strict=True))
     keys = {key: getattr(config, field) for key, field in _TABLE["sizes"].items()} | _TABLE["fixed"]
@@ -52,26 +52,19 @@ def gguf_keys(config: ModelConfig, tokenizer: Tokenizer, kind: GGUFKind, name: s
     return {
         "general.name": name,
         "general.file_type": _FILE_TYPES[kind],
-        "llama.context_length": min(config.max_seq_len, *filter(None, config.windows)),
+        "llama.context_length": min(filter(None, (config.max_seq_len, *config.windows))),
         "tokenizer.chat_template": chat_template(tokenizer.template),
         **keys,
         **{f"tokenizer.ggml.{key}": value for key, value in of_tokenizer.items()},
     }
 
 
-def sentencepiece_pieces(model: bytes) -> Iterator[tuple[str, float, int]]:
-    """Text, score and kind of each piece in the bytes of a tokenizer.model, which begins with them.
-
-    In sentencepiece_model.proto a piece is field 1, of text (1), score (2) and, unless it is normal, kind (3); each is
-    shorter than 128 bytes, so its length is one.
-    """
-    at = 0
-    while model[at] == 0x0A:
-        n, n_text = model[at + 1], model[at + 3]
-        rest = model[at + 4 + n_text : at + 2 + n]
-        score, kind = struct.unpack("<f", rest[1:5])[0], rest[6] if rest[5:6] == b"\x18" else _NORMAL
-        yield model[at + 4 : at + 4 + n_text].decode(), score, kind
-        at += 2 + n
+def sentencepiece_pieces(file: Path) -> Iterator[tuple[str, float, int]]:
+    """Text, score and GGUF's kind of each piece in a tokenizer.model, as llama.cpp's converter has them."""
+    model = SentencePieceProcessor(model_file=str(file))
+    kinds = ((2, model.is_unknown), (3, model.is_control), (_UNUSED, model.is_unused), (6, model.is_byte))
+    for i in range(model.vocab_size()):
+        yield model.id_to_piece(i), model.get_score(i), next((kind for kind, is_it in kinds if is_it(i)), 1)
 
 
 def write_gguf(file: Path, keys: dict[str, Any], config: ModelConfig, weights: Weights, kind: GGUFKind) -> None:
