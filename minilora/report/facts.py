@@ -25,7 +25,7 @@ from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.provenance import PROVENANCE, read_provenance
 from minilora.checkpoint.safetensors_file import read_header
 from minilora.checkpoint.write import MANIFEST, verify_manifest
-from minilora.config import TOKENIZER_FILES, BaseConfig, LoraConfig, base_folder, to_dict
+from minilora.config import TOKENIZER_FILES, BaseConfig, LoraConfig, PrefixConfig, base_folder, to_dict
 from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.memory import DenseDtype, Storage, predict
@@ -118,9 +118,20 @@ def _adapter(path: Path, facts: Facts, base: str) -> None:
     adapter = read_adapter(path, on.checkpoint.config)
     kind = "LoRA" if isinstance(adapter.config, LoraConfig) else "prefix"
     facts["adapter"] = {"type": kind} | to_dict(adapter.config)
+    facts["vllm"] = _in_vllm(adapter.config) if not mistral else "reads PEFT's layout only"
     facts["base"] = str(on.checkpoint.folder)
     if on.warnings:
         facts["warnings"] = list(on.warnings)
+
+
+def _in_vllm(config: LoraConfig | PrefixConfig) -> str:
+    """Whether vLLM serves it beside its base: by `vllm/lora/peft_helper.py`, which reads one rank and one alpha."""
+    if isinstance(config, PrefixConfig):
+        return "does not serve prefixes"
+    features = ("dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    if used := [name for name in features if getattr(config, name)]:
+        return f"does not serve {', '.join(used)} right; merge it"
+    return f"serves it with --enable-lora --max-lora-rank {config.rank} or more"
 
 
 def _run(path: Path, facts: Facts, base: str) -> None:
@@ -128,7 +139,8 @@ def _run(path: Path, facts: Facts, base: str) -> None:
         facts["config"] = tomllib.loads((path / "config.toml").read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path / 'config.toml'}: not readable as TOML: {error}") from None
-    facts["steps"] = sum(1 for _ in (path / "metrics.jsonl").open("rb")) if "metrics.jsonl" in facts["files"] else 0
+    metrics = path / "metrics.jsonl"
+    facts["steps"] = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
     facts["latest_checkpoint"] = max((f.name for f in path.glob("checkpoints/step-????????")), default=None)
     summary = read_json(path / "summary.json") if "summary.json" in facts["files"] else {}
     facts["finished"] = bool(summary)
@@ -138,6 +150,13 @@ def _run(path: Path, facts: Facts, base: str) -> None:
         raise UserError(f"{path}: the run has neither adapter nor model yet; minilora train --resume goes on")
     facts["result"] = gather(learnt, base=base)
     facts["reason"] = facts["result"]["reason"]
+
+
+def _state(path: Path, facts: Facts, _base: str) -> None:
+    verify_manifest(path)
+    state = read_json(path / "state.json")
+    facts |= {key: state.get(key) for key in ("counters", "versions")} | {"read_by": "minilora train --resume"}
+    facts |= _listed([(key, e.shape, e.dtype, e.nbytes) for key, e in read_header(path / "state.safetensors").items()])
 
 
 def _tokenizer(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
@@ -157,6 +176,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...], _Look], ...] = (
     # what one file of each is called, and who looks closer; the last one says why a folder is none of them
     ("adapter", (CONFIG, MISTRAL_WEIGHTS), _adapter),
     ("run", ("config.toml",), _run),
+    ("checkpoint of a run", ("state.json",), _state),
     ("GGUF", ("*.gguf",), _gguf),
     ("model", ("config.json", "params.json", "*.safetensors"), _model),
     ("tokenizer", (*TOKENIZER_FILES, "tekken.json", "tokenizer.json"), _tokenizer),
