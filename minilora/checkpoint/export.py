@@ -33,7 +33,7 @@ from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION, read_
 from minilora.checkpoint.quantize import quantize_checkpoint, tokenizer_files
 from minilora.checkpoint.safetensors_file import DTYPES
 from minilora.checkpoint.save import SPARE_BYTES, write_layout
-from minilora.checkpoint.write import atomic_folder, check_target, sweep_stale
+from minilora.checkpoint.write import atomic_folder, check_target
 from minilora.errors import UserError, need_library
 from minilora.hub import is_hub_id
 from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
@@ -97,7 +97,6 @@ def export_checkpoint(
         if mismatch := found.mismatch(checkpoint.config.vocab_size):
             raise UserError(mismatch.replace("--model.tokenizer", "--tokenizer"))
     check_target(out, overwrite, [home])
-    sweep_stale(Path(out).absolute().parent, Path(out).name)
     checkpoint.check_tied_head()
     name = str(source) if source == "demo" or is_hub_id(source) else home.resolve().name
     origin = {"license": license_of(home), "versions": versions(), **origin, "format_version": PROVENANCE_VERSION}

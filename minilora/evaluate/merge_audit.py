@@ -34,7 +34,7 @@ from minilora.checkpoint.nf4_file import nf4_lines, nf4_tensors
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION
 from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
-from minilora.checkpoint.write import check_target, sweep_stale
+from minilora.checkpoint.write import check_target
 from minilora.config import Route
 from minilora.data.encode import Sample
 from minilora.data.pack import epoch_rows, make_batch
@@ -134,7 +134,6 @@ def merge_with_audit(
         why = "in NF4 here; name the one that this was made from" if base.checkpoint.nf4 else "what was trained beside"
         raise UserError(f"{base.checkpoint.folder}: the original base is {why}; merge onto trained")
     check_target(out, overwrite, [base.checkpoint.folder])
-    sweep_stale(out.absolute().parent, out.name)
     run, config = _Pass(base, adapter, samples, max_seq_len, (route,), progress), base.checkpoint.config
     values = config_to_hf(config, "bfloat16")
     if route == "requantized":

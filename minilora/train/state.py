@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.checkpoint.provenance import versions
+from minilora.checkpoint.safetensors_file import write_safetensors
 from minilora.checkpoint.write import atomic_folder, verify_manifest
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
@@ -76,8 +77,10 @@ class RunState:
             "origin": self.origin,
             "versions": versions(),
         }
+        tensors = self._weights() if weights_only else self._tensors()
+        lines = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with atomic_folder(folder, overwrite=True, manifest={}) as new:
-            safetensors.torch.save_file(self._weights() if weights_only else self._tensors(), new / "state.safetensors")
+            write_safetensors(new / "state.safetensors", tensors.values(), lines, {})
             (new / "state.json").write_text(json.dumps(document, indent=1))
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -105,13 +108,13 @@ class RunState:
         return written_by
 
     def _weights(self) -> dict[str, Tensor]:
-        return {f"weight.{name}": p.detach().contiguous() for name, p in self.weights.items()}
+        return {f"weight.{name}": p.detach() for name, p in self.weights.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self._weights()
         for name, parameter in self.weights.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = value.contiguous()
+                tensors[f"optimizer.{name}.{key}"] = value
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
