@@ -481,6 +481,7 @@ def inspect(args: list[str]) -> None:
     parser = _parser(inspect)
     parser.add_argument("path", metavar="PATH", help="a folder or a file, or demo")
     parser.add_argument("--checksum", action="store_true", help="sha256 of every file, held against manifest.json")
+    parser.add_argument("--model.path", default="", help="of an adapter that does not say where its base lies")
     parser.add_argument("--json", action="store_true", help="print one object of JSON")
     parsed = _parse(parser, args)
 
@@ -488,7 +489,7 @@ def inspect(args: list[str]) -> None:
     from minilora.report.inspect import show_facts
     from minilora.train.run_folder import to_json
 
-    facts = gather(parsed.path, checksum=parsed.checksum)
+    facts = gather(parsed.path, base=parsed.model.path, checksum=parsed.checksum)
     if parsed.json:
         print(to_json(facts, indent=1))
     else:
@@ -572,6 +573,7 @@ def compare(args: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a comparison")
     config, parsed = _parse_run(parser, args)
 
+    from minilora.checkpoint.write import atomic_write
     from minilora.report.comparison import comparison_figure, comparison_table, figures_of
     from minilora.train.compare import STRATEGIES, Variant, combinations
     from minilora.train.compare import compare as run_all
@@ -594,7 +596,7 @@ def compare(args: list[str]) -> None:
     output = Path(parsed.output)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     result = run_all(variants, output, say, parsed.rank_by, parsed.resume, parsed.overwrite)
-    (output / "compare.png").write_bytes(comparison_figure(result))
+    atomic_write(output / "compare.png", comparison_figure(result))
     console.print(comparison_table(result))
     say(f"best on validation by {parsed.rank_by}: {result['winner']}")
     if result["test"]:

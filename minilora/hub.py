@@ -12,8 +12,8 @@ from minilora.config import TOKENIZER_FILES, base_folder
 from minilora.errors import UserError, need_library
 
 _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w-][\w./-]*))?")
-_HF = ("config.json", "generation_config.json", "model.safetensors*", "model-*-of-*.safetensors")
-_MISTRAL = ("params.json", "consolidated*.safetensors*")
+_HF = ("config.json", "README.md", "generation_config.json", "model.safetensors*", "model-*-of-*.safetensors")
+_MISTRAL = ("params.json", "README.md", "consolidated*.safetensors*")
 
 
 def local_folder(path: str | Path) -> Path:

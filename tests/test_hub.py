@@ -136,7 +136,13 @@ def test_a_name_is_fetched_once_and_found_again_without_a_connection(hub: Hub, t
     args = ("explain", "--model.path", "org/tiny", "--tensor", "norm.weight")
     done = minilora(hub, tmp_path, *args)
     assert done.returncode == 0, done.stderr
-    assert files_of(hub) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+    assert files_of(hub) == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    }
     assert len(list((tmp_path / "cache").rglob("snapshots/*"))) == 1
     hub.asked.clear()
     assert minilora(hub, tmp_path, *args).returncode == 0

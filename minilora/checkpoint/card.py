@@ -59,6 +59,14 @@ def model_card(
     )
 
 
+def license_of(folder: Path) -> str | None:
+    """As the card in `folder` has it: a line of the block that it begins with."""
+    card = folder / "README.md"
+    head = card.read_text("utf-8", errors="replace")[:4096] if card.is_file() else ""
+    found = re.match(r"---\n(?:(?!---).*\n)*?license:[ \t]*\"?([\w.-]+)\"?[ \t]*\n", head)
+    return found[1] if found else None
+
+
 def _block(value: object) -> str:
     """JSON as an indented block, which no text in it can end: JSON escapes line ends and what is not ASCII."""
     lines = json.dumps(value, indent=2, default=str).splitlines() if value else []

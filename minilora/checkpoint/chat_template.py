@@ -2,25 +2,34 @@
 
 A rendered string forgets where its pieces came from: a user who types "[INST]" opens a turn there, where `encode_chat`
 has it as text. Of other conversations the ids are the same, if the tokenizer takes the control pieces as such and puts
-its space before each text (llama.cpp with tokenizer.ggml.add_space_prefix, transformers as `tokenizer_config` has it),
-and if arguments of calls are objects and results are text, or objects and lists in Python's spacing of JSON.
+its space before each text (llama.cpp with tokenizer.ggml.add_space_prefix, transformers as `write_tokenizer` sets it),
+and if results that are JSON are objects or lists in Python's spacing, and others begin with neither { nor [.
 """
 
 import json
+import shutil
 from pathlib import Path
+
+from minilora.tokenizer import OLD_HF, Tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def chat_template(version: str) -> str:
-    """The template of "v1", "v2" or "v3"; its variables are bos_token, eos_token, messages, tools."""
-    return (TEMPLATES / f"chat_{version}.jinja").read_text("utf-8")
+def chat_template(template: str) -> str:
+    """That of a `Tokenizer.template`. Its variables are bos_token, eos_token, messages, tools."""
+    if template in ("v1", OLD_HF):
+        set_first, file = f"{{%- set space = '{'' if template == OLD_HF else ' '}' -%}}\n", "chat_v1.jinja"
+    else:
+        set_first, file = f"{{%- set version = '{template}' -%}}\n", "chat.jinja"
+    return set_first + (TEMPLATES / file).read_text("utf-8")
 
 
-def tokenizer_config(version: str) -> str:
-    """tokenizer_config.json, with which transformers reads tokenizer.model and the template.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.model and tokenizer_config.json, with which transformers encodes and renders as we do.
 
-    Its "legacy" puts the tokenizer's space before each text, also after a control piece.
+    The config's "legacy" puts the tokenizer's space before each text, also after a control piece.
     """
-    fixed = json.loads((TEMPLATES / "tokenizer_config.json").read_text("utf-8"))
-    return json.dumps(fixed | {"chat_template": chat_template(version)}, indent=2) + "\n"
+    config = json.loads((TEMPLATES / "tokenizer_config.json").read_text("utf-8"))
+    config["chat_template"] = chat_template(tokenizer.template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")

@@ -3,41 +3,40 @@
     hf            config.json, model.safetensors               each weight equal, in the dtype that was asked for
     mistral       params.json, consolidated.safetensors        the same
     bnb-4bit      as `minilora quantize` writes it             codes and absmax equal
-    gguf-f16      one file for llama.cpp                       each weight equal, in F16
-    gguf-q8_0     the same in 8 bits                           each weight within half a step
+    gguf-f16      one file for llama.cpp                       each matrix equal, in F16
+    gguf-q8_0     the same in 8 bits                           codes and scales equal
 
 A tensor at a time, so memory holds a few of them. Beside the weights lie the tokenizer, README.md, which is the model's
 card, and minilora.json: where all of it comes from.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minilora.checkpoint.card import model_card
-from minilora.checkpoint.chat_template import tokenizer_config
+from minilora.checkpoint.card import license_of, model_card
+from minilora.checkpoint.chat_template import write_tokenizer
 from minilora.checkpoint.gguf_file import GGUFKind, compare_gguf, gguf_keys, write_gguf
-from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.layout import Layout
 from minilora.checkpoint.load import quantize_weight
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
-from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION
+from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION, read_provenance, versions
 from minilora.checkpoint.quantize import quantize_checkpoint, tokenizer_files
 from minilora.checkpoint.safetensors_file import DTYPES
 from minilora.checkpoint.save import SPARE_BYTES, write_layout
-from minilora.checkpoint.write import atomic_folder, check_target, sweep_stale
-from minilora.config import base_folder
+from minilora.checkpoint.write import atomic_folder, check_target
 from minilora.errors import UserError, need_library
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.hub import is_hub_id
+from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
 
 
 @dataclass
@@ -45,6 +44,7 @@ class _Job:
     """What is exported where, and how far it has come: each weight is written, then compared."""
 
     source: Checkpoint
+    origin: dict[str, Any]  # what minilora.json tells of the source
     out: Path
     to: str
     dtype: torch.dtype | None
@@ -89,13 +89,20 @@ def export_checkpoint(
     not fit the dtype, and if what was written is not what it should be; `out` is then as it was.
     """
     checkpoint = open_checkpoint(source)
-    has_one = tokenizer or any(checkpoint.folder.glob("*tokenizer*.model*"))
-    found = load_tokenizer(tokenizer or checkpoint.folder) if has_one else None
-    check_target(out, overwrite, [checkpoint.folder])
-    sweep_stale(Path(out).absolute().parent, Path(out).name)
+    home, origin = checkpoint.folder, read_provenance(checkpoint.folder)
+    found = None
+    if tokenizer or any(home.glob("*tokenizer*.model*")):
+        old_hf_spaces = (origin.get("tokenizer") or {}).get("template") == OLD_HF
+        found = load_tokenizer(tokenizer or home, old_hf_spaces=old_hf_spaces)
+        if mismatch := found.mismatch(checkpoint.config.vocab_size):
+            raise UserError(mismatch.replace("--model.tokenizer", "--tokenizer"))
+    check_target(out, overwrite, [home])
     checkpoint.check_tied_head()
-    own = [] if tokenizer else tokenizer_files(checkpoint.folder)
-    job = _Job(checkpoint, Path(out), to, dtype, found, own, overwrite, progress)
+    name = str(source) if source == "demo" or is_hub_id(source) else home.resolve().name
+    origin = {"license": license_of(home), "versions": versions(), **origin, "format_version": PROVENANCE_VERSION}
+    origin["export"] = {"to": to, "from": name, "fingerprint": checkpoint.fingerprint()}
+    own = [] if tokenizer else tokenizer_files(home)
+    job = _Job(checkpoint, origin, Path(out), to, dtype, found, own, overwrite, progress)
     return FORMATS[to](job), _notes(job)
 
 
@@ -120,14 +127,17 @@ def _write_nf4(job: _Job) -> str:
 def _compare(job: _Job, layout: Layout, folder: Path) -> None:
     """Hold what was written against the source, a weight in NF4 against one quantized anew; add the small files."""
     written, dtypes, job.done = open_checkpoint(folder), job.dtypes(), job.source.config.n_parameters
+    wrong = [] if written.config == job.source.config else ["the config"]
     for spec, weight in job.weights():
         if packed := written.nf4.get(spec.name):
             got, expected = packed.read(), quantize_weight(weight, spec.name, True)
             pairs = [(got.packed, expected.packed), (got.block_absmax(), expected.block_absmax())]
         else:
             pairs = [(written.read(spec), weight.to(dtypes[spec.name]))]
-        if written.config != job.source.config or not all(torch.equal(a, b) for a, b in pairs):
-            raise UserError(f"{job.out}: not written: read back, {spec.name} differs; export again, and report it")
+        if not all(torch.equal(a, b) for a, b in pairs):
+            wrong.append(spec.name)
+    if wrong:
+        raise UserError(f"{job.out}: not written: read back, {wrong[0]} differs; export again, and report it")
     job.source.check_unchanged()
     _write_beside(job, layout, folder)
 
@@ -146,8 +156,7 @@ def _write_gguf(kind: GGUFKind, job: _Job) -> str:
         compare_gguf(folder / f"model-{kind.lower()}.gguf", keys, config, job.weights(), kind)
         job.source.check_unchanged()
         _write_beside(job, None, folder)
-    how = "all equal in F16" if kind == "F16" else "all within half a step"
-    return f"{len(job.dtypes())} tensors, the tokenizer and its template read back and compared: {how}"
+    return f"{len(job.dtypes())} tensors, the tokenizer and its template read back and compared: all equal in {kind}"
 
 
 FORMATS: dict[str, Callable[[_Job], str]] = {
@@ -161,41 +170,28 @@ FORMATS: dict[str, Callable[[_Job], str]] = {
 
 def _write_beside(job: _Job, layout: Layout | None, folder: Path) -> None:
     """The small files: tokenizer, card, provenance. None: the weights' file has the tokenizer itself."""
-    home, tokenizer, name = job.source.folder, job.tokenizer, job.source.folder.resolve().name
-    licence = _license(home / "README.md")
-    if home == base_folder("demo"):
-        name, licence = "demo", "apache-2.0"
-    origin = {"to": job.to, "from": name, "fingerprint": job.source.fingerprint()}
-    theirs = read_json(home / PROVENANCE) if (home / PROVENANCE).exists() else {}
-    facts = {"license": licence, **theirs, "format_version": PROVENANCE_VERSION, "export": origin}
-    version = tokenizer.version if tokenizer else None
-    card = model_card(job.out.resolve().name, job.to, job.source.config, facts, tokenizer=version, notes=_notes(job))
-    (folder / "README.md").write_text(card, "utf-8")
-    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")
-    for file in job.own_files if layout else ():
-        shutil.copyfile(file, folder / file.name)
+    tokenizer, name = job.tokenizer, job.out.resolve().name
+    template = tokenizer.template if tokenizer else None
+    card = model_card(name, job.to, job.source.config, job.origin, tokenizer=template, notes=_notes(job))
+    (folder / "README.md").write_text(card)
+    (folder / PROVENANCE).write_text(json.dumps(job.origin, indent=2) + "\n")
+    for copied in tokenizer_files(folder):  # the source's, which another may have been named for
+        copied.unlink()
     if tokenizer and layout == "mistral":  # mistral-common takes the version from the name, and wants one such file
-        for copied in folder.glob("*tokenizer*"):
-            copied.unlink()
         shutil.copyfile(tokenizer.path, folder / f"tokenizer.model.{tokenizer.version}")
-    elif tokenizer and layout and not (folder / "tokenizer_config.json").exists():
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-        (folder / "tokenizer_config.json").write_text(tokenizer_config(tokenizer.version), "utf-8")
+    elif layout:
+        for file in job.own_files:
+            shutil.copyfile(file, folder / file.name)
+        if tokenizer and not (folder / "tokenizer_config.json").exists():
+            write_tokenizer(tokenizer, folder)
 
 
 def _notes(job: _Job) -> list[str]:
     """What a user of the export should know."""
-    window, notes = job.source.config.sliding_window, list[str]()
+    window, notes = min(filter(None, job.source.config.windows), default=None), list[str]()
     if window and job.to.startswith("gguf"):
         agree = f"its answers agree with the model's up to {window:,} tokens only"
         notes.append(f"llama.cpp knows no sliding window, so {agree}; that is the context length in the file")
     if job.source.nf4:
         notes.append("The weights were in NF4: these are their dequantized values.")
     return notes
-
-
-def _license(card: Path) -> str | None:
-    """As the source's own card has it: a line of the block that it begins with."""
-    head = card.read_text("utf-8", errors="replace")[:4096] if card.is_file() else ""
-    found = re.match(r"---\n(?:(?!---).*\n)*?license:[ \t]*([\w.-]+)[ \t]*\n", head)
-    return found[1] if found else None

@@ -46,13 +46,13 @@ def merged_weight(layer: nn.Module, original: Tensor | None = None) -> Tensor:
 
 def requantized_weight(layer: nn.Module, double_quant: bool, dtype: torch.dtype) -> NF4Tensor:
     """A projection's weight with its adapter in it, in NF4; one without an adapter as it is. dtype: to decode it to."""
-    found = layer.weight
+    weight = getattr(layer, "weight", None)
     if (
-        isinstance(found, NF4Tensor)
-        and found.block_size == BLOCK_SIZE
-        and (found.nested_absmax is None) != double_quant
+        isinstance(weight, NF4Tensor)
+        and weight.block_size == BLOCK_SIZE
+        and (weight.nested_absmax is not None) == double_quant
     ):
-        return replace(found, dtype=dtype)
+        return replace(weight, dtype=dtype)
     return quantize(merged_weight(layer).to(dtype), double_quant=double_quant)
 
 

@@ -2,12 +2,13 @@
 
     base_fingerprint  base_path  quantization {"type": "nf4" or "none", "double_quant", "block_size", "compute_dtype"}
     tokenizer {"sha256", "template"}  tokenizer_path  validation_path
-    data (sha256 by key)  versions  metrics {"before", "after", "test"}
+    data (sha256 by key)  config (of the run)  metrics {"before", "after", "test"}  versions
 
 Another base, tokenizer or template, or a file that was altered, is refused, or with `force` only said. That the base is
 stored otherwise is said: such an adapter works, if not as well. Other programs' adapters have no such file and pass.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from minilora.nf4 import BLOCK_SIZE
 PROVENANCE = "minilora.json"
 PROVENANCE_VERSION = 2  # 1 had "quantize" and "double_quant" in place of "quantization"
 
+_REMEDIES = {"sha256": "name the right one with --model.tokenizer", "template": "mend --model.old_hf_spaces"}
+
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """What minilora.json tells of where an adapter comes from; empty if another program wrote the adapter."""
@@ -30,9 +33,9 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     provenance = read_json(file)
-    if (version := provenance.get("format_version")) not in (1, PROVENANCE_VERSION):
-        raise UserError(f"{file}: format_version is {short(version)}; this minilora knows 1 to {PROVENANCE_VERSION}")
-    if version == 1 and "quantize" in provenance:
+    if (written := provenance.get("format_version")) not in (1, PROVENANCE_VERSION):
+        raise UserError(f"{file}: format_version is {short(written)}; this minilora knows 1 to {PROVENANCE_VERSION}")
+    if written == 1 and "quantize" in provenance:
         kind, double_quant = provenance["quantize"] or "none", provenance.get("double_quant")
         provenance["quantization"] = {"type": kind, "double_quant": double_quant}
     texts = dict.fromkeys(("base_path", "tokenizer_path", "validation_path", "base_fingerprint"), str)
@@ -43,6 +46,11 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     if recipe.get("type", "none") not in ("nf4", "none") or not isinstance(recipe.get("double_quant"), bool | None):
         raise UserError(f"{file}: quantization is {short(recipe)}; its type must be nf4 or none")
     return provenance
+
+
+def versions() -> dict[str, Any]:
+    """What the last bits of a run's numbers depend on, beside its settings."""
+    return {"minilora": version("minilora"), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def recipe(double_quant: bool | None, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> dict[str, Any]:
@@ -77,7 +85,7 @@ def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], fo
         wrong.append(f"{folder}: trained on another base: fingerprint {theirs}, but this model's is {ours}")
     for key, was, now in _differences(trained.get("tokenizer"), here.get("tokenizer")):
         other = f"a tokenizer whose {key} is {short(was)}, but here it is {short(now)}"
-        wrong.append(f"{folder}: trained with {other}; name the right one with --model.tokenizer")
+        wrong.append(f"{folder}: trained with {other}; {_REMEDIES.get(key, _REMEDIES['sha256'])}")
     if wrong and not force:
         raise UserError(f"{wrong[0]} (--force overrides this)")
     said = [f"overridden by force: {text}" for text in wrong]

@@ -24,7 +24,7 @@ from minilora.checkpoint.nf4_file import nf4_lines, nf4_tensors
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.safetensors_file import DTYPES
 from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
-from minilora.checkpoint.write import check_target, sweep_stale
+from minilora.checkpoint.write import check_target
 from minilora.config import TOKENIZER_FILES
 from minilora.errors import UserError
 
@@ -57,7 +57,6 @@ def quantize_checkpoint(
     if checkpoint.nf4:
         raise UserError(f"{checkpoint.folder}: is in NF4 already; name the checkpoint that it was made from")
     check_target(out, overwrite, [checkpoint.folder])
-    sweep_stale(Path(out).absolute().parent, Path(out).name)
     checkpoint.check_tied_head()
     specs = list(checkpoint.tensors())
     dtypes = {spec.name: dtype or DTYPES[checkpoint.entries[spec.name].dtype] for spec in specs}

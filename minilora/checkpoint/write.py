@@ -4,7 +4,7 @@
     the parent folder
 
 A rename within a file system is atomic; the fsyncs order it after the data. An error removes the temporary files and
-leaves the target as it was; what a killed process left behind, `sweep_stale` puts right. A full disk, a file-size
+leaves the target as it was; what a killed process left behind, the next writer puts right. A full disk, a file-size
 limit or a folder that cannot be written to becomes a UserError with the remedy.
 """
 
@@ -56,7 +56,8 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 def atomic_folder(
     path: str | Path, *, overwrite: bool = False, manifest: Mapping[str, Any] | None = None, needed_bytes: int = 0
 ) -> Iterator[Path]:
-    """Yield an empty folder to write into, which becomes `path` when the block ends without an error.
+    """Yield an empty folder to write into, which becomes `path` when the block ends without an error. What killed
+    processes left of an earlier one is swept first.
 
     overwrite: replace what is at `path`; without it, anything but an empty folder there is refused
     manifest: also write manifest.json with each file's sha256 and size and these keys, see `verify_manifest`
@@ -65,6 +66,8 @@ def atomic_folder(
     Raises UserError if the target stands, the space is short, or writing fails, in the block as well.
     """
     path = Path(os.path.abspath(path))
+    with _explained(path):
+        sweep_stale(path.parent, path.name)
     _refuse_standing(path, overwrite)
     check_space(path.parent, needed_bytes)
     temp = _beside(path, "tmp")

@@ -23,8 +23,8 @@ from torch.nn.functional import embedding
 from minilora.backend import product_dtype
 from minilora.base import Base
 from minilora.checkpoint.adapter_parts import Adapter
-from minilora.checkpoint.card import model_card
-from minilora.checkpoint.chat_template import tokenizer_config
+from minilora.checkpoint.card import license_of, model_card
+from minilora.checkpoint.chat_template import write_tokenizer
 from minilora.checkpoint.config_files import config_to_hf, quantization_to_hf
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.load import Storage, fill, set_layer, skeleton
@@ -34,7 +34,7 @@ from minilora.checkpoint.nf4_file import nf4_lines, nf4_tensors
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION
 from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
-from minilora.checkpoint.write import check_target, sweep_stale
+from minilora.checkpoint.write import check_target
 from minilora.config import Route
 from minilora.data.encode import Sample
 from minilora.data.pack import epoch_rows, make_batch
@@ -50,6 +50,7 @@ from minilora.norm import RMSNorm
 Progress = Callable[[int, int], None]  # told the weights done, and those in all
 LARGEST_SHARE = 0.1
 MERGED = torch.bfloat16  # what merged weights are stored in
+_BASE, _ADAPTED = "(base)", "(adapted)"  # no routes
 _LOGIT_ROWS = 256  # compared at a time: 34 MB of float32 logits a model, where V = 32768
 
 
@@ -85,7 +86,7 @@ class MergeAudit:
 
     def rows(self) -> list[tuple[str, ...]]:
         """For a table under COLUMNS: a line for each way, and one for the base."""
-        all_of = [*self.routes.items(), ("(base)", self.base)]
+        all_of = [*self.routes.items(), (_BASE, self.base)]
         return [
             (
                 who, f"{d.mean_kl:.3g}", f"{d.max_kl:.3g}", f"{d.top1_agreement:.2%}", f"{d.max_logit_difference:.3g}",
@@ -133,7 +134,6 @@ def merge_with_audit(
         why = "in NF4 here; name the one that this was made from" if base.checkpoint.nf4 else "what was trained beside"
         raise UserError(f"{base.checkpoint.folder}: the original base is {why}; merge onto trained")
     check_target(out, overwrite, [base.checkpoint.folder])
-    sweep_stale(out.absolute().parent, out.name)
     run, config = _Pass(base, adapter, samples, max_seq_len, (route,), progress), base.checkpoint.config
     values = config_to_hf(config, "bfloat16")
     if route == "requantized":
@@ -149,7 +149,7 @@ def merge_with_audit(
         _describe(folder, out.name, route, base, adapter, audit)
 
     parts = ((name, stored[route]) for name, stored in run.weights())
-    write_plan(plan, out, parts, [base.tokenizer.path], overwrite, finish)
+    write_plan(plan, out, parts, overwrite=overwrite, finish=finish)
     return run.audit()
 
 
@@ -161,7 +161,8 @@ def _possible(base: Base) -> tuple[Route, ...]:
 class _Pass:
     """One pass over the base, a block at a time, in which every way of merging goes along.
 
-    hidden: the hidden states of each batch, by whose they are: the base's, the trained model's or a merged one's
+    hidden: the hidden states of each batch, by whose they are: `_BASE`, `_ADAPTED` (the trained model) or a route (the
+        one that was merged so)
     """
 
     def __init__(
@@ -217,12 +218,12 @@ class _Pass:
         """Once all weights have gone by: the distances from the base and the merged models to the trained one."""
         totals = dict[str, Distance]()
         for batch in range(len(self.batches)):
-            for start in range(0, len(self.hidden["trained"][batch]), _LOGIT_ROWS):
-                trained = self._logits("trained", batch, start)
-                for who in ("base", *self.routes):
+            for start in range(0, len(self.hidden[_ADAPTED][batch]), _LOGIT_ROWS):
+                trained = self._logits(_ADAPTED, batch, start)
+                for who in (_BASE, *self.routes):
                     found = Distance.of(self._logits(who, batch, start), trained)
                     totals[who] = totals[who] + found if who in totals else found
-        return MergeAudit({route: totals[route] for route in self.routes}, totals["base"], self.n_bytes)
+        return MergeAudit({route: totals[route] for route in self.routes}, totals[_BASE], self.n_bytes)
 
     def reopen(self, folder: Path) -> None:
         """Read back what was written, by one route. Raises UserError if it is not what was meant to be."""
@@ -241,17 +242,17 @@ class _Pass:
         made = {spec: {route: self._merged(part, spec, route) for route in self.routes} for spec in specs}
         module = part.get_submodule(name)
         if isinstance(module, Block):
-            self._go("trained", module)
+            self._go(_ADAPTED, module)
             with adapters_off(part):
-                self._go("base", module)
+                self._go(_BASE, module)
             for route in self.routes:
                 for spec in specs:
                     _set_weight(plain, spec, made[spec][route], self.storage.dtype)
                 self._go(route, plain.get_submodule(name))
         else:
-            self._go_outside(name, "trained", plain_weight(module))
+            self._go_outside(name, _ADAPTED, plain_weight(module))
             with adapters_off(part):
-                self._go_outside(name, "base", plain_weight(module))
+                self._go_outside(name, _BASE, plain_weight(module))
             for route, weight in made[specs[0]].items():
                 assert isinstance(weight, Tensor)
                 self._go_outside(name, route, weight)
@@ -334,9 +335,11 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapter, audit: MergeAudit) -> None:
-    """Put beside the merged weights where they come from: minilora.json, the card, and the chat template."""
-    facts = {**adapter.provenance, "format_version": PROVENANCE_VERSION, "audit": audit.to_dict(route)}
-    kind, version = "bnb-4bit" if route == "requantized" else "hf", base.tokenizer.version
+    """Put beside the merged weights the tokenizer, the card, and where it all comes from."""
+    facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance}
+    facts |= {"format_version": PROVENANCE_VERSION, "audit": audit.to_dict(route)}
+    kind = "bnb-4bit" if route == "requantized" else "hf"
+    card = model_card(name, kind, base.checkpoint.config, facts, tokenizer=base.tokenizer.template)
     (folder / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / "tokenizer_config.json").write_text(tokenizer_config(version))
-    (folder / "README.md").write_text(model_card(name, kind, base.checkpoint.config, facts, tokenizer=version))
+    (folder / "README.md").write_text(card)
+    write_tokenizer(base.tokenizer, folder)

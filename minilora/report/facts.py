@@ -1,26 +1,31 @@
 """What lies at a path, as `minilora inspect` tells it: a model, an adapter, a run, a GGUF export, a tokenizer.
 
-The readers themselves are asked, up to where they would take memory, so "would load" is their word and the reason
-theirs. A folder may be broken in any way: then the reason is the answer, beside what could still be read.
+The readers themselves are asked, so "would load" is their word and the reason theirs: of a model all but the numbers of
+its matrices is looked at, an adapter is read whole and held against its base. A folder may be broken in any way: then
+the reason is the answer, beside what could still be read.
 """
 
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
-from minilora.checkpoint.adapter import CONFIG, PROVENANCE, WEIGHTS, check_origin, checked_entries, read_adapter_config
+from minilora.base import UNNAMED, Base
+from minilora.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from minilora.checkpoint.config_files import read_config
 from minilora.checkpoint.gguf_file import read_gguf
 from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.layout import find_layout
+from minilora.checkpoint.mistral_adapter import WEIGHTS as MISTRAL_WEIGHTS
+from minilora.checkpoint.mistral_adapter import is_mistral
 from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.provenance import PROVENANCE, read_provenance
 from minilora.checkpoint.safetensors_file import read_header
 from minilora.checkpoint.write import MANIFEST, verify_manifest
-from minilora.config import LoraConfig, base_folder, to_dict
+from minilora.config import TOKENIZER_FILES, BaseConfig, LoraConfig, PrefixConfig, base_folder, to_dict
 from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.memory import DenseDtype, Storage, predict
@@ -29,12 +34,12 @@ from minilora.tokenizer import load_tokenizer
 Facts = dict[str, Any]
 Listed = tuple[str, tuple[int, ...], str, int]  # of a tensor: name, shape, dtype, bytes
 _DENSE: dict[str, DenseDtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_MISTRAL_FINETUNE = "lora.safetensors"
 
 
-def gather(path: str | Path, *, checksum: bool = False) -> Facts:
+def gather(path: str | Path, *, base: str = UNNAMED, checksum: bool = False) -> Facts:
     """All that can be said of `path`, as what JSON can hold. "reason" is None if it would load, else one line why not.
 
+    base: of an adapter, where it does not say itself where that lies
     checksum: also take the sha256 of every file, and hold them against the manifest
 
     Raises UserError if there is nothing at `path`.
@@ -50,10 +55,10 @@ def gather(path: str | Path, *, checksum: bool = False) -> Facts:
     facts["files"] = {str(f.relative_to(folder)): f.stat().st_size for f in files}
     try:
         if PROVENANCE in names:
-            facts["provenance"] = read_json(folder / PROVENANCE)
+            facts["provenance"] = read_provenance(folder)
         if checksum:
             facts["sha256"] = {name: data_fingerprint(folder / name) for name in facts["files"]}
-        look(found, facts)
+        look(found, facts, base)
         if checksum and MANIFEST in names:
             facts["manifest"] = f"{len(verify_manifest(folder)['files'])} files are as they were written"
     except (UserError, OSError) as error:
@@ -80,9 +85,9 @@ def _listed(tensors: list[Listed]) -> Facts:
     return {"dtypes": dtypes, "tensors": list(fold(tensors))}
 
 
-def _model(path: Path, facts: Facts) -> None:
+def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
     facts["layout"], config = find_layout(path), read_config(path)
-    facts["sizes"] = to_dict(config) | {"sliding_window": config.sliding_window, "parameters": config.n_parameters}
+    facts["architecture"] = to_dict(config) | {"parameters": config.n_parameters}
     checkpoint, listed = open_checkpoint(path), list[Listed]()
     for spec in checkpoint.tensors():
         entry, packed = checkpoint.entries[spec.name], checkpoint.nf4.get(spec.name)
@@ -97,31 +102,45 @@ def _model(path: Path, facts: Facts) -> None:
     facts |= _listed(listed) | {"memory_at_load": predict(config, storage, dense, None)}
     facts["fingerprint"] = checkpoint.fingerprint()
     checkpoint.check_tied_head()
-    if matching(facts["files"], "*tokenizer*.model*"):
+    if any(matching(facts["files"], pattern) for pattern in TOKENIZER_FILES):
         _tokenizer(path, facts)
 
 
-def _adapter(path: Path, facts: Facts) -> None:
-    file = next((f for f in (path / WEIGHTS, path / _MISTRAL_FINETUNE) if f.exists()), path)
-    facts["layout"] = "mistral-finetune" if file.name == _MISTRAL_FINETUNE else "PEFT"
-    if facts["layout"] == "PEFT":
-        config, file = read_adapter_config(path), path / WEIGHTS
-        facts["adapter"] = {"type": "LoRA" if isinstance(config, LoraConfig) else "prefix"} | to_dict(config)
+def _adapter(path: Path, facts: Facts, base: str) -> None:
+    """Of both layouts. What is known without the base comes first."""
+    mistral = is_mistral(path)
+    facts["layout"] = "mistral-finetune" if mistral else "PEFT"
+    if not mistral:
+        facts["adapter"] = read_json(path / CONFIG)
+    file = path if path.is_file() else path / (MISTRAL_WEIGHTS if mistral else WEIGHTS)
     facts |= _listed([(key, e.shape, e.dtype, e.nbytes) for key, e in read_header(file).items()])
-    if facts["layout"] != "PEFT":
-        raise UserError(f"{file}: adapters of mistral-finetune are not read, only those in PEFT's layout")
-    if base := facts.get("provenance", {}).get("base_path"):
-        checkpoint = open_checkpoint(str(base))
-        checked_entries(path, read_adapter_config(path, checkpoint.config), checkpoint.config)
-        check_origin(path, checkpoint.fingerprint())
+    on = Base.find(BaseConfig(path=base), str(path))
+    adapter = read_adapter(path, on.checkpoint.config)
+    kind = "LoRA" if isinstance(adapter.config, LoraConfig) else "prefix"
+    facts["adapter"] = {"type": kind} | to_dict(adapter.config)
+    facts["vllm"] = _in_vllm(adapter.config) if not mistral else "reads PEFT's layout only"
+    facts["base"] = str(on.checkpoint.folder)
+    if on.warnings:
+        facts["warnings"] = list(on.warnings)
 
 
-def _run(path: Path, facts: Facts) -> None:
+def _in_vllm(config: LoraConfig | PrefixConfig) -> str:
+    """Whether vLLM serves it beside its base: by `vllm/lora/peft_helper.py`, which reads one rank and one alpha."""
+    if isinstance(config, PrefixConfig):
+        return "does not serve prefixes"
+    features = ("dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    if used := [name for name in features if getattr(config, name)]:
+        return f"does not serve {', '.join(used)} right; merge it"
+    return f"serves it with --enable-lora --max-lora-rank {config.rank} or more"
+
+
+def _run(path: Path, facts: Facts, base: str) -> None:
     try:
         facts["config"] = tomllib.loads((path / "config.toml").read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path / 'config.toml'}: not readable as TOML: {error}") from None
-    facts["steps"] = sum(1 for _ in (path / "metrics.jsonl").open("rb")) if "metrics.jsonl" in facts["files"] else 0
+    metrics = path / "metrics.jsonl"
+    facts["steps"] = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
     facts["latest_checkpoint"] = max((f.name for f in path.glob("checkpoints/step-????????")), default=None)
     summary = read_json(path / "summary.json") if "summary.json" in facts["files"] else {}
     facts["finished"] = bool(summary)
@@ -129,27 +148,37 @@ def _run(path: Path, facts: Facts) -> None:
     learnt = next((path / name for name in ("adapter", "model") if (path / name).is_dir()), None)
     if learnt is None:
         raise UserError(f"{path}: the run has neither adapter nor model yet; minilora train --resume goes on")
-    facts["result"] = gather(learnt)
+    facts["result"] = gather(learnt, base=base)
     facts["reason"] = facts["result"]["reason"]
 
 
-def _tokenizer(path: Path, facts: Facts) -> None:
+def _state(path: Path, facts: Facts, _base: str) -> None:
+    verify_manifest(path)
+    state = read_json(path / "state.json")
+    facts |= {key: state.get(key) for key in ("counters", "versions")} | {"read_by": "minilora train --resume"}
+    facts |= _listed([(key, e.shape, e.dtype, e.nbytes) for key, e in read_header(path / "state.safetensors").items()])
+
+
+def _tokenizer(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
     found = load_tokenizer(path)
     said = {"version": found.version, "vocabulary": found.vocab_size, "sha256": data_fingerprint(found.path)}
     facts["tokenizer"] = {"file": found.path.name} | said
 
 
-def _gguf(path: Path, facts: Facts) -> None:
+def _gguf(path: Path, facts: Facts, _base: str) -> None:
     keys, tensors = read_gguf(min(path.glob("*.gguf"), default=path))
     facts["keys"] = {key: f"{len(value)} values" if isinstance(value, list) else value for key, value in keys.items()}
     facts |= _listed(tensors) | {"read_by": "llama.cpp; minilora only compares what it wrote"}
 
 
-_KINDS = (  # what one file of each is called, and who looks closer; the last one says why a folder is none of them
-    ("adapter", (CONFIG, _MISTRAL_FINETUNE), _adapter),
+_Look = Callable[[Path, Facts, str], None]
+_KINDS: tuple[tuple[str, tuple[str, ...], _Look], ...] = (
+    # what one file of each is called, and who looks closer; the last one says why a folder is none of them
+    ("adapter", (CONFIG, MISTRAL_WEIGHTS), _adapter),
     ("run", ("config.toml",), _run),
+    ("checkpoint of a run", ("state.json",), _state),
     ("GGUF", ("*.gguf",), _gguf),
     ("model", ("config.json", "params.json", "*.safetensors"), _model),
-    ("tokenizer", ("*tokenizer*.model*", "tekken.json", "tokenizer.json"), _tokenizer),
+    ("tokenizer", (*TOKENIZER_FILES, "tekken.json", "tokenizer.json"), _tokenizer),
     ("model", (), _model),
 )

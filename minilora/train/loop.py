@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from minilora.checkpoint.adapter import save_adapter
+from minilora.checkpoint.provenance import versions
 from minilora.checkpoint.save import save_hf
 from minilora.checkpoint.write import atomic_write
-from minilora.config import RunConfig
+from minilora.config import RunConfig, to_dict
 from minilora.data.encode import Sample
 from minilora.data.pack import make_batch
 from minilora.data.sources import sources
@@ -35,7 +36,7 @@ from minilora.train.run_folder import RunFolder, to_json
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
 from minilora.train.signals import StopRequest
-from minilora.train.state import load_weights, versions
+from minilora.train.state import load_weights
 from minilora.train.step import train_step
 from minilora.train.strategies import MovementCheck
 from minilora.train.tensorboard import scalars
@@ -252,6 +253,7 @@ def finish(run: Run, with_test: bool = True) -> None:
             "base_path": _absolute(run.config.model.path),
             "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
             "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), None),
+            "config": {"lora": to_dict(run.config.lora), "train": to_dict(run.config.train) | {"output": ""}},
             "versions": versions() | {"python": platform.python_version()},
             "metrics": {"before": run.before["metrics"], "after": after, "test": test},
         }

@@ -12,7 +12,6 @@ numpy's random states are not used. A checkpoint is taken between steps, so ther
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adamw import FlatAdamW
+from minilora.checkpoint.provenance import versions
+from minilora.checkpoint.safetensors_file import write_safetensors
 from minilora.checkpoint.write import atomic_folder, verify_manifest
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
@@ -77,8 +78,10 @@ class RunState:
             "origin": self.origin,
             "versions": versions(),
         }
+        tensors = self._weights() if weights_only else self._tensors()
+        lines = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with atomic_folder(folder, overwrite=True, manifest={}) as new:
-            safetensors.torch.save_file(self._weights() if weights_only else self._tensors(), new / "state.safetensors")
+            write_safetensors(new / "state.safetensors", tensors.values(), lines, {})
             (new / "state.json").write_text(json.dumps(document, indent=1))
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -105,7 +108,7 @@ class RunState:
         return written_by
 
     def _weights(self) -> dict[str, Tensor]:
-        return {f"weight.{name}": p.detach().contiguous() for name, p in self.weights.items()}
+        return {f"weight.{name}": p.detach() for name, p in self.weights.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self._weights()
@@ -116,11 +119,6 @@ class RunState:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         return tensors
-
-
-def versions() -> dict[str, Any]:
-    """What the last bits of a run's numbers depend on, beside its settings."""
-    return {"minilora": version("minilora"), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def read_document(folder: Path) -> dict[str, Any]:

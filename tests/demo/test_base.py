@@ -30,6 +30,7 @@ def chats(name: str) -> list[list[int]]:
 
 def test_the_files_are_hugging_faces_layout_within_8_mb() -> None:
     assert sorted(path.name for path in BASE.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "manifest.json",

@@ -1,0 +1,27 @@
+"""The benchmark of merging goes its whole way on a tiny shape."""
+
+import json
+from pathlib import Path
+
+from tiny_runs import TOKENIZER
+
+from benchmarks.merge import main
+from minilora.config import base_folder
+
+
+def test_a_merge_is_measured_and_its_files_go(tmp_path: Path) -> None:
+    out, common = tmp_path / "merge.json", ["--tokens", "64", "--length", "32", "--work", str(tmp_path)]
+    assert main([*common, "--model", str(base_folder("demo")), "--out", str(out)]) == 0
+    part = json.loads(out.read_text())["parts"]["5 layers, 64 tokens"]
+    assert 50e6 < part["minilora"]["peak_private_bytes"] < 2.5e9
+    assert part["minilora"]["audit"]["merged"]["n_tokens"] == 64
+    assert part["minilora"]["audit"]["merged"]["mean_kl"] < 0.1 * part["minilora"]["audit"]["base"]["mean_kl"]
+    assert part["rows"][0]["what"] == "merge with audit on 64 tokens, 0.0035 billion weights"
+    assert [path.name for path in tmp_path.iterdir()] == ["merge.json"]
+
+
+def test_what_cannot_be_merged_is_one_line(tmp_path: Path) -> None:
+    flags = ["--shape", "tiny", "--tokens", "64", "--length", "32", "--tokenizer", str(TOKENIZER)]
+    assert main([*flags, "--work", str(tmp_path), "--out", str(tmp_path / "merge.json")]) == 1
+    error = json.loads((tmp_path / "merge.json").read_text())["parts"]["2 layers, 64 tokens"]["minilora"]["error"]
+    assert "a v3 tokenizer of 458 pieces, but the model's vocabulary has 32,768" in error
