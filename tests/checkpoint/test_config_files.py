@@ -182,6 +182,7 @@ HF_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": INF}, "rms_norm_eps is inf"),
     ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+    ({"tie_word_embeddings": 1.0}, "tie_word_embeddings is 1.0"),
 ]
 
 
@@ -239,6 +240,10 @@ def test_a_huge_config_is_not_parsed(hf_folder: Path) -> None:
     with (hf_folder / "config.json").open("wb") as file:
         file.truncate(101_000_000)  # sparse: takes no space
     with pytest.raises(UserError, match=r"config\.json: .*101,000,000 bytes, more than"):
+        read_config(hf_folder)
+    # Objects take thirty times the bytes of their text.
+    (hf_folder / "config.json").write_bytes(b'{"a": [' + b"[]," * 700_000 + b"0]}")
+    with pytest.raises(UserError, match=r"config\.json: .*2,100,010 bytes, more than the 2,000,000"):
         read_config(hf_folder)
 
 

@@ -67,6 +67,7 @@ ESCAPES = [
     "sub/model.safetensors",
     "a\0b",
     "a\\b",
+    "a\ud800b",
     "x" * 300,
     3,
     None,
