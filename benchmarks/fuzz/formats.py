@@ -34,7 +34,7 @@ from minilora.checkpoint.provenance import check_origin, read_provenance
 from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.checkpoint.save import model_weights, save_hf, save_mistral
 from minilora.checkpoint.write import verify_manifest
-from minilora.config import LoraConfig, ModelConfig, PrefixConfig, RunConfig, base_folder
+from minilora.config import LoraConfig, ModelConfig, PrefixConfig, RunConfig, base_folder, to_dict
 from minilora.data.encode import encode_record
 from minilora.data.pack import RowSampler
 from minilora.data.records import TextRecord
@@ -452,13 +452,12 @@ def _read_toml(path: Path) -> RunConfig:
 
 
 def _check_toml(path: Path, config: RunConfig) -> None:
-    plain = RunConfig()
-    for section, values in tomllib.loads((path / "config.toml").read_text("utf-8")).items():
-        for key, value in values.items():
-            got, default = getattr(getattr(config, section), key), getattr(getattr(plain, section), key)
-            got = list(got) if isinstance(got, tuple) else got
-            same = got == value or [got] == value or (isinstance(got, float) and not isinstance(value, bool))
-            _require(same, f"{section}.{key} is {got!r}, by default {default!r}, the file says {value!r}")
+    said = tomllib.loads((path / "config.toml").read_text("utf-8"))
+    for section, values in to_dict(RunConfig()).items():
+        expected = values | said.get(section, {})
+        for key, got in to_dict(getattr(config, section)).items():
+            same = got == expected[key] and isinstance(got, bool) == isinstance(expected[key], bool)
+            _require(same, f"{section}.{key} is {got!r}, the file says {expected[key]!r}")
 
 
 def _dispatch(path: Path) -> tuple[dispatch.Entry, ...]:
