@@ -141,7 +141,8 @@ def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
 
 def _tensors(header: dict[str, Any], data_bytes: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """dtype, shape and begin by key, after every rule about offsets. Raises ValueError."""
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
+    header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"__metadata__ must be an object of texts, not {short(metadata)}")
     spans = []
