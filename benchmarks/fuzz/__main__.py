@@ -3,7 +3,7 @@
 Each case is a folder of a format's corpus, mutated (mutate.py), and read in a forked process that is watched from
 outside (watch.py). It must end, within a second and 200 MB of new memory, in a load that is what the files say
 (formats.py reads them again, by other means) or in our own error, of one printable line. Anything else is a finding:
-its folder is written to --findings with what happened, and the exit status is 1.
+its folder is written to --findings with what happened, and the exit status is 1. docs/hostile_files.md has the figures.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ import torch
 from benchmarks.fuzz.formats import FORMATS, Format, refusing
 from benchmarks.fuzz.mutate import Folder, Mutated, mutated, write
 from benchmarks.fuzz.watch import Outcome, RefusedError, WrongError, outcomes
-from benchmarks.harness import RESULTS, check_result, write_result
+from benchmarks.harness import RESULTS, ROOT, check_result, write_result
 
+PAGE = ROOT / "docs" / "hostile_files.md"
 _KEEP = 3  # reproducers of findings that are alike
 
 
@@ -111,6 +112,24 @@ def _keep(findings: Path, name: str, spoilt: Mutated, outcome: Outcome) -> None:
     folder.with_name(f"{folder.name}.finding.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
+def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures of all formats as a Markdown table."""
+    head = ("files", "cases", "loaded", "refused", "reasons", "findings", "seconds", "MB")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name in sorted(parts, key=list(FORMATS).index):
+        part = parts[name]
+        counts = [f"{part[key]:,}" for key in ("cases", "loaded", "refused", "reasons")]
+        worst = [f"{part['slowest_seconds']:.2f}", f"{part['most_bytes'] / 1e6:.0f}"]
+        lines.append(f"| {' | '.join([name, *counts, str(sum(part['findings'].values())), *worst])} |")
+    return "\n".join(lines)
+
+
+def write_table(page: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the table between the page's markers."""
+    pattern = re.compile(r"(<!-- fuzzed: [^\n]*-->\n).*?(<!-- end fuzzed -->)", re.DOTALL)
+    page.write_text(pattern.sub(lambda found: f"{found[1]}{table(parts)}\n{found[2]}", page.read_text()))
+
+
 def _memory_disk() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
@@ -138,6 +157,8 @@ def main(argv: Iterable[str] | None = None) -> int:
         for what, n in sorted(figures["findings"].items(), key=lambda item: -item[1]):
             print(f"    {n:6,} x {what}", flush=True)
         n_findings += sum(figures["findings"].values())
+    if args.out == RESULTS / "fuzz.json":
+        write_table(PAGE, json.loads(args.out.read_text())["parts"])
     return 1 if n_findings else 0
 
 

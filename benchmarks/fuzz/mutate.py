@@ -298,9 +298,9 @@ def _json_lines(draw: Draw, data: bytes) -> tuple[bytes, str, bool]:
     elif kind == "mark":
         return b"\xef\xbb\xbf" + data, "a byte order mark", True
     elif kind == "doubled":
-        lines[at:at] = [lines[at]] * draw.choice((1, 20))
+        lines[at:at] = [lines[at]] * draw.choice((1, 5))
     else:
-        lines[at] = json.dumps({"text": draw.choice(("word ", "é", "x", "\0", "\n", '"')) * 50_000}).encode()
+        lines[at] = json.dumps({"text": draw.choice(("word ", "é", "x", "\0", "\n", '"')) * 10_000}).encode()
     return b"\n".join(lines) + b"\n", f"lines: {kind}", False
 
 

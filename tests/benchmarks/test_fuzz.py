@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from benchmarks.fuzz import watch
-from benchmarks.fuzz.__main__ import drawn, main, run
+from benchmarks.fuzz.__main__ import PAGE, drawn, main, run, table, write_table
 from benchmarks.fuzz.formats import FORMATS
 from benchmarks.fuzz.mutate import join_protobuf, protobuf_fields, sealed
+from benchmarks.harness import RESULTS
 from minilora.checkpoint.write import verify_manifest
 
 SHORT = {"run toml": 25}  # cases; a configuration takes long to check
@@ -31,6 +32,19 @@ def test_spoilt_files_load_right_or_are_refused(name: str, tmp_path: Path) -> No
 
 def right(loaded: Any) -> None:
     assert loaded is not None
+
+
+def test_the_page_has_the_committed_figures(tmp_path: Path) -> None:
+    parts, page = json.loads((RESULTS / "fuzz.json").read_text())["parts"], PAGE.read_text()
+    (tmp_path / "page.md").write_text(page.replace(table(parts), ""))
+    write_table(tmp_path / "page.md", parts)
+    assert (tmp_path / "page.md").read_text() == page, "run python -m benchmarks.fuzz"
+    assert parts.keys() == FORMATS.keys()
+    for name, part in parts.items():
+        assert part["cases"] >= 10_000, name
+        assert part["findings"] == {}, name
+        assert part["slowest_seconds"] < watch.MAX_SECONDS, name
+        assert part["most_bytes"] < watch.MAX_BYTES, name
 
 
 def ends(work: Callable[[], Any], check: Callable[[Any], None] = right) -> watch.Outcome:
