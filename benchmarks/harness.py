@@ -96,7 +96,8 @@ def command() -> str:
     """The command that is running, as it would be typed, folders' paths taken off."""
     name = getattr(sys.modules["__main__"], "__spec__", None)
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return " ".join(["python -m", name.name if name else Path(sys.argv[0]).stem, *words])
+    module = name.name.removesuffix(".__main__") if name else Path(sys.argv[0]).stem
+    return " ".join(["python -m", module, *words])
 
 
 # -- contestants -------------------------------------------------------------------------------------------------------

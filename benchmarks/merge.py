@@ -64,9 +64,11 @@ def ours() -> Any:
 
 def measure(source: Path, folder: Path, tokens: int, length: int, cap_s: float) -> dict[str, Any]:
     """One merge of the checkpoint `source` into `folder`, in a process of its own."""
-    arguments = {"source": str(source), "out": str(folder / "merged"), "tokens": tokens, "length": length}
+    out = str(folder / "merged")
     with started([Contestant("minilora", "benchmarks.merge:ours")]) as entrants:
-        (record,) = race(entrants, rounds=1, warm_ups=0, step_cap_s=cap_s, **arguments)
+        [record] = race(
+            entrants, 1, warm_ups=0, step_cap_s=cap_s, source=str(source), out=out, tokens=tokens, length=length
+        )
     figures = record.figures()
     if record.error or not record.first:
         return {"minilora": figures}

@@ -177,7 +177,7 @@ def _check_toml(path: str) -> None:
             if not isinstance(section, dict):
                 raise UserError(f"{name} = {section!r:.40} stands in no section; put it below one, such as [train]")
         parser.instantiate(parser.parse_path(path))
-    except (ArgumentError, TypeError, ValueError, UserError) as error:
+    except (ArgumentError, RecursionError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: {error}") from None
 
 

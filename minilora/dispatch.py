@@ -88,13 +88,15 @@ class Entry:
 def table() -> tuple[Entry, ...]:
     """The entries of dispatch.json, by rising architecture. Raises UserError where the file is damaged."""
     try:
+        if not TABLE.is_file() or TABLE.stat().st_size > 1_000_000:  # a device would never end
+            raise ValueError("no such file, or not ours")
         found = json.loads(TABLE.read_text("utf-8"))
         if not isinstance(found, list):
             raise ValueError("there must be a list of entries")
         entries = sorted((_entry(item, f"[{i}]") for i, item in enumerate(found)), key=lambda entry: entry.arch)
         if not entries or entries[0].arch > OLDEST:
             raise ValueError(f"there is no entry for arch {OLDEST}")
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(
             f"{TABLE}: {why}; install minilora again, then measure this GPU with python -m benchmarks.calibrate"

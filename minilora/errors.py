@@ -2,12 +2,20 @@
 
 from importlib.util import find_spec
 
+_LONGEST = 2000  # characters
+
 
 class UserError(Exception):
-    """Bad input, found by us and explained in one line. The command line prints it and exits with status 1."""
+    """Bad input, found by us and explained in one line. The command line prints it and exits with status 1.
+
+    What a file has put into the message commands no terminal: it is escaped where it cannot be printed, and left out
+    where it is too long to be read.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 + 5 :]}")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -45,6 +45,7 @@ INST, END_INST, TOOL_CALLS, TOOLS, END_TOOLS, TOOL_RESULTS, END_TOOL_RESULTS = r
 V7_CONTROLS = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
 SYSTEM, END_SYSTEM, TOOL_CONTENT = range(16, 19)
 OLD_HF = "v1-hf"  # the template's name with `old_hf_spaces`
+MAX_BYTES = 4_000_000  # of the file; Mistral's have 0.6 MB
 MAY_LACK = 512  # pieces that a model's vocabulary has beyond the tokenizer's: added tokens, and padding of the matrix
 
 
@@ -208,19 +209,18 @@ def load_tokenizer(path: str | Path, version: str | None = None, old_hf_spaces: 
     """
     file = _find_file(local_folder(path))
     try:
-        content = file.read_bytes()
+        if not file.is_file() or not 0 < file.stat().st_size <= MAX_BYTES:
+            raise RuntimeError
+        model = SentencePieceProcessor(model_proto=file.read_bytes())
+        texts = model.id_to_piece(list(range(model.vocab_size())))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    try:
-        model = SentencePieceProcessor(model_proto=content) if content else None
-    except RuntimeError:
-        model = None
-    if model is None:
-        raise UserError(f"{file}: not a sentencepiece model (damaged, or a Git LFS pointer?); fetch it again")
+    except (RuntimeError, UnicodeDecodeError):
+        raise UserError(f"{file}: not a sentencepiece model (damaged, or a Git LFS pointer?); fetch it again") from None
     if min(model.bos_id(), model.eos_id()) < 0:
         raise UserError(f"{file}: the model has no <s> or no </s>, so it is not Mistral's")
 
-    pieces = [model.id_to_piece(i) if model.is_control(i) else "" for i in range(min(19, model.vocab_size()))]
+    pieces = [text if model.is_control(i) else "" for i, text in enumerate(texts[:19])]
     version = version or _version_of(file.name, pieces)
     if version not in VERSIONS:
         raise UserError(f"{file}: tokenizer {version} is not supported; minilora knows {', '.join(VERSIONS)}")

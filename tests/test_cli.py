@@ -132,6 +132,7 @@ def test_a_value_out_of_range(run: Run, toml: Path, flags: list[str], words: lis
         ("[lora\n", []),
         ("[lora]\nrank = 3\nrank = 4\n", []),
         ("\x00", []),
+        ("x = " + "[" * 100_000, ["recursion"]),
     ],
 )
 def test_a_wrong_file_is_named_with_its_key(run: Run, tmp_path: Path, text: str, words: list[str]) -> None:

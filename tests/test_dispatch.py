@@ -129,10 +129,17 @@ def test_a_damaged_table(found: object, words: str, table_file: Path) -> None:
 
 
 def test_a_table_that_is_not_there_or_no_json(table_file: Path) -> None:
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         table()
     table_file.write_text("{")
     with pytest.raises(UserError, match="Expecting property name"):
+        table()
+    table_file.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="recursion depth"):
+        table()
+    table_file.unlink()
+    table_file.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="no such file"):
         table()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 
 from minilora.checkpoint.save import save_hf
 from minilora.config import ModelConfig, base_folder
-from minilora.hub import is_hub_id
+from minilora.errors import UserError
+from minilora.hub import is_hub_id, local_folder
 from minilora.model import Mistral
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -143,6 +145,7 @@ def test_a_name_is_fetched_once_and_found_again_without_a_connection(hub: Hub, t
         "model.safetensors",
         "tokenizer.model",
     }
+    assert re.search(r"100%.*\| 5/5 ", done.stderr), "a bar shows how it goes"
     assert len(list((tmp_path / "cache").rglob("snapshots/*"))) == 1
     hub.asked.clear()
     assert minilora(hub, tmp_path, *args).returncode == 0
@@ -206,6 +209,13 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path, status: int,
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_without_the_library_a_name_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minilora.errors.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"org/tiny: no such folder; .* needs huggingface_hub.*'minilora\[hub\]'"):
+        local_folder("org/tiny")
 
 
 def test_what_is_a_name_and_what_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -732,6 +732,25 @@ def test_damaged_files(tmp_path: Path, content: bytes) -> None:
         load_tokenizer(tmp_path / "missing")
 
 
+def test_pieces_that_are_no_text(tmp_path: Path) -> None:
+    """sentencepiece takes any bytes for a piece, and fails where it is asked for its text."""
+    data, file = FILES["v3"].read_bytes(), tmp_path / "tokenizer.model"
+    for piece in (b"[INST]", "▁Montreal".encode()):
+        assert piece in data
+        file.write_bytes(data.replace(piece, piece[:-1] + b"\xff"))
+        with pytest.raises(UserError, match=r"tokenizer.model: not a sentencepiece model"):
+            load_tokenizer(file)
+
+
+def test_a_file_without_end_or_of_another_size(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model.v3").symlink_to("/dev/zero")
+    with (tmp_path / "large.model").open("wb") as large:
+        large.truncate(5_000_000)  # sparse
+    for name in ("tokenizer.model.v3", "large.model"):
+        with pytest.raises(UserError, match=f"{name}: not a sentencepiece model"):
+            load_tokenizer(tmp_path / name)
+
+
 def test_truncated_file(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.model"
     file.write_bytes(FILES["v3"].read_bytes()[:-7])

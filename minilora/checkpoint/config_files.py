@@ -157,7 +157,7 @@ class _Fields:
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
-        if value not in (None, True, False) or type(value) is int:
+        if value is not None and type(value) is not bool:
             raise self.error(key, f"is {short(value)}, but must be true or false")
         return bool(value)
 

@@ -113,7 +113,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ..
         reader = gguf.GGUFReader(file)
         keys = {name: field.contents() for name, field in reader.fields.items()}
         tensors = [(t.name, tuple(t.shape[::-1].tolist()), t.tensor_type.name, t.n_bytes) for t in reader.tensors]
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: not a whole GGUF file: {error}; export it again") from None
     return keys, tensors
 

@@ -60,7 +60,9 @@ def read_entries(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
 
 
 def _is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and len(name.encode(errors="replace")) <= 255 and not set(name) & set("/\\\0")
+    return (
+        name.isprintable() and name not in ("", ".", "..") and len(name.encode()) <= 255 and not set(name) & set("/\\")
+    )
 
 
 def _shard(file: Path, name: str, weight_map: dict[str, str], index: Path) -> dict[str, TensorEntry]:

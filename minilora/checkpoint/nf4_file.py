@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit files: a weight in NF4 and what stands beside it, read strictly and written.
 
-    X.weight                                (n/2, 1) uint8, or the same bytes under the name of a float type
+    X.weight                                (n/2, 1) uint8, or the same bytes under the name of another type
     X.weight.absmax                         (blocks,) float32, or their uint8 codes with double quantization
     X.weight.quant_map                      (16,) float32, the levels
     X.weight.nested_absmax                  (blocks/256,) float32       both with double quantization only
@@ -94,9 +94,9 @@ def open_nf4(key: str, shape: tuple[int, ...], held: Mapping[str, TensorEntry]) 
         if _dtype_of(entry := parts[part]) != dtype or entry.shape != expected:
             found, wanted = f"{entry.dtype} {short(entry.shape)}", f"{str(dtype).removeprefix('torch.')} {expected}"
             raise UserError(f"{_where(entry)} is {found}; a weight of shape {shape} wants {wanted}")
-    if packed.dtype not in DTYPES or packed.nbytes != (n + 1) // 2:
-        found, wanted = f"{packed.nbytes:,} bytes of {packed.dtype}", f"{(n + 1) // 2:,} of U8 or a float type"
-        raise UserError(f"{_where(packed)} has {found}; a weight of shape {shape} in NF4 has {wanted}")
+    if packed.nbytes != (n + 1) // 2:  # of whatever type
+        found = f"{packed.nbytes:,} bytes of {packed.dtype}"
+        raise UserError(f"{_where(packed)} has {found}; a weight of shape {shape} in NF4 has {(n + 1) // 2:,}")
     dtype = getattr(torch, state["dtype"])
     return NF4Entry(packed, parts, shape, dtype, block_size, state["nested_offset"] if nested else None)
 

@@ -56,6 +56,11 @@ class TensorEntry:
     def nbytes(self) -> int:
         return prod(self.shape) * _ITEM_BYTES[self.dtype]
 
+    @property
+    def kind(self) -> tuple[torch.dtype | None, tuple[int, ...]]:
+        """dtype and shape of what `read` gives; None for a type that it cannot read."""
+        return DTYPES.get(self.dtype), self.shape
+
     def read(self) -> Tensor:
         """The whole tensor, on the CPU in the file's dtype, which must be one of `DTYPES`."""
         return self.read_bytes(0, self.nbytes).view(DTYPES[self.dtype]).view(self.shape)
@@ -136,7 +141,10 @@ def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
 
 def _tensors(header: dict[str, Any], data_bytes: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """dtype, shape and begin by key, after every rule about offsets. Raises ValueError."""
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
     header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"__metadata__ must be an object of texts, not {short(metadata)}")
     spans = []
     tensors = {}
     for key, line in header.items():

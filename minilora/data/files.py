@@ -36,6 +36,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     read: Callable[[str], Iterator[tuple[str, Row]]] = READERS.get(Path(path).suffix.lower(), _read_json)
     empty = True
     try:
+        if Path(path).is_char_device():  # it might never end
+            raise UserError("is a device; name a file of JSONL, CSV, Parquet or text")
         for row in read(str(path)):
             empty = False
             yield row

@@ -16,7 +16,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
-from minilora.train.run_folder import to_json
+from minilora.train.run_folder import RUN_BYTES, to_json
 
 LOOKS = "test_looks.jsonl"
 TRAIN = "train"  # the command of a run's own look
@@ -27,7 +27,7 @@ def run_tested_on(file: str, weights: str | None) -> Path | None:
     run = Path(weights).resolve().parent if weights else Path()
     if not weights or not (run / "before.json").is_file():
         return None
-    test = read_json(run / "before.json").get("data", {}).get("test")
+    test = read_json(run / "before.json", RUN_BYTES).get("data", {}).get("test")
     return run if data_fingerprint(file) in json.dumps(test) else None
 
 

@@ -25,6 +25,7 @@ from minilora.data.sources import FILE_KEYS, sources
 from minilora.errors import UserError
 
 LOCK = ".lock"
+RUN_BYTES = 100_000_000  # of a file of JSON: before.json holds all answers
 FOLDERS = ("checkpoints", "adapter", "model", "merged", "tensorboard")
 FILES = (
     "config.toml", "before.json", "metrics.jsonl", "timing.jsonl", "summary.json", "samples.md",
@@ -160,7 +161,7 @@ class RunFolder:
         atomic_write(self.path / name, to_json(document, indent=1) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        return read_json(self.path / name)
+        return read_json(self.path / name, RUN_BYTES)
 
 
 def _refuse_own_sources(path: Path, config: RunConfig) -> None:

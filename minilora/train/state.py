@@ -11,23 +11,26 @@ numpy's random states are not used. A checkpoint is taken between steps, so ther
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from minilora.adamw import FlatAdamW
+from minilora.checkpoint.finite import refuse_not_finite
+from minilora.checkpoint.json_file import read_json, short
 from minilora.checkpoint.provenance import versions
-from minilora.checkpoint.safetensors_file import write_safetensors
+from minilora.checkpoint.safetensors_file import read_header, write_safetensors
 from minilora.checkpoint.write import atomic_folder, verify_manifest
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
 from minilora.train.step import LossScale
 
 FORMAT = 1
+STATE, TENSORS = "state.json", "state.safetensors"
 
 
 @dataclass
@@ -81,27 +84,31 @@ class RunState:
         tensors = self._weights() if weights_only else self._tensors()
         lines = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with atomic_folder(folder, overwrite=True, manifest={}) as new:
-            write_safetensors(new / "state.safetensors", tensors.values(), lines, {})
-            (new / "state.json").write_text(json.dumps(document, indent=1))
+            write_safetensors(new / TENSORS, tensors.values(), lines, {})
+            (new / STATE).write_text(json.dumps(document, indent=1))
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on from a checkpoint; return the versions that wrote it.
 
-        Raises UserError if it is damaged, from another format, or of another run.
+        Raises UserError, before anything is changed, if it is damaged, from another format, or of another run.
         """
         document = read_document(folder)
-        refuse_other_run(document["origin"], self.origin, folder)
-        tensors = safetensors.torch.load_file(folder / "state.safetensors")
+        for name, kinds in _PARTS.items():
+            _check(document.get(name), kinds, f"{folder / STATE}: {name}")
+        refuse_other_run(document.get("origin"), self.origin, folder)
+        tensors = _read_tensors(folder, self.weights, weights_only=False)
+        try:
+            self.sampler.load_state_dict(document["sampler"])
+            torch.set_rng_state(tensors["rng.cpu"])
+            if "rng.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng.cuda"])
+        except RuntimeError as error:
+            raise UserError(f"{folder / TENSORS}: holds no random state of this torch: {error}") from None
+        _copy(tensors, self.weights)
         for name, parameter in self.weights.items():
-            with torch.no_grad():
-                parameter.copy_(tensors[f"weight.{name}"])
             for key, moment in self.optimizer.state[parameter].items():
                 moment.copy_(tensors.get(f"optimizer.{name}.{key}", torch.zeros(())))
             self.optimizer.steps = int(tensors.get(f"optimizer.{name}.step", 0))
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
-        self.sampler.load_state_dict(document["sampler"])
         self.loss_scale = LossScale(**document["loss_scale"])
         self.counters = Counters(**document["counters"])
         written_by: dict[str, Any] = document["versions"]
@@ -121,23 +128,65 @@ class RunState:
         return tensors
 
 
+# What state.json holds of each part: keys, and what they are.
+_PARTS: dict[str, dict[str, Any]] = {
+    "counters": get_type_hints(Counters),
+    "loss_scale": get_type_hints(LossScale),
+    "sampler": {"epoch": int, "row": int},
+    "versions": {"minilora": str, "torch": str, "threads": int},
+}
+
+
 def read_document(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint whose files are what its manifest says."""
     try:
         verify_manifest(folder)
     except UserError as error:
         raise UserError(f"{folder} is damaged; delete it to resume from the checkpoint before it. {error}") from None
-    document: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    document = read_json(folder / STATE)
     if document.get("format") != FORMAT:
         raise UserError(
-            f"{folder / 'state.json'}: format {document.get('format')} is not {FORMAT}, the one this version reads; "
+            f"{folder / STATE}: format {document.get('format')} is not {FORMAT}, the one this version reads; "
             "resume with the version of minilora that wrote it"
         )
     return document
 
 
-def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], folder: Path, prefix: str = "") -> None:
+def _check(values: Any, kinds: Mapping[str, Any], what: str) -> None:
+    """Raise UserError unless `values` are just of these keys and kinds, and no number is negative, huge or NaN."""
+    if isinstance(values, dict) and values.keys() == kinds.keys():
+        numbers = [value for value in values.values() if isinstance(value, int | float)]
+        typed = all(isinstance(v, kinds[k]) and isinstance(v, bool) == (kinds[k] is bool) for k, v in values.items())
+        if typed and all(0 <= number < 2**53 for number in numbers):
+            return
+    raise UserError(f"{what} is {short(values)}, which no run of this version writes; resume from another checkpoint")
+
+
+def _read_tensors(folder: Path, weights: Mapping[str, Tensor], weights_only: bool) -> dict[str, Tensor]:
+    """The checkpoint's tensors for these weights. Raises UserError if they are not all, others, or not finite."""
+    held = read_header(folder / TENSORS)
+    like = {f"weight.{name}": weight for name, weight in weights.items()}
+    if not weights_only:
+        for name, weight in weights.items():
+            moments = {"step": weight.new_empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
+            new = {f"optimizer.{name}.{key}": tensor for key, tensor in moments.items()}
+            like |= new if new.keys() & held.keys() else {}  # before the first update there are none
+        like["rng.cpu"] = torch.get_rng_state()
+        if "rng.cuda" in held and torch.cuda.is_available():
+            like["rng.cuda"] = torch.cuda.get_rng_state()
+    wrong = like.keys() - held.keys() if weights_only else like.keys() ^ held.keys()
+    wrong |= {k for k in like.keys() & held.keys() if (like[k].dtype, like[k].shape) != held[k].kind}
+    if wrong:
+        raise UserError(f"{folder / TENSORS}: {short(min(wrong))} is not as this run writes it; it is another run's")
+    tensors = {key: held[key].read() for key in like}
+    for key, tensor in tensors.items():
+        refuse_not_finite(tensor, f"{folder / TENSORS}: {key}", "resume from another checkpoint")
+    return tensors
+
+
+def refuse_other_run(saved: Any, current: dict[str, Any], folder: Path, prefix: str = "") -> None:
     """Raise UserError at the first key in which a checkpoint's origin differs from this run's."""
+    saved = saved if isinstance(saved, dict) else {}
     for key in sorted(saved.keys() | current.keys()):
         old, new = saved.get(key), current.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
@@ -152,7 +201,10 @@ def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], folder: Pat
 def load_weights(weights: dict[str, nn.Parameter], folder: Path) -> None:
     """Only the trained weights of a checkpoint: how the best one is put back."""
     verify_manifest(folder)
-    tensors = safetensors.torch.load_file(folder / "state.safetensors")
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(tensors[f"weight.{name}"])
+    _copy(_read_tensors(folder, weights, weights_only=True), weights)
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in weights.items():
+        parameter.copy_(tensors[f"weight.{name}"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import edit_json, write_json
+from tiny_checkpoints import PUBLISHED, edit_json, write_json
 from transformers import MistralConfig
 
 from minilora.checkpoint.config_files import config_to_hf, config_to_params, read_config
@@ -98,25 +98,20 @@ def test_params_json_reads(mistral_folder: Path, changes: dict[str, Any], result
     assert asdict(read_config(mistral_folder)) == {**asdict(TINY), **result}
 
 
-PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # what differs, and the number of weights, as published
-    "7B v0.1": ({"vocab_size": 32000, "sliding_window": 4096, "rope_theta": 10000.0}, 7_241_732_096),
-    "7B v0.2": ({"vocab_size": 32000, "sliding_window": None, "rope_theta": 1000000.0}, 7_241_732_096),
-    "7B v0.3": ({"vocab_size": 32768, "sliding_window": None, "rope_theta": 1000000.0}, 7_248_023_552),
-    "Codestral 22B": (
-        {"vocab_size": 32768, "sliding_window": None, "rope_theta": 1000000.0, "hidden_size": 6144,
-         "intermediate_size": 16384, "num_attention_heads": 48, "num_hidden_layers": 56}, 22_247_282_688),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_models_have_their_number_of_weights(name: str, hf_folder: Path) -> None:
-    changes, n_parameters = PUBLISHED[name]
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32}
-    written_by_4 = {"rope_parameters": ..., "head_dim": ..., "num_key_value_heads": 8, "torch_dtype": "bfloat16"}
-    edit_json(hf_folder / "config.json", **shape | written_by_4 | changes)
-    config = read_config(hf_folder)
-    assert (config.n_parameters, config.head_dim) == (n_parameters, 128)
-    assert (config.sliding_window, config.rope_theta) == (changes["sliding_window"], changes["rope_theta"])
+def test_the_published_models_have_their_number_of_weights(
+    name: str, hf_folder: Path, mistral_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By both of their files; params.json of v0.1 has no rope_theta, but a window, and that says it."""
+    sizes, params, n_parameters = PUBLISHED[name]
+    write_json(hf_folder / "config.json", sizes)
+    write_json(mistral_folder / "params.json", params)
+    for folder in (hf_folder, mistral_folder):
+        config = read_config(folder)
+        assert (config.n_parameters, config.head_dim) == (n_parameters, 128)
+        assert (config.sliding_window, config.rope_theta) == (sizes["sliding_window"], sizes["rope_theta"])
+    assert asdict(read_config(hf_folder)) == asdict(read_config(mistral_folder))
+    assert ("no rope_theta; 10000 is taken" in caplog.text) == (name == "7B v0.1")
 
 
 def test_windows_of_two_sizes_have_no_config_json() -> None:
@@ -136,6 +131,7 @@ def test_a_chosen_theta_is_reported(mistral_folder: Path, caplog: pytest.LogCapt
 NAN, INF = float("nan"), float("inf")
 HF_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
+    ({"model_type": "mistral3", "vision_config": {}, "text_config": {}}, "model_type is 'mistral3'"),
     ({"model_type": "ministral3"}, "model_type is 'ministral3'; supported is 'mistral' or 'ministral' or 'llama'"),
     ({"model_type": "ministral"}, "architectures is .*; supported is ..MinistralForCausalLM"),
     ({"model_type": ["mistral"]}, "model_type is ..mistral"),
@@ -182,6 +178,7 @@ HF_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": INF}, "rms_norm_eps is inf"),
     ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+    ({"tie_word_embeddings": 1.0}, "tie_word_embeddings is 1.0"),
 ]
 
 
@@ -196,6 +193,8 @@ PARAMS_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"num_experts": 8}}, "moe is"),
     ({"yarn": {"beta": 32}}, "yarn is"),
     ({"vision_encoder": {"hidden_size": 1}}, "vision_encoder is"),
+    ({"multimodal": {"whisper_model_args": {}}}, "multimodal is"),
+    ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling is"),
     ({"model_type": "mamba"}, "model_type is 'mamba'"),
     ({"causal": False}, "causal is False"),
     ({"sliding_window": "wide"}, "sliding_window is 'wide'"),
@@ -239,6 +238,10 @@ def test_a_huge_config_is_not_parsed(hf_folder: Path) -> None:
     with (hf_folder / "config.json").open("wb") as file:
         file.truncate(101_000_000)  # sparse: takes no space
     with pytest.raises(UserError, match=r"config\.json: .*101,000,000 bytes, more than"):
+        read_config(hf_folder)
+    # Objects take thirty times the bytes of their text.
+    (hf_folder / "config.json").write_bytes(b'{"a": [' + b"[]," * 700_000 + b"0]}")
+    with pytest.raises(UserError, match=r"config\.json: .*2,100,010 bytes, more than the 2,000,000"):
         read_config(hf_folder)
 
 

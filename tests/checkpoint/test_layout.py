@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import edit_json, edit_tensors, write_json
+import torch
+from tiny_checkpoints import PUBLISHED, edit_json, edit_tensors, in_mistral, write_json, write_sparse
+from transformers import MistralConfig, MistralForCausalLM
 
 from minilora.checkpoint.layout import find_layout, read_entries
 from minilora.checkpoint.open import open_checkpoint
@@ -26,6 +28,32 @@ def test_the_index_rules_over_everything_else(sharded_folder: Path, originals: P
     names = {entry.file.name for entry in open_checkpoint(sharded_folder).entries.values()}
     assert len(names) > 2
     assert all("-of-" in name for name in names)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_folder_as_it_was_published_opens(name: str, tmp_path: Path) -> None:
+    """Every tensor of the whole model in both layouts, by the names and shapes of transformers; shards as v0.3 has."""
+    values, params, n_parameters = PUBLISHED[name]
+    with torch.device("meta"):
+        theirs = MistralForCausalLM(MistralConfig(**values))
+    shapes = {key: tuple(weight.shape) for key, weight in theirs.state_dict().items()}
+    names = {key: f"model-0000{1 + 3 * i // len(shapes)}-of-00003.safetensors" for i, key in enumerate(shapes)}
+    write_json(tmp_path / "config.json", values)
+    write_json(tmp_path / INDEX, {"metadata": {"total_size": 2 * n_parameters}, "weight_map": names})
+    for file in set(names.values()):
+        write_sparse(tmp_path / file, {key: shapes[key] for key in shapes if names[key] == file})
+    write_json(tmp_path / "params.json", params)
+    write_sparse(tmp_path / "consolidated.safetensors", {in_mistral(key): shape for key, shape in shapes.items()})
+
+    both = open_checkpoint(tmp_path)
+    assert (both.layout, len(both.entries)) == ("hf", len(shapes))
+    assert {entry.file.name for entry in both.entries.values()} == set(names.values())
+    assert sum(entry.nbytes for entry in both.entries.values()) == 2 * n_parameters
+    (tmp_path / INDEX).unlink()
+    mistral = open_checkpoint(tmp_path)
+    assert mistral.layout == "mistral"
+    assert {entry.file.name for entry in mistral.entries.values()} == {"consolidated.safetensors"}
+    assert mistral.fingerprint() == both.fingerprint()
 
 
 def test_a_missing_shard(sharded_folder: Path) -> None:
@@ -67,6 +95,7 @@ ESCAPES = [
     "sub/model.safetensors",
     "a\0b",
     "a\\b",
+    "a\ud800b",
     "x" * 300,
     3,
     None,

@@ -48,6 +48,9 @@ CORRUPT: dict[str, tuple[bytes, str]] = {
     "offsets reversed": (raw_safetensors({"a": line(16, 0)}, b"x" * 16), "'a': bad data_offsets"),
     "negative offset": (raw_safetensors({"a": line(-16, 0)}, b"x" * 16), "'a': bad data_offsets"),
     "no offsets": (raw_safetensors({"a": {"dtype": "F32", "shape": [4]}}), "'a': dtype, shape and data_offsets"),
+    "metadata no object": (raw_safetensors({"__metadata__": ["a"]}), "__metadata__ must be an object of texts"),
+    "metadata false": (raw_safetensors({"__metadata__": False}), "__metadata__ must be an object of texts, not False"),
+    "metadata no text": (raw_safetensors({"__metadata__": {"a": 1}}), "__metadata__ must be an object of texts"),
     "a number": (raw_safetensors({"a": 3}), "'a': dtype, shape and data_offsets"),
 }
 

@@ -1,6 +1,8 @@
 """Tiny Mistrals on the disk, written by transformers or byte by byte, for the tests of minilora.checkpoint."""
 
 import json
+import math
+import os
 import re
 import struct
 from pathlib import Path
@@ -30,6 +32,30 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 THETA = 5e4
+
+
+def _published(vocab: int, theta: float, window: int | None, **larger: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json as transformers 4 wrote it, and params.json, of a model with 8 key-value heads of 128."""
+    sizes = {"dim": 4096, "n_layers": 32, "hidden_dim": 14336, "n_heads": 32, **larger}
+    in_hf = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    config = dict(zip(in_hf, sizes.values(), strict=True)) | {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 8, "vocab_size": vocab,
+        "rms_norm_eps": 1e-5, "rope_theta": theta, "sliding_window": window, "max_position_embeddings": 32768,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "hidden_act": "silu", "use_cache": True,
+    }  # fmt: skip
+    params = {**sizes, "head_dim": 128, "n_kv_heads": 8, "norm_eps": 1e-5, "vocab_size": vocab}
+    return config, params | ({"sliding_window": window} if window else {"rope_theta": theta})
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # both configs, and the number of weights
+    "7B v0.1": (*_published(32000, 1e4, 4096), 7_241_732_096),
+    "7B v0.2": (*_published(32000, 1e6, None), 7_241_732_096),
+    "7B v0.3": (*_published(32768, 1e6, None), 7_248_023_552),
+    "Codestral 22B": (
+        *_published(32768, 1e6, None, dim=6144, n_layers=56, hidden_dim=16384, n_heads=48),
+        22_247_282_688,
+    ),
+}
 
 
 def hf_model(seed: int = 0, attention: str = "eager", **changes: Any) -> MistralForCausalLM:
@@ -85,14 +111,22 @@ def params_json() -> dict[str, Any]:
     }
 
 
-def write_mistral(model: MistralForCausalLM, folder: Path, **changes: Any) -> Path:
-    """The weights of `model` in Mistral's layout. Names and rows by this file's own code, not by the package's."""
+def in_mistral(name: str) -> str:
+    """What Mistral's files call a tensor of Hugging Face's."""
     parts = {
         "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
         "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
         "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
         "embed_tokens": "tok_embeddings", "lm_head": "output",
     }  # fmt: skip
+    name = name.removeprefix("model.")
+    for ours, mistral in parts.items():
+        name = name.replace(ours, mistral)
+    return name
+
+
+def write_mistral(model: MistralForCausalLM, folder: Path, **changes: Any) -> Path:
+    """The weights of `model` in Mistral's layout. Names and rows by this file's own code, not by the package's."""
     made = {}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -103,10 +137,7 @@ def write_mistral(model: MistralForCausalLM, folder: Path, **changes: Any) -> Pa
             weight = torch.stack(
                 [weight[h * 2 * half + p + b * half] for h in range(heads) for p in range(half) for b in (0, 1)]
             )
-        theirs = name.removeprefix("model.")
-        for ours, mistral in parts.items():
-            theirs = theirs.replace(ours, mistral)
-        made[theirs] = weight.contiguous().clone()
+        made[in_mistral(name)] = weight.contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(made, folder / "consolidated.safetensors")
     write_json(folder / "params.json", {**params_json(), **changes})
@@ -129,6 +160,16 @@ def edit_tensors(file: Path, **changes: Tensor | None) -> None:
     for name, tensor in changes.items():
         held[name.replace("__", ".")] = tensor
     save_file({name: tensor for name, tensor in held.items() if tensor is not None}, file, {"format": "pt"})
+
+
+def write_sparse(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A bfloat16 file of these tensors, all zeros, that takes no space on the disk beyond its header."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    file.write_bytes(raw_safetensors(header))
+    os.truncate(file, file.stat().st_size + end)
 
 
 def raw_safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:

@@ -146,6 +146,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             read(tmp_path / "missing.jsonl")
         with pytest.raises(UserError, match="cannot be read: Is a directory"):
             read(tmp_path)
+    with pytest.raises(UserError, match="/dev/zero: is a device"):
+        list(read_records("/dev/zero"))
 
 
 def test_fingerprint(tmp_path: Path) -> None:

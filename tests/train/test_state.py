@@ -214,6 +214,69 @@ def test_damage_is_refused(saved: Path, name: str, damage: str) -> None:
         fresh().load(saved)
 
 
+def resealed(saved: Path, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """The checkpoint with other contents and a manifest that fits: of another version's, or of somebody's making."""
+    with atomic_folder(saved, overwrite=True, manifest={}) as new:
+        (new / "state.json").write_text(json.dumps(document))
+        save_file(tensors, new / "state.safetensors")
+
+
+WEIGHT = "layers.0.self_attn.q_proj.lora_A"
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "named"),
+    [
+        ("counters", {"step": -1}, "counters is .*which no run of this version writes"),
+        ("counters", {"step": True}, "counters is"),
+        ("counters", {"tokens": 2**60}, "counters is"),
+        ("counters", {"best_loss": float("nan")}, "counters is"),
+        ("counters", {"steps": 3}, "counters is"),
+        ("loss_scale", {"enabled": "yes"}, "loss_scale is"),
+        ("loss_scale", {"scale": float("inf")}, "loss_scale is"),
+        ("sampler", {"epoch": "0"}, "sampler is"),
+        ("sampler", {"row": 10_000}, "row 10000 of epoch 1 does not exist"),
+        ("versions", {"threads": None}, "versions is"),
+        ("origin", {"base": None}, "base was None when the run began"),
+        ("tensors", {f"weight.{WEIGHT}": None}, f"{WEIGHT}' is not as this run writes it"),
+        ("tensors", {f"weight.{WEIGHT}": torch.zeros(3, 3)}, f"{WEIGHT}' is not as"),
+        ("tensors", {f"weight.{WEIGHT}": torch.zeros(2, 32).half()}, f"{WEIGHT}' is not as"),
+        ("tensors", {f"weight.{WEIGHT}": torch.full((2, 32), torch.nan)}, f"{WEIGHT}: holds a number that is not"),
+        ("tensors", {f"optimizer.{WEIGHT}.exp_avg": None}, f"{WEIGHT}.exp_avg' is not as"),
+        ("tensors", {f"optimizer.{WEIGHT}.more": torch.zeros(1)}, f"{WEIGHT}.more' is not as"),
+        ("tensors", {"rng.cpu": None}, "rng.cpu' is not as"),
+        ("tensors", {"rng.cpu": torch.full((5056,), 255, dtype=torch.uint8)}, "no random state of this torch"),
+    ],
+)
+def test_what_no_run_has_written_is_refused(saved: Path, part: str, changes: dict[str, Any], named: str) -> None:
+    document, tensors = read_document(saved), load_file(saved / "state.safetensors")
+    if part == "tensors":
+        tensors = {key: tensor for key, tensor in (tensors | changes).items() if tensor is not None}
+    else:
+        document[part] |= changes
+    resealed(saved, document, tensors)
+    state = fresh()
+    before = {name: p.detach().clone() for name, p in state.weights.items()}
+    with pytest.raises(UserError, match=named):
+        state.load(saved)
+    assert all(p.equal(before[name]) for name, p in state.weights.items())
+    assert not state.optimizer.state
+    assert state.counters == Counters()
+
+
+def test_parts_that_are_missing_or_no_objects(saved: Path) -> None:
+    document, tensors = read_document(saved), load_file(saved / "state.safetensors")
+    for part in ("counters", "loss_scale", "sampler", "versions", "origin"):
+        for value in (None, [], 3):
+            resealed(saved, {**document, part: value}, tensors)
+            with pytest.raises(UserError, match=part if part != "origin" else "base was None"):
+                fresh().load(saved)
+    with atomic_folder(saved.with_name("step-00000004"), manifest={}) as new:
+        (new / "state.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"state.json: not a readable JSON file: nested too deeply"):
+        read_document(saved.with_name("step-00000004"))
+
+
 def test_without_a_manifest_nothing_is_trusted(saved: Path) -> None:
     (saved / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest.json"):
