@@ -382,7 +382,7 @@ def merge(args: list[str]) -> None:
     from minilora.data.records import read_records
     from minilora.evaluate.distance import first_tokens
     from minilora.evaluate.merge_audit import audit_routes, merge_with_audit
-    from minilora.report.console import table, weights_bar
+    from minilora.report.console import table
 
     if parsed.out is not None:
         check_target(parsed.out, parsed.overwrite, [parsed.adapter_folder])
@@ -392,8 +392,8 @@ def merge(args: list[str]) -> None:
     if not text:
         raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
     samples, _ = encode_records(read_records(text), base.tokenizer, parsed.data.max_seq_len)
-    samples, console = first_tokens(samples, parsed.audit_tokens), Console()
-    with weights_bar(console) as bar:
+    samples = first_tokens(samples, parsed.audit_tokens)
+    with _weights_bar(parsed.out or parsed.adapter_folder) as bar:
         if parsed.out is None:
             audit = audit_routes(base, adapter, samples, parsed.data.max_seq_len, bar)
         else:
@@ -402,7 +402,8 @@ def merge(args: list[str]) -> None:
                 overwrite=parsed.overwrite, force=parsed.force, progress=bar,
             )  # fmt: skip
     _warn(base.warnings)
-    console.print(table(audit.COLUMNS, audit.rows()))
+    print(f"against the trained model, on {audit.base.n_tokens:,} target tokens; KL in nats a token:")
+    Console().print(table(audit.COLUMNS, audit.rows()))
     if parsed.out is not None:
         if not audit.passed(parsed.onto):
             print(f"warning: --force overrode the audit: {audit.text(parsed.onto)}", file=sys.stderr)
