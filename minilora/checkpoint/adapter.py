@@ -76,9 +76,8 @@ def save_adapter(
 
     Raises UserError if the model has no adapters, one of their numbers is not finite, or `folder` cannot be written.
     """
-    tensors, config = added_tensors(model.named_modules()), model.lora_config
-    if model.prefix is not None:
-        config = PrefixConfig(model.prefix.n_tokens)
+    tensors = added_tensors(model.named_modules())
+    config = model.lora_config if model.prefix is None else PrefixConfig(model.prefix.n_tokens)
     if config is None or not tensors:
         raise UserError("the model has no adapters to save")
     ours = {"base_fingerprint": model.base_fingerprint, "quantization": recipe_of(model)}
