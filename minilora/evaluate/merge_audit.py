@@ -131,10 +131,10 @@ def merge_with_audit(
     values = config_to_hf(config, "bfloat16")
     if route == "requantized":
         values |= {"quantization_config": quantization_to_hf(run.double_quant, "bfloat16")}
-    plan = plan_hf(values, run.plan(route), MAX_SHARD_BYTES)
+    plan, audits = plan_hf(values, run.plan(route), MAX_SHARD_BYTES), list[MergeAudit]()
 
     def finish(folder: Path) -> None:
-        audit = run.audit()
+        audits.append(audit := run.audit())
         if not (force or audit.passed(route)):
             lost = f"the merge lost too much (--force overrides this): {audit.text(route)}"
             raise UserError(f"{out}: not written, {lost}")
@@ -143,7 +143,7 @@ def merge_with_audit(
 
     parts = ((name, stored[route]) for name, stored in run.weights())
     write_plan(plan, out, parts, overwrite=overwrite, finish=finish)
-    return run.audit()
+    return audits[0]
 
 
 def _possible(base: Base) -> tuple[Route, ...]:
