@@ -64,11 +64,14 @@ def ours() -> Any:
 
 def measure(source: Path, folder: Path, tokens: int, length: int, cap_s: float) -> dict[str, Any]:
     """One merge of the checkpoint `source` into `folder`, in a process of its own."""
-    out = str(folder / "merged")
+    arguments: dict[str, Any] = {
+        "source": str(source),
+        "out": str(folder / "merged"),
+        "tokens": tokens,
+        "length": length,
+    }
     with started([Contestant("minilora", "benchmarks.merge:ours")]) as entrants:
-        [record] = race(
-            entrants, 1, warm_ups=0, step_cap_s=cap_s, source=str(source), out=out, tokens=tokens, length=length
-        )
+        (record,) = race(entrants, rounds=1, warm_ups=0, step_cap_s=cap_s, **arguments)
     figures = record.figures()
     if record.error or not record.first:
         return {"minilora": figures}

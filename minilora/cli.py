@@ -382,7 +382,7 @@ def merge(args: list[str]) -> None:
     from minilora.data.records import read_records
     from minilora.evaluate.distance import first_tokens
     from minilora.evaluate.merge_audit import audit_routes, merge_with_audit
-    from minilora.report.console import table, weights_bar
+    from minilora.report.console import table
 
     if parsed.out is not None:
         check_target(parsed.out, parsed.overwrite, [parsed.adapter_folder])
@@ -392,8 +392,8 @@ def merge(args: list[str]) -> None:
     if not text:
         raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
     samples, _ = encode_records(read_records(text), base.tokenizer, parsed.data.max_seq_len)
-    samples, console = first_tokens(samples, parsed.audit_tokens), Console()
-    with weights_bar(console) as bar:
+    samples = first_tokens(samples, parsed.audit_tokens)
+    with _weights_bar(parsed.out or parsed.adapter_folder) as bar:
         if parsed.out is None:
             audit = audit_routes(base, adapter, samples, parsed.data.max_seq_len, bar)
         else:
@@ -402,7 +402,8 @@ def merge(args: list[str]) -> None:
                 overwrite=parsed.overwrite, force=parsed.force, progress=bar,
             )  # fmt: skip
     _warn(base.warnings)
-    console.print(table(audit.COLUMNS, audit.rows()))
+    print(f"against the trained model, on {audit.base.n_tokens:,} target tokens; KL in nats a token:")
+    Console().print(table(audit.COLUMNS, audit.rows()))
     if parsed.out is not None:
         if not audit.passed(parsed.onto):
             print(f"warning: --force overrode the audit: {audit.text(parsed.onto)}", file=sys.stderr)
@@ -428,26 +429,49 @@ def quantize(args: list[str]) -> None:
 
 
 def export(args: list[str]) -> None:
-    """Write a checkpoint as other programs read it, reopened and compared: minilora export MODEL OUT --to FORMAT"""
+    """Write a model or adapter in another format, reopened and compared: minilora export FROM OUT --to FORMAT"""
+    of_model, of_adapter = ("hf", "mistral", "bnb-4bit", "gguf-f16", "gguf-q8_0"), ("peft", "mistral-finetune")
     parser = _parser(export)
-    parser.add_argument("model", metavar="MODEL", help="a folder in either layout, plain or in NF4, or demo")
+    parser.add_argument("source", metavar="FROM", help="a model's folder in either layout, plain or in NF4, or demo")
     parser.add_argument("out", metavar="OUT", help="the new folder")
-    parser.add_argument("--to", required=True, choices=["hf", "mistral", "bnb-4bit", "gguf-f16", "gguf-q8_0"])
-    _dtype_argument(parser, "of the weights, for hf and mistral, and as in quantize for bnb-4bit; auto is MODEL's own")
-    parser.add_argument("--tokenizer", help="file or folder of the tokenizer, where it does not lie with MODEL")
+    parser.add_argument("--to", required=True, choices=of_model + of_adapter, help="the last two: FROM is an adapter")
+    _dtype_argument(parser, "of the weights, for hf and mistral, and as in quantize for bnb-4bit; auto is FROM's own")
+    parser.add_argument("--tokenizer", help="file or folder of the tokenizer, where it does not lie with FROM")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--model.path", default="", help="of an adapter that does not say where its base lies")
+    _adapter_arguments(parser)
     parsed = _parse(parser, args)
+    if parsed.to in of_adapter:
+        _export_adapter(parsed)
+        return
 
     from minilora.checkpoint.export import export_checkpoint
 
     options = {name: getattr(parsed, name) for name in ("tokenizer", "overwrite")}
     with _weights_bar(parsed.out) as progress:
         compared, notes = export_checkpoint(
-            parsed.model, parsed.out, parsed.to, dtype=_dtype(parsed.dtype), progress=progress, **options
+            parsed.source, parsed.out, parsed.to, dtype=_dtype(parsed.dtype), progress=progress, **options
         )
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     print(f"{compared}\nwritten to {parsed.out}")
+
+
+def _export_adapter(parsed: Namespace) -> None:
+    from minilora.base import Base
+    from minilora.checkpoint.adapter import read_adapter, save_peft_adapter
+    from minilora.checkpoint.mistral_adapter import save_mistral_adapter
+    from minilora.checkpoint.write import check_target
+
+    config = BaseConfig(path=parsed.model.path)
+    base = Base.find(config, parsed.source, scaling=parsed.adapter_scaling, force=parsed.force)
+    sizes = base.checkpoint.config
+    check_target(parsed.out, parsed.overwrite, [parsed.source, base.checkpoint.folder])
+    save = save_peft_adapter if parsed.to == "peft" else save_mistral_adapter
+    adapter = read_adapter(parsed.source, sizes, scaling=parsed.adapter_scaling)
+    save(adapter, sizes, parsed.out, overwrite=parsed.overwrite)
+    _warn(base.warnings)
+    print(f"{len(adapter.tensors)} tensors reopened and compared: all equal\nwritten to {parsed.out}")
 
 
 def _dtype_argument(parser: ArgumentParser, what: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftConfig
 from tiny_runs import TOKENIZER, MakeConfig, Quiet, tiny_model
 
 from minilora.checkpoint.adapter import read_adapter
@@ -121,6 +122,32 @@ def test_what_mistral_finetune_reads_is_used_by_every_verb(
     status, _, err = run("merge", tmp_path / "ft", tmp_path / "merged")
     assert (status, err) == (0, "")
     assert "--model.path" in run("generate", "a", "--adapter", bare, "--adapter_scaling", 2)[2]
+
+
+def test_an_adapter_is_exported_both_ways(run: Run, finished: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Through mistral-finetune's layout and back only bfloat16 is lost; where it comes from goes along."""
+    adapter = finished / "adapter"
+    for source, to in ((adapter, "mistral-finetune"), (tmp_path / "mistral-finetune", "peft")):
+        status, out, err = run("export", source, tmp_path / to, "--to", to)
+        assert (status, err) == (0, "")
+        assert out == f"28 tensors reopened and compared: all equal\nwritten to {tmp_path / to}\n"
+    sizes = load_model(tiny_base).config
+    before, after = (read_adapter(folder, sizes) for folder in (adapter, tmp_path / "peft"))
+    assert (after.config, after.provenance) == (before.config, before.provenance)
+    for name, tensor in before.tensors.items():
+        assert torch.equal(after.tensors[name], tensor.bfloat16().float()), name
+    theirs = PeftConfig.from_pretrained(tmp_path / "peft")
+    assert (theirs.r, theirs.base_model_name_or_path) == (4, str(tiny_base))
+
+    (tmp_path / "mistral-finetune" / "params.json").unlink()
+    (tmp_path / "mistral-finetune" / "manifest.json").unlink()
+    again = ["export", tmp_path / "mistral-finetune", tmp_path / "again", "--to", "peft"]
+    status, _, err = run(*again)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "give it with --adapter_scaling" in err
+    assert run(*again, "--adapter_scaling", before.config.alpha / before.config.rank)[0] == 0
+    assert "exists already" in run(*again, "--adapter_scaling", 2)[2]
+    assert "holds no adapter_config.json" in run("export", tiny_base, tmp_path / "x", "--to", "peft")[2]
 
 
 def test_force_overrides_aloud(run: Run, finished: Path, data_folder: Path, tmp_path: Path, tiny_base: Path) -> None:

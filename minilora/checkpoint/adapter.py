@@ -20,11 +20,18 @@ from typing import Any
 import torch
 
 from minilora.checkpoint import mistral_adapter
-from minilora.checkpoint.adapter_parts import Adapter, added_tensors, expected_shapes, read_exactly
+from minilora.checkpoint.adapter_parts import Adapter, added_tensors, expected_shapes, read_exactly, refuse_other
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short
 from minilora.checkpoint.names import tensor_specs
-from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION, check_origin, read_provenance, recipe_of
+from minilora.checkpoint.provenance import (
+    PROVENANCE,
+    PROVENANCE_VERSION,
+    check_origin,
+    read_provenance,
+    recipe_of,
+    versions,
+)
 from minilora.checkpoint.safetensors_file import write_safetensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig, PrefixConfig
@@ -69,18 +76,27 @@ def save_adapter(
 
     Raises UserError if the model has no adapters, one of their numbers is not finite, or `folder` cannot be written.
     """
-    tensors = {_key(name): tensor for name, tensor in added_tensors(model.named_modules()).items()}
-    if not tensors:
+    tensors = added_tensors(model.named_modules())
+    config = model.lora_config if model.prefix is None else PrefixConfig(model.prefix.n_tokens)
+    if config is None or not tensors:
         raise UserError("the model has no adapters to save")
-    for key, tensor in tensors.items():
-        refuse_not_finite(tensor, key, "the training has failed")
-    ours = {"format_version": PROVENANCE_VERSION, "base_fingerprint": model.base_fingerprint}
-    provenance = {**(provenance or {}), **ours, "quantization": recipe_of(model)}
+    ours = {"base_fingerprint": model.base_fingerprint, "quantization": recipe_of(model)}
+    provenance = {"versions": versions(), **(provenance or {}), **ours}
+    save_peft_adapter(Adapter(config, tensors, provenance), model.config, folder, overwrite=overwrite)
+
+
+def save_peft_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write an adapter of a base of these sizes, as `save_adapter` does."""
+    for name, tensor in adapter.tensors.items():
+        refuse_not_finite(tensor, _key(name), "the training has failed")
+    provenance = {**adapter.provenance, "format_version": PROVENANCE_VERSION}
+    config = _peft_config(adapter.config, sizes) | {"base_model_name_or_path": provenance.get("base_path")}
     with atomic_folder(folder, overwrite=overwrite, manifest={}) as temp:
-        _write_json(temp / CONFIG, _peft_config(model) | {"base_model_name_or_path": provenance.get("base_path")})
+        _write_json(temp / CONFIG, config)
         _write_json(temp / PROVENANCE, provenance)
-        lines = [(key, torch.float32, tuple(tensor.shape)) for key, tensor in tensors.items()]
-        write_safetensors(temp / WEIGHTS, tensors.values(), lines, {"format": "pt"})
+        lines = [(_key(name), torch.float32, tuple(tensor.shape)) for name, tensor in adapter.tensors.items()]
+        write_safetensors(temp / WEIGHTS, adapter.tensors.values(), lines, {"format": "pt"})
+        refuse_other(read_adapter(temp, sizes).tensors, adapter.tensors, folder)
 
 
 def load_adapter(model: Mistral, folder: str | Path, *, force: bool = False, scaling: float | None = None) -> Mistral:
@@ -185,12 +201,12 @@ def _lora_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return ours
 
 
-def _peft_config(model: Mistral) -> dict[str, Any]:
-    """What PEFT is told of what was added to the model."""
+def _peft_config(config: LoraConfig | PrefixConfig, sizes: ModelConfig) -> dict[str, Any]:
+    """What PEFT is told of an adapter."""
     always = {"task_type": "CAUSAL_LM", "inference_mode": True}
-    if model.prefix is not None:
-        return always | _prefix_values(model.prefix.n_tokens, model.config)
-    values = {key: getattr(model.lora_config, name) for name, (key, _, _) in _NAMES.items()}
+    if isinstance(config, PrefixConfig):
+        return always | _prefix_values(config.n_tokens, sizes)
+    values = {key: getattr(config, name) for name, (key, _, _) in _NAMES.items()}
     values |= {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
     fixed = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True}
     return always | fixed | values | {"modules_to_save": values["modules_to_save"] or None}

@@ -103,3 +103,10 @@ def read_exactly(
     for name, tensor in tensors.items():
         refuse_not_finite(tensor, f"{file}: {keys[name]}", "the file is damaged, or its training has failed")
     return tensors
+
+
+def refuse_other(read_back: Mapping[str, Tensor], meant: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Raise UserError if the tensors of a file just written are not those that were meant."""
+    for name, tensor in meant.items():
+        if not torch.equal(read_back[name], tensor.float().cpu()):
+            raise UserError(f"{folder}: not written: read back, {name} differs; is the disk sound? save it again")

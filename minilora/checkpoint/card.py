@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from minilora.checkpoint.chat_template import TEMPLATES
+from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION
 from minilora.config import ModelConfig, to_dict
 
 _LIBRARY = {"gguf": "gguf", "mistral": "vllm"}  # of the others: transformers
@@ -57,6 +58,13 @@ def model_card(
         limits="".join(f"- {note}\n" for note in (*notes, *([] if tokenizer else ["No tokenizer lies with it."]))),
         versions=_block(facts.get("versions")),
     )
+
+
+def write_card(folder: Path, name: str, kind: str, config: ModelConfig, facts: Mapping[str, Any], **more: Any) -> None:
+    """Put README.md into a folder of weights, and minilora.json, which it was made of. Arguments as in `model_card`."""
+    facts = {**facts, "format_version": PROVENANCE_VERSION}
+    (folder / "README.md").write_text(model_card(name, kind, config, facts, **more))
+    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def license_of(folder: Path) -> str | None:

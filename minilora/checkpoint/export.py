@@ -10,7 +10,6 @@ A tensor at a time, so memory holds a few of them. Beside the weights lie the to
 card, and minilora.json: where all of it comes from.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.checkpoint.card import license_of, model_card
+from minilora.checkpoint.card import license_of, write_card
 from minilora.checkpoint.chat_template import write_tokenizer
 from minilora.checkpoint.gguf_file import GGUFKind, compare_gguf, gguf_keys, write_gguf
 from minilora.checkpoint.layout import Layout
 from minilora.checkpoint.load import quantize_weight
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
-from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION, read_provenance, versions
+from minilora.checkpoint.provenance import read_provenance, versions
 from minilora.checkpoint.quantize import quantize_checkpoint, tokenizer_files
 from minilora.checkpoint.safetensors_file import DTYPES
 from minilora.checkpoint.save import SPARE_BYTES, write_layout
@@ -99,7 +98,7 @@ def export_checkpoint(
     check_target(out, overwrite, [home])
     checkpoint.check_tied_head()
     name = str(source) if source == "demo" or is_hub_id(source) else home.resolve().name
-    origin = {"license": license_of(home), "versions": versions(), **origin, "format_version": PROVENANCE_VERSION}
+    origin = {"license": license_of(home), "versions": versions(), **origin}
     origin["export"] = {"to": to, "from": name, "fingerprint": checkpoint.fingerprint()}
     own = [] if tokenizer else tokenizer_files(home)
     job = _Job(checkpoint, origin, Path(out), to, dtype, found, own, overwrite, progress)
@@ -172,9 +171,7 @@ def _write_beside(job: _Job, layout: Layout | None, folder: Path) -> None:
     """The small files: tokenizer, card, provenance. None: the weights' file has the tokenizer itself."""
     tokenizer, name = job.tokenizer, job.out.resolve().name
     template = tokenizer.template if tokenizer else None
-    card = model_card(name, job.to, job.source.config, job.origin, tokenizer=template, notes=_notes(job))
-    (folder / "README.md").write_text(card)
-    (folder / PROVENANCE).write_text(json.dumps(job.origin, indent=2) + "\n")
+    write_card(folder, name, job.to, job.source.config, job.origin, tokenizer=template, notes=_notes(job))
     for copied in tokenizer_files(folder):  # the source's, which another may have been named for
         copied.unlink()
     if tokenizer and layout == "mistral":  # mistral-common takes the version from the name, and wants one such file

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.checkpoint.adapter_parts import Adapter, expected_shapes, read_exactly
+from minilora.checkpoint.adapter_parts import Adapter, expected_shapes, read_exactly, refuse_other
 from minilora.checkpoint.config_files import config_to_params
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short
@@ -94,16 +94,18 @@ def save_mistral_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Pat
         for part, shape in shapes.items():
             tensor = adapter.tensors.get(f"{spec.module}.{part}", torch.zeros(shape)).bfloat16()
             refuse_not_finite(tensor, f"{spec.module}.{part}", "bfloat16 cannot hold it")
-            tensors[f"{spec.module}.{part}"] = spec.to_layout(tensor, "mistral") if part == "lora_B" else tensor
+            tensors[f"{spec.module}.{part}"] = tensor
     lora = {"enable": True, "rank": ranks[0], "dropout": config.dropout, "scaling": scales[0]}
     small = {PARAMS: config_to_params(sizes) | {"lora": lora}, PROVENANCE: adapter.provenance}
     with atomic_folder(folder, overwrite=overwrite, manifest={}) as temp:
         for name, values in small.items():
             if values:
                 (temp / name).write_text(json.dumps(values, indent=2) + "\n")
-        keys = _keys(sizes)
+        keys, specs = _keys(sizes), {f"{spec.module}.lora_B": spec for spec in _projections(sizes)}
         lines = [(keys[name], torch.bfloat16, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        write_safetensors(temp / WEIGHTS, tensors.values(), lines, {"format": "pt"})
+        rows = (specs[name].to_layout(t, "mistral") if name in specs else t for name, t in tensors.items())
+        write_safetensors(temp / WEIGHTS, rows, lines, {"format": "pt"})
+        refuse_other(read_tensors(temp, read_config(temp, None), sizes), tensors, folder)
 
 
 def _weights(path: Path) -> Path:

@@ -34,7 +34,7 @@ class Distance:
         log_p, log_q = logits_p.log_softmax(-1), logits_q.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         largest = float((logits_p - logits_q).abs().max())
-        agreed = (logits_p.argmax(-1) == logits_q.argmax(-1)).float().mean()
+        agreed = (logits_p.argmax(-1) == logits_q.argmax(-1)).double().mean()
         return Distance(float(kl.mean()), float(kl.max()), largest, float(agreed), len(kl))
 
     def __add__(self, other: "Distance") -> "Distance":

@@ -6,7 +6,6 @@ whole in memory: a 7B is merged and measured within 2.5 GB. The measure: KL(merg
 Above a tenth of it the merge has lost too much, and nothing is left on the disk unless that is forced.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from torch.nn.functional import embedding
 from minilora.backend import product_dtype
 from minilora.base import Base
 from minilora.checkpoint.adapter_parts import Adapter
-from minilora.checkpoint.card import license_of, model_card
+from minilora.checkpoint.card import license_of, write_card
 from minilora.checkpoint.chat_template import write_tokenizer
 from minilora.checkpoint.config_files import config_to_hf, quantization_to_hf
 from minilora.checkpoint.finite import refuse_not_finite
@@ -32,7 +31,6 @@ from minilora.checkpoint.merge import merged_weight, plain_weight, refuse_prefix
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.nf4_file import nf4_lines, nf4_tensors
 from minilora.checkpoint.open import open_checkpoint
-from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION
 from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
 from minilora.checkpoint.write import check_target
 from minilora.config import Route
@@ -43,6 +41,7 @@ from minilora.evaluate.distance import Distance
 from minilora.linear import NF4Linear, multiply
 from minilora.lora import adapters_off
 from minilora.loss import IGNORE
+from minilora.memory import as_text
 from minilora.model import Block, Context
 from minilora.nf4 import NF4Tensor
 from minilora.norm import RMSNorm
@@ -59,15 +58,7 @@ class MergeAudit:
     """Distances to the trained model, on held-out text: of each way of merging, and of the base, which has learnt
     nothing; and the bytes that the weights of each way take."""
 
-    COLUMNS = (
-        "merged onto",
-        "KL to trained, nats a token",
-        "largest",
-        "top-1",
-        "largest logit difference",
-        "weights",
-        "",
-    )
+    COLUMNS = ("merged onto", "mean KL", "max KL", "top-1", "logits", "weights", "audit")
 
     routes: dict[Route, Distance]
     base: Distance
@@ -85,19 +76,21 @@ class MergeAudit:
         )
 
     def rows(self) -> list[tuple[str, ...]]:
-        """For a table under COLUMNS: a line for each way, and one for the base."""
+        """For a table under COLUMNS: a line for each way, and one for the base. KL in nats a token; the share of tokens
+        with the same likeliest next; the largest difference of logits."""
         all_of = [*self.routes.items(), (_BASE, self.base)]
         return [
             (
                 who, f"{d.mean_kl:.3g}", f"{d.max_kl:.3g}", f"{d.top1_agreement:.2%}", f"{d.max_logit_difference:.3g}",
-                f"{self.n_bytes[who] / 1e6:,.1f} MB" if who in self.routes else "",
-                "" if who not in self.routes else "passed" if self.passed(who) else "lost too much",
+                as_text(self.n_bytes[who]) if who in self.routes else "",
+                "" if who not in self.routes else "passed" if self.passed(who) else "failed",
             )
             for who, d in all_of
         ]  # fmt: skip
 
     def to_dict(self, route: Route) -> dict[str, Any]:
-        return {"route": route, "merged": asdict(self.routes[route]), "base": asdict(self.base)}
+        merged = asdict(self.routes[route]) | {"bytes": self.n_bytes[route]}
+        return {"route": route, "merged": merged, "base": asdict(self.base)}
 
 
 @torch.no_grad()
@@ -138,10 +131,10 @@ def merge_with_audit(
     values = config_to_hf(config, "bfloat16")
     if route == "requantized":
         values |= {"quantization_config": quantization_to_hf(run.double_quant, "bfloat16")}
-    plan = plan_hf(values, run.plan(route), MAX_SHARD_BYTES)
+    plan, audits = plan_hf(values, run.plan(route), MAX_SHARD_BYTES), list[MergeAudit]()
 
     def finish(folder: Path) -> None:
-        audit = run.audit()
+        audits.append(audit := run.audit())
         if not (force or audit.passed(route)):
             lost = f"the merge lost too much (--force overrides this): {audit.text(route)}"
             raise UserError(f"{out}: not written, {lost}")
@@ -150,7 +143,7 @@ def merge_with_audit(
 
     parts = ((name, stored[route]) for name, stored in run.weights())
     write_plan(plan, out, parts, overwrite=overwrite, finish=finish)
-    return run.audit()
+    return audits[0]
 
 
 def _possible(base: Base) -> tuple[Route, ...]:
@@ -239,7 +232,12 @@ class _Pass:
         for spec in specs:
             fill(part, self.base.checkpoint, spec, self.storage)
         self.adapter.attach(part)
-        made = {spec: {route: self._merged(part, spec, route) for route in self.routes} for spec in specs}
+        made = {
+            spec: {route: self._merged(part, spec, route) for route in self.routes}
+            if spec.is_projection  # of what is never quantized all ways make the same
+            else dict.fromkeys(self.routes, self._merged(part, spec, "trained"))
+            for spec in specs
+        }
         module = part.get_submodule(name)
         if isinstance(module, Block):
             self._go(_ADAPTED, module)
@@ -270,7 +268,7 @@ class _Pass:
 
     def _merged(self, part: nn.Module, spec: TensorSpec, route: Route) -> Tensor | NF4Tensor:
         layer = part.get_submodule(spec.module)
-        if route == "requantized" and spec.is_projection:
+        if route == "requantized":
             return requantized_weight(layer, self.double_quant, MERGED)
         original = self.base.checkpoint.read(spec).to(self.base.device) if route == "original" else None
         merged = merged_weight(layer, original).to(MERGED)
@@ -336,10 +334,7 @@ def _checksum(tensor: Tensor) -> int:
 
 def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapter, audit: MergeAudit) -> None:
     """Put beside the merged weights the tokenizer, the card, and where it all comes from."""
-    facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance}
-    facts |= {"format_version": PROVENANCE_VERSION, "audit": audit.to_dict(route)}
+    facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance, "audit": audit.to_dict(route)}
     kind = "bnb-4bit" if route == "requantized" else "hf"
-    card = model_card(name, kind, base.checkpoint.config, facts, tokenizer=base.tokenizer.template)
-    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / "README.md").write_text(card)
+    write_card(folder, name, kind, base.checkpoint.config, facts, tokenizer=base.tokenizer.template)
     write_tokenizer(base.tokenizer, folder)

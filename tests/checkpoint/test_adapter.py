@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_checkpoints import assert_same_logits, edit_json, edit_tensors, hf_model, randomize, tokens
 
-from minilora.checkpoint.adapter import load_adapter, read_adapter_config, save_adapter
+from minilora.checkpoint.adapter import load_adapter, read_adapter, read_adapter_config, save_adapter, save_peft_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.merge import merged_weights
+from minilora.checkpoint.mistral_adapter import save_mistral_adapter
 from minilora.checkpoint.provenance import read_provenance
+from minilora.checkpoint.safetensors_file import TensorEntry
 from minilora.checkpoint.save import save_hf
 from minilora.config import PROJECTIONS, LoraConfig, PrefixConfig
 from minilora.errors import UserError
@@ -341,3 +344,25 @@ def test_saving_needs_adapters_that_are_finite(originals: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=rf"{Q0}\.lora_B\.weight: holds a number that is not finite"):
         save_adapter(model, tmp_path / "a")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["peft", "mistral-finetune"])
+def test_what_the_disk_did_not_keep_is_noticed(
+    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """One bit of one tensor, turned in the written file before it is read back."""
+    save_adapter(adapted(originals), tmp_path / "a")
+    read, sizes = TensorEntry.read, load_model(originals / "hf").config
+    adapter = read_adapter(tmp_path / "a", sizes)
+
+    def turned(entry: TensorEntry) -> torch.Tensor:
+        tensor = read(entry)
+        if ".out.minilora-tmp" in str(entry.file) and re.search(r"layers\.1\..*(v_proj|wv)\.lora_B", entry.key):
+            tensor.view(torch.uint8)[3, 5] ^= 1
+        return tensor
+
+    monkeypatch.setattr(TensorEntry, "read", turned)
+    save = save_peft_adapter if to == "peft" else save_mistral_adapter
+    with pytest.raises(UserError, match=r"out: not written: read back, layers\.1\.self_attn\.v_proj\.lora_B differs"):
+        save(adapter, sizes, tmp_path / "out")
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
