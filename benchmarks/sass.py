@@ -165,7 +165,7 @@ class Compiled:
 def kernels(arch: int) -> list[Kernel]:
     """All that we run there, in the 16-bit dtype that the architecture computes in; matmul in float32, too."""
     sixteen = "*fp16" if arch < 80 else "*bf16"
-    found = [quantize_kernel(sixteen), softmax_gradient_kernel(sixteen), adamw_kernel()]
+    found = [quantize_kernel(sixteen)]
     for nested in (False, True):
         found.append(dequantize_kernel(sixteen, nested))
         for shuffle in (False, True):
@@ -173,7 +173,8 @@ def kernels(arch: int) -> list[Kernel]:
             if arch >= 80:  # Triton has no way to the tensor cores of Turing
                 found += [matmul_kernel(arch, nested, shuffle, m) for m in (16, 64, 256)]
                 found.append(matmul_kernel(arch, nested, shuffle, 32, "*fp32"))
-    return [*found, *norm_kernels(sixteen), rotate_kernel(sixteen), *swiglu_kernels(sixteen)]
+    found += [*norm_kernels(sixteen), rotate_kernel(sixteen), *swiglu_kernels(sixteen)]
+    return [*found, softmax_gradient_kernel(sixteen), adamw_kernel()]
 
 
 def quantize_kernel(sixteen: str) -> Kernel:
