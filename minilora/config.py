@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
     "*tokenizer*.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json",
 )  # fmt: skip
 Route = Literal["trained", "original", "requantized"]  # of a merge (checkpoint/merge.py)
-MAX_NAMES = 4096  # in a list of layers, and characters in an expression for them
+MAX_NAMES = 1024  # in a list of layers
 ALL_LINEAR = "all-linear"
 METRICS = ("exact_match", "f1", "bleu", "rouge")
 
@@ -144,13 +144,15 @@ class LoraConfig:
             value = getattr(self, key)
             object.__setattr__(self, key, value if isinstance(value, str) else tuple(value))
         for key in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
-            _check(len(getattr(self, key)) <= MAX_NAMES, f"lora.{key} holds more than {MAX_NAMES}")
+            fits = isinstance(getattr(self, key), str) or len(getattr(self, key)) <= MAX_NAMES
+            _check(fits, f"lora.{key} holds more than {MAX_NAMES}")
         for key, top in (("rank", "2^31"), ("alpha", "1e30")):
+            ways = 0
             for pattern, value in {"": getattr(self, key), **getattr(self, f"{key}_pattern")}.items():
                 name = f"lora.{key}_pattern {pattern}" if pattern else f"lora.{key}"
                 limit = 2**31 if key == "rank" else 1e30
                 _check(0 < value < limit, f"{name} is {value}, but must be above 0 and below {top}")
-                check_pattern(rf".*\.({pattern})", f"lora.{key}_pattern")
+                ways = check_pattern(rf".*\.({pattern})", f"lora.{key}_pattern", ways)
         _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}, but must be at least 0 and below 1")
         _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
         if isinstance(self.targets, str):

@@ -150,19 +150,20 @@ def refuse_unknown(config: LoraConfig, linears: Iterable[str], others: Iterable[
     linears, others, targets = list(linears), sorted(others), config.targets
     ends = sorted({name.rpartition(".")[2] for name in linears})
     for alone in (targets,) if isinstance(targets, str) else ((target,) for target in targets):
-        if not any(LoraConfig(targets=alone).adapts(name) for name in linears):
+        if not any(map(LoraConfig(targets=alone).adapts, linears)):
             named, how = (alone, "called in full") if isinstance(alone, str) else (alone[0], "called")
             raise UserError(f"lora.targets names {named!r}, which no layer is {how}; there are {ends}")
     if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
         inside = [f"{name}.act_fn" for name in others if name.endswith(".mlp")]  # which PEFT sees
         if wrong := [name for name in (*others, *inside) if config.adapts(name)]:
             raise UserError(f"lora.targets is {targets!r}, which matches {wrong[0]}, too; an adapter can be at {ends}")
+    adapted = list(filter(config.adapts, linears))
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
-            if not any(config.adapts(name) and first_match({pattern: True}, name, False) for name in linears):
+            if not any(first_match({pattern: True}, name, False) for name in adapted):
                 raise UserError(f"lora.{key} names {pattern!r}, which no layer with an adapter is called")
     for module in config.modules_to_save:
-        saved = {name for name in (*linears, *others) if LoraConfig(modules_to_save=(module,)).saves(name)}
+        saved = set(filter(LoraConfig(modules_to_save=(module,)).saves, (*linears, *others)))
         if not saved or any(name.rpartition(".")[2] not in SAVABLE for name in saved):
             raise UserError(f"lora.modules_to_save names {module!r}; it may name {', '.join(SAVABLE)}")
         if tied and saved & {"embed_tokens", "lm_head"}:

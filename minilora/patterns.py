@@ -5,6 +5,7 @@ Here no group is repeated, so the ways are at most the product of what each alte
 """
 
 import re
+from functools import cache
 from typing import TypeVar
 
 from minilora.errors import UserError
@@ -16,8 +17,11 @@ MAX_WAYS = 200_000
 _LONGEST_NAME = 48  # characters: what a repetition may choose from
 
 
-def check_pattern(pattern: str, key: str) -> None:
-    """Raise UserError, naming the `key` that it stands at, unless `pattern` is a regular expression of few ways."""
+def check_pattern(pattern: str, key: str, spent: int = 0) -> int:
+    """How many ways `pattern` has, and the `spent` ones of others beside it.
+
+    Raises UserError, naming the `key` that it stands at, if it is no regular expression or those are too many.
+    """
     easier = "write it with fewer * + ? {} and alternatives, without looking around and without repeated groups"
     too_long = f"{key} is {pattern[:80]!r}, which may take too long to match; {easier}"
     if len(pattern) > MAX_CHARACTERS:
@@ -31,11 +35,17 @@ def check_pattern(pattern: str, key: str) -> None:
     while (group := re.search(r"\((?:\?:)?((?!\?)[^()]*)\)(?![*+{?])", plain)) and ways <= MAX_WAYS:
         ways *= 1 + group[1].count("|")
         plain = plain[: group.start()] + "x" + plain[group.end() :]
-    if "(" in plain or ways * (1 + plain.count("|")) > MAX_WAYS:
+    spent += ways * (1 + plain.count("|"))
+    if "(" in plain or spent > MAX_WAYS:
         raise UserError(too_long)
+    return spent
 
 
 def first_match(patterns: dict[str, T], name: str, default: T) -> T:
     """The value of the first of `patterns` that matches an end of the layer's name as PEFT has it; else `default`."""
-    matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", f"model.{name}"))
-    return next(matches, default)
+    return next((value for key, value in patterns.items() if _end(key).match(f"model.{name}")), default)
+
+
+@cache  # `re` itself remembers 512 only
+def _end(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")

@@ -50,8 +50,20 @@ def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
 
 def test_too_many_names_are_refused() -> None:
     for key, value in (("rank_pattern", {f"{i}": 4 for i in range(5000)}), ("targets", tuple(map(str, range(5000))))):
-        with pytest.raises(UserError, match=f"lora.{key} holds more than 4096"):
+        with pytest.raises(UserError, match=f"lora.{key} holds more than 1024"):
             LoraConfig(**{key: value})
+
+
+def test_many_patterns_have_few_ways_together() -> None:
+    """One after another they take as long as a single one of all their ways."""
+    LoraConfig(rank_pattern={rf"layers.{i}.self_attn.[qk]_proj": 4 for i in range(1000)})
+    LoraConfig(alpha_pattern={rf"layers.{i}.*_proj": 4 for i in range(80)})
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"lora.alpha_pattern is .*may take too long to match"):
+        LoraConfig(alpha_pattern={rf"layers.{i}.*_proj": 4 for i in range(90)})
+    with pytest.raises(UserError, match=r"lora.rank_pattern is .*may take too long to match"):
+        LoraConfig(rank_pattern={rf"(a|b|c|d|x{i})\.(q|k)_proj": 4 for i in range(1000)})
+    assert time.perf_counter() - began < 1
 
 
 def test_the_first_pattern_that_matches_an_end_counts() -> None:

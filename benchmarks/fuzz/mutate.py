@@ -244,7 +244,9 @@ def _spoil_value(draw: Draw, value: Any) -> tuple[Any, dict[str, str], str]:
     elif kind == "shifted" and isinstance(old, int | float) and not isinstance(old, bool):
         holder[key] = draw.choice((old + 1, old - 1, -old, old * 2, old * 1024))
     elif kind == "list" and isinstance(old, list):
-        holder[key] = draw.choice((old[:-1], old + old, old[::-1], [*old, _wild(draw)], draw.sample(old, len(old))))
+        holder[key] = draw.choice(
+            (old[:-1], old + old, old[::-1], old * 500, [*old, _wild(draw)], draw.sample(old, len(old)))
+        )
     else:
         kind, holder[key] = "raw", "@raw@"
         stands = draw.choice(
@@ -272,7 +274,10 @@ def _wild(draw: Draw) -> Any:
         return draw.choice(_NUMBERS)
     if kind < 0.8:
         return draw.choice(_TEXTS)
-    return draw.choice((None, True, False, [], {}, [[]], [None], {"": None}, [1, 2], ["x"] * 5000, [-1], {"a": [{}]}))
+    if kind > 0.98:
+        names = [draw.choice((f"layers.{i}", rf"(x{i}|y)\.q_proj", f"{i}.*")) for i in range(draw.choice((100, 5000)))]
+        return draw.choice((names, dict.fromkeys(names, 2), [None] * 20_000, [names[0]] * 5000))
+    return draw.choice((None, True, False, [], {}, [[]], [None], {"": None}, [1, 2], [-1], {"a": [{}]}))
 
 
 def _new_key(draw: Draw, key: str) -> str:

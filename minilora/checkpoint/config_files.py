@@ -18,6 +18,7 @@ from minilora.config import ModelConfig
 from minilora.errors import UserError
 
 log = logging.getLogger(__name__)
+MAX_LAYERS = 10_000  # with an entry each
 Window = int | tuple[int | None, ...] | None  # as in ModelConfig
 
 # The classes of transformers that are this decoder: Ministral's windows differ by layer, Llama's have none.
@@ -232,7 +233,7 @@ def _hf_window(fields: _Fields, n_layers: int, by_layer: bool) -> Window:
     kinds = fields.values.get("layer_types")
     if kinds is None:
         kinds = ["sliding_attention"]
-    elif not isinstance(kinds, list) or len(kinds) != n_layers:
+    elif not isinstance(kinds, list) or len(kinds) != n_layers or n_layers > MAX_LAYERS:
         raise fields.error("layer_types", f"is {short(kinds)}, but must be a list with an entry for each layer")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
@@ -291,7 +292,7 @@ def _window(fields: _Fields, key: str, n_layers: int) -> Window:
     for window in windows:
         if window is not None and (type(window) is not int or window < 1):
             raise fields.error(key, f"is {short(value)}, but must be a whole number above 0, or null")
-    if not windows or n_layers % len(windows):
+    if not windows or n_layers % len(windows) or len(windows) > MAX_LAYERS:
         raise fields.error(key, f"has {len(windows)} entries, which cannot be repeated over {n_layers} layers")
     return _shortest(tuple(windows))
 

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from minilora.checkpoint.chat_template import TEMPLATES, chat_template
 from minilora.checkpoint.finite import refuse_not_finite
+from minilora.checkpoint.gguf_header import read_gguf_header
+from minilora.checkpoint.json_file import short
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import ModelConfig
 from minilora.errors import UserError, need_library
@@ -109,11 +111,17 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ..
     need_library("gguf", "gguf", "a GGUF file")
     import gguf
 
+    tensors = list[tuple[str, tuple[int, ...], str, int]]()
     try:
-        reader = gguf.GGUFReader(file)
-        keys = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = [(t.name, tuple(t.shape[::-1].tolist()), t.tensor_type.name, t.n_bytes) for t in reader.tensors]
-    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        keys, lines = read_gguf_header(file)
+        for name, shape, number, begin in lines:
+            kind = gguf.GGMLQuantizationType(number)
+            block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+            n_bytes *= prod(shape) // block
+            if begin + n_bytes > file.stat().st_size:
+                raise ValueError(f"it ends before {short(name)} does")
+            tensors.append((name, shape, kind.name, n_bytes))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a whole GGUF file: {error}; export it again") from None
     return keys, tensors
 

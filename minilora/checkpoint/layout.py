@@ -9,6 +9,7 @@ a downloaded index must not make us read elsewhere.
 """
 
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
@@ -50,12 +51,14 @@ def read_entries(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map must be an object of tensor: file, and not empty")
+    shards = defaultdict[str, set[str]](set)
     for key, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain_name(name):
             raise UserError(f"{index}: tensor {short(key)} lies in {short(name)}, which is not a plain file name")
+        shards[name].add(key)
     entries: dict[str, TensorEntry] = {}
-    for name in sorted(set(weight_map.values())):
-        entries |= _shard(_inside(folder, name, index), name, weight_map, index)
+    for name, keys in sorted(shards.items()):
+        entries |= _shard(_inside(folder, name, index), keys, index)
     return entries
 
 
@@ -65,15 +68,13 @@ def _is_plain_name(name: str) -> bool:
     )
 
 
-def _shard(file: Path, name: str, weight_map: dict[str, str], index: Path) -> dict[str, TensorEntry]:
-    """The tensors of one shard: just those that the index says lie there."""
+def _shard(file: Path, keys: set[str], index: Path) -> dict[str, TensorEntry]:
+    """The tensors of one shard: just the `keys` that the index says lie there."""
     held = read_header(file)
-    for key in weight_map:
-        if weight_map[key] == name and key not in held:
-            raise UserError(f"{file}: lacks the tensor {short(key)}, which {index.name} says is there")
-    for key in held:
-        if weight_map.get(key) != name:
-            raise UserError(f"{file}: holds the tensor {short(key)}, which {index.name} does not say is there")
+    for key in sorted(keys - held.keys()):
+        raise UserError(f"{file}: lacks the tensor {short(key)}, which {index.name} says is there")
+    for key in sorted(held.keys() - keys):
+        raise UserError(f"{file}: holds the tensor {short(key)}, which {index.name} does not say is there")
     return held
 
 

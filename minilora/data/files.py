@@ -14,7 +14,7 @@ A row that is damaged is there as the error that says how, so that whoever reads
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,9 +90,18 @@ def _parse(text: bytes) -> Any:
 def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Of two values of one key, Python would drop the first without a word."""
     if len(found := dict(pairs)) < len(pairs):
-        twin = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise UserError(f"it has the key {twin!r} twice; keep one of them")
+        raise UserError(f"it has the key {_twin(key for key, _ in pairs)!r} twice; keep one of them")
     return found
+
+
+def _twin(names: Iterable[str]) -> str | None:
+    """The first that is one of those before it."""
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -142,8 +151,8 @@ def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
         rows = csv.DictReader(file, strict=True)
         try:
             names = list(rows.fieldnames or ())
-            if twins := [name for i, name in enumerate(names) if name in names[:i]]:
-                raise UserError(f"its header has {twins[0]!r} twice; give each column its own name")
+            if (twin := _twin(names)) is not None:
+                raise UserError(f"its header has {twin!r} twice; give each column its own name")
             for row in rows:
                 wrong = None
                 if None in row or None in row.values():

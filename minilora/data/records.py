@@ -148,13 +148,14 @@ def _read_messages(messages: Any, system_prompt: Any, alternate: bool, mend: boo
         raise UserError(f"its messages are {_what(messages)}; give it a list of messages, or drop the line")
     if system_prompt:
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    read = list[dict[str, Any]]()
+    read, last = list[dict[str, Any]](), "assistant"
     try:
         for n, message in enumerate(messages, 1):
             new = _read_message(message, n)
             if alternate:
-                _check_turn(read, new, n)
+                _check_turn(last, new, n)
             read.append(new)
+            last = last if new["role"] == "system" else new["role"]
     except UserError:
         if not mend:
             raise
@@ -168,9 +169,11 @@ def _read_messages(messages: Any, system_prompt: Any, alternate: bool, mend: boo
     return read
 
 
-def _check_turn(before: list[dict[str, Any]], new: dict[str, Any], n: int) -> None:
-    """ShareGPT's files are cut from longer conversations; what does not alternate has lost a message."""
-    last = next((message["role"] for message in reversed(before) if message["role"] != "system"), "assistant")
+def _check_turn(last: str, new: dict[str, Any], n: int) -> None:
+    """ShareGPT's files are cut from longer conversations; what does not alternate has lost a message.
+
+    last: the role of the message before, systems left out
+    """
     if new["role"] == last:
         due = "human" if last == "assistant" else "gpt"
         raise UserError(f"message {n} is of the role {last}, but it is the {due}'s turn; drop it, or the line")

@@ -93,7 +93,8 @@ class RunState:
         Raises UserError, before anything is changed, if it is damaged, from another format, or of another run.
         """
         document = read_document(folder)
-        for name, kinds in _PARTS.items():
+        known = {key: str if isinstance(value, str) else type(value) for key, value in versions().items()}
+        for name, kinds in {**_PARTS, "versions": known}.items():
             _check(document.get(name), kinds, f"{folder / STATE}: {name}")
         refuse_other_run(document.get("origin"), self.origin, folder)
         tensors = _read_tensors(folder, self.weights, weights_only=False)
@@ -133,7 +134,6 @@ _PARTS: dict[str, dict[str, Any]] = {
     "counters": get_type_hints(Counters),
     "loss_scale": get_type_hints(LossScale),
     "sampler": {"epoch": int, "row": int},
-    "versions": {"minilora": str, "torch": str, "threads": int},
 }
 
 

@@ -245,6 +245,15 @@ def test_a_huge_config_is_not_parsed(hf_folder: Path) -> None:
         read_config(hf_folder)
 
 
+def test_windows_for_a_million_layers_are_not_gone_through(hf_folder: Path, mistral_folder: Path) -> None:
+    edit_json(mistral_folder / "params.json", sliding_window=[None] * 300_000, n_layers=300_000)
+    kinds = ["full_attention"] * 90_000
+    edit_json(hf_folder / "config.json", **MINISTRAL | {"layer_types": kinds, "num_hidden_layers": len(kinds)})
+    for folder, says in ((mistral_folder, "sliding_window has 300000 entries"), (hf_folder, "layer_types is")):
+        with pytest.raises(UserError, match=says):
+            read_config(folder)
+
+
 def test_a_long_value_does_not_flood_the_terminal(hf_folder: Path) -> None:
     edit_json(hf_folder / "config.json", model_type="x" * 100_000)
     with pytest.raises(UserError, match="model_type is 'xxx") as caught:

@@ -1,5 +1,7 @@
 """Files by their ending: rows, where they lie, and what each format can have wrong with it."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,22 @@ def test_reading_goes_on_behind_a_bad_line(tmp_path: Path, monkeypatch: pytest.M
     assert "not JSON" in found[1][1]
     assert "the line is over" in found[2][1]
     assert "not UTF-8 at byte 1" in found[3][1]
+
+
+def test_many_names_are_compared_at_once(tmp_path: Path) -> None:
+    """Each with all before it would take minutes."""
+    names = [f"k{i}" for i in range(100_000)]
+    line = "{" + ", ".join(f'"{name}": 0' for name in [*names, "k99999"]) + "}"
+    began = time.process_time()
+    (place,) = rows(write(tmp_path / "a.jsonl", line))
+    assert "it has the key 'k99999' twice" in place[1]
+    with pytest.raises(UserError, match="its header has 'k99999' twice"):
+        rows(write(tmp_path / "a.csv", ",".join([*names, "k99999"])))
+    turns = [{"from": "system", "value": "x"}] * 20_000
+    chat = {"conversations": [*turns, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (record,) = read_records(write(tmp_path / "b.jsonl", json.dumps(chat)))
+    assert isinstance(record, ChatRecord)
+    assert time.process_time() - began < 5
 
 
 def test_csv(tmp_path: Path) -> None:
