@@ -14,10 +14,12 @@ from minilora.fused import fuse
 from minilora.lora import add_lora
 from minilora.model import Mistral
 from minilora.prefix import add_prefix
+from minilora.scratch import keep_freed_memory
 
 
 def apply_strategy(model: Mistral, config: RunConfig) -> Mistral:
     """Make the model of a run from its base, in place. What is added is drawn from torch's global random state."""
+    keep_freed_memory()
     train = config.train
     model.activation_checkpointing, model.neftune_alpha = train.activation_checkpointing, train.neftune_alpha
     if train.base_learns:
