@@ -1,7 +1,11 @@
 """Memory that is used again: by the same thread for the same purpose, and by no one else."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from minilora.scratch import scratch
@@ -32,3 +36,31 @@ def test_memory_that_generation_made_serves_training() -> None:
     buffer = scratch("generation", 4, torch.float32, CPU)
     buffer.zero_()
     assert not buffer.is_inference()
+
+
+COUNT_NEW_PAGES = """
+import resource, torch
+from minilora.scratch import keep_freed_memory
+
+def step():  # as one does: what forward keeps goes at its end
+    return [torch.ones(n << 18) for n in (3, 7, 2, 5, 8)]
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.ones(1)
+keep_freed_memory()
+step(), step()
+print(new_pages())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's malloc")
+@pytest.mark.parametrize(("setting", "is_new"), [({}, False), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, True)])
+def test_a_second_step_needs_no_new_pages_unless_the_user_says_so(setting: dict[str, str], is_new: bool) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | setting
+    done = subprocess.run([sys.executable, "-c", COUNT_NEW_PAGES], env=env, capture_output=True, text=True, check=True)
+    # 25 MiB are 6400 pages of 4 KiB, or fewer where the system gives large ones: 12 of 2 MiB.
+    assert (int(done.stdout) >= 12) == is_new

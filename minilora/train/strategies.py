@@ -15,6 +15,7 @@ from minilora.fused import Keep, fuse
 from minilora.lora import add_lora
 from minilora.model import Mistral
 from minilora.prefix import add_prefix
+from minilora.scratch import keep_freed_memory
 
 
 def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ()) -> Mistral:
@@ -22,6 +23,7 @@ def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ())
 
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
     """
+    keep_freed_memory()
     train = config.train
     model.activation_checkpointing, model.neftune_alpha = train.activation_checkpointing, train.neftune_alpha
     if train.base_learns:
