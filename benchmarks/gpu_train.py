@@ -2,8 +2,8 @@
 
 Each side is a process with its model on the device (`gpu_models`); they step in turns. Ours and the peer, plain and
 prepared for k-bit training, each keep all activations or checkpoint them. A ratio is against the fastest of the peer's
-that does the same, and of all that the peer has. Who has another first loss did other work and is out. Before that,
-our memory for one row of LONGEST tokens, checkpointed: what a card of 24 GB should hold.
+that does the same, and of all that the peer has. Who has another first loss did other work and is out. Last, when those
+processes have gone, our memory for one row of LONGEST tokens, checkpointed: what a card of 24 GB should hold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,19 +40,19 @@ def measure(device: torch.device) -> dict[str, Any]:
     ceiling = matmul_tflop_per_s(device)
     cases: dict[str, Any] = {}
     with started(contestants) as entrants:
-        cases |= _longest(entrants[0], name, DRY_LONGEST if is_dry else LONGEST, ceiling)
         for length in lengths:
             records = {
                 policy: _race(entrants, 1 if is_dry else ROUNDS, rows=1, length=length, checkpointing=checkpointing)
                 for policy, checkpointing in POLICIES.items()
             }
             cases |= _cases(name, length, records, ceiling)
-    return cases
+    return cases | _longest(contestants[0], name, DRY_LONGEST if is_dry else LONGEST, ceiling)
 
 
-def _longest(ours: Entrant, name: str, length: int, ceiling: float) -> dict[str, Any]:
-    """A step alone, while no other process holds much."""
-    [record] = _race([ours], 1, 0, rows=1, length=length, checkpointing=True)
+def _longest(ours: Contestant, name: str, length: int, ceiling: float) -> dict[str, Any]:
+    """A step alone, in a process of its own."""
+    with started([ours]) as entrants:
+        [record] = _race(entrants, 1, 0, rows=1, length=length, checkpointing=True)
     figures = _figures(record, length, qlora_step_flops(shape(name), 1, length), ceiling)
     what, rows = f"QLoRA step, {name}, 1 x {length} tokens, activations checkpointed", list[dict[str, str]]()
     if "peak_reserved_bytes" in figures:
@@ -73,7 +73,7 @@ def _cases(name: str, length: int, records: Mapping[str, list[Record]], ceiling:
         case: dict[str, Any] = {"sides": sides, "rows": []}
         same = agreeing(ours, *theirs)
         for against, rivals in (("the same", same), ("its fastest", peers)):
-            if not rivals or (against == "its fastest" and policy != "kept"):
+            if not ours.steps or not rivals or (against == "its fastest" and policy != "kept"):
                 continue
             rival = min(rivals, key=lambda record: record.seconds)
             case[f"ratio to {against}"] = {"peer": rival.name, **ratio(ours, rival)}

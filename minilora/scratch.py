@@ -1,15 +1,13 @@
 """Memory for what is thrown away at once, kept and used again.
 
 On a CPU new memory costs more than what is written into it, page by page, and blocks that come and go between others
-that stay leave holes in the heap, which a process then holds for nothing. A GPU has torch's own cache for this, but its
-largest block, a decoded weight, would leave such holes in it, too.
+that stay leave holes in the heap, which a process then holds for nothing. A GPU has torch's own cache for this.
 """
 
 import ctypes
 import os
 import sys
 from threading import local
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +15,15 @@ from torch import Tensor
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names in mallopt(3)
 
 _held = local()  # a thread's own: two threads may decode at the same time
-_on_gpu = dict[Any, Tensor]()  # a stream's own: what it does, it does in turns, whichever thread asks for it
 
 
 def scratch(purpose: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(n,) of memory with anything in it, the caller's until the same purpose is asked for again: by the same thread,
-    or on a GPU for the same stream."""
-    if device.type not in ("cpu", "cuda"):
+    """(n,) of memory with anything in it, the caller's until the same thread asks for the same purpose again."""
+    if device.type != "cpu":
         return torch.empty(n, dtype=dtype, device=device)
-    buffers: dict[Any, Tensor] = _held.__dict__ if device.type == "cpu" else _on_gpu
-    key = f"{purpose} {dtype}" if device.type == "cpu" else (purpose, dtype, torch.cuda.current_stream(device))
+    buffers: dict[str, Tensor] = _held.__dict__
+    key = f"{purpose} {dtype}"
     if key not in buffers or len(buffers[key]) < n:
-        buffers.pop(key, None)  # before its successor is made
         with torch.inference_mode(False):  # else what generation made could not be written to in training
             buffers[key] = torch.empty(n, dtype=dtype, device=device)
     return buffers[key][:n]
