@@ -144,8 +144,9 @@ class LoraConfig:
             value = getattr(self, key)
             object.__setattr__(self, key, value if isinstance(value, str) else tuple(value))
         for key in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
-            fits = isinstance(getattr(self, key), str) or len(getattr(self, key)) <= MAX_NAMES
-            _check(fits, f"lora.{key} holds more than {MAX_NAMES}")
+            value = getattr(self, key)
+            fits = isinstance(value, str) or (len(value) <= MAX_NAMES and sum(map(len, value)) <= 100 * MAX_NAMES)
+            _check(fits, f"lora.{key} holds more than {MAX_NAMES} names, or far too long ones")
         for key, top in (("rank", "2^31"), ("alpha", "1e30")):
             ways = 0
             for pattern, value in {"": getattr(self, key), **getattr(self, f"{key}_pattern")}.items():

@@ -110,6 +110,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad_head is not None:  # one tile, so `sums` is whole
                     p.scatter_add_(1, y, -sums)
                     _add_product(grad_head, p.to(dtype).T, (h / sums).to(dtype))
+                del z, p  # before the next tile's float32 is made of 16 bits
             total += (largest + sums.log() - label_logit).sum()
             of_label = head.index_select(0, y[:, 0])  # an error where there is no such label, without gradients too
             if grad_hidden is not None:

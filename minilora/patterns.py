@@ -5,6 +5,7 @@ Here no group is repeated, so the ways are at most the product of what each alte
 """
 
 import re
+import warnings
 from functools import cache
 from typing import TypeVar
 
@@ -27,8 +28,9 @@ def check_pattern(pattern: str, key: str, spent: int = 0) -> int:
     if len(pattern) > MAX_CHARACTERS:
         raise UserError(too_long)
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings(action="error"):  # of what later versions of Python may read otherwise
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, Warning) as error:
         raise UserError(f"{key} is {pattern[:80]!r}, which is no regular expression: {error}") from None
     plain = re.sub(r"\[\^?.[^\]]*\]", "x", re.sub(r"\\.", "x", pattern))  # an escape, a class: one character
     ways = _LONGEST_NAME ** len(re.findall(r"(?<!\()[*+{]", plain)) * 2 ** len(re.findall(r"(?<![(*+?}])\?", plain))

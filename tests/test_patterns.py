@@ -42,7 +42,7 @@ def test_what_may_take_too_long_is_refused_at_once(pattern: str) -> None:
     assert time.perf_counter() - began < 1
 
 
-@pytest.mark.parametrize("pattern", ["(", "[a", "*", r"\1"])
+@pytest.mark.parametrize("pattern", ["(", "[a", "*", r"\1", "[[a]"])
 def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
     with pytest.raises(UserError, match="is no regular expression"):
         check_pattern(pattern, "lora.targets")
@@ -52,6 +52,8 @@ def test_too_many_names_are_refused() -> None:
     for key, value in (("rank_pattern", {f"{i}": 4 for i in range(5000)}), ("targets", tuple(map(str, range(5000))))):
         with pytest.raises(UserError, match=f"lora.{key} holds more than 1024"):
             LoraConfig(**{key: value})
+    with pytest.raises(UserError, match=r"lora.rank_pattern holds .* far too long ones"):
+        LoraConfig(rank_pattern={f"{'x' * 1900}{i}": 4 for i in range(100)})
 
 
 def test_many_patterns_have_few_ways_together() -> None:

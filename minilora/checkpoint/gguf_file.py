@@ -111,19 +111,21 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ..
     need_library("gguf", "gguf", "a GGUF file")
     import gguf
 
-    tensors = list[tuple[str, tuple[int, ...], str, int]]()
+    tensors = dict[str, tuple[str, tuple[int, ...], str, int]]()
     try:
         keys, lines = read_gguf_header(file)
         for name, shape, number, begin in lines:
             kind = gguf.GGMLQuantizationType(number)
             block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
             n_bytes *= prod(shape) // block
+            if (shape or (1,))[-1] % block or name in tensors:
+                raise ValueError(f"{short(name)} stands twice, or its rows are no whole blocks")
             if begin + n_bytes > file.stat().st_size:
                 raise ValueError(f"it ends before {short(name)} does")
-            tensors.append((name, shape, kind.name, n_bytes))
+            tensors[name] = name, shape, kind.name, n_bytes
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a whole GGUF file: {error}; export it again") from None
-    return keys, tensors
+    return keys, list(tensors.values())
 
 
 def _quantized(spec: TensorSpec, weight: Tensor, kind: GGUFKind) -> Any:

@@ -181,6 +181,10 @@ def _read_tensors(folder: Path, weights: Mapping[str, Tensor], weights_only: boo
     tensors = {key: held[key].read() for key in like}
     for key, tensor in tensors.items():
         refuse_not_finite(tensor, f"{folder / TENSORS}: {key}", "resume from another checkpoint")
+        if key.endswith((".step", ".exp_avg_sq")) and tensor.min() < 0:
+            raise UserError(
+                f"{folder / TENSORS}: {key} is below 0, as no run writes it; resume from another checkpoint"
+            )
     return tensors
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from tiny_runs import TINY, TOKENIZER, chat, tiny_model, write_jsonl
 
+from minilora.adamw import FlatAdamW
 from minilora.base import Base
 from minilora.checkpoint import write
 from minilora.checkpoint.adapter import read_adapter, save_adapter
@@ -60,9 +61,9 @@ def merge(folder: Path, out: Path) -> None:
 def save_state(folder: Path, out: Path) -> None:
     model = add_lora(load_model(folder / "base", dtype=torch.float32), LoraConfig(rank=8))
     weights: Any = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(weights.values())
+    optimizer = FlatAdamW({(0.0, 1.0): list(weights.values())})
     sum(p.sum() for p in weights.values()).backward()
-    optimizer.step()
+    optimizer.step(1e-3)
     RunState(weights, optimizer, RowSampler([8, 8], 8, seed=0), LossScale(enabled=False), {}).save(out)
 
 

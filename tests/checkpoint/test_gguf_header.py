@@ -100,6 +100,8 @@ def test_headers_that_lie(tmp_path: Path) -> None:
         spoilt(data, tensor, "<I", 2**31): "tensor 'x' has 2,147,483,648 dimensions",
         spoilt(data, tensor + 4, "<Q", 2**62): "it ends before 'x' does",
         spoilt(data, tensor + 20, "<I", 999): "999 is not a valid GGMLQuantizationType",
+        spoilt(data, tensor + 20, "<I", 8): "'x' stands twice, or its rows are no whole blocks",
+        data.replace(b"\x01\0\0\0\0\0\0\0y", b"\x01\0\0\0\0\0\0\0x"): "'x' stands twice",
         spoilt(data, tensor + 24, "<Q", 2**62): "it ends before 'x' does",
         data[:-65]: "it ends before 'z' does",
     }.items():

@@ -244,6 +244,8 @@ WEIGHT = "layers.0.self_attn.q_proj.lora_A"
         ("tensors", {f"weight.{WEIGHT}": torch.full((2, 32), torch.nan)}, f"{WEIGHT}: holds a number that is not"),
         ("tensors", {f"optimizer.{WEIGHT}.exp_avg": None}, f"{WEIGHT}.exp_avg' is not as"),
         ("tensors", {f"optimizer.{WEIGHT}.more": torch.zeros(1)}, f"{WEIGHT}.more' is not as"),
+        ("tensors", {f"optimizer.{WEIGHT}.exp_avg_sq": torch.full((2, 32), -1.0)}, f"{WEIGHT}.exp_avg_sq is below 0"),
+        ("tensors", {f"optimizer.{WEIGHT}.step": torch.tensor(-1.0)}, f"{WEIGHT}.step is below 0"),
         ("tensors", {"rng.cpu": None}, "rng.cpu' is not as"),
         ("tensors", {"rng.cpu": torch.full((5056,), 255, dtype=torch.uint8)}, "no random state of this torch"),
     ],
