@@ -30,7 +30,7 @@ def measure(device: torch.device) -> dict[str, Any]:
 def products(operation: Any, name: str, n: int, k: int, rows: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     """Cases by name of a kernel (x, weight, shuffle) -> y, for a weight (N, K) and so many rows of x.
 
-    Ours is the plain look-up, and with "shuffle" the other one where the device has it right.
+    Ours looks levels up by exchange between lanes where the device has it right, else plainly, which is timed besides.
     """
     from minilora.kernels.nf4_matvec import shuffle_is_right
 
@@ -40,13 +40,14 @@ def products(operation: Any, name: str, n: int, k: int, rows: tuple[int, ...], d
     peers, scratch = peer_sets(dense, len(sets)), torch.empty_like(dense)
     for m in rows:
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(device, dense.dtype)
+        shuffle = device.type == "cuda" and shuffle_is_right(device)
         contestants = {
-            "minilora": [partial(operation, x, w) for w in sets],
+            "minilora": [partial(operation, x, w, shuffle) for w in sets],
             "dequantize, then torch": [partial(decoded_product, x, w, scratch) for w in sets],
             "dense": [partial(torch.nn.functional.linear, x, w) for w in dense_sets],
         }
-        if device.type == "cuda" and shuffle_is_right(device):
-            contestants["minilora, shuffle"] = [partial(operation, x, w, True) for w in sets]
+        if shuffle:
+            contestants["minilora, plain look-up"] = [partial(operation, x, w) for w in sets]
         if peers:
             import bitsandbytes as bnb
 
