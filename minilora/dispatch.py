@@ -161,7 +161,8 @@ def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:
     fits = x.dtype in DTYPES and m > 0 and k % weight.block_size == 0 and is_whole(weight.packed)
     if way == "dequantize" or not fits or (way == "matmul" and not is_exact(x.dtype, arch)):
         return None
-    return (matvec if way == "matvec" else matmul)(x, weight, entry.shuffle and _may_shuffle(x.device))
+    shuffle = entry.shuffle and x.device.type == "cuda" and _may_shuffle(x.device)  # the interpreter knows no PTX
+    return (matvec if way == "matvec" else matmul)(x, weight, shuffle)
 
 
 @cache

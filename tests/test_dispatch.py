@@ -76,10 +76,11 @@ def test_ways_by_rows_and_weights() -> None:
 def test_float32_has_no_tensor_cores() -> None:
     """One tile of rows, and where the table has no matmul for 16 bits, none."""
     assert tile(256, 80, 4)[0] == tile(256, 90, 4)[0] == FLOAT32_ROWS
-    assert [entry_for(90).way(m, 4096, 4096, torch.float32) for m in (2, 3, 32, 33)] == [
+    assert [entry_for(80).way(m, 4096, 4096, torch.float32) for m in (2, 3, 32, 33)] == [
         "matvec", "matmul", "matmul", "dequantize",
     ]  # fmt: skip
     assert entry_for(75).way(3, 4096, 4096, torch.float32) == "dequantize"
+    assert entry_for(90).way(33, 4096, 4096, torch.float32) == "dequantize"
 
 
 @pytest.mark.usefixtures("on_triton")

@@ -1,8 +1,8 @@
 """Forward and backward of a micro-batch as one CUDA graph: launched once, by the host, instead of some thousand times.
 
-A 7B's step on 512 tokens is 65 ms of a GPU's work in 7,000 launches, and a host takes longer than that to make them
-(benchmarks/results/gpu.json). Packed rows always have one shape, so the launches of one step are those of the next:
-they are recorded once and replayed, on other numbers in the same memory.
+A 7B's step on a few hundred tokens is over on a fast GPU before its host has made all launches. Packed rows always have
+one shape, so the launches of one step are those of the next: they are recorded once and replayed, on other numbers in
+the same memory.
 
     first batch of a shape     run as it comes: kernels are compiled, libraries choose theirs
     second                     recorded, and replayed

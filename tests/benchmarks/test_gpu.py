@@ -8,7 +8,7 @@ import torch
 
 import benchmarks.gpu as gpu
 from benchmarks.gpu_harness import Timing, in_turns, report
-from benchmarks.gpu_train import agreeing
+from benchmarks.gpu_train import _cases, agreeing
 from benchmarks.harness import Measured, Record, rows_of
 
 RATES = (("gb", "copy_gb"), ("tflop", "matmul_tflop"))
@@ -40,8 +40,10 @@ def test_a_dry_run_of_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixt
     for part in ("train", "decode"):
         assert gpu.main(["--dry", "--only", part, "--out", str(out)]) == 0
     parts = json.loads(out.read_text())["parts"]
-    assert len(parts["train"]["cases"]) == 2
-    for case in parts["train"]["cases"].values():
+    *raced, longest = parts["train"]["cases"].values()
+    assert len(raced) == 2
+    assert longest["sides"]["minilora"]["tok_per_s"] > 0
+    for case in raced:
         ours, peer = case["sides"].values()
         assert ours["losses"] == pytest.approx(peer["losses"], rel=1e-4)
         assert ours["losses"][0] < ours["first_loss"]
@@ -56,6 +58,15 @@ def test_who_has_another_loss_is_out() -> None:
     ours, same, other = (record(loss) for loss in (10.0, 10.01, 11.0))
     assert agreeing(ours, same, other, Record("failed", error="out of memory")) == [same]
     assert agreeing(Record("failed"), same) == []
+
+
+def test_a_policy_that_ours_fails_at_loses_no_other() -> None:
+    kept = [Record("minilora", error="out of memory"), record(10.0)]
+    cases = _cases("tiny", 16, {"kept": kept, "checkpointed": [record(10.0), record(10.0)]}, 1.0)
+    lost, told = cases.values()
+    assert lost["sides"]["minilora"] == {"error": "out of memory"}
+    assert not lost["rows"]
+    assert len(told["rows"]) == 1
 
 
 def record(loss: float) -> Record:
