@@ -19,8 +19,8 @@ from torch import Tensor
 from minilora.backend import product_dtype
 
 IGNORE = -100  # the label of a row that is no target
-ROWS = {"cpu": 1024, "cuda": 4096}  # of a tile, at most: the more, the less often W is read
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of float32 logits: a CPU's cache, a GPU's work for one launch
+ROWS = {"cpu": 512, "cuda": 4096}  # of a tile, at most: the more, the less often W is read
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}  # of float32 logits: a CPU's cache, a GPU's work for one launch
 WHOLE_BYTES = 64 << 20  # where a tile has all columns
 
 
@@ -72,6 +72,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad_head is not None:  # one tile, so `sums` is whole
                     p.scatter_add_(1, y, -sums)
                     _add_product(grad_head, p.to(dtype).T, (h / sums).to(dtype))
+                del z, p  # before the next tile is made
             total += (largest + sums.log() - label_logit).sum()
             of_label = head.index_select(0, y[:, 0])  # an error where there is no such label, without gradients too
             if grad_hidden is not None:
