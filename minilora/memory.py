@@ -189,6 +189,8 @@ class StepPlan:
         masks = len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
         lowest = 4 * (learns.reached[0] if learns.reached else 0) if learns else gradients // n_layers
+        if learns and not config.tied_embeddings:  # else the head's part of it is there
+            lowest += 4 * learns.embedding
         loss, last, first = (gradients if self.accumulated else n for n in (0, head, gradients - lowest))
         moments: list[dict[str, int]] = [
             add_up(shared, blocks, self.loss(), {"gradients": loss}),
