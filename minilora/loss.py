@@ -23,8 +23,8 @@ from torch import Tensor
 from minilora.backend import backend_for, product_dtype
 
 IGNORE = -100  # the label of a row that is no target
-ROWS = 1024  # of a tile, at most: the more, the less often W is read
-TILE_BYTES = 8 << 20  # of float32 logits: a CPU's cache
+ROWS = 512  # of a tile, at most: the more, the less often W is read
+TILE_BYTES = 4 << 20  # of float32 logits: a CPU's cache
 WHOLE_BYTES = 64 << 20  # where a tile has all columns
 GPU_ROWS = 128  # of a GPU's products: a tile's are a multiple
 
@@ -110,7 +110,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad_head is not None:  # one tile, so `sums` is whole
                     p.scatter_add_(1, y, -sums)
                     _add_product(grad_head, p.to(dtype).T, (h / sums).to(dtype))
-                del z, p  # before the next tile's float32 is made of 16 bits
+                del z, p  # before the next tile is made
             total += (largest + sums.log() - label_logit).sum()
             of_label = head.index_select(0, y[:, 0])  # an error where there is no such label, without gradients too
             if grad_hidden is not None:
