@@ -458,6 +458,7 @@ def _check_toml(path: Path, config: RunConfig) -> None:
         expected = values | said.get(section, {})
         for key, got in to_dict(getattr(config, section)).items():
             same = got == expected[key] and isinstance(got, bool) == isinstance(expected[key], bool)
+            same = same or (type(got) in (int, float) and str(got) == expected[key])  # "4096" is taken for 4096
             _require(same, f"{section}.{key} is {got!r}, the file says {expected[key]!r}")
 
 
