@@ -24,8 +24,8 @@ Window = int | tuple[int | None, ...] | None  # as in ModelConfig
 # The classes of transformers that are this decoder: Ministral's windows differ by layer, Llama's have none.
 _HF_KINDS = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "llama": "LlamaForCausalLM"}
 _HF_MAX_SEQ_LEN = {"mistral": 131_072, "ministral": 131_072, "llama": 2048}  # where the file leaves it out
-# What these keys may say; absent and null always pass. An empty tuple: the feature is not supported at all. Those of one
-# layout's files mean nothing good in the other's.
+# What these keys may say, in either layout's file; absent and null always pass. An empty tuple: the feature is not
+# supported at all.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0,),
