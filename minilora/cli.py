@@ -95,7 +95,7 @@ def _parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     try:
         parsed: Namespace = parser.instantiate(parser.parse_args(args))
         return parsed
-    except ArgumentError as error:
+    except (ArgumentError, OverflowError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}; see {parser.prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -177,7 +177,7 @@ def _check_toml(path: str) -> None:
             if not isinstance(section, dict):
                 raise UserError(f"{name} = {section!r:.40} stands in no section; put it below one, such as [train]")
         parser.instantiate(parser.parse_path(path))
-    except (ArgumentError, RecursionError, TypeError, ValueError, UserError) as error:
+    except (ArgumentError, OverflowError, RecursionError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: {error}") from None
 
 

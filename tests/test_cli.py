@@ -95,6 +95,7 @@ def test_an_unknown_flag(run: Run, verb: str, toml: Path) -> None:
         (["--lora.rank", "many"], ["rank"]),
         (["--train.strategy", "magic"], ["strategy", "qlora"]),
         (["--train.lr"], ["lr"]),
+        (["--train.lr", "1" + "0" * 400], ["int too large to convert to float"]),
     ],
 )
 def test_a_wrong_flag_of_train(run: Run, toml: Path, flags: list[str], words: list[str]) -> None:
@@ -133,6 +134,7 @@ def test_a_value_out_of_range(run: Run, toml: Path, flags: list[str], words: lis
         ("[lora]\nrank = 3\nrank = 4\n", []),
         ("\x00", []),
         ("x = " + "[" * 100_000, ["recursion"]),
+        (f"[train]\nlr = 1{'0' * 400}\n", ["int too large to convert to float"]),
     ],
 )
 def test_a_wrong_file_is_named_with_its_key(run: Run, tmp_path: Path, text: str, words: list[str]) -> None:

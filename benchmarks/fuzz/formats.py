@@ -66,6 +66,10 @@ SIZES = ModelConfig(
     max_seq_len=64,
 )
 TEXT = "It's 3 o'clock:\tnaïve [INST] 日本 </s>\n"
+_OTHER_DECODERS = (
+    "attention_bias", "attention_dropout", "mlp_bias", "moe", "multimodal", "num_local_experts", "text_config",
+    "use_biases", "vision_config", "vision_encoder", "yarn",
+)  # fmt: skip
 _LENGTHS = [3, 9, 5, 7, 2, 8, 4]
 
 
@@ -181,6 +185,8 @@ def _check_model(path: Path, model: Mistral) -> None:
     is_hf = any((path / f"model.safetensors{index}").exists() for index in ("", ".index.json"))
     is_hf = is_hf and (path / "config.json").exists()
     values = json.loads((path / ("config.json" if is_hf else "params.json")).read_text("utf-8"))
+    _require(not any(values.get(key) for key in _OTHER_DECODERS), "a config of another decoder passed")
+    _require(values.get("hidden_act") in (None, "silu"), "another activation passed")
     for name, value in (_hf_sizes if is_hf else _params_sizes)(values).items():
         _equal(name, getattr(model.config, name), value)
     held = _stored(path, "model" if is_hf else "consolidated")
@@ -465,6 +471,7 @@ def _check_toml(path: Path, config: RunConfig) -> None:
         expected = values | said.get(section, {})
         for key, got in to_dict(getattr(config, section)).items():
             same = got == expected[key] and isinstance(got, bool) == isinstance(expected[key], bool)
+            same = same or (type(got) in (int, float) and str(got) == expected[key])  # "4096" is taken for 4096
             _require(same, f"{section}.{key} is {got!r}, the file says {expected[key]!r}")
 
 

@@ -24,29 +24,18 @@ Window = int | tuple[int | None, ...] | None  # as in ModelConfig
 # The classes of transformers that are this decoder: Ministral's windows differ by layer, Llama's have none.
 _HF_KINDS = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "llama": "LlamaForCausalLM"}
 _HF_MAX_SEQ_LEN = {"mistral": 131_072, "ministral": 131_072, "llama": 2048}  # where the file leaves it out
-# What these keys may say; absent and null always pass. An empty tuple: the feature is not supported at all.
-_HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": tuple(_HF_KINDS),
+# What these keys may say, in either layout's file; absent and null always pass. An empty tuple: the feature is not
+# supported at all.
+_FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "attention_dropout": (0,),
-    "num_local_experts": (),
-    "vision_config": (),
-    "text_config": (),
-}
-_PARAMS_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("transformer",),
     "causal": (True,),
-    "use_biases": (False,),
-    "moe": (),
-    "vision_encoder": (),
-    "multimodal": (),
-    "yarn": (),
-    "llama_4_scaling": (),
-    "rope_scaling": (),
-    "quantization": (),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_biases"), (False,)),
+    **dict.fromkeys(("moe", "num_local_experts", "yarn", "llama_4_scaling", "quantization"), ()),
+    **dict.fromkeys(("multimodal", "text_config", "vision_config", "vision_encoder"), ()),
 }
+_HF_FIXED: dict[str, tuple[Any, ...]] = {"model_type": tuple(_HF_KINDS), **_FIXED}
+_PARAMS_FIXED: dict[str, tuple[Any, ...]] = {"model_type": ("transformer",), "rope_scaling": (), **_FIXED}
 
 
 _NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -8,7 +8,7 @@ from typing import Any
 from minilora.errors import UserError
 
 # Python's objects take thirty times the bytes of the text that they are read from. The longest header that is meant
-# seriously, of a 22B in NF4 in one file, has 0.5 MB.
+# seriously, of a 22B in NF4 in one file, has 0.3 MB.
 MAX_BYTES = 2_000_000
 
 

@@ -150,6 +150,8 @@ HF_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention_bias": True}, "attention_bias is True"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     ({"num_local_experts": 8}, "num_local_experts is 8"),
+    ({"moe": {"num_experts": 8}}, "moe is"),
+    ({"yarn": {"beta": 32}}, "yarn is"),
     ({"vision_config": {"hidden_size": 1}}, "vision_config is"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is of type 'linear'"),
@@ -192,6 +194,7 @@ def test_config_json_refuses(hf_folder: Path, changes: dict[str, Any], message: 
 PARAMS_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"num_experts": 8}}, "moe is"),
     ({"yarn": {"beta": 32}}, "yarn is"),
+    ({"vision_config": {"hidden_size": 1}}, "vision_config is"),
     ({"vision_encoder": {"hidden_size": 1}}, "vision_encoder is"),
     ({"multimodal": {"whisper_model_args": {}}}, "multimodal is"),
     ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling is"),
