@@ -112,14 +112,13 @@ class Contestant:
     """Who competes.
 
     factory: "package.module:function", which gives a Step when the child calls it with `arguments` (JSON)
-    env: environment variables of the child, beside ours. OpenMP's threads sleep between their works, else those of the
-        side that waits would take the cores of the side that runs
+    env: environment variables of the child, beside ours
     """
 
     name: str
     factory: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=lambda: {"GOMP_SPINCOUNT": "1000"})
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         print(f"minilora: there is no verb {args[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    # Else OpenMP threads spin for milliseconds after each operation, which on a busy machine stops the others.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # On a busy machine, OpenMP's threads that spin between operations stop each other. On a quiet one, threads that
+    # sleep instead are woken on one core.
+    if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from minilora.train.signals import Stopped
 
     try:
