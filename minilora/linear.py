@@ -29,8 +29,7 @@ def multiply(x: Tensor, weight: NF4Tensor | Tensor) -> Tensor:
         return fused
     y = x.new_empty(len(x), weight.shape[0])
     for start, stop, rows in slices(weight, x):
-        for some in _shares(x, stop - start):
-            torch.mm(x[some], rows.T, out=y[some, start:stop])
+        torch.mm(x, rows.T, out=y[:, start:stop])
     return y
 
 
@@ -38,20 +37,8 @@ def multiply_back(dy: Tensor, weight: NF4Tensor | Tensor, onto: Tensor | None = 
     """dy (N, out) times a frozen weight (out, in), -> (N, in) in dy's dtype; added to `onto` in place if given."""
     dx = dy.new_empty(len(dy), weight.shape[1]) if onto is None else onto
     for start, stop, rows in slices(weight, dy):
-        for some in _shares(dy, weight.shape[1]):
-            dx[some].addmm_(dy[some, start:stop], rows, beta=0 if onto is None and start == 0 else 1)
+        dx.addmm_(dy[:, start:stop], rows, beta=0 if onto is None and start == 0 else 1)
     return dx
-
-
-def _shares(x: Tensor, n_columns: int) -> Iterator[slice]:
-    """The rows of x (N, ...) that are multiplied at a time: all but where oneDNN would leave it all to one thread.
-
-    It does so with 16-bit products of about a thousand rows and half as many columns and more (oneDNN 3.12, AMX, two
-    threads: 1.3 ms for 1024 x 1536 x 576, by halves 0.85).
-    """
-    alone = x.device.type == "cpu" and x.dtype != torch.float32 and 512 < n_columns < 1024 and 512 < len(x) <= 1280
-    step = -(-len(x) // 2) if alone else max(1, len(x))
-    return (slice(start, start + step) for start in range(0, len(x), step))
 
 
 def slices(weight: NF4Tensor | Tensor, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
