@@ -187,13 +187,10 @@ class NF4Tensor:
             values, into = decoded.view(torch.float32)[: last - first], out[first - start : last - start]
             absmax = all_absmax[(first - start) // self.block_size :]
             whole = (last - first) // self.block_size * self.block_size
-            product = (
-                into if into.dtype == torch.float32 else values
-            )  # to be rounded after: an `out` of 16 bits is slow
+            # An `out` of 16 bits is slow: those are rounded after.
+            product, blocks = into if into.dtype == torch.float32 else values, (-1, self.block_size)
             torch.mul(
-                values[:whole].view(-1, self.block_size),
-                absmax[: whole // self.block_size, None],
-                out=product[:whole].view(-1, self.block_size),
+                values[:whole].view(blocks), absmax[: whole // self.block_size, None], out=product[:whole].view(blocks)
             )
             if whole < last - first:  # the short block at the end
                 torch.mul(values[whole:], absmax[-1], out=product[whole:])
