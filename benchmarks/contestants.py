@@ -18,7 +18,8 @@ from benchmarks.feeds import Feed, packed_batches, peer_batches, tokens_of_steps
 from benchmarks.harness import Step
 from minilora.adamw import FlatAdamW
 from minilora.checkpoint.load import load_model
-from minilora.config import PROJECTIONS, LoraConfig, RunConfig, TrainConfig
+from minilora.config import PROJECTIONS, BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.train.ledger import Ledger
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -28,12 +29,16 @@ RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 def ours(base: str, dtype: str, feed: Feed, checkpointing: bool) -> Step:
     """minilora's own pieces, put together as `minilora train` does it."""
     model = load_model(base, quantize="nf4", dtype=getattr(torch, dtype), device="cpu")
-    train = TrainConfig(strategy="qlora", activation_checkpointing=checkpointing)
-    apply_strategy(model, RunConfig(lora=LoraConfig(rank=RANK, alpha=ALPHA), train=train)).train()
+    batches, tokens, turns = packed_batches(feed), tokens_of_steps(feed), count()
+    rows, length = batches[0].tokens.shape
+    train = TrainConfig(strategy="qlora", batch_size=rows, activation_checkpointing=checkpointing)
+    data, lora = DataConfig(max_seq_len=length), LoraConfig(rank=RANK, alpha=ALPHA)
+    run = RunConfig(model=BaseConfig(dtype=dtype), lora=lora, data=data, train=train)  # type: ignore[arg-type]
+    ledger = Ledger(run, model.config, model.device, batches[0], length).fitted()
+    apply_strategy(model, run, ledger.keep).train()
     weights = trainable(model)
     same_adapters(weights.items())
     optimizer = FlatAdamW({(0.0, 1.0): list(weights.values())})
-    batches, tokens, turns = packed_batches(feed), tokens_of_steps(feed), count()
     loss_scale = LossScale(False)
 
     def step() -> dict[str, Any]:

@@ -37,6 +37,7 @@ from minilora.backend import pick_device
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import BaseConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.fused import Keep
 from minilora.linear import NF4Linear
 from minilora.memory import PeakMemory, private_bytes
 from minilora.model import Mistral
@@ -58,11 +59,20 @@ class Cell:
     rows: int
     length: int
     dtype: str
-    checkpointing: bool = False
+    keep: str = Keep.ALL.name  # in every block
 
     @property
     def name(self) -> str:
-        return f"{self.shape} {self.rows}x{self.length} {self.dtype}" + " checkpointing" * self.checkpointing
+        return f"{self.shape} {self.rows}x{self.length} {self.dtype}, {self.keep.lower()} kept"
+
+    def ledger(self, sizes: ModelConfig) -> Ledger:
+        """Of a run on rows of that many random tokens."""
+        batch = random_batch(self.rows, self.length, sizes.vocab_size)
+        return Ledger(run_config(self), sizes, pick_device("cpu"), batch, self.length, self.kept(sizes))
+
+    def kept(self, sizes: ModelConfig) -> tuple[Keep, ...]:
+        """Of each block."""
+        return (Keep[self.keep],) * sizes.n_layers
 
 
 def cells(name: str) -> list[Cell]:
@@ -70,12 +80,7 @@ def cells(name: str) -> list[Cell]:
     if name == "mistral-7b-v0.3":
         return [Cell(name, 1, 64, "bfloat16")]
     batches = [(8, 256)] if name == "demo" else [(4, 256), (1, 1024)]
-    return [
-        Cell(name, *batch, dtype, checkpointing)
-        for batch in batches
-        for dtype in ("float32", "bfloat16")
-        for checkpointing in (False, True)
-    ]
+    return [Cell(name, *batch, dtype, k.name) for batch in batches for dtype in ("float32", "bfloat16") for k in Keep]
 
 
 # -- in the contestant's process ---------------------------------------------------------------------------------------
@@ -88,8 +93,7 @@ def one_step(cell: Mapping[str, Any], model: str | None) -> Step:
     _step(own, random_model(replace(sizes, n_layers=1, vocab_size=1024), dtype))()
     scratch._held.__dict__.clear()  # what the warm-up decoded into is the step's, not the process's
     start = _private_now()
-    batch = random_batch(own.rows, own.length, sizes.vocab_size)
-    predicted = Ledger(run_config(own), sizes, pick_device("cpu"), batch, own.length).predict() | {"process": start}
+    predicted = own.ledger(sizes).predict() | {"process": start}
     step = _step(own, load_model(model, quantize="nf4", dtype=dtype) if model else random_model(sizes, dtype))
 
     def told() -> dict[str, Any]:
@@ -102,7 +106,7 @@ def one_step(cell: Mapping[str, Any], model: str | None) -> Step:
 
 def _step(cell: Cell, base: Mistral) -> Callable[[], tuple[dict[str, int], int]]:
     """A training step: bytes by owner, and the most private memory while it ran."""
-    model = apply_strategy(base, run_config(cell)).train()
+    model = apply_strategy(base, run_config(cell), cell.kept(base.config)).train()
     optimizer = FlatAdamW({(0.0, 1.0): list(trainable(model).values())})
     batch = random_batch(cell.rows, cell.length, model.config.vocab_size)
 
@@ -130,7 +134,7 @@ def run_config(cell: Cell) -> RunConfig:
         model=BaseConfig(dtype=cell.dtype),  # type: ignore[arg-type]
         lora=LoraConfig(rank=RANK, alpha=ALPHA),
         data=DataConfig(max_seq_len=cell.length),
-        train=TrainConfig(batch_size=cell.rows, activation_checkpointing=cell.checkpointing),
+        train=TrainConfig(batch_size=cell.rows),
     )
 
 

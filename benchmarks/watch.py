@@ -84,7 +84,9 @@ def _owner(operator: str) -> str:
     inner, called, adds = functions[0] if functions else "", set(functions), "add" in operator
     within = next((name for name in functions if name.endswith((".forward", ".backward"))), "")
     in_block = bool(called & {"Block.forward", "FusedBlock.forward"})
-    if within.endswith(".backward") or "slices" in called:
+    if inner == "decoded":
+        return "decoded weights"
+    if within.endswith(".backward") or called & {"slices", "scratch"}:
         return "scratch"
     if within == "_TiledCrossEntropy.forward":
         return "logits"

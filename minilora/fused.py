@@ -14,7 +14,7 @@ there is nothing to differentiate, so inference and the KV cache have one defini
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +33,13 @@ from minilora.swiglu import swiglu, swiglu_backward
 
 
 class Keep(IntEnum):
-    """What a block keeps for backward; in the 7B, in 16 bits: 8 kB a token, 25, 37 and 94 kB."""
+    """What a block keeps for backward; in the 7B, in 16 bits: 8 kB a token, 25, 37 and 94 kB; and 436 MB."""
 
     INPUT = 0
     ATTENTION = 1  # its output, too, and the stream after it
     HEADS = 2  # q, k and v, too
     ALL = 3  # gate and up, too
+    WEIGHTS = 4  # the decoded weights, too: what is plentiful memory's to save
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class _Layers:
     @property
     def learned(self) -> list[Tensor]:
         return [*self.qkv.learned, *self.o.learned, *self.wide.learned, *self.down.learned]
+
+    def decoded(self, dtype: torch.dtype) -> "_Layers":
+        """The same, whose weights need not be decoded again."""
+        parts = {name: getattr(self, name).decoded(dtype) for name in ("qkv", "o", "wide", "down")}
+        return replace(self, **parts)
 
     def rotation(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (N, Dh / 2)."""
@@ -169,11 +175,13 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: _Layers, keep: Keep, *_learned: Tensor) -> Tensor:
+        if keep == Keep.WEIGHTS:
+            layers = layers.decoded(product_dtype(x))
         tape = _Tape(x=x)
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
         h, mid = swiglu(tape.gate, tape.up), tape.mid
-        if keep == Keep.ALL:
+        if keep >= Keep.ALL:
             tape.gate, tape.up = tape.gate.to(x.dtype), tape.up.to(x.dtype)
         if keep >= (Keep.ATTENTION if isinstance(layers.sees, Runs) else Keep.HEADS):  # else `rest` holds q, k and v
             ctx.rest = tape.rest
@@ -188,6 +196,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         down_reduced, *kept = ctx.saved_tensors
         tape, layers = _Tape(down_reduced=down_reduced, **dict(zip(ctx.names, kept, strict=True))), ctx.layers
+        del ctx.layers  # and with it the weights, if they were kept
         if hasattr(ctx, "rest"):
             tape.rest = ctx.rest
         _fill_attention(tape, layers)

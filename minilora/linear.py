@@ -63,6 +63,15 @@ def slices(weight: NF4Tensor | Tensor, like: Tensor) -> Iterator[tuple[int, int,
         yield start, stop, buffer[: stop - start]
 
 
+def decoded(weight: NF4Tensor | Tensor, dtype: torch.dtype) -> Tensor:
+    """All of a frozen weight (out, in), in `dtype` and, if it was in NF4, in memory of its own."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
+    decode(weight, 0, weight.n, out.view(-1))
+    return out
+
+
 class _NF4Product(torch.autograd.Function):
     """x (..., in) -> x W'^T (..., out). Keeps the packed bytes only."""
 

@@ -231,7 +231,10 @@ class StepPlan:
     def kept(self, layer: int, whole: dict[str, int]) -> dict[str, int]:
         """What of a `whole` block stays from its forward to its backward: see `fused.Keep`, or its input alone."""
         keep, x = self.keeps[layer], self.d * self.stored
-        if keep == Keep.ALL:
+        if keep == Keep.WEIGHTS and self.fused and _DENSE_BYTES.get(self.storage) != self.computed:
+            n_weights = sum(map(prod, projection_shapes(self.config).values()))
+            return whole | {"decoded weights": n_weights * self.computed}
+        if keep >= Keep.ALL:
             return whole
         if not self.fused:
             return {"residual stream": x}
@@ -251,7 +254,7 @@ class StepPlan:
     def again(self, whole: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
         """What is alive besides in backward of a block: its scratch, and what was not kept and is made again."""
         makes_gates = self.fused and "mlp" not in kept
-        made = whole | {"mlp": 0} if makes_gates else whole  # scratch has them
+        made = kept | whole | ({"mlp": 0} if makes_gates else {})  # scratch has them
         return add_up({"scratch": self.scratch(makes_gates)}, made, {owner: -n for owner, n in kept.items()})
 
     def scratch(self, makes_gates: bool) -> int:

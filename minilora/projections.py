@@ -8,12 +8,12 @@ little more than their FLOPs. Weights are decoded by slices (`linear.slices`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from minilora.linear import NF4Linear, multiply, multiply_back
+from minilora.linear import NF4Linear, decoded, multiply, multiply_back
 from minilora.lora import LoRALinear
 from minilora.nf4 import NF4Tensor
 
@@ -48,6 +48,10 @@ class Projections:
             weights.append(base.weight)
             adapters.append(adapter)
         return Projections(tuple(weights), tuple(adapters))
+
+    def decoded(self, dtype: torch.dtype) -> "Projections":
+        """The same, whose weights need not be decoded again."""
+        return replace(self, weights=tuple(decoded(weight, dtype) for weight in self.weights))
 
     @property
     def learned(self) -> list[Tensor]:

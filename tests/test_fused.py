@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from minilora import backend
+from minilora import backend, linear
 from minilora.config import LoraConfig, ModelConfig
 from minilora.fused import FusedBlock, Keep, fuse
 from minilora.linear import NF4Linear
 from minilora.lora import add_lora
 from minilora.loss import IGNORE, cross_entropy_sum
 from minilora.model import Block, Mistral
-from minilora.nf4 import quantize_nf4
+from minilora.nf4 import NF4Tensor, quantize_nf4
 
 B, T = 2, 80
 SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "vocab_size": 96}
@@ -115,11 +115,34 @@ def test_each_policy_keeps_less_than_the_next() -> None:
     model = adapted(SHAPES[1])
     assert fuse(model)
     bytes_kept = []
-    for keep in Keep:
+    for keep in sorted(set(Keep) - {Keep.WEIGHTS}):  # which autograd does not know of
         for block in model.layers:
             block.keep = keep  # type: ignore[assignment]
         bytes_kept.append(saved_bytes(model))
     assert bytes_kept == sorted(set(bytes_kept))
+
+
+def test_kept_weights_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else twice, but for those of the lowest block's heads, whose input needs no gradient."""
+    model, decoded = adapted(SHAPES[1]), list[int]()
+    assert fuse(model)
+    decode = linear.decode
+
+    def counted(weight: NF4Tensor, start: int, stop: int, out: Tensor) -> None:
+        decoded.append(stop - start)
+        decode(weight, start, stop, out)
+
+    monkeypatch.setattr(linear, "decode", counted)
+    sizes = {name: m.weight.n for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    heads = sum(
+        n for name, n in sizes.items() if name.startswith("layers.0.") and name.split(".")[3] in "q_proj k_proj v_proj"
+    )
+    for keep, n_decoded in ((Keep.ALL, 2 * sum(sizes.values()) - heads), (Keep.WEIGHTS, sum(sizes.values()))):
+        for block in model.layers:
+            block.keep = keep  # type: ignore[assignment]
+        decoded.clear()
+        gradients(model)
+        assert sum(decoded) == n_decoded
 
 
 @pytest.mark.parametrize(

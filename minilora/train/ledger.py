@@ -103,7 +103,10 @@ class Ledger:
         if self.config.train.activation_checkpointing or not self._plan().fused:
             return self
         free, n = free_bytes(self.device), self.sizes.n_layers
-        steps = [self._keeping(n_steps) for n_steps in range(len(Keep.__members__) * n - n + 1)]
+        ample = replace(self, keep=(Keep.WEIGHTS,) * n)
+        if self.config.quantize and 2 * ample._total() <= free:  # who trains a 7B on a PC wants to use the PC, too
+            return ample
+        steps = [self._keeping(n_steps) for n_steps in range(Keep.ALL * n + 1)]
         fits = bisect_left(steps, True, key=lambda ledger: ledger._total() <= free)
         return steps[min(fits, len(steps) - 1)]
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benchmarks.feeds import random_batch
-from benchmarks.ledger import CLOSE, Cell, _step, random_model, run_config
+from benchmarks.ledger import CLOSE, Cell, _step, random_model
 from benchmarks.shapes import shape
 from benchmarks.watch import StepWatch
 from minilora import scratch
 from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.fused import Keep
 from minilora.model import Mistral
 from minilora.train.ledger import Ledger
 from minilora.train.setup import _optimizer
@@ -23,12 +24,11 @@ AT_REST = ("packed weights", "absmax", "embeddings, head, norms", "adapters", "g
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("dtype", "checkpointing"), list(product(["float32", "bfloat16"], [False, True])))
-def test_a_step_takes_what_was_predicted(dtype: str, checkpointing: bool, rows: int) -> None:
-    cell = Cell("tiny", rows, 256, dtype, checkpointing)
+@pytest.mark.parametrize(("dtype", "keep"), list(product(["float32", "bfloat16"], Keep)))
+def test_a_step_takes_what_was_predicted(dtype: str, keep: Keep, rows: int) -> None:
+    cell = Cell("tiny", rows, 256, dtype, keep.name)
     sizes = shape(cell.shape)
-    batch = random_batch(cell.rows, cell.length, sizes.vocab_size)
-    predicted = Ledger(run_config(cell), sizes, torch.device("cpu"), batch, cell.length).predict()
+    predicted = cell.ledger(sizes).predict()
     assert predicted.pop("process") > 0
     scratch._held.__dict__.clear()  # of larger models that were here before
     step = _step(cell, random_model(sizes, getattr(torch, dtype)))
@@ -36,7 +36,8 @@ def test_a_step_takes_what_was_predicted(dtype: str, checkpointing: bool, rows: 
     measured, _ = step()
     assert {owner: measured[owner] for owner in AT_REST} == {owner: predicted[owner] for owner in AT_REST}
     assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE
-    assert measured.keys() >= {"attention", "residual stream"} | (set() if checkpointing else {"adapter inputs"})
+    assert measured.keys() >= {"attention", "residual stream"} | ({"adapter inputs"} if keep > Keep.INPUT else set())
+    assert measured.get("decoded weights") == predicted.get("decoded weights")
 
 
 STRATEGIES: list[dict[str, Any]] = [

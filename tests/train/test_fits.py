@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -110,6 +111,19 @@ def test_no_more_is_made_again_than_must(monkeypatch: pytest.MonkeyPatch, share:
     else:
         assert set(fitted.keep) == {Keep.ALL}
         assert fitted.kept() == ""
+
+
+def test_plentiful_memory_keeps_the_decoded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is free is plentiful. A base that is not in NF4 has nothing to decode."""
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    ample = replace(of(RUN), keep=(Keep.WEIGHTS,) * 30)
+    assert sum(ample.predict().values()) == total(RUN) + 4 * 106_168_320  # the 135M's linear weights
+    for free, keep in ((2 * ample._total(), Keep.WEIGHTS), (2 * ample._total() - 1, Keep.ALL)):
+        monkeypatch.setattr(ledger, "free_bytes", lambda _, free=free: free)
+        assert set(of(RUN).fitted().keep) == {keep}
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: inf)
+    assert of(RUN).fitted().kept() == "kept for backward: weights of 30 blocks"
+    assert set(of(changed(train={"strategy": "lora"})).fitted().keep) == {Keep.ALL}
 
 
 def test_a_row_is_not_made_shorter_than_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
