@@ -24,11 +24,14 @@ LEAST_LENGTH = 64  # shorter rows are not advised
 
 
 def on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
-    """Bytes by owner on a GPU, before there are data: full rows, every token a target. `model.dtype` must be named."""
+    """Bytes by owner on a GPU that need not be here, before there are data: full rows, every token a target.
+
+    `model.dtype` must be named: a card that has bfloat16 has FlashAttention, too.
+    """
     shape = (config.train.batch_size, config.data.max_seq_len)
     zeros, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).expand(shape)
     full = PackedBatch(zeros, zeros, positions, zeros.int())
-    return Ledger(config, sizes, torch.device("cuda"), full, shape[1]).predict()
+    return Ledger(config, sizes, torch.device("cuda"), full, shape[1], (), config.model.dtype == "bfloat16").predict()
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Ledger:
     """The memory of a run. sample: its first micro-batch, which the others are like; longest: positions of a sample.
 
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
+    flash: whether attention goes over runs by FlashAttention; None: if the device serves it
     """
 
     config: RunConfig
@@ -44,6 +48,7 @@ class Ledger:
     sample: PackedBatch
     longest: int
     keep: tuple[Keep, ...] = ()
+    flash: bool | None = None
 
     @staticmethod
     def of(
@@ -76,7 +81,10 @@ class Ledger:
         narrowest = min((window for window in self.sizes.windows if window), default=None)
         runs = causal_runs(sample.positions, narrowest, sample.segments) if on_cpu else None
         on_rows = runs is not None and len(set(runs)) == 1
-        if sample.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim):
+        flash = self.flash
+        if flash is None:
+            flash = sample.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim)
+        if flash:
             runs, on_rows = (), True  # all at once
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         return StepPlan(
