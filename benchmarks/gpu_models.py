@@ -11,7 +11,6 @@ A new setting begins with fresh adapters and an empty cache of memory; its first
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from minilora.checkpoint.config_files import config_to_hf
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from minilora.dispatch import quantize
+from minilora.fused import FusedBlock, Keep
 from minilora.generation import generate
 from minilora.linear import NF4Linear
 from minilora.memory import DenseDtype, StepPlan
@@ -56,18 +56,21 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
         state["optimizer"] = _optimizer(weights, run) if weights else None
         state["backward"] = StepGraphs(model, state["optimizer"]) if weights and StepGraphs.serve(model) else None
 
-    def train(rows: int, length: int, checkpointing: bool) -> dict[str, Any]:
-        model.activation_checkpointing = checkpointing
+    def train(rows: int, length: int, keep: str) -> dict[str, Any]:
+        for block in model.layers:
+            assert isinstance(block, FusedBlock)
+            block.keep = Keep[keep]
         [batch] = packed_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size})
         optimizer, backward = state["optimizer"], state["backward"]
         done = train_step(model, optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False), backward)
-        return {"loss": done.loss, "predicted_bytes": predicted_bytes(rows, length, checkpointing)}
+        return {"loss": done.loss, "predicted_bytes": predicted_bytes(rows, length, keep)}
 
     @cache
-    def predicted_bytes(rows: int, length: int, checkpointing: bool) -> int:
+    def predicted_bytes(rows: int, length: int, keep: str) -> int:
         dense = cast(DenseDtype, str(compute_dtype(where)).removeprefix("torch."))
-        plan = StepPlan(config, "nf4 double-quantized", dense, run.lora, rows, length, device=where)
-        return sum(replace(plan, checkpointing=checkpointing).predict().values())
+        kept = (Keep[keep],) * config.n_layers
+        plan = StepPlan(config, "nf4 double-quantized", dense, run.lora, rows, length, device=where, keep=kept)
+        return sum(plan.predict().values())
 
     def continue_(prompt: int, new: int) -> dict[str, Any]:
         tokens = generate(model, random_prompt(config, prompt, where), new)
@@ -88,9 +91,9 @@ def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False) -
         same_adapters(weights)
         state["optimizer"] = adamw(p for _, p in weights) if weights else None
 
-    def train(rows: int, length: int, checkpointing: bool) -> dict[str, Any]:
+    def train(rows: int, length: int, keep: str) -> dict[str, Any]:
         base = model.base_model.model
-        if checkpointing:
+        if keep == Keep.INPUT.name:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             base.gradient_checkpointing_disable()

@@ -1,9 +1,10 @@
 """A whole QLoRA step of the 7B on a GPU against transformers + peft + bitsandbytes: `benchmarks.gpu` runs it.
 
 Each side is a process with its model on the device (`gpu_models`); they step in turns. Ours and the peer, plain and
-prepared for k-bit training, each keep all activations or checkpoint them. A ratio is against the fastest of the peer's
-that does the same, and of all that the peer has. Who has another first loss did other work and is out. Last, when those
-processes have gone, our memory for one row of LONGEST tokens, checkpointed: what a card of 24 GB should hold.
+prepared for k-bit training, each keep all activations or checkpoint them; ours can keep the decoded weights as well,
+and races alone then, right after the others. A ratio is against the fastest of the peer's that does the same, and of
+all that the peer has. Who has another first loss did other work and is out. Last, when those processes have gone, our
+memory for one row of LONGEST tokens, checkpointed: what a card of 24 GB should hold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,11 @@ import torch
 from benchmarks.gpu_harness import matmul_tflop_per_s
 from benchmarks.harness import Contestant, Entrant, Record, race, ratio, ratio_text, row, started
 from benchmarks.shapes import qlora_step_flops, shape
+from minilora.fused import Keep
 
 SHAPE, LENGTHS = "mistral-7b-v0.3", (512, 1024, 2048)
 DRY_SHAPE, DRY_LENGTHS = "tiny", (16,)
-POLICIES = {"kept": False, "checkpointed": True}
+POLICIES = {"kept": Keep.ALL, "kept with the decoded weights": Keep.WEIGHTS, "checkpointed": Keep.INPUT}
 LONGEST, DRY_LONGEST = 43_008, 32
 ROUNDS, CAP_S, STEP_CAP_S = 7, 12.0, 60.0
 RTOL = 5e-3  # of the first losses: 16 bits on both sides
@@ -41,10 +43,10 @@ def measure(device: torch.device) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     with started(contestants) as entrants:
         for length in lengths:
-            records = {
-                policy: _race(entrants, 1 if is_dry else ROUNDS, rows=1, length=length, checkpointing=checkpointing)
-                for policy, checkpointing in POLICIES.items()
-            }
+            records = dict[str, list[Record]]()
+            for policy, keep in POLICIES.items():
+                racers = entrants[:1] if keep == Keep.WEIGHTS else entrants
+                records[policy] = _race(racers, 1 if is_dry else ROUNDS, length=length, keep=keep)
             cases |= _cases(name, length, records, ceiling)
     return cases | _longest(contestants[0], name, DRY_LONGEST if is_dry else LONGEST, ceiling)
 
@@ -52,7 +54,7 @@ def measure(device: torch.device) -> dict[str, Any]:
 def _longest(ours: Contestant, name: str, length: int, ceiling: float) -> dict[str, Any]:
     """A step alone, in a process of its own."""
     with started([ours]) as entrants:
-        [record] = _race(entrants, 1, 0, rows=1, length=length, checkpointing=True)
+        [record] = _race(entrants, 1, 0, length=length, keep=Keep.INPUT)
     figures = _figures(record, length, qlora_step_flops(shape(name), 1, length), ceiling)
     what, rows = f"QLoRA step, {name}, 1 x {length} tokens, activations checkpointed", list[dict[str, str]]()
     if "peak_reserved_bytes" in figures:
@@ -60,7 +62,8 @@ def _longest(ours: Contestant, name: str, length: int, ceiling: float) -> dict[s
     return {what: {"sides": {record.name: figures}, "rows": rows}}
 
 
-def _race(entrants: Sequence[Entrant], rounds: int, warm_ups: int = 2, **setting: Any) -> list[Record]:
+def _race(entrants: Sequence[Entrant], rounds: int, warm_ups: int = 2, *, length: int, keep: Keep) -> list[Record]:
+    setting = {"rows": 1, "length": length, "keep": keep.name}
     return race(entrants, rounds, warm_ups, CAP_S, STEP_CAP_S, watch=False, work="train", **setting)
 
 
@@ -73,7 +76,7 @@ def _cases(name: str, length: int, records: Mapping[str, list[Record]], ceiling:
         case: dict[str, Any] = {"sides": sides, "rows": []}
         same = agreeing(ours, *theirs)
         for against, rivals in (("the same", same), ("its fastest", peers)):
-            if not ours.steps or not rivals or (against == "its fastest" and policy != "kept"):
+            if not ours.steps or not rivals or (against == "its fastest" and POLICIES[policy] == Keep.INPUT):
                 continue
             rival = min(rivals, key=lambda record: record.seconds)
             case[f"ratio to {against}"] = {"peer": rival.name, **ratio(ours, rival)}
