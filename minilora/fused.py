@@ -6,7 +6,7 @@
 
 What lies between the products stands on a tape. Backward needs all of it, but not all of it must be kept: what is not
 is made again from what is, by the same lines (`Keep`). The last product is never made again, since nothing but y comes
-of it; nor are norm(x), rotated pairs and silu(g) * u ever kept. The products, with their adapters, are those of
+of it; nor are norm(x) and silu(g) * u ever kept. The products, with their adapters, are those of
 `projections.py`; they run in `backend.product_dtype`, where a 16-bit x is widened once.
 
 `fuse` puts the fast block where it applies: frozen bases and norms, no dropout. It falls back to the plain block where
@@ -121,7 +121,7 @@ def _fill_mlp(tape: _Tape, layers: _Layers) -> None:
     x, dtype, norm = _rows(tape.x), product_dtype(tape.x), layers.mlp_norm
     normed: Tensor | None = None
     if "mid" not in tape:
-        (y,), tape.o_reduced = layers.o.forward(tape.attended.view(len(x), -1))
+        (y,), tape.o_reduced = layers.o.forward(tape.attended.reshape(len(x), -1))
         mid, normed, tape.mid_inverse = add_rms_norm(x, y, norm.weight, norm.eps, dtype)
         tape.mid = mid.view(tape.x.shape)
     if "gate" not in tape:
@@ -154,7 +154,7 @@ def _attention_back(dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool) ->
     dys = [dmid.to(dtype)]
     d_reduced = layers.o.reduce(dys)
     da = layers.o.back(dys, d_reduced)
-    of_o = layers.o.learn(dys, d_reduced, tape.attended.view(len(x), -1), tape.o_reduced)
+    of_o = layers.o.learn(dys, d_reduced, tape.attended.reshape(len(x), -1), tape.o_reduced)
     heads = tape.q, tape.k, tape.v, tape.attended
     grads = attend_back(da.view(tape.attended.shape), *heads, tape.rest, layers.sees)
     cos, sin = layers.rotation(dtype)

@@ -10,6 +10,7 @@ reads what was just written, and the full-size weight exists nowhere. (New memor
 """
 
 from collections.abc import Callable, Iterator
+from math import gcd
 from typing import Any, Self
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from minilora.backend import product_dtype
 from minilora.dispatch import decode, fused_product
-from minilora.nf4 import NF4Tensor
+from minilora.nf4 import BLOCK_SIZE, NF4Tensor
 from minilora.scratch import scratch
 
 SLICE_BYTES = 16 << 20  # of decoded weight in work at a time on a CPU; smaller slices make the products inefficient
@@ -42,17 +43,21 @@ def multiply_back(dy: Tensor, weight: NF4Tensor | Tensor, onto: Tensor | None = 
 
 
 def slices(weight: NF4Tensor | Tensor, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, rows start..stop of the weight in the dtype of `like`), each valid until the next is asked for."""
+    """(start, stop, rows start..stop of the weight in the dtype of `like`), each valid until the next is asked for.
+
+    What is decoded already comes in the slices that it would be decoded in: sums in another order have other bits.
+    """
     n_out, n_in = weight.shape
-    if isinstance(weight, Tensor) and weight.dtype == like.dtype:
-        yield 0, n_out, weight
-        return
     rows = n_out
     if like.device.type == "cpu":
         weight_bytes = n_out * n_in * like.dtype.itemsize
         even = -(-n_out // -(-weight_bytes // SLICE_BYTES))  # as few slices as there must be, of even size
-        multiple = weight.block_size if isinstance(weight, NF4Tensor) else 1  # of rows: whole blocks, whatever n_in is
-        rows = min(n_out, -(-even // multiple) * multiple)
+        block = weight.block_size if isinstance(weight, NF4Tensor) else BLOCK_SIZE
+        whole = block // gcd(n_in, block)  # so many rows are whole blocks
+        rows = min(n_out, -(-even // whole) * whole)
+    if isinstance(weight, Tensor) and weight.dtype == like.dtype:
+        yield from ((i, min(i + rows, n_out), weight[i : i + rows]) for i in range(0, n_out, rows))
+        return
     buffer = scratch("weight", rows * n_in, like.dtype, like.device).view(rows, n_in)
     for start in range(0, n_out, rows):
         stop = min(start + rows, n_out)

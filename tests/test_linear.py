@@ -95,7 +95,19 @@ def test_a_dense_weight_of_another_dtype_is_widened_by_slices(monkeypatch: pytes
     x = random(5, 16, seed=1)
     assert len(list(slices(weight, x))) == 4
     assert multiply(x, weight).allclose(x @ weight.float().T, rtol=1e-6, atol=1e-5)
-    assert [rows.data_ptr() for _, _, rows in slices(weight, x.bfloat16())] == [weight.data_ptr()]  # nothing to widen
+    monkeypatch.setattr(linear_module, "SLICE_BYTES", 30 * 16 * 2)
+    unwidened = [(start, rows.data_ptr()) for start, _, rows in slices(weight, x.bfloat16())]
+    assert unwidened == [(start, weight[start].data_ptr()) for start in (0, 28, 56, 84)]
+
+
+@pytest.mark.parametrize("n_in", [64, 80, 51])
+def test_what_is_decoded_already_gives_the_same_bits(n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x, dy = quantize_nf4(random(600, n_in)), random(9, n_in, seed=1), random(9, 600, seed=2)
+    monkeypatch.setattr(linear_module, "SLICE_BYTES", 200 * n_in * 4)
+    dense = linear_module.decoded(weight, torch.float32)
+    assert len(list(slices(dense, x))) >= 3
+    assert torch.equal(multiply(x, dense), multiply(x, weight))
+    assert torch.equal(multiply_back(dy, dense), multiply_back(dy, weight))
 
 
 def test_only_x_gets_a_gradient() -> None:
