@@ -191,11 +191,16 @@ class Mistral(nn.Module):
         segments: (B, T), the sample that each token of a packed row belongs to
         cache: what was seen before; the new tokens are added to it
         runs: the same as positions and segments say, in the form in which a GPU takes it
+
+        Raises ValueError where there is no token.
         """
+        if tokens.numel() == 0:
+            raise ValueError(f"tokens must be (B, T) with at least one, not {tuple(tokens.shape)}")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-            stops = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32, device=tokens.device)
-            runs = Runs(stops, tokens.shape[1])
+            if segments is None:
+                stops = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32, device=tokens.device)
+                runs = Runs(stops, tokens.shape[1])
         x = self.embed_tokens(tokens)
         if self.neftune_alpha and self.training:
             x = with_noise(x, segments, self.neftune_alpha)

@@ -294,6 +294,12 @@ def test_activation_checkpointing_gives_equal_gradients(make: Any) -> None:
         assert torch.equal(again[name], gradient), name
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_no_tokens_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        mistral(WINDOW)(torch.zeros(shape, dtype=torch.int64))
+
+
 def test_every_weight_learns() -> None:
     found, _ = gradients(mistral(WINDOW), checkpointing=False)
     assert found.keys() == dict(mistral(WINDOW).named_parameters()).keys()

@@ -81,7 +81,12 @@ def parse_row(row: Row, where: str, mend: bool = False) -> Record:
             return TextRecord(text, where)
         messages = row[form[0]] if len(form) == 1 else _pair(row, *form)
         read = _read_messages(messages, row.get("system_prompt") or row.get("system"), form == SHAREGPT, mend)
-        return ChatRecord(_only_last(read) if row.get("only_last") else read, _read_tools(row), where)
+        if row.get("only_last"):
+            read = _only_last(read)
+        if all(message.get("weight") == 0 for message in read if message["role"] == "assistant"):
+            what = "the last answer, of only_last," if row.get("only_last") else "every assistant message"
+            raise UserError(f"no token to train on: {what} has the weight 0; drop the line")
+        return ChatRecord(read, _read_tools(row), where)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -164,8 +169,6 @@ def _read_messages(messages: Any, system_prompt: Any, alternate: bool, mend: boo
     if not read or read[-1]["role"] != "assistant":
         last = f"the last message is of the role {read[-1]['role']}; drop it" if read else "drop the line"
         raise UserError(f"no answer to train on: {last}")
-    if all(message.get("weight") == 0 for message in read if message["role"] == "assistant"):
-        raise UserError("no token to train on: every assistant message has the weight 0; drop the line")
     return read
 
 

@@ -53,7 +53,7 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str,
     """Steps, time and memory of an epoch on this machine."""
     train, length, device = config.train, config.data.max_seq_len, pick_device(config.model.device)
     sampler = RowSampler([s.length for s in data.learnt], length, train.seed, mix=data.mix)
-    needed = sum(Ledger.of(config, sizes, device, data.learnt, sampler).predict().values())
+    needed = sum(Ledger.of(config, sizes, device, data.learnt, sampler).fitted().predict().values())
     n_rows, per_step = len(sampler.rows), train.batch_size * train.accumulate
     weights = sizes.n_parameters - (0 if sizes.tied_embeddings else sizes.vocab_size * sizes.dim)
     speed = _flop_per_s(sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0])

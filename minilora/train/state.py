@@ -42,6 +42,7 @@ class Counters:
     best_loss, best_step: of the best validation; validations_since_best: for early stopping
     metrics_bytes, timing_bytes: lengths of the metrics files, which a resumed run cuts back to
     peak_private_bytes: the most private memory of the steps so far, also of the processes before this one
+    peak_device_allocated, peak_device_reserved: so of a GPU's; 0 without one
     """
 
     step: int = 0
@@ -55,6 +56,8 @@ class Counters:
     metrics_bytes: int = 0
     timing_bytes: int = 0
     peak_private_bytes: int = 0
+    peak_device_allocated: int = 0
+    peak_device_reserved: int = 0
 
 
 @dataclass

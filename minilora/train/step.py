@@ -35,16 +35,16 @@ class LossScale:
     """float16 holds nothing below 6e-8: the loss is multiplied by `scale` before backward and the gradients divided.
 
     An overflow halves the scale and the step is left out; `patience` good steps double it. Off (scale 1) elsewhere.
+    scale: 0 is where it begins
     """
 
     enabled: bool
-    scale: float = 1.0
+    scale: float = 0.0
     good_steps: int = 0
     patience: int = 1000
 
     def __post_init__(self) -> None:
-        if self.enabled and self.scale == 1.0:
-            self.scale = 2.0**16
+        self.scale = self.scale or (2.0**16 if self.enabled else 1.0)
 
     @property
     def shrinking(self) -> bool:
@@ -100,8 +100,12 @@ def train_step(
     """Forward, backward, guard, update, which clips. Where loss or gradient is not finite, nothing is changed.
 
     backward: another way than `backward_of` to the model's loss and gradients
+
+    Raises ValueError where no token is a target.
     """
     n_targets = sum(batch.n_targets for batch in batches)
+    if n_targets == 0:
+        raise ValueError("there is no token to train on: every label is IGNORE")
     optimizer.zero_grad()
     total, backward = torch.zeros((), device=model.device), backward or backward_of(model, optimizer)
     for batch in batches:

@@ -162,6 +162,8 @@ def test_only_last_trains_the_last_answer_alone() -> None:
     assert isinstance(record, ChatRecord)
     assert [m.get("weight") for m in record.messages] == [None, 0, None, None]
     assert [m.get("weight") for m in parse(chat(*messages)).messages] == [None] * 4
+    with pytest.raises(UserError, match="no token to train on: the last answer, of only_last, has the weight 0"):
+        parse(chat(USER, ANSWER, USER, ANSWER | {"weight": 0}, only_last=True))
 
 
 def said(line: dict[str, Any]) -> list[tuple[str, str]]:

@@ -235,6 +235,7 @@ def test_it_does_not_shrink_for_ever() -> None:
         scale.update(overflowed=True)
     assert scale.scale == LEAST_SCALE
     assert not scale.shrinking
+    assert LossScale(True, scale=1.0).scale == 1.0  # as a run that has come so low goes on
 
 
 def test_it_cancels_out() -> None:
