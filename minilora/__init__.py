@@ -1,6 +1,6 @@
 """minilora: QLoRA for Mistral on one GPU, from scratch, every line readable.
 
-Read in this order: config, nf4, norm, rope, attention, model, kv_cache, loss, linear, lora, prefix, then train/.
+What to read in which order, README.md says.
 Importing the package imports no torch; each name below is loaded at its first use.
 """
 

@@ -213,13 +213,14 @@ class DataConfig:
         validation_share: share of the training records that is split off as validation, instead of naming a file
         test_share: the same for test
         split_seed: of that split; a record's side depends on its content and this seed, not on the other records
-        replay: share of the training tokens that comes from replay_from, against forgetting; at least 0, below 1
+        replay: share of the training tokens that comes from replay_from, against forgetting; from 0 to 0.99
         replay_from: text of the kind that the model should not forget; read where replay is above 0
         share: how much of the training records is used, to see what more data bring
         max_seq_len: tokens in a packed row
         too_long: what to do with a conversation of more than max_seq_len tokens; "truncate" drops its oldest exchanges,
             whole, and leaves it out if the last one alone is too long; raw text is cut into pieces
-        bad_lines: what to do with a line that cannot be read; "skip" gives up beyond ten that are 1 % of the file
+        bad_lines: what to do with a line that cannot be read; "skip" gives up beyond ten, or 1 % of the file if that
+            is more
     """
 
     train: Sources = ""

@@ -39,7 +39,7 @@ class Keep(IntEnum):
     ATTENTION = 1  # its output, too, and the stream after it
     HEADS = 2  # q, k and v, too
     ALL = 3  # gate and up, too
-    WEIGHTS = 4  # the decoded weights, too: what is plentiful memory's to save
+    WEIGHTS = 4  # the decoded weights, too: for plentiful memory
 
 
 @dataclass(frozen=True)

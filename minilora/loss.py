@@ -9,8 +9,8 @@ h's gradient with the loss, and backward has nothing to compute again. Where W l
 gradient needs the whole sum. Logits are 131 kB a row (V = 32768, float32); what is kept, h's gradient, is 8 kB (bf16).
 
 On a GPU a tile has all columns, too, in 16 bits: between the two products one kernel turns its logits into their
-gradient. Rows without a target are computed like the others, for to leave them out the host would have to be told how
-many there are; so it never waits for the GPU, and the whole can be captured as a CUDA graph.
+gradient. Rows without a target are computed like the others: leaving them out would need the host to know how many
+there are. So it never waits for the GPU, and the whole can be captured as a CUDA graph.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """A model to a folder, in Hugging Face's layout or Mistral's own, one tensor at a time.
 
-The weights are an iterator of (name, tensor) in the order of `names.tensor_specs`, the model's own by default. A merge
-passes another one that adds its deltas on the way, so writing needs no second model in memory.
+The weights are an iterator of (name, tensor) in the order of `names.tensor_specs`, the model's own by default. One that
+makes them on the way writes a model that is nowhere in memory.
 """
 
 import json

@@ -4,7 +4,7 @@ config.toml     complete and re-runnable          metrics.jsonl   a line a step,
 before.json     measured before the first step    timing.jsonl    a line a step: seconds, tokens/s, memory
 checkpoints/    step-00000100/, best-00000050/    test_looks.jsonl   a line a look at the test file, see looks.py
 tensorboard/    if train.tensorboard asks for it   generated.jsonl    a line an answer, before and after
-at the end      summary.json, samples.md, adapter/, report.html, *.png
+at the end      summary.json, samples.md, report.html, *.png, and what was learnt: adapter/ or model/
 """
 
 import fcntl
