@@ -56,6 +56,12 @@ def backend_for(device: torch.device) -> Backend:
     return Backend("triton", f"compute capability {capability[0]}.{capability[1]}")
 
 
+def told(device: torch.device) -> str:
+    """The device, and what computes there, in one line."""
+    backend = backend_for(device)
+    return f"device: {abilities(device)}; computed by {backend.name}: {backend.reason}"
+
+
 def pick_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
     """The compute dtype and, in a few words, why.
 

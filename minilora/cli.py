@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
@@ -24,6 +24,9 @@ from rich.console import Console
 from minilora.config import METRICS, MISTRAL_7B, BaseConfig, EvalConfig, Route, RunConfig, to_dict
 from minilora.errors import UserError, is_out_of_memory
 from minilora.recipes import recipe_file, recipe_names, summary
+
+if TYPE_CHECKING:
+    from minilora.base import Base
 
 _Share = restricted_number_type("_Share", float, [(">", 0), ("<=", 1)])
 _Seed = restricted_number_type("_Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
@@ -223,11 +226,13 @@ def _model_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults({"model.path": ""})  # base.UNNAMED
 
 
-def _tell(predicted: dict[str, int], warnings: Sequence[str]) -> None:
-    """The ledger, beside the output, and what was overridden; once all is well, so that an error is one line."""
+def _tell(base: "Base", predicted: dict[str, int]) -> None:
+    """Beside the output: what was overridden, device, ledger. Once all is well, so that an error is one line."""
+    from minilora.backend import told
     from minilora.memory import one_line
 
-    _warn(warnings)
+    _warn(base.warnings)
+    print(told(base.device), file=sys.stderr)
     print(one_line(predicted), file=sys.stderr)
 
 
@@ -303,7 +308,7 @@ def evaluate(args: list[str]) -> None:
         works.append((batch_size, max(lengths), parsed.eval.max_new_tokens))
     predicted = base.check(*works)
     model = base.load()
-    _tell(predicted, base.warnings)
+    _tell(base, predicted)
     loss, n_targets = mean_loss(model, samples, parsed.data.max_seq_len, parsed.eval.batch_size)
     result: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "target_tokens": n_targets}
     chats = [s for s in samples if has_prompt(s)][: parsed.eval.answers]
@@ -347,7 +352,7 @@ def generate(args: list[str]) -> None:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": parsed.prompt}])
     predicted = base.check((1, len(ids), parsed.max_new_tokens))
     model = base.load()
-    _tell(predicted, base.warnings)
+    _tell(base, predicted)
     text = TextStream(tokenizer)
     options = {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
     for token in stream(model, torch.tensor([ids]), parsed.max_new_tokens, eos_id=tokenizer.eos_id, **options):

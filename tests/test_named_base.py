@@ -61,7 +61,8 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_base: Path, monke
 def test_the_command_line_tells_it(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "hello", "--model.path", str(tiny_base), "--max_new_tokens", "2"]) == 0
     told = capsys.readouterr().err
-    assert told.startswith("memory: ")
+    assert told.startswith("device: cpu, ")
+    assert "\nmemory: " in told
     assert "KV cache" in told
 
 

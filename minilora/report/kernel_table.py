@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from minilora.backend import abilities, backend_for
+from minilora.backend import told
 from minilora.dispatch import FLOAT32_ROWS
 from minilora.dispatch import table as dispatch_table
 from minilora.evaluate.kernel_check import Check
@@ -15,9 +15,7 @@ from minilora.report.console import table
 
 def print_ways(device: torch.device, console: Console) -> None:
     """The device, what computes there, and the whole table of ways."""
-    backend = backend_for(device)
-    console.print(f"device: {abilities(device)}", highlight=False)
-    console.print(f"NF4 is computed by {backend.name}: {backend.reason}", highlight=False)
+    console.print(told(device), highlight=False)
     if device.type != "cuda":
         console.print("the kernels are run by Triton's interpreter", highlight=False)
     rows = [

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from minilora.adamw import FlatAdamW
-from minilora.backend import abilities, backend_for, pick_device, pick_dtype
+from minilora.backend import pick_device, pick_dtype, told
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import RunConfig, to_dict
@@ -94,10 +94,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         if config.quantize is None:
             checkpoint.refuse_nf4(f'train.strategy "{config.train.strategy}"')
         config = replace(config, model=replace(config.model, double_quant=checkpoint.double_quant))
-    reporter.say(f"device: {abilities(device)}")
-    if config.quantize is not None:
-        backend = backend_for(device)
-        reporter.say(f"NF4 is computed by {backend.name}: {backend.reason}")
+    reporter.say(told(device))
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
     lengths = [s.length for s in learnt]
     sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed, mix=data.mix)
