@@ -92,6 +92,8 @@ class Ledger:
             checkpointing=train.activation_checkpointing,
             keep=self.keep,
             device=self.device,
+            optimizer=train.optimizer,
+            paged=train.paged and not on_cpu,
         )
 
     def _evaluates(self) -> bool:
@@ -142,6 +144,10 @@ class Ledger:
         train, length = self.config.train, self.config.data.max_seq_len
         if not train.activation_checkpointing and not self._plan().fused:
             yield "train.activation_checkpointing", "true", {"train": {"activation_checkpointing": True}}
+        if self.device.type == "cuda" and not train.paged:
+            yield "train.paged", "true", {"train": {"paged": True}}
+        if train.optimizer == "adamw":
+            yield "train.optimizer", "adamw_8bit", {"train": {"optimizer": "adamw_8bit"}}
         for n in (n for n in range(train.batch_size - 1, 0, -1) if train.batch_size % n == 0):
             accumulate = train.accumulate * train.batch_size // n
             changes = {"train": {"batch_size": n, "accumulate": accumulate}}
