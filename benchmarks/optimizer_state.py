@@ -1,7 +1,7 @@
 """AdamW's state in 32 and in 8 bits, what is learnt and what it takes: python -m benchmarks.optimizer_state
 
-All weights of the embedded base learn the demo's 2,000 questions, one epoch, by three seeds. Losses are of the validation
-file; the table in docs/optimizer_state.md is made of them. Updates are timed in turns.
+All weights of the embedded base learn the demo's 2,000 questions, one epoch, by three seeds. Losses are of the
+validation file; the table in docs/optimizer_state.md is made of them. Updates are timed in turns.
 """
 
 import argparse

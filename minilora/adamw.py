@@ -96,7 +96,7 @@ def adamw_8bit_(
 ) -> None:
     """`adamw_` of moments in 8 bits, all in place: m and v (n,) uint8 codes, their absmax (n / 256,) float32.
 
-    n: a multiple of 256. Zeros are zeros, whatever their codes are.
+    n: a multiple of 256. Where an absmax is 0, its block is zeros whatever the codes are.
     """
     kept = ((m, m_absmax, True), (v, v_absmax, False))
     m32, v32 = (
