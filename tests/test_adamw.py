@@ -224,6 +224,16 @@ def test_in_8_bits_each_parameter_has_its_own_blocks(piece: int, monkeypatch: py
             assert torch.equal(part, own.state[peer][name])
 
 
+def test_the_block_of_the_chapter() -> None:
+    """docs/optimizer_state.md, "One block"."""
+    some = (4e-3, -1.23e-3, 2e-5, -3e-9, 0), (1.6e-5, 1.5e-6, 4e-10, 9e-13, 0)
+    m, v = (torch.tensor([*first, *[0.0] * 251]) for first in some)
+    codes = [
+        encode_dynamic(x, dynamic_thresholds(signed=signed))[0][:5].tolist() for x, signed in ((m, True), (v, False))
+    ]
+    assert codes == [[255, 49, 150, 126, 127], [255, 122, 8, 1, 0]]
+
+
 def second_update(kind: Optimizer) -> float:
     """Of a weight whose gradients are 3e-4, then 0, in a block whose others have 1, in learning rates."""
     p = nn.Parameter(torch.zeros(256))
@@ -231,10 +241,10 @@ def second_update(kind: Optimizer) -> float:
     assert p.grad is not None
     p.grad.fill_(1.0)[0] = 3e-4
     optimizer.step(1e-3)
-    before = float(p[0])
+    before = float(p.detach()[0])
     p.grad[0] = 0.0
     optimizer.step(1e-3)
-    return (before - float(p[0])) / 1e-3
+    return (before - float(p.detach()[0])) / 1e-3
 
 
 def test_in_8_bits_a_small_square_does_not_become_zero(monkeypatch: pytest.MonkeyPatch) -> None:
