@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from minilora.adamw import state_bytes
 from minilora.attention import Runs, causal_runs
 from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, PrefixConfig, RunConfig
@@ -18,6 +19,7 @@ from minilora.data.pack import PackedBatch, RowSampler, make_batch
 from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.memory import DenseDtype, Learned, StepPlan, as_text, free_bytes, private_bytes
+from minilora.nf4 import CPU
 from minilora.train.strategies import learned_names
 
 LEAST_LENGTH = 64  # shorter rows are not advised
@@ -125,6 +127,10 @@ class Ledger:
     def check(self) -> dict[str, int]:
         """The prediction. Raises UserError if it does not fit, with the mildest form of each setting that is enough."""
         predicted, free = self.predict(), free_bytes(self.device)
+        of_state = state_bytes(self.config.train.optimizer, predicted["gradients"] // 4)
+        if self._plan().paged and of_state > (of_host := free_bytes(CPU)):
+            needed = f"train.paged needs {as_text(of_state)} of the host's memory, {as_text(of_host)} are free"
+            raise UserError(f"{needed}: let fewer weights learn, or set train.optimizer adamw_8bit if it is not")
         if sum(predicted.values()) <= free:
             return predicted
         enough, strongest, together = dict[str, str](), dict[str, str](), self

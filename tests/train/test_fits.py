@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.feeds import random_batch
 from benchmarks.shapes import shape
-from minilora.adamw import PAGE
+from minilora.adamw import PAGE, state_bytes
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
 from minilora.fused import Keep
@@ -195,6 +195,18 @@ def test_on_a_gpu_paging_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "free_bytes", lambda _: free)
     with pytest.raises(UserError, match=rf"train\.paged true \({re.escape(ledger.as_text(free))}\)"):
         full.check()
+
+
+def test_a_paged_state_must_fit_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    paged = changed(model={"dtype": "float32"}, train={"strategy": "full", "paged": True})
+    monkeypatch.setattr(ledger, "free_bytes", lambda device: 1e12 if device.type == "cuda" else 1e9)
+    on_card = replace(of(paged), device=torch.device("cuda"))
+    with pytest.raises(
+        UserError, match=r"^train.paged needs 1.30 GB of the host's memory, 1.00 GB are free: .*adamw_8bit"
+    ):
+        on_card.check()
+    coded = replace(paged, train=replace(paged.train, optimizer="adamw_8bit"))
+    assert replace(on_card, config=coded).check()["optimizer"] == state_bytes("adamw_8bit", 2 * PAGE)
 
 
 def test_evaluation_counts_where_it_takes_more_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
