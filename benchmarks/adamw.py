@@ -1,21 +1,24 @@
-"""AdamW's update on a GPU, beside torch's fused one on the same flat memory and tensor by tensor: `benchmarks.gpu`."""
+"""AdamW's update on a GPU, beside torch's fused one on the same flat memory and tensor by tensor; with moments in
+8 bits beside bitsandbytes' on flat memory, which is its best: `benchmarks.gpu`."""
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_harness import Call, in_turns, n_sets, report
+from minilora.nf4 import dynamic_map
 
 RANK, DIM, N_TENSORS = 16, 4096, 448  # about the adapters of a 7B: 448 matrices, 29 million numbers
-DRY = (2, 8, 3)
+DRY = (2, 128, 3)
 LR = 1e-4
 
 
 def measure(device: torch.device) -> dict[str, Any]:
     """Cases by name."""
-    from minilora.kernels.adamw import adamw_
+    from minilora.kernels.adamw import adamw_, adamw_8bit_
 
     rank, dim, n_tensors = (RANK, DIM, N_TENSORS) if device.type == "cuda" else DRY
     n = rank * dim * n_tensors
@@ -27,7 +30,31 @@ def measure(device: torch.device) -> dict[str, Any]:
         "torch": [torch_adamw(parts[0].clone(), n_tensors) for parts in flat],
     }
     what = f"adamw, {n_tensors} of {rank} x {dim}"
-    return {what: report(what, in_turns(contestants, device), 28 * n, peers=("torch", "torch, flat"))}
+    cases = {what: report(what, in_turns(contestants, device), 28 * n, peers=("torch", "torch, flat"))}
+    coded = [[*parts[:2], *codes_like(parts[0]), *torch.ones(2, n // 256, device=device)] for parts in flat]
+    contestants = {
+        "minilora": [partial(adamw_8bit_, *parts, *settings) for parts in coded],
+        "minilora, 32 bits": contestants["minilora"],
+    }
+    if device.type == "cuda" and find_spec("bitsandbytes"):
+        contestants["bitsandbytes"] = [bitsandbytes_adamw(parts) for parts in coded]
+    what = f"adamw_8bit, {n_tensors} of {rank} x {dim}"
+    return cases | {what: report(what, in_turns(contestants, device), 16 * n, peers=("bitsandbytes",))}
+
+
+def codes_like(p: Tensor) -> Tensor:
+    """m's and v's, (2, n) uint8."""
+    return torch.randint(256, (2, len(p)), dtype=torch.uint8, device=p.device)
+
+
+def bitsandbytes_adamw(parts: list[Tensor]) -> Call:
+    """An update of p, gradient, codes and absmax."""
+    import bitsandbytes.functional as bnb
+
+    p, grad, m, v, *absmax = (part.clone() for part in parts)
+    maps = dynamic_map(p.device), dynamic_map(p.device, signed=False)
+    numbers = (0.9, 0.999, 0.0, 0.0, 1e-8, 10, LR)
+    return partial(bnb.optimizer_update_8bit_blockwise, "adam", grad, p, m, v, *numbers, *maps, *absmax, 0.0, 0.5)
 
 
 def torch_adamw(flat: Tensor, n_tensors: int) -> Call:

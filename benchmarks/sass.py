@@ -174,7 +174,7 @@ def kernels(arch: int) -> list[Kernel]:
                 found += [matmul_kernel(arch, nested, shuffle, m) for m in (16, 64, 256)]
                 found.append(matmul_kernel(arch, nested, shuffle, 32, "*fp32"))
     found += [*norm_kernels(sixteen), rotate_kernel(sixteen), *swiglu_kernels(sixteen)]
-    return [*found, softmax_gradient_kernel(sixteen), adamw_kernel()]
+    return [*found, softmax_gradient_kernel(sixteen), *adamw_kernels()]
 
 
 def quantize_kernel(sixteen: str) -> Kernel:
@@ -220,19 +220,20 @@ def softmax_gradient_kernel(sixteen: str) -> Kernel:
     )
 
 
-def adamw_kernel() -> Kernel:
-    from minilora.kernels.adamw import BLOCK
+def adamw_kernels() -> list[Kernel]:
+    """With moments in 32 and in 8 bits."""
+    from minilora.kernels.adamw import BLOCK, BLOCKS
 
     numbers = ("grad_scale", "weight_m", "beta2", "weight_v", "eps", "kept", "step_size")
-    return Kernel(
-        "adamw",
-        "minilora.kernels.adamw",
-        "adamw_kernel",
-        dict.fromkeys(("p", "grad", "m", "v"), "*fp32") | {"n": "i32"} | dict.fromkeys(numbers, "fp32"),
-        {"BLOCK": BLOCK},
-        weights=BLOCK / 128,
-        fusion=True,
-    )
+    module, shape = "minilora.kernels.adamw", dict[str, Any](weights=BLOCK / 128, fusion=True)
+    of = dict.fromkeys(("p", "grad", "m", "v"), "*fp32") | {"n": "i32"} | dict.fromkeys(numbers, "fp32")
+    tables = ("m_absmax", "v_absmax", "m_map", "v_map", "m_thresholds", "v_thresholds")
+    in_8_bits = of | {"m": "*u8", "v": "*u8"} | dict.fromkeys(tables, "*fp32")
+    constants = {"block_size": 256, "BLOCKS": BLOCKS}
+    return [
+        Kernel("adamw", module, "adamw_kernel", of, {"BLOCK": BLOCK}, **shape),
+        Kernel("adamw_8bit", module, "adamw_8bit_kernel", in_8_bits, constants, **shape),
+    ]
 
 
 def matvec_kernel(sixteen: str, nested: bool, shuffle: bool, m: int) -> Kernel:

@@ -117,10 +117,17 @@ def double_quantize_kernel(
     block = tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)
     at = block[:, None] * block_size + tl.arange(0, block_size)[None, :]
     values = tl.where(at < n, tl.load(absmax + at, mask=at < n, other=0) - tl.load(offset), 0.0)
-    largest = tl.max(tl.abs(values), axis=1)
+    found, largest = encode_dynamic(thresholds, values)
     tl.store(nested_absmax + block, largest, mask=block * block_size < n)
+    tl.store(codes + at, found, mask=at < n)
+
+
+@triton.jit
+def encode_dynamic(thresholds, values):
+    """`nf4.encode_dynamic`: of values (blocks, block_size) the codes, uint8, and the absmax (blocks,)."""
+    largest = tl.max(tl.abs(values), axis=1)
     scaled = tl.div_rn(values, tl.broadcast_to(divisor(largest)[:, None], values.shape))
-    tl.store(codes + at, count_below(thresholds, scaled, 8).to(tl.uint8), mask=at < n)
+    return count_below(thresholds, scaled, 8).to(tl.uint8), largest
 
 
 @triton.jit

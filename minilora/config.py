@@ -18,6 +18,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 TOKENIZER_FILES = (
     "*tokenizer*.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json",
 )  # fmt: skip
+Optimizer = Literal["adamw", "adamw_8bit"]
 Route = Literal["trained", "original", "requantized"]  # of a merge (checkpoint/merge.py)
 MAX_NAMES = 1024  # in a list of layers
 ALL_LINEAR = "all-linear"
@@ -284,6 +285,8 @@ class TrainConfig:
         weight_decay: AdamW's pull of the matrices towards zero, as a share of lr
         beta1: AdamW's memory of the gradient
         beta2: AdamW's memory of its square
+        optimizer: AdamW with its state in 32 bits, 8 bytes a weight that learns, or in 8, a quarter of that
+        paged: keep the optimizer's state in the host's memory, and on the GPU only what is being updated of it
         clip_norm: longest gradient allowed; 0 does not clip
         activation_checkpointing: keep only each block's input and compute the block again in backward; adapters without
             dropout do so by themselves, as far as memory demands it
@@ -313,6 +316,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
+    optimizer: Optimizer = "adamw"
+    paged: bool = False
     clip_norm: float = 1.0
     activation_checkpointing: bool = False
     checkpoint_every: int = 100

@@ -1,7 +1,7 @@
 """Where the memory goes: bytes by owner, predicted from a configuration and measured while a step runs.
 
 NF4 weight: 1/2 byte; absmax: 4/64, or with double quantization 1/64 + 4/(64 * 256) bytes a weight
-adapter: 4 bytes a parameter, as much again for its gradient, twice as much for Adam's two moments
+adapter: 4 bytes a parameter, as much again for its gradient, twice as much for Adam's two moments, or 2 + 8/256 bytes
 activations: what forward keeps for backward; scratch: what comes and goes within backward
 
 `StepPlan.predict` is the largest of some moments of a step, and of what else a run does in between (`forward`):
@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from minilora import nf4
-from minilora.adamw import FlatAdamW
+from minilora.adamw import PAGE, FlatAdamW, state_bytes
 from minilora.backend import product_dtype
 from minilora.checkpoint.adapter_parts import expected_shapes
 from minilora.checkpoint.names import tensor_specs
-from minilora.config import LoraConfig, ModelConfig, PrefixConfig
+from minilora.config import LoraConfig, ModelConfig, Optimizer, PrefixConfig
 from minilora.fused import Keep
 from minilora.kv_cache import n_slots
 from minilora.linear import SLICE_BYTES, NF4Linear
@@ -129,6 +129,7 @@ class StepPlan:
     adapter: None where weights of the base learn: those of `learned`, or all if that is None
     rows, length: of a micro-batch; targets: how many of its tokens are, None: all
     sees: a row is one causal run, or falls into several, or a mask says who sees whom (`attention.causal_runs`)
+    paged: the optimizer's state is in the host's memory but for two pages
     keep: of each fast block; none: all of them everything or, with checkpointing, their input
     """
 
@@ -144,6 +145,8 @@ class StepPlan:
     keep: tuple[Keep, ...] = ()
     learned: Learned | None = None
     device: torch.device = CPU
+    optimizer: Optimizer = "adamw"
+    paged: bool = False
 
     def __post_init__(self) -> None:
         config, self.tokens = self.config, self.rows * self.length
@@ -176,7 +179,8 @@ class StepPlan:
         config, n_layers, base, learns = self.config, self.config.n_layers, self.base, self.learns
         rest = predict(config, self.storage, self.dtype, self.adapter)
         if base is not None:
-            rest |= {"gradients": 4 * base.n, "optimizer": 8 * base.n}
+            rest["gradients"] = 4 * base.n
+        rest["optimizer"] = state_bytes(self.optimizer, 2 * PAGE if self.paged else rest["gradients"] // 4)
         reached = learns.reached if learns else (1,) * n_layers
         lowest_layer = n_layers - len(reached)
         whole = [self.block(lowest_layer + i, n > 0) for i, n in enumerate(reached)]

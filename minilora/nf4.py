@@ -94,24 +94,31 @@ def decode_chunk(device: torch.device) -> int:
 
 
 @cache
-def dynamic_map(device: torch.device = CPU) -> Tensor:
-    """The signed 8-bit map of double quantization, (256,) float32, rising: 0, 1 and +-127 midpoints.
+def dynamic_map(device: torch.device = CPU, signed: bool = True) -> Tensor:
+    """The 8-bit map of double quantization, (256,) float32, rising: 0, 1 and +-127 midpoints, or 254 unsigned ones.
 
-    Decade i of seven (10^-6 .. 10^0) holds 2^i even intervals of [0.1, 1]; their midpoints are the levels
-    (https://arxiv.org/abs/1511.04561; bitsandbytes' `create_dynamic_map`).
+    Decade i of seven (10^-6 .. 10^0) holds 2^i even intervals of [0.1, 1], twice as many without a sign; their
+    midpoints are the levels (https://arxiv.org/abs/1511.04561; bitsandbytes' `create_dynamic_map`).
     """
-    positive = []
+    decades = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        positive.append((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6))
-    magnitudes = torch.cat(positive)
-    return torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        decades.append((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6))
+    magnitudes = torch.cat(decades)
+    sides = [magnitudes, -magnitudes] if signed else [magnitudes]
+    return torch.cat([*sides, torch.tensor([0.0, 1.0])]).sort().values.to(device)
 
 
 @cache
-def dynamic_thresholds(device: torch.device = CPU) -> Tensor:
-    """Midpoints between neighbours of `dynamic_map`, (255,) float32."""
-    return (dynamic_map(device)[:-1] + dynamic_map(device)[1:]) / 2
+def dynamic_thresholds(device: torch.device = CPU, signed: bool = True) -> Tensor:
+    """Midpoints between neighbours of `dynamic_map`, (255,) float32: where one code ends and the next begins.
+
+    Unsigned, the first is 0: what is above zero keeps a level above zero, since optimizers divide by its root.
+    """
+    levels = dynamic_map(device, signed)
+    middles = (levels[:-1] + levels[1:]) / 2
+    middles[:1] *= signed
+    return middles
 
 
 @dataclass(frozen=True)
@@ -264,19 +271,20 @@ def _blocks(values: Tensor, block_size: int) -> Tensor:
 def double_quantize(tensor: NF4Tensor) -> NF4Tensor:
     """The same weight with its absmax in 8 bits. Raises UserError as `mean_absmax` does."""
     offset = mean_absmax(tensor.absmax)
-    blocks = _blocks(tensor.absmax - offset, NESTED_BLOCK_SIZE)
-    nested_absmax = blocks.abs().amax(dim=1)
-    scaled = blocks / nested_absmax.clamp(min=1e-38)[:, None]
-    codes = torch.bucketize(scaled, dynamic_thresholds(tensor.absmax.device)).to(torch.uint8)
-    return NF4Tensor(
-        tensor.packed,
-        codes.view(-1)[: tensor.absmax.numel()].clone(),
-        tensor.shape,
-        tensor.dtype,
-        tensor.block_size,
-        nested_absmax,
-        offset,
-    )
+    codes, nested_absmax = encode_dynamic(tensor.absmax - offset, dynamic_thresholds(tensor.absmax.device))
+    return NF4Tensor(tensor.packed, codes, tensor.shape, tensor.dtype, tensor.block_size, nested_absmax, offset)
+
+
+def encode_dynamic(values: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (n,) uint8 and absmax (ceil(n/256),) of `values` (n,) float32, of which each block of 256 shares one.
+
+    thresholds: (255,), of the map: `dynamic_thresholds`
+    """
+    blocks = _blocks(values, NESTED_BLOCK_SIZE)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks / absmax.clamp(min=1e-38)[:, None]
+    codes = torch.bucketize(scaled, thresholds).to(torch.uint8)
+    return codes.view(-1)[: values.numel()].clone(), absmax
 
 
 def mean_absmax(absmax: Tensor) -> Tensor:

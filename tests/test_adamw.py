@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 
 from minilora import adamw as adamw_module
-from minilora import backend
-from minilora.adamw import ALIGNED, FlatAdamW
+from minilora import backend, dispatch
+from minilora.adamw import ALIGNED, STATE, FlatAdamW, adamw_8bit_, state_bytes
+from minilora.config import Optimizer
+from minilora.nf4 import dynamic_map, dynamic_thresholds, encode_dynamic
 
 SHAPES = ((7, 3), (5,), (1,), (40, 33), (16,))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -18,9 +21,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What updates; the kernel in Triton's interpreter where there is no GPU."""
     if request.param == "kernel":
-        monkeypatch.setattr(adamw_module, "backend_for", lambda _: backend.Backend("triton", "a test"))
+        monkeypatch.setattr(dispatch, "backend_for", lambda _: backend.Backend("triton", "a test"))
     else:
-        monkeypatch.setattr(adamw_module, "backend_for", lambda _: backend.Backend("torch", "a test"))
+        monkeypatch.setattr(dispatch, "backend_for", lambda _: backend.Backend("torch", "a test"))
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -134,3 +137,187 @@ def test_what_cannot_learn_together(dtypes: tuple[torch.dtype, ...]) -> None:
     weights = [nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in dtypes]
     with pytest.raises(ValueError, match="must be float32 on one device, not"):
         FlatAdamW({(0.0, 1.0): weights})
+
+
+# -- moments in 8 bits -------------------------------------------------------------------------------------------------
+
+
+def train(optimizer: FlatAdamW, weights: Sequence[nn.Parameter], steps: int = 5) -> None:
+    """Updates by gradients that are drawn anew, a tenth of whose numbers are zeros."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in weights:
+            drawn = torch.randn(p.shape, generator=generator) * (torch.rand(p.shape, generator=generator) > 0.1)
+            assert p.grad is not None
+            p.grad.copy_(drawn)
+        optimizer.step(1e-2, 0.3)
+
+
+def test_numbers_in_8_bits_are_bitsandbytes() -> None:
+    """Absmax and what codes stand for are the same bytes. The codes are, where its CPU code goes to the nearest level:
+    it looks them up by the first 16 bits of a number's place in [-1, 1], so closer than that it is off."""
+    values = torch.randn(300 * 256, generator=torch.Generator().manual_seed(0))
+    for signed, numbers in ((True, values), (False, values.square())):
+        theirs, state = bnb.quantize_blockwise(numbers, code=bnb.create_dynamic_map(signed), blocksize=256)
+        ours, absmax = encode_dynamic(numbers, dynamic_thresholds(signed=signed))
+        assert torch.equal(absmax, state.absmax)
+        levels, scaled = dynamic_map(signed=signed), (numbers.view(-1, 256) / absmax[:, None]).view(-1)
+        differ = ours != theirs
+        assert differ.float().mean() < (0.002 if signed else 0.035)
+        off = [(levels[codes.int()] - scaled).abs() for codes in (ours, theirs)]
+        is_zero = theirs == 0 if not signed else torch.zeros_like(differ)
+        assert bool((off[0] <= off[1])[differ & ~is_zero].all()), "ours is nearer"
+        assert bool((off[1] - off[0] <= 2**-15)[differ].all())
+        made = bnb.dequantize_blockwise(ours, state)
+        assert torch.equal(made, (levels[ours.int()].view(-1, 256) * absmax[:, None]).view(-1))
+
+
+def test_an_update_in_8_bits_is_bitsandbytes() -> None:
+    """From the same state, step by step: v is made by the same operations, so its absmax are the same bytes; m's differ
+    by a rounding (torch's lerp, which ours is, has another order). p follows; the first step is from zeros."""
+    n, lr, unit = 64 * 256, 1e-2, 2.0**-23
+    generator = torch.Generator().manual_seed(0)
+    p, *state = torch.randn(n, generator=generator), *torch.zeros(2, n, dtype=torch.uint8), *torch.zeros(2, n // 256)
+    for step in range(1, 6):
+        grad, (q, *theirs) = torch.randn(n, generator=generator), (part.clone() for part in (p, *state))
+        adamw_8bit_(p, grad, *state, lr, 0.9, 0.999, 1e-8, 0.1, step, 0.3)
+        m, v, m_absmax, v_absmax = theirs
+        maps = bnb.create_dynamic_map(True), bnb.create_dynamic_map(False)
+        bnb.optimizer_update_8bit_blockwise(
+            "adam", grad, q, m, v, 0.9, 0.999, 0.0, 0.0, 1e-8, step, lr, *maps, m_absmax, v_absmax, 0.1, 0.3
+        )
+        assert torch.equal(state[3], v_absmax)
+        torch.testing.assert_close(state[2], m_absmax, rtol=(step > 1) * 2 * unit, atol=0)
+        # an update is of lr's size; of a v near zero it is larger, its last bits with it
+        torch.testing.assert_close(p, q, rtol=3 * unit, atol=20 * unit * 30 * lr)
+        assert (state[0] != m).float().mean() < 0.005
+        assert (state[1] != v).float().mean() < 0.05
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("piece", [256, 1 << 16])
+def test_in_8_bits_each_parameter_has_its_own_blocks(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each were updated alone, filled up to whole blocks with zeros."""
+    monkeypatch.setattr(adamw_module, "PIECE", piece)
+    together, alone = parameters(), parameters()
+    optimizer = FlatAdamW(of(together), kind="adamw_8bit")
+    train(optimizer, together)
+    for p, peer in zip(together, alone, strict=True):
+        [key] = [key for key, ps in of(together).items() if any(p is other for other in ps)]
+        own = FlatAdamW({key: [peer]}, kind="adamw_8bit")
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            for other in together:
+                shape = other.shape
+                drawn = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.1)
+                if other is p:
+                    assert peer.grad is not None
+                    peer.grad.copy_(drawn)
+            own.step(1e-2, 0.3)
+        assert torch.equal(p, peer)
+        assert {name: (t.dtype, t.shape) for name, t in optimizer.state[p].items()} == {
+            "exp_avg": (torch.uint8, p.shape), "exp_avg_sq": (torch.uint8, p.shape),
+            "exp_avg_absmax": (torch.float32, (-(-p.numel() // 256),)),
+            "exp_avg_sq_absmax": (torch.float32, (-(-p.numel() // 256),)),
+        }  # fmt: skip
+        for name, part in optimizer.state[p].items():
+            assert torch.equal(part, own.state[peer][name])
+
+
+def test_the_block_of_the_chapter() -> None:
+    """docs/optimizer_state.md, "One block"."""
+    some = (4e-3, -1.23e-3, 2e-5, -3e-9, 0), (1.6e-5, 1.5e-6, 4e-10, 9e-13, 0)
+    m, v = (torch.tensor([*first, *[0.0] * 251]) for first in some)
+    codes = [
+        encode_dynamic(x, dynamic_thresholds(signed=signed))[0][:5].tolist() for x, signed in ((m, True), (v, False))
+    ]
+    assert codes == [[255, 49, 150, 126, 127], [255, 122, 8, 1, 0]]
+
+
+def second_update(kind: Optimizer) -> float:
+    """Of a weight whose gradients are 3e-4, then 0, in a block whose others have 1, in learning rates."""
+    p = nn.Parameter(torch.zeros(256))
+    optimizer = FlatAdamW({(0.0, 1.0): [p]}, kind=kind)
+    assert p.grad is not None
+    p.grad.fill_(1.0)[0] = 3e-4
+    optimizer.step(1e-3)
+    before = float(p.detach()[0])
+    p.grad[0] = 0.0
+    optimizer.step(1e-3)
+    return (before - float(p.detach()[0])) / 1e-3
+
+
+def test_in_8_bits_a_small_square_does_not_become_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else m is divided by nothing but eps. The figures stand in docs/optimizer_state.md."""
+    assert second_update("adamw") == pytest.approx(0.7, abs=0.05)
+    assert second_update("adamw_8bit") == pytest.approx(0.3, abs=0.05)
+
+    def midpoints(device: torch.device, signed: bool) -> Tensor:
+        levels = dynamic_map(device, signed)
+        return (levels[:-1] + levels[1:]) / 2
+
+    monkeypatch.setattr(adamw_module, "dynamic_thresholds", midpoints)
+    assert second_update("adamw_8bit") == pytest.approx(12_700, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", STATE)
+def test_the_bytes_of_the_state(kind: Optimizer) -> None:
+    optimizer = FlatAdamW({(0.0, 1.0): [nn.Parameter(torch.zeros(16, 4096))]}, kind=kind)
+    [state] = optimizer.state.values()
+    assert sum(part.nbytes for part in state.values()) == state_bytes(kind, 16 * 4096)
+    assert state_bytes("adamw", 16 * 4096) == 8 * 16 * 4096
+    assert state_bytes("adamw_8bit", 42_000_000) == pytest.approx((2 + 8 / 256) * 42e6, rel=1e-6)
+
+
+# -- paged -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("kind", STATE)
+@pytest.mark.parametrize("page", [256, 1024, 1 << 22])
+def test_paged_it_makes_the_same_bits(kind: Optimizer, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw_module, "PAGE", page)
+    plain, paged = parameters(), parameters()
+    train(FlatAdamW(of(plain), kind=kind), plain)
+    optimizer = FlatAdamW(of(paged), kind=kind, paged=True)
+    train(optimizer, paged)
+    again = FlatAdamW(of(twins := parameters()), kind=kind)
+    train(again, twins)
+    for p, other, twin in zip(plain, paged, twins, strict=True):
+        assert torch.equal(p, other)
+        for name, part in optimizer.state[other].items():
+            assert part.device.type == "cpu"
+            assert torch.equal(part, again.state[twin][name].cpu())
+
+
+@pytest.mark.parametrize("kind", STATE)
+def test_two_pages_of_the_state_are_on_the_device(kind: Optimizer) -> None:
+    optimizer = FlatAdamW(of(parameters()), kind=kind, paged=True)
+    held = sum(part.nbytes for lane in optimizer._lanes for part in lane._here)
+    assert held == state_bytes(kind, 2 * adamw_module.PAGE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", STATE)
+def test_paged_on_a_gpu(kind: Optimizer) -> None:
+    """More pages than lanes, and gradients that the current stream is still busy with; nobody waits but the step."""
+    n = 5 * adamw_module.PAGE + 4096
+    made = []
+    for paged in (False, True):
+        p = nn.Parameter(torch.ones(n, device="cuda"))
+        optimizer = FlatAdamW({(0.1, 1.0): [p]}, kind=kind, paged=paged)
+        on_gpu = torch.cuda.memory_allocated()
+        generator = torch.Generator("cuda").manual_seed(0)
+        for _ in range(3):
+            assert p.grad is not None
+            torch.cuda._sleep(50_000_000)
+            p.grad.normal_(generator=generator)
+            optimizer.step(1e-2, 0.5)
+        assert all(part.is_pinned() == paged for part in optimizer.state[p].values())
+        made.append((p.detach().cpu(), {name: part.cpu() for name, part in optimizer.state[p].items()}, on_gpu))
+        del p, optimizer
+    (p, state, on_gpu), (other, of_other, less) = made
+    assert torch.equal(p, other)
+    assert all(torch.equal(state[name], of_other[name]) for name in state)
+    assert on_gpu - less >= state_bytes(kind, 3 * adamw_module.PAGE)

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "scratch", "patterns", "config", "recipes", "nf4", "kv_cache"),
+    ("errors", "scratch", "paging", "patterns", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
     ("norm", "rope", "swiglu", "attention", "loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "nf4_table")
 # The launchers, and what each does the same as: torch's own product has no name of ours.
 DEFINITIONS: dict[str, dict[str, Callable[..., object]]] = {
-    "adamw": {"adamw_": adamw.adamw_},
+    "adamw": {f.__name__: f for f in (adamw.adamw_, adamw.adamw_8bit_)},
     "nf4_dequantize": {"dequantize": nf4.NF4Tensor.dequantize},
     "nf4_quantize": {"quantize_nf4": nf4.quantize_nf4},
     "nf4_matvec": {"matvec": torch.matmul},
@@ -57,7 +57,7 @@ def test_a_launch_is_on_the_tensors_gpu(name: str) -> None:
     assert launches(tree) == [launch for node in on for launch in launches(node)]
 
 
-@pytest.mark.parametrize("name", ["norm", "rope", "swiglu"])
+@pytest.mark.parametrize("name", ["adamw", "norm", "rope", "swiglu"])
 def test_what_is_elementwise_is_the_kernel_s_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher of its name gets what the definition would, and the definition is not asked."""
     module = import_module(f"minilora.kernels.{name}")

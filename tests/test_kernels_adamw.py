@@ -1,5 +1,6 @@
 """The AdamW kernel against its definition, both against float64: in Triton's interpreter, or on a GPU."""
 
+from inspect import unwrap
 from math import sqrt
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from minilora import adamw
-from minilora.kernels.adamw import BLOCK, adamw_
+from minilora.kernels.adamw import BLOCK, adamw_, adamw_8bit_
+from minilora.nf4 import dynamic_map
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNIT = 2.0**-24
@@ -33,7 +35,7 @@ def test_it_is_the_definition(n: int, lr: float, weight_decay: float, step: int,
     settings = (lr, 0.9, 0.95, 1e-8, weight_decay, step, grad_scale)
     given = problem(n)
     exact, sizes = in_float64(given, *settings)
-    for function in (adamw_, adamw.adamw_):
+    for function in (adamw_, unwrap(adamw.adamw_)):
         p, grad, m, v = (part.clone() for part in given)
         function(p, grad, m, v, *settings)
         assert torch.equal(grad, given[1])
@@ -93,7 +95,7 @@ def test_what_the_kernel_cannot_take(at: int, bad: Tensor) -> None:
     parts: list[Any] = problem(10)
     parts[at] = bad.to(DEVICE)
     named = ("p", "grad", "m", "v")[at] if bad.shape != (9,) or at else "grad"
-    with pytest.raises(ValueError, match=rf"{named} must be \(n,\) contiguous float32"):
+    with pytest.raises(ValueError, match=rf"{named} must be \(\d+,\) contiguous float32 on"):
         adamw_(*parts, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
 
 
@@ -102,3 +104,72 @@ def test_the_corrections_are_the_host_s() -> None:
     p, grad, m, v = (torch.ones(4, device=DEVICE) for _ in range(4))
     adamw_(p, grad, m, v, 1e-2, 0.9, 0.999, 1e-8, 0.0, 100_000, 1.0)
     torch.testing.assert_close(p.cpu(), torch.full((4,), 1 - 1e-2 / sqrt(1.0)), rtol=1e-6, atol=0)
+
+
+# -- moments in 8 bits -------------------------------------------------------------------------------------------------
+
+
+def problem_in_8_bits(n: int) -> list[Tensor]:
+    """p, grad, and any codes with any absmax, of which the first block's are zeros."""
+    generator = torch.Generator().manual_seed(n)
+    m, v = (torch.randint(256, (n,), generator=generator, dtype=torch.uint8) for _ in range(2))
+    m_absmax, v_absmax = (torch.rand(n // 256, generator=generator) for _ in range(2))
+    m_absmax[0] = v_absmax[0] = 0.0
+    return [*problem(n)[:2], *(part.to(DEVICE) for part in (m, v, m_absmax, v_absmax))]
+
+
+def decoded(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    levels = dynamic_map(signed=signed).double()[codes.int().cpu()].to(DEVICE)
+    return (levels.view(-1, 256) * absmax[:, None].double()).view(-1)
+
+
+@pytest.mark.parametrize("n", [256, BLOCK, BLOCK + 256, 5 * BLOCK - 512])
+@pytest.mark.parametrize(
+    ("lr", "weight_decay", "step", "grad_scale"),
+    [(1e-2, 0.0, 1, 1.0), (1e-2, 0.1, 2, 0.25), (3e-4, 0.01, 10_000, 1e-3)],
+)
+def test_in_8_bits_it_is_the_definition(n: int, lr: float, weight_decay: float, step: int, grad_scale: float) -> None:
+    """p is as near to float64 as in 32 bits, a seventh rounding of m added; that of v is within its eight. A code is
+    the nearest, or within roundings of being it: then the number is as far from its level as from the next."""
+    settings = (lr, 0.9, 0.95, 1e-8, weight_decay, step, grad_scale)
+    given = problem_in_8_bits(n)
+    m, v = decoded(given[2], given[4], True), decoded(given[3], given[5], False)
+    exact, sizes = in_float64([given[0], given[1], m, v], *settings)
+    for function in (adamw_8bit_, unwrap(adamw.adamw_8bit_)):
+        p, grad, *state = (part.clone() for part in given)
+        function(p, grad, *state, *settings)
+        assert torch.equal(grad, given[1])
+        assert bool(((p.double() - exact["p"]).abs() <= 1.2 * sizes["p"] * UNIT).all()), function.__module__
+        for name, codes, absmax, signed in (("m", state[0], state[2], True), ("v", state[1], state[3], False)):
+            off = 1.2 * sizes[name].view(-1, 256) * UNIT
+            blocks = exact[name].view(-1, 256)
+            largest = blocks.abs().amax(1)
+            assert bool(((absmax.double() - largest).abs() <= off.amax(1)).all()), (function.__module__, name)
+            levels, here = dynamic_map(signed=signed).double().to(DEVICE), codes.view(-1, 256).int()
+            scaled = blocks / largest.clamp(min=1e-38)[:, None]
+            nearest = (scaled[..., None] - levels).abs().amin(-1)
+            if not signed:  # what is above zero stays so
+                nearest = torch.where((scaled > 0) & (scaled < levels[1] / 2), levels[1] - scaled, nearest)
+            allowed = nearest + 4 * (off / largest.clamp(min=1e-38)[:, None] + UNIT)
+            assert bool(((scaled - levels[here]).abs() <= allowed).all()), (function.__module__, name)
+            assert signed or bool(((here > 0) == (scaled > 0)).all())
+
+
+def test_in_8_bits_nothing_happens_to_what_has_no_gradient_and_no_moments() -> None:
+    parts = [torch.zeros(512, device=DEVICE) for _ in range(2)]
+    codes = [torch.zeros(512, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    absmax = [torch.zeros(2, device=DEVICE) for _ in range(2)]
+    adamw_8bit_(*parts, *codes, *absmax, 1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 1.0)
+    assert not any(part.any() for part in (*parts, *absmax))
+
+
+@pytest.mark.parametrize(("at", "named"), [*enumerate(("p", "grad", "m", "v", "m_absmax", "v_absmax"))])
+def test_what_the_kernel_of_8_bits_cannot_take(at: int, named: str) -> None:
+    settings = (1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+    parts: list[Any] = problem_in_8_bits(512)
+    wrong = parts.copy()
+    wrong[at] = parts[at].double()
+    with pytest.raises(ValueError, match=rf"{named} must be \(\d+,\) contiguous (float32|uint8) on"):
+        adamw_8bit_(*wrong, *settings)
+    with pytest.raises(ValueError, match="p must have a multiple of 256 numbers; it has 511"):
+        adamw_8bit_(*(part[:511] for part in parts), *settings)

@@ -27,6 +27,7 @@ LIMITS = {
     "matmul M=256, shuffle, nested": 8.5,
     "softmax gradient": 15,
     "adamw": 30,
+    "adamw_8bit": 200,
     # A number of 16 bits; what a copy's time has room for is 9.6 for each byte.
     "rms_norm": 15,
     "add_rms_norm": 17,
@@ -50,6 +51,7 @@ COMPILED = [
     "quantize",
     "softmax gradient",
     "adamw",
+    "adamw_8bit",
     "dequantize, nested",
     *(f"matvec M=1{way}, nested" for way in ("", ", shuffle")),
     *(f"matmul M={m}{way}, nested" for m in (16, 64, 256) for way in ("", ", shuffle")),
@@ -58,7 +60,7 @@ COMPILED = [
 ]
 # Of the cards with little shared memory, what takes the most of it; sm_86 and sm_89 have the tiles of sm_80.
 LARGEST = ["matmul M=256, nested", "matmul M=32, float32, nested"]
-SIXTEEN_BYTES = ("dequantize, nested", "softmax gradient", "adamw")  # what each store writes
+SIXTEEN_BYTES = ("dequantize, nested", "softmax gradient", "adamw", "adamw_8bit")  # what each store writes
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 TENSOR_CORES = {75: None, 80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 KIB = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # of shared memory that a program may have

@@ -73,6 +73,13 @@ def test_dynamic_map_is_bitsandbytes() -> None:
     assert 0.0140 < levels.diff().max() < MAP_GAP
 
 
+def test_the_unsigned_dynamic_map_is_bitsandbytes() -> None:
+    levels, middles = nf4.dynamic_map(signed=False), nf4.dynamic_thresholds(signed=False)
+    assert torch.equal(levels, bnb.create_dynamic_map(signed=False))
+    assert torch.equal(middles[1:], (levels[1:-1] + levels[2:]) / 2)
+    assert middles[0] == 0, "what is above zero keeps a level above zero"
+
+
 # Bytes and absmax
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from minilora.adamw import state_bytes
 from minilora.attention import Runs, causal_runs
 from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, PrefixConfig, RunConfig
@@ -18,6 +19,7 @@ from minilora.data.pack import PackedBatch, RowSampler, make_batch
 from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.memory import DenseDtype, Learned, StepPlan, as_text, free_bytes, private_bytes
+from minilora.nf4 import CPU
 from minilora.train.strategies import learned_names
 
 LEAST_LENGTH = 64  # shorter rows are not advised
@@ -100,6 +102,8 @@ class Ledger:
             checkpointing=train.activation_checkpointing,
             keep=self.keep,
             device=self.device,
+            optimizer=train.optimizer,
+            paged=train.paged and not on_cpu,
         )
 
     def _evaluates(self) -> bool:
@@ -134,6 +138,10 @@ class Ledger:
     def check(self) -> dict[str, int]:
         """The prediction. Raises UserError if it does not fit, with the mildest form of each setting that is enough."""
         predicted, free = self.predict(), free_bytes(self.device)
+        of_state = state_bytes(self.config.train.optimizer, predicted["gradients"] // 4)
+        if self._plan().paged and of_state > (of_host := free_bytes(CPU)):
+            needed = f"train.paged needs {as_text(of_state)} of the host's memory, {as_text(of_host)} are free"
+            raise UserError(f"{needed}: let fewer weights learn, or set train.optimizer adamw_8bit if it is not")
         if sum(predicted.values()) <= free:
             return predicted
         enough, strongest, together = dict[str, str](), dict[str, str](), self
@@ -153,6 +161,10 @@ class Ledger:
         train, length = self.config.train, self.config.data.max_seq_len
         if not train.activation_checkpointing and not self._plan().fused:
             yield "train.activation_checkpointing", "true", {"train": {"activation_checkpointing": True}}
+        if self.device.type == "cuda" and not train.paged:
+            yield "train.paged", "true", {"train": {"paged": True}}
+        if train.optimizer == "adamw":
+            yield "train.optimizer", "adamw_8bit", {"train": {"optimizer": "adamw_8bit"}}
         for n in (n for n in range(train.batch_size - 1, 0, -1) if train.batch_size % n == 0):
             accumulate = train.accumulate * train.batch_size // n
             changes = {"train": {"batch_size": n, "accumulate": accumulate}}

@@ -22,7 +22,7 @@ from minilora.evaluate.answers import Answer
 from minilora.evaluate.forgetting import Forgetting, read_probes
 from minilora.evaluate.metrics import check_libraries
 from minilora.hub import pinned
-from minilora.memory import PeakMemory, one_line
+from minilora.memory import PeakMemory, as_text, one_line
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.graph import StepGraphs
@@ -129,6 +129,10 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         f"{n_steps:,} steps of {n_rows} rows"
     )
     memory, optimizer = PeakMemory(device), _optimizer(weights, config)
+    if train.paged:
+        n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
+        where = "in the host's memory" if optimizer.paged else "is in the host's memory anyway, where there is no GPU"
+        reporter.say(f"paged: {n_bytes} of the optimizer's state {where}")
     backward: Backward = backward_of(model, optimizer, memory.note)
     if StepGraphs.serve(model):
         backward = StepGraphs(model, optimizer)
@@ -146,9 +150,10 @@ def dtypes(config: RunConfig, dtype: torch.dtype) -> str:
     compute = str(dtype).removeprefix("torch.")
     storage = f"NF4{', absmax in 8 bits' if config.model.double_quant else ''}" if config.quantize else compute
     learns = "weights" if config.train.base_learns else "prefix" if config.train.strategy == "prefix" else "adapters"
+    state = "8 bits" if config.train.optimizer == "adamw_8bit" else "float32"
     return (
-        f"linear layers {storage}; embeddings, head and activations {compute}; {learns}, gradients and optimizer "
-        "float32; norms, softmax and loss float32"
+        f"linear layers {storage}; embeddings, head and activations {compute}; {learns} and gradients float32; "
+        f"optimizer {state}; norms, softmax and loss float32"
     )
 
 
@@ -172,7 +177,8 @@ def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> Fla
         decay = config.train.weight_decay if p.dim() > 1 else 0.0
         ratio = config.train.lora_plus_ratio if name.endswith(("lora_B", "lora_magnitude_vector")) else 1.0
         groups.setdefault((decay, ratio), []).append(p)
-    return FlatAdamW(groups, config.train.beta1, config.train.beta2)
+    train, on_gpu = config.train, all(p.is_cuda for p in weights.values())
+    return FlatAdamW(groups, train.beta1, train.beta2, kind=train.optimizer, paged=train.paged and on_gpu)
 
 
 def _what_must_stay(config: RunConfig) -> dict[str, Any]:
@@ -181,7 +187,7 @@ def _what_must_stay(config: RunConfig) -> dict[str, Any]:
     may_change = {
         "model": ("path", "tokenizer"),
         "data": FILE_KEYS,
-        "train": ("output", "checkpoint_every", "keep_checkpoints", "tensorboard"),
+        "train": ("output", "checkpoint_every", "keep_checkpoints", "tensorboard", "paged"),
         "eval": ("probes",),
     }
     settings = to_dict(config)

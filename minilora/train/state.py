@@ -100,7 +100,7 @@ class RunState:
         for name, kinds in {**_PARTS, "versions": known}.items():
             _check(document.get(name), kinds, f"{folder / STATE}: {name}")
         refuse_other_run(document.get("origin"), self.origin, folder)
-        tensors = _read_tensors(folder, self.weights, weights_only=False)
+        tensors = _read_tensors(folder, self.weights, self.optimizer)
         try:
             self.sampler.load_state_dict(document["sampler"])
             torch.set_rng_state(tensors["rng.cpu"])
@@ -165,26 +165,29 @@ def _check(values: Any, kinds: Mapping[str, Any], what: str) -> None:
     raise UserError(f"{what} is {short(values)}, which no run of this version writes; resume from another checkpoint")
 
 
-def _read_tensors(folder: Path, weights: Mapping[str, Tensor], weights_only: bool) -> dict[str, Tensor]:
-    """The checkpoint's tensors for these weights. Raises UserError if they are not all, others, or not finite."""
+def _read_tensors(folder: Path, weights: Mapping[str, nn.Parameter], optimizer: FlatAdamW | None) -> dict[str, Tensor]:
+    """The checkpoint's tensors for these weights, and for an optimizer's state if that is to go on from it.
+
+    Raises UserError if they are not all, others, or not finite.
+    """
     held = read_header(folder / TENSORS)
-    like = {f"weight.{name}": weight for name, weight in weights.items()}
-    if not weights_only:
+    like: dict[str, Tensor] = {f"weight.{name}": weight for name, weight in weights.items()}
+    if optimizer:
         for name, weight in weights.items():
-            moments = {"step": weight.new_empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
+            moments = {"step": weight.new_empty((), dtype=torch.float32), **optimizer.state[weight]}
             new = {f"optimizer.{name}.{key}": tensor for key, tensor in moments.items()}
             like |= new if new.keys() & held.keys() else {}  # before the first update there are none
         like["rng.cpu"] = torch.get_rng_state()
         if "rng.cuda" in held and torch.cuda.is_available():
             like["rng.cuda"] = torch.cuda.get_rng_state()
-    wrong = like.keys() - held.keys() if weights_only else like.keys() ^ held.keys()
+    wrong = like.keys() ^ held.keys() if optimizer else like.keys() - held.keys()
     wrong |= {k for k in like.keys() & held.keys() if (like[k].dtype, like[k].shape) != held[k].kind}
     if wrong:
         raise UserError(f"{folder / TENSORS}: {short(min(wrong))} is not as this run writes it; it is another run's")
     tensors = {key: held[key].read() for key in like}
     for key, tensor in tensors.items():
         refuse_not_finite(tensor, f"{folder / TENSORS}: {key}", "resume from another checkpoint")
-        if key.endswith((".step", ".exp_avg_sq")) and tensor.min() < 0:
+        if key.endswith((".step", ".exp_avg_sq", "_absmax")) and tensor.min() < 0:
             raise UserError(
                 f"{folder / TENSORS}: {key} is below 0, as no run writes it; resume from another checkpoint"
             )
@@ -208,7 +211,7 @@ def refuse_other_run(saved: Any, current: dict[str, Any], folder: Path, prefix: 
 def load_weights(weights: dict[str, nn.Parameter], folder: Path) -> None:
     """Only the trained weights of a checkpoint: how the best one is put back."""
     verify_manifest(folder)
-    _copy(_read_tensors(folder, weights, weights_only=True), weights)
+    _copy(_read_tensors(folder, weights, None), weights)
 
 
 @torch.no_grad()

@@ -80,7 +80,17 @@ def test_what_is_elementwise_and_off(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_a_card_whose_table_has_no_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_matvec, "architecture", lambda _: 75)
     operations = {check.operation for check in kernel_check.check_kernels(torch.device("cpu"))}
-    assert operations == {"quantize", "dequantize", "matvec", "backward", "softmax", "loss", "adamw", *ELEMENTWISE}
+    assert operations == {
+        "quantize",
+        "dequantize",
+        "matvec",
+        "backward",
+        "softmax",
+        "loss",
+        "adamw",
+        "adamw_8bit",
+        *ELEMENTWISE,
+    }
 
 
 def test_no_number_does_not_pass() -> None:

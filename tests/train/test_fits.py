@@ -10,11 +10,12 @@ import torch
 
 from benchmarks.feeds import random_batch
 from benchmarks.shapes import shape
+from minilora.adamw import PAGE, state_bytes
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.train import ledger
-from minilora.train.ledger import Ledger
+from minilora.train.ledger import Ledger, on_gpu
 
 RUN = RunConfig(
     model=BaseConfig(dtype="float32"),
@@ -175,6 +176,51 @@ def test_what_no_setting_can_help(monkeypatch: pytest.MonkeyPatch) -> None:
     found = re.search(r"even (.*) comes to (.*), too much still: take a smaller model$", said)
     assert found
     assert all(key in found[1] for key in ("batch_size 1", "max_seq_len 128", "dtype bfloat16"))
+
+
+def test_the_optimizer_s_state() -> None:
+    """135M weights that learn: 8 bytes a number or 2 + 8/256; on a GPU, paged, two pages of it."""
+    full = changed(train={"strategy": "full"})
+    n, sizes = shape("135m").n_parameters, shape("135m")
+    for changes, expected in (
+        ({}, 8 * n),
+        ({"optimizer": "adamw_8bit"}, 2 * n + 8 * -(-n // 256)),
+        ({"paged": True}, 8 * 2 * PAGE),
+        ({"paged": True, "optimizer": "adamw_8bit"}, 2 * 2 * PAGE + 8 * 2 * PAGE // 256),
+    ):
+        run = replace(full, train=replace(full.train, **changes))
+        assert on_gpu(run, sizes)["optimizer"] == expected
+    assert of(replace(full, train=replace(full.train, paged=True))).predict()["optimizer"] == 8 * n
+
+
+def test_a_smaller_state_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
+    full, coded = (changed(train={"strategy": "full", "optimizer": kind}) for kind in ("adamw", "adamw_8bit"))
+    said = refusal(monkeypatch, full, total(coded))
+    assert f"train.optimizer adamw_8bit ({ledger.as_text(total(coded))})" in said
+    assert "train.paged" not in said, "there is no GPU that it would unburden"
+    assert "train.optimizer" not in refusal(monkeypatch, coded, 1e9)
+
+
+def test_on_a_gpu_paging_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = replace(of(changed(model={"dtype": "float32"}, train={"strategy": "full"})), device=torch.device("cuda"))
+    paged = full._with({"train": {"paged": True}})
+    free = sum(paged.predict().values())
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: free)
+    with pytest.raises(UserError, match=rf"train\.paged true \({re.escape(ledger.as_text(free))}\)"):
+        full.check()
+
+
+def test_a_paged_state_must_fit_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    paged = changed(model={"dtype": "float32"}, train={"strategy": "full", "paged": True})
+    monkeypatch.setattr(ledger, "free_bytes", lambda device: 1e12 if device.type == "cuda" else 1e9)
+    on_card = replace(of(paged), device=torch.device("cuda"))
+    with pytest.raises(
+        UserError, match=r"^train.paged needs 1.30 GB of the host's memory, 1.00 GB are free: .*adamw_8bit"
+    ):
+        on_card.check()
+    coded = replace(paged, train=replace(paged.train, optimizer="adamw_8bit"))
+    assert replace(on_card, config=coded).check()["optimizer"] == state_bytes("adamw_8bit", 2 * PAGE)
 
 
 def test_evaluation_counts_where_it_takes_more_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

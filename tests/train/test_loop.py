@@ -130,6 +130,7 @@ def test_every_strategy_and_dtype_learns(make_config: MakeConfig, quiet: Quiet, 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "full": {"train__strategy": "full", "train__lr": 1e-3},
     "full, all begun anew": {"train__strategy": "full", "train__reinit": "all", "train__lr": 1e-2},
+    "full in 8 bits": {"train__strategy": "full", "train__optimizer": "adamw_8bit", "train__lr": 1e-3},
     "partial": {"train__strategy": "partial", "train__layers": 1, "train__parameters": ("lm_head",)},
     "lora": {"train__strategy": "lora", "train__lora_plus_ratio": 4.0},
     "qlora": {"train__strategy": "qlora", "train__neftune_alpha": 1.0},
@@ -487,6 +488,7 @@ def interrupted(make_config: MakeConfig, **changes: Any) -> RunConfig:
     [
         ({"lora__rank": 8}, "config.lora.rank was 4 when the run began and is 8 now"),
         ({"train__seed": 1}, "config.train.seed was 0"),
+        ({"train__optimizer": "adamw_8bit"}, "config.train.optimizer was 'adamw' when the run began"),
         ({"train__max_steps": 5}, "config.train.max_steps was 4"),
         ({"model__double_quant": False}, "config.model.double_quant was True"),
         ({"data__max_seq_len": 65}, "config.data.max_seq_len was 64"),
@@ -499,6 +501,14 @@ def test_another_configuration_is_not_gone_on_with(
     with pytest.raises(UserError, match=named):
         fine_tune(make_config(**change), quiet, resume=True)
     assert len(read_lines(Path(make_config().train.output) / "metrics.jsonl")) == 2
+
+
+def test_where_the_state_lies_may_change(make_config: MakeConfig, quiet: Quiet) -> None:
+    """It changes no bit; without a GPU it does not even change where."""
+    interrupted(make_config)
+    fine_tune(make_config(train__paged=True), quiet, resume=True)
+    [told] = [line for line in quiet.said if line.startswith("paged: ")]
+    assert told.endswith(" of the optimizer's state is in the host's memory anyway, where there is no GPU")
 
 
 def test_changed_data_are_refused_and_moved_data_are_not(

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import tiny_model
 
-from minilora.adamw import FlatAdamW
+from minilora.adamw import STATE, FlatAdamW
 from minilora.checkpoint.write import atomic_folder
-from minilora.config import LoraConfig
+from minilora.config import LoraConfig, Optimizer
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
 from minilora.lora import add_lora
@@ -28,10 +28,10 @@ ORIGIN: dict[str, Any] = {
 LENGTHS = [3, 9, 5, 7, 2, 8, 4]
 
 
-def fresh(seed: int = 0, origin: dict[str, Any] = ORIGIN) -> RunState:
+def fresh(seed: int = 0, origin: dict[str, Any] = ORIGIN, kind: Optimizer = "adamw") -> RunState:
     torch.manual_seed(seed)
     weights = trainable(add_lora(tiny_model(), LoraConfig(rank=2, alpha=4)))
-    optimizer = FlatAdamW({(0.01, 1.0): list(weights.values())})
+    optimizer = FlatAdamW({(0.01, 1.0): list(weights.values())}, kind=kind)
     return RunState(weights, optimizer, RowSampler(LENGTHS, 12, 0), LossScale(False), origin)
 
 
@@ -53,7 +53,7 @@ def assert_same(a: RunState, b: RunState) -> None:
     for name in a.weights:
         assert a.weights[name].equal(b.weights[name]), name
         moments_a, moments_b = a.optimizer.state[a.weights[name]], b.optimizer.state[b.weights[name]]
-        assert moments_a.keys() == moments_b.keys() == {"exp_avg", "exp_avg_sq"}
+        assert moments_a.keys() == moments_b.keys() == STATE[a.optimizer.kind].keys()
         for key in moments_a:
             assert moments_a[key].equal(moments_b[key])
             assert moments_a[key].dtype == moments_b[key].dtype
@@ -69,15 +69,16 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "step-00000003"
 
 
-def test_round_trip_and_then_the_same_steps(tmp_path: Path) -> None:
-    straight = fresh()
+@pytest.mark.parametrize("kind", STATE)
+def test_round_trip_and_then_the_same_steps(tmp_path: Path, kind: Optimizer) -> None:
+    straight = fresh(kind=kind)
     advance(straight, 3)
     straight.counters = Counters(3, 2, 100, 40, 1, 0.1 + 0.2, 2, 1, 77, 88)
     straight.loss_scale = LossScale(True, scale=512.0, good_steps=4)
     straight.save(tmp_path / "c")
     rows_of_straight = advance(straight, 5)
 
-    resumed = fresh(seed=9)
+    resumed = fresh(seed=9, kind=kind)
     advance(resumed, 1)
     versions = resumed.load(tmp_path / "c")
     assert versions == state_module.versions()
@@ -87,11 +88,12 @@ def test_round_trip_and_then_the_same_steps(tmp_path: Path) -> None:
     assert_same(straight, resumed)
 
 
-def test_before_the_first_update_there_are_no_moments(tmp_path: Path) -> None:
-    straight = fresh()
+@pytest.mark.parametrize("kind", STATE)
+def test_before_the_first_update_there_are_no_moments(tmp_path: Path, kind: Optimizer) -> None:
+    straight = fresh(kind=kind)
     straight.save(tmp_path / "c")
     advance(straight, 2)
-    resumed = fresh(seed=9)
+    resumed = fresh(seed=9, kind=kind)
     advance(resumed, 1)
     resumed.load(tmp_path / "c")
     advance(resumed, 2)
@@ -120,6 +122,16 @@ def test_a_checkpoint_of_torch_s_own_optimizer_is_gone_on_from(tmp_path: Path) -
     for name, p in resumed.weights.items():
         assert p.equal(twins[name])
         assert all(moment.equal(adam.state[twins[name]][key]) for key, moment in resumed.optimizer.state[p].items())
+
+
+def test_moments_of_the_other_kind_are_refused(tmp_path: Path) -> None:
+    """The key is named before (test_loop.py): it is among those that must stay. These are files that do not say so."""
+    for kind, other in (("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")):
+        state = fresh(kind=kind)
+        advance(state)
+        state.save(tmp_path / kind)
+        with pytest.raises(UserError, match="is not as this run writes it"):
+            fresh(kind=other).load(tmp_path / kind)
 
 
 def test_what_is_saved_of_the_optimizer(saved: Path) -> None:
