@@ -1,14 +1,14 @@
 """A GPU that is pretended, so that what a step would launch on one can be counted: used by `count_step`.
 
-While a `PretendedGPU` is entered every tensor says that it lies on a GPU, so minilora takes the way that it takes there,
+While a `PretendedGPU` is entered every tensor says that it lies on a GPU, so minilora goes the way that it goes there,
 line by line; but all memory is the CPU's, Triton's kernels run under its interpreter, and torch's operators on the CPU.
-So everything is executed, and each launch is seen when it is: torch's operators by a dispatch mode (views and new memory
-are none), Triton's by a hook around the interpreter.
+So everything is executed, and each launch is seen as it happens: torch's operators by a dispatch mode (views and new
+memory are none), Triton's by a hook around the interpreter.
 
-Two things a CPU does not have are computed otherwise and counted as what they stand for. FlashAttention over runs is the
-CPU's attention (`attention.Pieces`); it counts as torch's launches on a GPU, one forward, three back and two that add
-up the query heads of a key head, and moves the bytes that its definition reads and writes. A product of 16 bits added
-to float32 is one launch, as it is on a GPU.
+What a CPU does not have is computed otherwise, and counted as what it stands for. FlashAttention over runs is the CPU's
+attention (`attention.Pieces`); it counts as torch's launches on a GPU, one forward, three back and two that add up the
+query heads of a key head, and moves the bytes that its definition reads and writes. A product of 16 bits added to
+float32 is one launch, as it is on a GPU. No batch is small: weights are decoded for every product.
 """
 
 import sys
@@ -28,11 +28,11 @@ from minilora.attention import Pieces, Runs, attend_back, attend_kept
 
 GPU = torch.device("cuda", 0)
 CAPABILITY = (9, 0)
-KINDS = ("products", "adapters", "dequantize", "attention", "elementwise", "loss", "optimizer", "copies")
+KINDS = ("products", "adapters", "dequantize", "attention", "elementwise", "loss", "optimizer")
 BACK_LAUNCHES, GROUPED_LAUNCHES = 3, 2  # of torch's FlashAttention: dy y, dq dk dv, dq to 16 bits; and sums of dk, dv
 FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 # Operators that launch nothing on a GPU, but for views, which their schema tells.
-NO_LAUNCH = ("empty", "new_empty", "empty_like", "detach", "resize_", "set_", "lift_fresh", "is_same_size")
+NO_LAUNCH = ("empty", "new_empty", "empty_like", "detach", "resize_", "set_", "lift_fresh", "_local_scalar_dense")
 OVERWRITTEN = ("copy_", "zero_", "fill_")  # in place, without reading what was there
 WRITES = {  # of Triton's kernels: what they write, and of that what they read too
     "dequantize_kernel": ("out",),
@@ -77,25 +77,26 @@ class PretendedGPU(TorchDispatchMode):
             return real(tensor) if self._aside else GPU
 
         runs, ran = InterpretedFunction.run, self._triton
-        for patch in (
+        patches: tuple[Any, ...] = (
             *(mock.patch.object(torch, name, _on_the_cpu(getattr(torch, name))) for name in FACTORIES),
             mock.patch.object(Tensor, "to", _on_the_cpu(Tensor.to)),
             mock.patch.object(Tensor, "device", property(device)),
-            mock.patch.object(torch.cuda, "get_device_capability", lambda *_: CAPABILITY),
-            mock.patch.object(torch.cuda, "device", lambda _: nullcontext()),
-            mock.patch.object(Runs, "serve", staticmethod(lambda *_: True)),
+            mock.patch.object(torch.cuda, "get_device_capability", _always(CAPABILITY)),
+            mock.patch.object(torch.cuda, "device", _always(nullcontext())),
+            mock.patch.object(Runs, "serve", staticmethod(_always(True))),
             mock.patch.object(attention, "_flash", self._flash),
             mock.patch.object(torch.ops.aten, "_flash_attention_backward", self._flash_back),
-            mock.patch.object(linear, "fused_product", lambda *_: None),  # as of many rows
+            mock.patch.object(linear, "fused_product", _always(None)),
             mock.patch.object(InterpretedFunction, "run", lambda *args, **kwargs: ran(runs, *args, **kwargs)),
-        ):
+        )
+        for patch in patches:
             self._stack.enter_context(patch)
         backend.backend_for.cache_clear()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._stack.close()
         backend.backend_for.cache_clear()
 
@@ -125,15 +126,13 @@ class PretendedGPU(TorchDispatchMode):
         out = func(*args, **kwargs)
         writes = [argument for argument in func._schema.arguments if _is_written(argument)]
         is_view = not writes and any(value.alias_info is not None for value in func._schema.returns)
-        if is_view or name in NO_LAUNCH or (name == "_to_copy" and _is_h2d(args[0], kwargs)):
+        if is_view or name in NO_LAUNCH:
             return out
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         written = [named[argument.name] for argument in writes] or out
-        unread = [
-            value
-            for argument, value in ((argument, named.get(argument.name)) for argument in func._schema.arguments)
-            if _is_written(argument) and (argument.is_out or name in OVERWRITTEN or named.get("beta") == 0)
-        ]
+        unread = [named.get(a.name) for a in writes if a.is_out or name in OVERWRITTEN or named.get("beta") == 0]
+        if name == "ones_like":
+            unread = _tensors(named)
         read = [x for x in _tensors(named) if not any(x is other for other in unread)]
         if name in ("embedding", "index_select"):  # some rows of a table
             read = [*_tensors(out), *(x for x in read if not x.is_floating_point())]
@@ -141,7 +140,8 @@ class PretendedGPU(TorchDispatchMode):
         return out
 
     def _note(self, name: str, read: list[Tensor], written: list[Tensor], flops: int = 0) -> None:
-        self.launches.append(Launch(_kind(name), name, _bytes(read), _bytes(written), flops))
+        if kind := _kind(name):
+            self.launches.append(Launch(kind, name, _bytes(read), _bytes(written), flops))
 
     # -- Triton's kernels
 
@@ -153,9 +153,7 @@ class PretendedGPU(TorchDispatchMode):
             writes -= ({"total"} if named["y"] is None else set()) | ({"inverse"} if named["IS_KNOWN"] else set())
             tensors = {key: x for key, x in tensors.items() if key != "total" or "total" in writes}
         read = [x for key, x in tensors.items() if key not in writes or key in READ_TOO]
-        kind = "dequantize" if name == "dequantize_kernel" else _kind(name)
-        written = [x for key, x in tensors.items() if key in writes]
-        self.launches.append(Launch(kind, name, _bytes(read), _bytes(written)))
+        self._note(name, read, [x for key, x in tensors.items() if key in writes])
         with self.aside():
             return run(function, *args, **kwargs)
 
@@ -178,13 +176,17 @@ class PretendedGPU(TorchDispatchMode):
         runs = Runs(stops, longest, None if window_size_left < 0 else window_size_left + 1)
         with self.aside():
             sees = _pieces(runs)
-            grads = attend_back(*(x[None] for x in (dy, q, k, v, y)), tuple(sums), sees)
+            grads = attend_back(dy[None], q[None], k[None], v[None], y[None], tuple(sums), sees)
         read, written = _bytes([dy, q, k, v, y, logsumexp, stops]), _bytes(list(grads))
         more = BACK_LAUNCHES - 1 + (GROUPED_LAUNCHES if q.shape[1] != k.shape[1] else 0)
         flops = 10 * _pairs(sees) * q.shape[1] * q.shape[2]
         self.launches.append(Launch("attention", "flash back", read, written, flops))
         self.launches += [Launch("attention", "flash back", 0, 0)] * more
         return tuple(grad[0] for grad in grads)
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *_: value
 
 
 def _on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,11 +234,6 @@ def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def _is_h2d(x: Tensor, kwargs: Any) -> bool:
-    """What `Tensor.to` would do between host and device, which it is not asked for here."""
-    return kwargs.get("device") is not None and kwargs.get("dtype") in (None, x.dtype)
-
-
 def _flops(name: str, args: Any) -> int:
     """Of a product of matrices."""
     if name not in ("mm", "addmm", "addmm_"):
@@ -246,15 +243,17 @@ def _flops(name: str, args: Any) -> int:
 
 
 def _kind(name: str) -> str:
-    """Whose launch it is, told by the package's functions that are being called."""
+    """Whose launch it is, told by the package's functions that are being called; nothing where it is none."""
     functions, frame = list[str](), sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
         if frame.f_globals.get("__name__", "").startswith("minilora."):
             functions.append(frame.f_code.co_qualname)
     called, is_product = set(functions), name in ("mm", "addmm", "addmm_")
-    if name == "_local_scalar_dense":
-        return "copies"
+    if "PackedBatch.n_targets" in called:  # the host's, before the batch goes to a GPU
+        return ""
+    if name == "dequantize_kernel":
+        return "dequantize"
     if any(function.startswith("FlatAdamW.") for function in functions):
         return "optimizer"
     if is_product and (called & {"multiply", "multiply_back", "_WholeRowCrossEntropy.forward"}):
