@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 QUERIES = 256  # of a piece: with more, more keys are masked away; with fewer, the products are small
 SHORT = 64  # tokens of a run that is not worth a piece of its own
+TOGETHER = 128  # tokens of short runs that share a piece, at most
 
 
 def visible(
@@ -101,7 +102,7 @@ def _pieces(runs: Sequence[int], window: int | None) -> Iterator[Piece]:
     begin, i, band = 0, 0, None
     while i < len(runs):
         end, n = begin + runs[i], 1
-        while runs[i] <= SHORT and i + n < len(runs) and runs[i + n] <= SHORT and end + runs[i + n] - begin <= QUERIES:
+        while runs[i] <= SHORT and i + n < len(runs) and runs[i + n] <= SHORT and end + runs[i + n] - begin <= TOGETHER:
             end, n = end + runs[i + n], n + 1
         if n > 1:
             together = torch.tensor(runs[i : i + n])
