@@ -129,10 +129,10 @@ def _private_now() -> int:
     return private_bytes()
 
 
-def run_config(cell: Cell) -> RunConfig:
+def run_config(cell: Cell, rank: int = RANK) -> RunConfig:
     return RunConfig(
         model=BaseConfig(dtype=cell.dtype),  # type: ignore[arg-type]
-        lora=LoraConfig(rank=RANK, alpha=ALPHA),
+        lora=LoraConfig(rank=rank, alpha=ALPHA),
         data=DataConfig(max_seq_len=cell.length),
         train=TrainConfig(batch_size=cell.rows),
     )

@@ -3,16 +3,22 @@
 The window, said once: token i sees token j iff 0 <= i - j < window. In a packed row a token sees only its own segment,
 and positions start again with each segment, so the same rule on positions holds there.
 
-Three ways to it, by what is known of the tokens: under a mask; causal, run by run, on a CPU; and on a GPU all runs in
-one launch of FlashAttention (https://arxiv.org/abs/2307.08691), as torch ships it, which knows the window and no mask.
+Three ways to it, by what is known of the tokens: under a mask of all queries and keys; on a CPU, where each run of
+tokens is causal, piece by piece, so that time and memory grow with the tokens and not with their square; and on a GPU
+all runs in one launch of FlashAttention (https://arxiv.org/abs/2307.08691), as torch ships it, which knows the window.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+QUERIES = 256  # of a piece: with more, more keys are masked away; with fewer, the products are small
+SHORT = 64  # tokens of a run that is not worth a piece of its own
+TOGETHER = 128  # tokens of short runs that share a piece, at most
 
 
 def visible(
@@ -35,15 +41,12 @@ def visible(
     return mask[:, None]
 
 
-def causal_runs(
-    positions: Tensor, window: int | None, segments: Tensor | None = None, least_length: int = 64
-) -> tuple[int, ...] | None:
+def causal_runs(positions: Tensor, segments: Tensor | None = None) -> tuple[int, ...] | None:
     """Lengths of the runs that the tokens (B, T), row after row, fall into, if `visible` says no more than this:
-    a token sees the tokens before it in its run, and itself. None where it says something else.
+    a token sees the tokens before it in its run, within the window, and itself. None where it says something else.
 
-    A run ends where a row or segment does. It is causal and no more if its positions count up by one and the window
-    holds all of it. Runs are attended to one by one, so many short ones are better served by one mask: None, too,
-    where they are shorter than `least_length` on average, or where looking would make a GPU wait.
+    A run ends where a row or segment does, and its positions count up by one. None, too, where looking would make a
+    GPU wait, and for a step of generation.
     """
     n_rows, n_columns = positions.shape
     if positions.device.type != "cpu" or n_columns < 2:
@@ -55,10 +58,72 @@ def causal_runs(
     ends = torch.ones(n_rows, n_columns, dtype=torch.bool)
     ends[:, :-1] = ~same
     stops = ends.view(-1).nonzero().view(-1) + 1
-    lengths = torch.diff(stops, prepend=torch.zeros(1, dtype=stops.dtype)).tolist()
-    if (window is not None and max(lengths) > window) or positions.numel() < least_length * len(lengths):
-        return None
-    return tuple(lengths)
+    return tuple(torch.diff(stops, prepend=torch.zeros(1, dtype=stops.dtype)).tolist())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries start..stop, which see of the keys first..stop what the mask says, or all up to themselves.
+
+    mask: (stop - start, stop - first) float32, 0 or -inf; None: start is first
+    """
+
+    start: int
+    stop: int
+    first: int
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Tokens, row after row, in runs: one sees those before it in its run, within a window, and itself; on a CPU.
+
+    rows: so many runs of the same length side by side, each in these pieces; else 1
+    """
+
+    rows: int
+    pieces: tuple[Piece, ...]
+
+    @staticmethod
+    def of(runs: Sequence[int], window: int | None = None) -> "Pieces":
+        """From the runs' lengths."""
+        rows = len(runs) if len(set(runs)) == 1 else 1
+        return Pieces(rows, tuple(_pieces(runs[: len(runs) // rows], window)))
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of the masks; those of a window are views of one."""
+        storages = [piece.mask.untyped_storage() for piece in self.pieces if piece.mask is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _pieces(runs: Sequence[int], window: int | None) -> Iterator[Piece]:
+    """A run that the window holds is one piece, a longer one several; neighbours that are short share one."""
+    begin, i, band = 0, 0, None
+    while i < len(runs):
+        end, n = begin + runs[i], 1
+        while runs[i] <= SHORT and i + n < len(runs) and runs[i + n] <= SHORT and end + runs[i + n] - begin <= TOGETHER:
+            end, n = end + runs[i + n], n + 1
+        if n > 1:
+            together = torch.tensor(runs[i : i + n])
+            run = torch.repeat_interleave(torch.arange(n), together)[None]
+            yield Piece(begin, end, begin, _as_added(*(torch.arange(end - begin)[None],) * 2, window, run))
+        elif window is None or end - begin <= window:
+            yield Piece(begin, end, begin)
+        else:
+            keys = torch.arange(window - 1 + QUERIES)[None]
+            band = _as_added(keys[:, window - 1 :], keys, window) if band is None else band
+            for start in range(begin, end, QUERIES):
+                stop, earliest = min(start + QUERIES, end), start - window + 1
+                first = max(begin, earliest)
+                yield Piece(start, stop, first, band[: stop - start, first - earliest : stop - earliest])
+        begin, i = end, i + n
+
+
+def _as_added(q_positions: Tensor, k_positions: Tensor, window: int | None, run: Tensor | None = None) -> Tensor:
+    """`visible` of one row, (Tq, Tk) float32: what is added to the scores."""
+    sees = visible(q_positions, k_positions, window, run, run)[0, 0]
+    return torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -94,35 +159,96 @@ class Runs:
         return {"window_size_left": -1 if self.window is None else self.window - 1, "window_size_right": 0}
 
 
-Sees = Tensor | tuple[int, ...] | Runs
+Sees = Tensor | Pieces | Runs
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> Tensor:
     """q (B, Tq, Hq, Dh), k and v (B, Tk, Hkv, Dh) -> (B, Tq, Hq, Dh).
 
-    sees: a mask (B, 1, Tq, Tk), or the lengths of causal runs, which cost half of a mask's work where there is one run
-    and a small part where there are many; or, on a GPU, `Runs`. Query head h uses key head h // (Hq / Hkv).
+    sees: a mask (B, 1, Tq, Tk), or the `Pieces` of causal runs, or, on a GPU, `Runs`. Query head h uses key head
+    h // (Hq / Hkv).
     """
     if isinstance(sees, Runs):
         return _flash(q, k, v, sees)[0].view(q.shape)
-    if isinstance(sees, Tensor):
-        return _softmax_product(q, k, v, sees)
-    if len(set(sees)) == 1:
-        return _softmax_product(*(x.reshape(len(sees), sees[0], *x.shape[2:]) for x in (q, k, v))).view(q.shape)
-    split = [x.flatten(0, 1).split(sees) for x in (q, k, v)]  # not slices: the backward of each would fill all of q
-    return torch.cat([_softmax_product(*(x[None] for x in run)) for run in zip(*split, strict=True)], dim=1).view(
-        q.shape
-    )
+    return _softmax_product(q, k, v, sees) if isinstance(sees, Tensor) else _in_pieces(q, k, v, sees)
 
 
-def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Over (B, T, H, Dh), under `mask`, or causal without one."""
+def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Over (B, T, H, Dh), under `mask`."""
     groups = q.shape[2] // k.shape[2]
-    if groups > 1 and mask is not None and q.device.type != "cpu":  # a GPU's fast kernels take a mask or fewer k and v
+    if groups > 1 and q.device.type != "cpu":  # a GPU's fast kernels take a mask or fewer k and v
         k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, Dh)
-    y = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
-    return y.transpose(1, 2)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1).transpose(1, 2)
+
+
+class _InPieces(torch.autograd.Function):
+    """`attend` for `Pieces`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sees: Pieces) -> Tensor:
+        y, rest = attend_kept(q, k, v, sees)
+        ctx.save_for_backward(q, k, v, y, *rest)
+        ctx.sees = sees
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, *rest = ctx.saved_tensors
+        return (*attend_back(grads[0], q, k, v, y, tuple(rest), ctx.sees), None)
+
+
+_in_pieces: Callable[[Tensor, Tensor, Tensor, Pieces], Tensor] = _InPieces.apply
+
+
+def _parts(sees: Pieces, *tensors: Tensor) -> list[Tensor]:
+    """Each (B, T, H, Dh) as (rows, H, n, Dh)."""
+    return [x.reshape(sees.rows, -1, *x.shape[2:]).transpose(1, 2) for x in tensors]
+
+
+def _told(piece: Piece, dtype: torch.dtype) -> tuple[slice, slice, dict[str, Any]]:
+    """Where its queries and its keys are, and what torch's kernel, the CPU's FlashAttention, is told of them."""
+    mask = None if piece.mask is None else piece.mask.to(dtype)[None, None]
+    at, seen = slice(piece.start, piece.stop), slice(piece.first, piece.stop)
+    return at, seen, {"dropout_p": 0.0, "is_causal": mask is None, "attn_mask": mask}
+
+
+@torch.no_grad()
+def _pieces_forward(q: Tensor, k: Tensor, v: Tensor, sees: Pieces) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output, in q's shape, and each piece's logsumexp."""
+    whole, sums = torch.empty(q.shape if len(sees.pieces) > 1 else 0, dtype=q.dtype), list[Tensor]()
+    shape, (q, k, v) = q.shape, _parts(sees, q, k, v)
+    for piece in sees.pieces:
+        at, seen, told = _told(piece, q.dtype)
+        y, of_piece = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, at], k[:, :, seen], v[:, :, seen], **told
+        )
+        sums.append(of_piece)
+        if len(sees.pieces) == 1:
+            return y.transpose(1, 2).reshape(shape), tuple(sums)
+        _parts(sees, whole)[0][:, :, at] = y
+    return whole, tuple(sums)
+
+
+@torch.no_grad()
+def _pieces_back(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: tuple[Tensor, ...], sees: Pieces
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v; a key's is added up over the pieces, in float32 at least."""
+    shapes, dtype, one = [x.shape for x in (q, k, v)], q.dtype, len(sees.pieces) == 1
+    wide = torch.promote_types(dtype, torch.float32)
+    grads = [] if one else [torch.zeros(shape, dtype=wide) for shape in shapes]
+    dy, q, k, v, y = _parts(sees, dy, q, k, v, y)
+    for piece, of_piece in zip(sees.pieces, sums, strict=True):
+        at, seen, told = _told(piece, dtype)
+        made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy[:, :, at], q[:, :, at], k[:, :, seen], v[:, :, seen], y[:, :, at], of_piece, **told
+        )
+        if one:
+            return tuple(grad.transpose(1, 2).reshape(shape) for grad, shape in zip(made, shapes, strict=True))
+        for whole, where, part in zip(_parts(sees, *grads), (at, seen, seen), made, strict=True):
+            whole[:, :, where] += part
+    return tuple(grad.to(dtype) for grad in grads)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> tuple[Tensor, ...]:
@@ -135,11 +261,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> tuple[Tensor, ...]:
 def attend_kept(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`attend`, for a caller that differentiates by hand: the output, and what `attend_back` wants besides.
 
-    That is a graph of autograd's own, which keeps q, k and v; but for `Runs` it is small.
+    That is small; but under a mask it is a graph of autograd's own, which keeps q, k and v.
     """
     if isinstance(sees, Runs):
         y, *rest = _flash(q, k, v, sees)
         return y.view(q.shape), tuple(rest)
+    if isinstance(sees, Pieces):
+        return _pieces_forward(q, k, v, sees)
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         y = attend(q, k, v, sees)
@@ -150,9 +278,11 @@ def attend_back(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, rest: tuple[Tensor, ...], sees: Sees
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k and v, in their shapes."""
-    if not isinstance(sees, Runs):
+    if isinstance(sees, Tensor):
         output, *inputs = rest
         return torch.autograd.grad(output, inputs, dy)
+    if isinstance(sees, Pieces):
+        return _pieces_back(dy, q, k, v, y, rest, sees)
     dy, *heads = (x.flatten(0, 1) for x in (dy, q, k, v, y))
     grads = torch.ops.aten._flash_attention_backward(dy, *heads, rest[0], *sees._limits, *rest[1:], **sees._sides)
     return tuple(grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.attention import Runs, Sees, attend_back, attend_kept
+from minilora.attention import Sees, attend_back, attend_kept
 from minilora.backend import product_dtype
 from minilora.lora import LoRALinear
 from minilora.model import Block, Context, Mistral
@@ -183,7 +183,7 @@ class _Block(torch.autograd.Function):
         h, mid = swiglu(tape.gate, tape.up), tape.mid
         if keep >= Keep.ALL:
             tape.gate, tape.up = tape.gate.to(x.dtype), tape.up.to(x.dtype)
-        if keep >= (Keep.ATTENTION if isinstance(layers.sees, Runs) else Keep.HEADS):  # else `rest` holds q, k and v
+        if keep >= (Keep.HEADS if isinstance(layers.sees, Tensor) else Keep.ATTENTION):  # a mask's holds q, k and v
             ctx.rest = tape.rest
         ctx.layers, ctx.names = layers, [name for names in _KEPT[: keep + 1] for name in names]
         kept = [getattr(tape, name) for name in ctx.names]

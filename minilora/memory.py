@@ -128,7 +128,8 @@ class StepPlan:
 
     adapter: None where weights of the base learn: those of `learned`, or all if that is None
     rows, length: of a micro-batch; targets: how many of its tokens are, None: all
-    sees: a row is one causal run, or falls into several, or a mask says who sees whom (`attention.causal_runs`)
+    sees: a row falls into causal runs, or a mask says who sees whom (`attention.causal_runs`)
+    masks: bytes of those that a CPU's pieces have (`attention.Pieces`)
     paged: the optimizer's state is in the host's memory but for two pages
     keep: of each fast block; none: all of them everything or, with checkpointing, their input
     """
@@ -140,7 +141,8 @@ class StepPlan:
     rows: int
     length: int
     targets: int | None = None
-    sees: Literal["rows", "runs", "mask"] = "rows"
+    sees: Literal["runs", "mask"] = "runs"
+    masks: int = 0
     checkpointing: bool = False
     keep: tuple[Keep, ...] = ()
     learned: Learned | None = None
@@ -187,7 +189,7 @@ class StepPlan:
         kept = [self.kept(lowest_layer + i, block) for i, block in enumerate(whole)]
         of_last = self.again(whole[-1], kept[-1]) if kept else {}
         blocks = add_up(*kept)
-        masks = len(set(config.windows)) * self.mask
+        masks = self.masks + len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
         head = 4 * learns.head if learns and config.tied_embeddings else 0
         casts = self.stored * learns.n if learns and self.stored != 4 else 0  # of what learns (adamw.py)
@@ -208,7 +210,7 @@ class StepPlan:
         """
         number, lora = self.computed if self.fused else self.stored, self.lora
         repeated = self.sees == "mask" and not self.on_cpu  # k and v (attention.py)
-        heads = self.q * (3 if self.sees == "runs" else 2) + 2 * (self.q if repeated else self.kv)  # q, outputs, k, v
+        heads = 2 * self.q + 2 * (self.q if repeated else self.kv)  # q, output, k, v
         heads += 2 * self.before * self.rows * self.config.head_dim * self.config.n_kv_heads
         kept = {
             "residual stream": 2 * self.d * self.stored if self.fused or self.stored == 4 else 0,
@@ -243,7 +245,7 @@ class StepPlan:
         if not self.fused:
             return {"residual stream": x}
         number = self.computed
-        logsumexp = 0 if self.on_cpu or self.sees == "mask" else 4 * self.tokens * self.config.n_heads
+        logsumexp = 0 if self.sees == "mask" else 4 * self.tokens * self.config.n_heads
         attention = (0, self.q * number + logsumexp, whole["attention"])[keep]
         here = ("down_proj", "o_proj", "q_proj", "k_proj", "v_proj")[: (1, 2, 5)[keep]]
         assert self.lora is not None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from minilora.attention import Runs, Sees, attend, causal_runs, visible
+from minilora.attention import Pieces, Runs, Sees, attend, causal_runs, visible
 from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
 from minilora.neftune import with_noise
@@ -48,12 +48,12 @@ class Context:
         self._sees = {window: self._who_sees(window, segments, n_before) for window in set(self.windows)}
 
     def _who_sees(self, window: int | None, segments: Tensor | None, n_before: int) -> Sees:
-        """Under that window, `attend`'s argument: a mask, or causal runs."""
+        """Under that window, `attend`'s argument."""
         positions, cache = self.positions, self.cache
         if cache is None and not self.prefix and self.runs is not None:
             return replace(self.runs, window=window if window and window < self.runs.longest else None)
-        if cache is None and not self.prefix and (runs := causal_runs(positions, window, segments)):
-            return runs
+        if cache is None and not self.prefix and (lengths := causal_runs(positions, segments)):
+            return Pieces.of(lengths, window)
         k_positions = positions if cache is None else torch.cat([cache.positions[window], positions], dim=1)
         mask = visible(positions, k_positions, window, segments, segments)
         if not self.prefix:

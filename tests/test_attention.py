@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minilora import attention
-from minilora.attention import Runs, attend, attend_back, attend_kept, causal_runs, visible
+from minilora.attention import QUERIES, Pieces, Runs, attend, attend_back, attend_kept, causal_runs, visible
 
 
 def sees(q: int, k: int, window: int | None, same_segment: bool) -> bool:
@@ -130,45 +130,83 @@ def rows_of(*rows: list[int]) -> tuple[Tensor, Tensor]:
     return torch.stack(positions), torch.stack(segments)
 
 
-@pytest.mark.parametrize("rows", [([12],), ([6, 6], [6, 6]), ([5, 7], [12], [1, 10, 1])])
-@pytest.mark.parametrize("window", [None, 12, 100])
-def test_runs_see_what_the_mask_says(rows: tuple[list[int], ...], window: int | None) -> None:
+LONG = 2 * QUERIES + 90
+PACKED = [
+    ([12],), ([6, 6], [6, 6]), ([5, 7], [12], [1, 10, 1]),  # pieces that are runs, or several short ones
+    ([LONG],), ([LONG - 90, 90],), ([1, 70, LONG - 75, 4], [LONG]), (*([30] * (LONG // 30) + [LONG % 30],) * 2,),
+]  # fmt: skip
+
+
+def both_ways(
+    rows: tuple[list[int], ...], window: int | None, dtype: torch.dtype, drawn: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of packed rows, in pieces and under the mask, of numbers that `drawn` holds."""
     positions, segments = rows_of(*rows)
-    lengths = causal_runs(positions, window, segments, least_length=1)
+    lengths = causal_runs(positions, segments)
     assert lengths == tuple(n for row in rows for n in row)
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(len(rows), 12, 4, 8, generator=generator, dtype=torch.float64).requires_grad_()
-    k, v = (torch.randn(len(rows), 12, 2, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in "kv")
+    shapes = [(len(rows), sum(rows[0]), heads, 8) for heads in (4, 2, 2, 4)]
+    q, k, v, dy = (torch.randn(shape, generator=generator).to(drawn).to(dtype) for shape in shapes)
     results = []
-    for who in (lengths, visible(positions, positions, window, segments, segments)):
-        y = attend(q, k, v, who)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
-    for fast, expected in zip(*results, strict=True):
+    for who in (Pieces.of(lengths, window), visible(positions, positions, window, segments, segments)):
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs, who)  # type: ignore[arg-type]
+        results.append([y, *torch.autograd.grad(y, inputs, dy)])
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("rows", PACKED)
+@pytest.mark.parametrize("window", [None, 1, 5, 100, 300, 10_000])
+def test_pieces_see_what_the_mask_says(rows: tuple[list[int], ...], window: int | None) -> None:
+    """Windows below a run's length and above, of less and of more than a piece's queries."""
+    for fast, expected in zip(*both_ways(rows, window, torch.float64), strict=True):
         assert fast.allclose(expected, atol=1e-12)
+    for fast, expected in zip(*both_ways(rows, window, torch.float32), strict=True):
+        torch.testing.assert_close(fast, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_in_16_bits_err_no_more_than_the_mask(dtype: torch.dtype) -> None:
+    """Against float64 on the same numbers."""
+    rows = ([1, 70, LONG - 75, 4], [LONG])
+    exact = both_ways(rows, 300, torch.float64, dtype)[1]
+    for reference, fast, plain in zip(exact, *both_ways(rows, 300, dtype, dtype), strict=True):
+        assert fast.dtype == dtype
+        assert 0 < (fast - reference).norm() <= 2 * (plain - reference).norm()
+
+
+@pytest.mark.parametrize("window", [100, 300])
+def test_beyond_the_window_nothing_grows_but_with_the_tokens(window: int) -> None:
+    """Of a run: keys that are looked at, and masks, which are views of one."""
+    sizes = []
+    for n in (8, 16, 32):
+        made = Pieces.of((n * QUERIES,), window)
+        assert made.mask_bytes == 4 * QUERIES * (QUERIES + window - 1)
+        sizes.append(sum((p.stop - p.start) * (p.stop - p.first) for p in made.pieces))
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
+    short = [Pieces.of((10, 30) * n).mask_bytes for n in (20, 40)]  # nor where many short runs share a piece
+    assert short[1] <= 2.1 * short[0]
 
 
 def test_runs_are_refused_where_the_mask_says_something_else() -> None:
     positions, segments = rows_of([5, 7])
-    assert causal_runs(positions, 7, segments, least_length=1) == (5, 7)
-    assert causal_runs(positions, 6, segments, least_length=1) is None  # the window cuts the second
-    assert causal_runs(positions, None, None, least_length=1) is None  # one segment that sees its first tokens twice
-    assert causal_runs(positions, None, segments, least_length=7) is None  # too short to be worth it
-    padded = torch.tensor([[-1, 0, 1, 2]])
-    assert causal_runs(padded, None, least_length=1) is None
+    assert causal_runs(positions, segments) == (5, 7)
+    assert causal_runs(positions) is None  # one segment that sees its first tokens twice
+    assert causal_runs(torch.tensor([[-1, 0, 1, 2]])) is None  # padded
     gap = torch.tensor([[0, 1, 5, 6]])
-    assert causal_runs(gap, None, torch.zeros_like(gap), least_length=1) is None
-    assert causal_runs(torch.tensor([[3]]), None, least_length=1) is None  # a step of generation
+    assert causal_runs(gap, torch.zeros_like(gap)) is None
+    assert causal_runs(torch.tensor([[3]])) is None  # a step of generation
 
 
-def test_an_unpacked_row_is_one_run() -> None:
-    positions = torch.arange(70).expand(3, 70)
-    assert causal_runs(positions, None) == (70, 70, 70)
-    assert causal_runs(positions, 69) is None
+def test_an_unpacked_row_is_one_piece() -> None:
+    made = Pieces.of(causal_runs(torch.arange(70).expand(3, 70)) or ())
+    assert (made.rows, made.mask_bytes) == (3, 0)
+    assert [(p.start, p.stop, p.first) for p in made.pieces] == [(0, 70, 0)]
 
 
-@pytest.mark.parametrize(("device", "masked", "heads"), [("cpu", True, 2), ("meta", False, 2), ("meta", True, 4)])
+@pytest.mark.parametrize(("device", "heads"), [("cpu", 2), ("meta", 4)])
 def test_keys_are_repeated_where_no_fast_kernel_takes_fewer(
-    device: str, masked: bool, heads: int, monkeypatch: pytest.MonkeyPatch
+    device: str, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a mask and fewer key heads than query heads, a GPU would fall back to T x T scores of every head. (A device
     without memory stands for it.)"""
@@ -182,14 +220,14 @@ def test_keys_are_repeated_where_no_fast_kernel_takes_fewer(
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
     q, k, v = (torch.empty(1, 8, n, 4, device=device) for n in (4, 2, 2))
-    attend(q, k, v, torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device) if masked else (8,))
+    attend(q, k, v, torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device))
     assert seen == [heads]
 
 
-@pytest.mark.parametrize("sees", [(12, 12), "mask"])
-def test_by_hand_it_gives_what_autograd_gives(sees: tuple[int, ...] | str) -> None:
+@pytest.mark.parametrize("who", [Pieces.of((12, 12)), Pieces.of((12, 7, 5), 5), "mask"])
+def test_by_hand_it_gives_what_autograd_gives(who: Pieces | Tensor | str) -> None:
     positions = torch.arange(12).expand(2, 12)
-    who = visible(positions, positions, 5) if isinstance(sees, str) else sees
+    who = visible(positions, positions, 5) if isinstance(who, str) else who
     q, k, v = (x.requires_grad_() for x in random_heads(4, 2, T=12, Dh=8))
     dy = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     y = attend(q, k, v, who)

@@ -40,7 +40,7 @@ OF_EXTRAS = {  # imported where they are used
     "minilora.data.files": {"pyarrow"},
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
 }
-MAX_LINES = 9_500
+MAX_LINES = 9_700
 
 
 def modules() -> dict[str, Path]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from minilora.adamw import state_bytes
-from minilora.attention import Runs, causal_runs
+from minilora.attention import Pieces, Runs, causal_runs
 from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, PrefixConfig, RunConfig
 from minilora.data.encode import Sample
@@ -80,14 +80,10 @@ class Ledger:
         base_learns, is_prefix, on_cpu = train.base_learns, train.strategy == "prefix", self.device.type == "cpu"
         dtype = torch.float32 if base_learns else pick_dtype(self.device, model.dtype)[0]
         dense = cast(DenseDtype, str(dtype).removeprefix("torch."))
-        narrowest = min((window for window in self.sizes.windows if window), default=None)
-        runs = causal_runs(sample.positions, narrowest, sample.segments) if on_cpu else None
-        on_rows = runs is not None and len(set(runs)) == 1
-        flash = self.flash
-        if flash is None:
-            flash = sample.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim)
-        if flash:
-            runs, on_rows = (), True  # all at once
+        runs = causal_runs(sample.positions, sample.segments) if on_cpu and not is_prefix else None
+        at_once = self.flash
+        if at_once is None:
+            at_once = sample.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim)
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         return StepPlan(
             self.sizes,
@@ -98,7 +94,8 @@ class Ledger:
             rows=train.batch_size,
             length=length,
             targets=round(train.batch_size * length * sample.n_targets / sample.tokens.numel()),
-            sees="mask" if runs is None or is_prefix else "rows" if on_rows else "runs",
+            sees="runs" if runs or (at_once and not is_prefix) else "mask",
+            masks=sum(Pieces.of(runs, window).mask_bytes for window in set(self.sizes.windows)) if runs else 0,
             checkpointing=train.activation_checkpointing,
             keep=self.keep,
             device=self.device,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.feeds import random_batch
-from benchmarks.ledger import CLOSE, Cell, _step, random_model
+from benchmarks.ledger import CLOSE, Cell, _step, random_model, run_config
 from benchmarks.shapes import shape
 from benchmarks.watch import StepWatch
 from minilora import scratch
@@ -38,6 +38,32 @@ def test_a_step_takes_what_was_predicted(dtype: str, keep: Keep, rows: int) -> N
     assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE
     assert measured.keys() >= {"attention", "residual stream"} | ({"adapter inputs"} if keep > Keep.INPUT else set())
     assert measured.get("decoded weights") == predicted.get("decoded weights")
+
+
+@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.ALL])
+@pytest.mark.parametrize(("window", "packed"), [(100, ()), ((None, 300), ()), (100, (30, 20)), (None, (30, 20))])
+def test_under_a_window_and_of_short_samples_too(window: Any, packed: tuple[int, ...], keep: Keep) -> None:
+    """Rows that the window cuts, and rows of samples that share a piece: no mask has as many entries as T x T."""
+    rows, length = 2, 1200
+    cell, sizes = Cell("tiny", rows, length, "float32", keep.name), replace(shape("tiny"), sliding_window=window)
+    batch = random_batch(rows, length, sizes.vocab_size)
+    if packed:
+        each = torch.tensor(packed * (length // sum(packed)))
+        batch.positions[:] = torch.cat([torch.arange(int(n)) for n in each])
+        batch.segments[:] = torch.repeat_interleave(torch.arange(len(each)), each)
+    ledger = Ledger(run_config(cell), sizes, torch.device("cpu"), batch, length, cell.kept(sizes))
+    predicted = {owner: n for owner, n in ledger.predict().items() if owner != "process"}
+    assert 0 < ledger._plan().masks < 4 * length * length / 2
+    scratch._held.__dict__.clear()
+    model = apply_strategy(random_model(sizes, torch.float32), run_config(cell), cell.kept(sizes)).train()
+    optimizer = _optimizer(trainable(model), run_config(cell))
+    for _ in range(2):
+        with StepWatch(model, optimizer) as watch:
+            train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False))
+    measured = watch.owners()
+    assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE
+    if keep == Keep.ALL:  # else it is made again in backward, and counts as scratch
+        assert abs(predicted["attention"] / measured["attention"] - 1) <= CLOSE
 
 
 STRATEGIES: list[dict[str, Any]] = [

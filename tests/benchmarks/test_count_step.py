@@ -1,0 +1,118 @@
+"""The count of a step's launches: the formula is what was executed, what was executed is right, the page says it."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.count_gpu import GPU, PretendedGPU
+from benchmarks.count_step import (
+    KINDS,
+    LARGE,
+    LENGTH,
+    PAGE,
+    PLAN,
+    PRODUCTS,
+    RANK,
+    SMALL,
+    by_kind,
+    differences,
+    formula,
+    of_large,
+    told,
+    with_tables,
+)
+from benchmarks.feeds import random_batch
+from benchmarks.harness import RESULTS, _rounded
+from benchmarks.ledger import Cell, random_model, run_config
+from benchmarks.shapes import qlora_step_flops, shape
+from minilora.dispatch import entry_for
+from minilora.fused import Keep
+from minilora.memory import projection_shapes
+from minilora.train.setup import _optimizer
+from minilora.train.step import LossScale, StepResult, train_step
+from minilora.train.strategies import apply_strategy, trainable
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended by Triton's interpreter")
+CASES = [("grouped heads", keep) for keep in Keep] + [("as many key heads", keep) for keep in (Keep.INPUT, Keep.ALL)]
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "keep"), CASES)
+def test_the_formula_is_the_count(name: str, keep: Keep) -> None:
+    assert differences(name, keep) == []
+
+
+def step(pretends: bool) -> tuple[StepResult, list[Tensor], int]:
+    """Of a small shape in float16: what it did, what it learnt and how many launches were seen."""
+    sizes, rows, length, rank = SMALL["grouped heads"]
+    run = run_config(Cell("", rows, length, "float16"), rank)
+    torch.manual_seed(0)
+    model = apply_strategy(random_model(sizes, torch.float16), run).train()
+    for weight in trainable(model).values():
+        torch.nn.init.normal_(weight, std=0.05)
+    batch, scale = random_batch(rows, length, sizes.vocab_size), LossScale(True)
+    gpu = PretendedGPU()
+    if pretends:
+        with gpu:
+            assert model.device == GPU
+            done = train_step(model, _optimizer(trainable(model), run), [batch], 1e-2, 0.0, scale)
+    else:
+        done = train_step(model, _optimizer(trainable(model), run), [batch], 1e-2, 0.0, scale)
+    assert model.device.type == "cpu"
+    return done, [weight.detach().clone() for weight in trainable(model).values()], len(gpu.launches)
+
+
+@interpreted
+def test_what_is_counted_is_a_step() -> None:
+    """The pretended GPU's loss, gradient and update are the CPU's, but for 16-bit rounding."""
+    (here, learnt, none), (there, counted, some) = step(False), step(True)
+    assert (here.updated, there.updated, none) == (True, True, 0)
+    assert there.loss == pytest.approx(here.loss, rel=1e-3)
+    assert there.grad_norm == pytest.approx(here.grad_norm, rel=1e-2)
+    assert max(float((a - b).norm() / a.norm()) for a, b in zip(learnt, counted, strict=True)) < 2e-2
+    assert some > 100
+
+
+@pytest.mark.parametrize("keep", Keep)
+def test_launches_are_a_line_in_the_layers(keep: Keep) -> None:
+    sizes = shape(LARGE)
+    counts = [
+        sum(part.launches for part in formula(sizes_of, 1, LENGTH, RANK, keep).values())
+        for sizes_of in (type(sizes)(**vars(sizes) | {"n_layers": n}) for n in (1, 2, 32))
+    ]
+    assert counts[2] - counts[1] == 30 * (counts[1] - counts[0])
+
+
+def test_flops_are_the_model_s_and_the_plan_s() -> None:
+    """Keeping all, products and attention are `qlora_step_flops`, but that attention makes its scores again."""
+    sums = by_kind(formula(shape(LARGE), 1, LENGTH, RANK, Keep.ALL))
+    attention = sums["attention"].flops * 12 / 14
+    assert sums["products"].flops + attention == pytest.approx(
+        qlora_step_flops(shape(LARGE), 1, LENGTH) - 2 * LENGTH * 4096 * 6144, rel=1e-3
+    )  # the first block's q, k and v give no dx
+    for name, planned in PLAN["gflop_per_token"].items():
+        parts = formula(shape(LARGE), 1, LENGTH, RANK, Keep[name]).values()
+        assert sum(part.flops for part in parts) / LENGTH / 1e9 == pytest.approx(planned, rel=0.01)
+
+
+def test_so_many_rows_are_decoded_for_as_it_was_counted() -> None:
+    entry = entry_for(90)
+    assert {entry.way(LENGTH, *of, torch.bfloat16) for of in projection_shapes(shape(LARGE)).values()} == {"dequantize"}
+
+
+def test_the_page_and_the_result_say_what_the_formula_says() -> None:
+    result = json.loads((RESULTS / "count_step.json").read_text())
+    assert result["counted"] == _rounded(of_large()), "run python -m benchmarks.count_step"
+    assert result["differences"] == []
+    page = PAGE.read_text()
+    assert with_tables(page, told(result["counted"])) == page, "run python -m benchmarks.count_step"
+    for name, said in (("INPUT", "31.4"), ("ALL", "27.7")):  # what the page says would remain
+        figures = result["counted"]["policies"][name]
+        onto = sum(figures["parts"][f"adapters: onto {what}"]["mb_per_token"] for what in ("y", "dx"))
+        assert f"{figures['beside_mb_per_token'] - onto:.1f}" == said
+        assert said in page
+        kinds = figures["kinds"]
+        beside = sum(kinds[kind]["mb_per_token"] for kind in KINDS if kind not in PRODUCTS)
+        assert beside == pytest.approx(figures["beside_mb_per_token"], rel=1e-4)

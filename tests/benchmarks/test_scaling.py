@@ -1,0 +1,40 @@
+"""Cost grows as it should: what the committed figures say, and that the command makes such figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import RESULTS
+from benchmarks.scaling import FIGURE, line, main, says, slope
+
+
+def test_line_and_slope() -> None:
+    assert line([1, 2, 4], [5, 7, 11]) == pytest.approx(0, abs=1e-9)
+    assert line([1, 2, 4], [1, 4, 16]) > 0.2
+    assert slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_the_committed_figures_are_linear() -> None:
+    found = json.loads((RESULTS / "scaling.json").read_text())["scaling"]
+    said = found["says"]
+    assert said == pytest.approx(says(found), rel=1e-3)
+    assert said["rows_level"] < 0.15  # tokens a second, of 2, 4 and 8 rows
+    assert said["tokens_line"] < 0.02
+    assert said["tokens_ledger"] < 0.10
+    for what in ("step", "pieces"):
+        assert said[f"{what}_seconds_slope"] < 1.1
+        assert said[f"{what}_bytes_slope"] < 1.1
+    assert said["mask_seconds_slope"] > 1.5  # what it would be otherwise
+    assert FIGURE.exists()
+
+
+def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "scaling.json"
+    assert main(["--quick", "--rounds", "1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["scaling"]
+    assert {len(found["rows"]), len(found["tokens"]), len(found["window"])} == {2, 4, 18}
+    assert found["machine"]["cores"] >= 1
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "pieces_seconds_slope" in capsys.readouterr().out
