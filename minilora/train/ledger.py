@@ -135,7 +135,7 @@ class Ledger:
     def check(self) -> dict[str, int]:
         """The prediction. Raises UserError if it does not fit, with the mildest form of each setting that is enough."""
         predicted, free = self.predict(), free_bytes(self.device)
-        of_state = state_bytes(self.config.train.optimizer, predicted["gradients"] // 4)
+        of_state = state_bytes(self.config.train.optimizer, predicted.get("gradients", 0) // 4)
         if self._plan().paged and of_state > (of_host := free_bytes(CPU)):
             needed = f"train.paged needs {as_text(of_state)} of the host's memory, {as_text(of_host)} are free"
             raise UserError(f"{needed}: let fewer weights learn, or set train.optimizer adamw_8bit if it is not")
