@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 QUERIES = 256  # of a piece: with more, more keys are masked away; with fewer, the products are small
 SHORT = 64  # tokens of a run that is not worth a piece of its own
 TOGETHER = 128  # tokens of short runs that share a piece, at most
+WIDENED = 256  # keys of a piece whose backward in 16 bits is slower than in float32, by up to three times
 
 
 def visible(
@@ -240,12 +241,14 @@ def _pieces_back(
     grads = [] if one else [torch.zeros(shape, dtype=wide) for shape in shapes]
     dy, q, k, v, y = _parts(sees, dy, q, k, v, y)
     for piece, of_piece in zip(sees.pieces, sums, strict=True):
-        at, seen, told = _told(piece, dtype)
+        within = wide if piece.stop - piece.first <= WIDENED else dtype
+        at, seen, told = _told(piece, within)
+        parts = dy[:, :, at], q[:, :, at], k[:, :, seen], v[:, :, seen], y[:, :, at]
         made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dy[:, :, at], q[:, :, at], k[:, :, seen], v[:, :, seen], y[:, :, at], of_piece, **told
+            *(part.to(within) for part in parts), of_piece, **told
         )
         if one:
-            return tuple(grad.transpose(1, 2).reshape(shape) for grad, shape in zip(made, shapes, strict=True))
+            return tuple(g.to(dtype).transpose(1, 2).reshape(shape) for g, shape in zip(made, shapes, strict=True))
         for whole, where, part in zip(_parts(sees, *grads), (at, seen, seen), made, strict=True):
             whole[:, :, where] += part
     return tuple(grad.to(dtype) for grad in grads)

@@ -35,10 +35,10 @@ BLOCK_SIZE = 64
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 _CODE_OF_ZERO = 7
-# Numbers in work at a time. On a CPU a chunk's temporaries (0.8 to 4 MB) stay in the cache, which is worth a factor of
+# Numbers in work at a time. On a CPU a chunk's temporaries (0.8 to 3 MB) stay in the cache, which is worth a factor of
 # three; on a GPU a chunk only has to be worth its launches.
-_CHUNK = 1 << 19
-_DECODE_CHUNK = 1 << 17
+_CHUNK = 1 << 18
+_DECODE_CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 24
 
 CPU = torch.device("cpu")
