@@ -6,9 +6,9 @@
     linear        y = x W'^T for M = 512 rows of x, W in NF4, nested
     quantize      from bfloat16, plain and nested
 
-Both sides work on the same weight. Ours keeps what it frees, as `minilora train` does: a result of less than 32 MB lies in
-memory that was there before. Before anything is timed, one process with both libraries checks that they do the
-same: packed bytes and absmax equal, dequantized values equal.
+Both sides work on the same weight. Ours keeps what it frees, as `minilora train` does: a result of less than 32 MB lies
+in memory that was there before. Before anything is timed, one process with both libraries checks that they do the same:
+packed bytes and absmax equal, dequantized values equal.
 """
 
 import argparse

@@ -96,7 +96,7 @@ def _owner(operator: str) -> str:
         return "scratch"  # a gradient on its way
     if "embedding" in operator or (adds and inner in ("Block.forward", "_Block.forward", "add_rms_norm")):
         return "residual stream"
-    if inner in ("Projections.forward", "Projections._down", "LoRALinear.forward") and not adds:
+    if inner in ("Projections.forward", "Projections._every_a", "LoRALinear.forward") and not adds:
         return "adapter inputs"
     if within == "RMSNorm.forward":
         return "norms"

@@ -192,7 +192,7 @@ class StepPlan:
         masks = self.masks + len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
         head = 4 * learns.head if learns and config.tied_embeddings else 0
-        casts = self.stored * learns.n if learns and self.stored != 4 else 0  # of what learns (adamw.py)
+        casts = self.stored * learns.n if learns and self.fused and self.stored != 4 else 0  # of what learns (adamw.py)
         moments: list[dict[str, int]] = [
             add_up(shared, blocks, self.loss(), {"scratch": casts}),
             add_up(shared, blocks, of_last, {"scratch": head + casts}),

@@ -21,11 +21,11 @@ Gradients = list[Tensor | None]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LowRank:
     """A (rank, in) and B (out, rank), float32, whose product is added `scale` times."""
 
-    down: Tensor
-    up: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
     scale: float
 
 
@@ -34,16 +34,16 @@ class Projections:
     """Layers of one input: their frozen weights (out, in), and the adapters that some of them have."""
 
     weights: tuple[NF4Tensor | Tensor, ...]
-    adapters: tuple[Adapter | None, ...]
+    adapters: tuple[LowRank | None, ...]
 
     @staticmethod
     def of(*layers: nn.Module) -> "Projections":
         """What each `nn.Linear`, `NF4Linear` or `LoRALinear` computes."""
-        weights, adapters = list[NF4Tensor | Tensor](), list[Adapter | None]()
+        weights, adapters = list[NF4Tensor | Tensor](), list[LowRank | None]()
         for layer in layers:
             base, adapter = layer, None
             if isinstance(layer, LoRALinear):
-                base, adapter = layer.base, Adapter(layer.lora_A, layer.lora_B, layer.scale) if layer.enabled else None
+                base, adapter = layer.base, LowRank(layer.lora_A, layer.lora_B, layer.scale) if layer.enabled else None
             assert isinstance(base, nn.Linear | NF4Linear)
             weights.append(base.weight)
             adapters.append(adapter)
@@ -56,16 +56,16 @@ class Projections:
     @property
     def learned(self) -> list[Tensor]:
         """A and B of each adapter: what is handed to an autograd function as arguments of its own."""
-        return [tensor for adapter in self.adapters if adapter for tensor in (adapter.down, adapter.up)]
+        return [tensor for adapter in self.adapters if adapter for tensor in (adapter.lora_A, adapter.lora_B)]
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """x (N, in) -> y (N, out) of each, and x A^T (N, sum of ranks) for backward."""
         ys = [multiply(x, weight) for weight in self.weights]
         if not self.learned:
             return ys, None
-        reduced = x @ self._down(x.dtype).T
+        reduced = x @ self._every_a(x.dtype).T
         for adapter, y, part in self._adapted(ys, reduced):
-            y.addmm_(part, _cast(adapter.up, x.dtype).T, alpha=adapter.scale)
+            y.addmm_(part, _cast(adapter.lora_B, x.dtype).T, alpha=adapter.scale)
         return ys, reduced
 
     def reduce(self, dys: Sequence[Tensor]) -> Tensor | None:
@@ -74,7 +74,7 @@ class Projections:
             return None
         d_reduced = dys[0].new_empty(len(dys[0]), sum(self._ranks))
         for adapter, dy, part in self._adapted(dys, d_reduced):
-            part.addmm_(dy, _cast(adapter.up, dy.dtype), beta=0, alpha=adapter.scale)
+            part.addmm_(dy, _cast(adapter.lora_B, dy.dtype), beta=0, alpha=adapter.scale)
         return d_reduced
 
     def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None) -> Tensor:
@@ -83,7 +83,7 @@ class Projections:
         for dy, weight in zip(dys, self.weights, strict=True):
             dx = multiply_back(dy, weight, dx)
         assert dx is not None
-        return dx if d_reduced is None else dx.addmm_(d_reduced, self._down(dx.dtype))
+        return dx if d_reduced is None else dx.addmm_(d_reduced, self._every_a(dx.dtype))
 
     def learn(self, dys: Sequence[Tensor], d_reduced: Tensor | None, x: Tensor, reduced: Tensor | None) -> Gradients:
         """The float32 gradients of what is `learned`, x and reduced as in `forward`; None where they have been added.
@@ -95,8 +95,8 @@ class Projections:
         adapted = self._adapted(dys, reduced)
         if (of_downs := self._gradients_in_place(x)) is not None:
             for adapter, dy, part in adapted:
-                _add_product(adapter.up.grad, dy.T, part, adapter.scale)
-            _add_product(of_downs, d_reduced.T, x, 1.0)
+                _add_scaled_product(adapter.lora_B.grad, dy.T, part, adapter.scale)
+            _add_scaled_product(of_downs, d_reduced.T, x, 1.0)
             return [None] * len(self.learned)
         d_ups = [(dy.T @ part).mul_(adapter.scale).float() for adapter, dy, part in adapted]
         d_downs = (d_reduced.T @ x).split(self._ranks)
@@ -107,20 +107,20 @@ class Projections:
         """Those of every A, one below the other, if they lie so and can be added to; then each B's can, too."""
         if x.device.type != "cuda" or x.dtype == torch.float32 or any(p.grad is None for p in self.learned):
             return None
-        downs = [adapter.down.grad for adapter in self.adapters if adapter and adapter.down.grad is not None]
+        downs = [adapter.lora_A.grad for adapter in self.adapters if adapter and adapter.lora_A.grad is not None]
         return _as_one(downs)
 
     @property
     def _ranks(self) -> list[int]:
-        return [len(adapter.down) for adapter in self.adapters if adapter]
+        return [len(adapter.lora_A) for adapter in self.adapters if adapter]
 
-    def _down(self, dtype: torch.dtype) -> Tensor:
+    def _every_a(self, dtype: torch.dtype) -> Tensor:
         """Every A, one below the other: (sum of ranks, in). They read x once."""
-        downs = [_cast(adapter.down, dtype) for adapter in self.adapters if adapter]
+        downs = [_cast(adapter.lora_A, dtype) for adapter in self.adapters if adapter]
         together = _as_one(downs)
         return torch.cat(downs) if together is None else together
 
-    def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[Adapter, Tensor, Tensor]]:
+    def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[LowRank, Tensor, Tensor]]:
         """Each adapter with its y and its columns of x A^T."""
         with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, ys, strict=True) if adapter]
         for (adapter, y), part in zip(with_adapter, reduced.split(self._ranks, dim=1), strict=True):
@@ -144,6 +144,6 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
 
 
-def _add_product(to: Tensor | None, a: Tensor, b: Tensor, scale: float) -> None:
+def _add_scaled_product(to: Tensor | None, a: Tensor, b: Tensor, scale: float) -> None:
     """to (M, N), float32, += scale * a (M, K) b (K, N), in 16 bits."""
     torch.ops.aten.addmm.dtype_out(to, a, b, torch.float32, beta=1, alpha=scale, out=to)

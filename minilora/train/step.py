@@ -7,6 +7,7 @@ same gradients; a mean of means would weigh a token by the company it came in.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from minilora.adamw import FlatAdamW
 from minilora.data.pack import PackedBatch
+from minilora.fused import FusedBlock
 from minilora.loss import cross_entropy_sum
 from minilora.model import Mistral
 
@@ -78,8 +80,10 @@ def backward_of(model: Mistral, optimizer: FlatAdamW, after_forward: Callable[[]
     after_forward is called when a micro-batch's activations are all alive: the moment of most memory.
     """
 
+    reads_casts = any(isinstance(block, FusedBlock) for block in model.layers)  # projections.py does, nobody else
+
     def both(batch: PackedBatch, factor: float | Tensor) -> Tensor:
-        with optimizer.casts(model.dtype):
+        with optimizer.casts(model.dtype) if reads_casts else nullcontext():
             loss = loss_sum(model, batch) * factor
             after_forward()
             loss.backward()
