@@ -16,7 +16,7 @@ What a real step takes, benchmarks/watch.py sees, without these formulas.
 import resource
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import dropwhile
 from math import ceil, inf, prod
 from pathlib import Path
@@ -421,7 +421,8 @@ class PeakMemory:
     device: torch.device
     private: int = 0
     resident: int = 0  # the most before the count began anew, which resets the system's own
-    allocator: dict[str, int] = field(default_factory=dict)
+    device_allocated: int = 0
+    device_reserved: int = 0
     _counts_anew: bool = False
 
     def start(self) -> None:
@@ -435,13 +436,14 @@ class PeakMemory:
         resident = _status_bytes("VmHWM") - _status_bytes("RssFile", "RssShmem") if self._counts_anew else 0
         self.private = max(self.private, private_bytes(), resident)
         if self.device.type == "cuda":
-            now = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
-            for name, n in zip(("device_allocated", "device_reserved"), now, strict=True):
-                self.allocator[name] = max(self.allocator.get(name, 0), n)
+            self.device_allocated = max(self.device_allocated, torch.cuda.max_memory_allocated(self.device))
+            self.device_reserved = max(self.device_reserved, torch.cuda.max_memory_reserved(self.device))
 
     def now_bytes(self) -> int:
         """What counts on this device: its allocated memory, or a CPU process's private memory."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else private_bytes()
 
     def summary(self) -> dict[str, int]:
-        return {"private": self.private, "max_rss": max(self.resident, max_rss_bytes()), **self.allocator}
+        of_device = {"device_allocated": self.device_allocated, "device_reserved": self.device_reserved}
+        own = {"private": self.private, "max_rss": max(self.resident, max_rss_bytes())}
+        return own | (of_device if self.device_reserved else {})

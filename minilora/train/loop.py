@@ -81,11 +81,9 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         changed = [f"{k} {old} -> {versions()[k]}" for k, old in written_by.items() if versions()[k] != old]
         if changed:
             run.reporter.say(f"warning: {', '.join(changed)} since {latest.name}; the last bits may differ")
-        counters = run.state.counters
-        run.memory.private = counters.peak_private_bytes
-        if counters.peak_device_reserved:
-            peaks = counters.peak_device_allocated, counters.peak_device_reserved
-            run.memory.allocator = dict(zip(("device_allocated", "device_reserved"), peaks, strict=True))
+        counters, memory = run.state.counters, run.memory
+        memory.private = counters.peak_private_bytes
+        memory.device_allocated, memory.device_reserved = counters.peak_device_allocated, counters.peak_device_reserved
         run.reporter.say(f"going on after step {run.state.counters.step}")
         run.before = run.folder.read_json("before.json")
     else:
@@ -229,11 +227,10 @@ def _out_of_patience(run: Run) -> bool:
 
 def save(run: Run) -> None:
     """A checkpoint to go on from; then the ones it replaces are deleted."""
-    counters, folder = run.state.counters, run.folder
+    counters, folder, memory = run.state.counters, run.folder, run.memory
     counters.metrics_bytes, counters.timing_bytes = folder.metrics.size, folder.timing.size
-    counters.peak_private_bytes = run.memory.private
-    for name, n_bytes in run.memory.allocator.items():
-        setattr(counters, f"peak_{name}", n_bytes)
+    counters.peak_private_bytes = memory.private
+    counters.peak_device_allocated, counters.peak_device_reserved = memory.device_allocated, memory.device_reserved
     run.state.save(folder.checkpoint("step", counters.step))
     folder.prune(run.config.train.keep_checkpoints, {counters.best_step})
 

@@ -26,6 +26,7 @@ from minilora.errors import UserError
 from minilora.evaluate.perplexity import mean_loss
 from minilora.fused import Projections
 from minilora.generation import generate
+from minilora.memory import PeakMemory
 from minilora.train import dry_run, loop, setup
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import LineLog
@@ -614,6 +615,22 @@ def test_a_finished_run_resumed_is_the_same(make_config: MakeConfig, quiet: Quie
     before = adapter_bytes(run), (run.folder.path / "metrics.jsonl").read_bytes()
     again = fine_tune(make_config(), Quiet(), resume=True)
     assert (adapter_bytes(again), (again.folder.path / "metrics.jsonl").read_bytes()) == before
+
+
+def test_a_gpu_s_peaks_are_those_of_all_processes(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run that is resumed takes no step, and knows them all the same."""
+
+    def note(memory: PeakMemory) -> None:
+        memory.device_allocated, memory.device_reserved = 300, 400
+
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(PeakMemory, "note", note)
+        fine_tune(make_config(), quiet)
+    again = fine_tune(make_config(), quiet, resume=True)
+    peaks = json.loads((again.folder.path / "summary.json").read_text())["peak_memory_bytes"]
+    assert (peaks["device_allocated"], peaks["device_reserved"]) == (300, 400)
 
 
 def test_a_run_that_was_cut_off_before_its_first_checkpoint_begins_again(make_config: MakeConfig, quiet: Quiet) -> None:
