@@ -4,7 +4,6 @@ Runs `minilora compare` as it stands, in a folder that is thrown away, and keeps
 in docs/strategies.md is made of them; --draw makes both anew of the figures that are there.
 """
 
-import re
 import sys
 import tempfile
 import time
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, check_result, write_result
+from benchmarks.table import between
 from minilora.checkpoint.json_file import read_json
 from minilora.cli import main as minilora
 from minilora.report.comparison import COLUMNS, comparison_figure, figures_of, ranked, text_of
 
 DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- compared: by python -m benchmarks.compare -->", "<!-- end compared -->"
 
 
 def compared(result: Mapping[str, Any]) -> str:
@@ -59,8 +60,7 @@ def draw(comparison: Mapping[str, Any]) -> None:
 
 def write_table(page: Path, comparison: Mapping[str, Any]) -> None:
     """Put the table between the page's markers."""
-    pattern = re.compile(r"(<!-- compared: [^\n]*-->\n).*?(<!-- end compared -->)", re.DOTALL)
-    page.write_text(pattern.sub(lambda found: f"{found[1]}{compared(comparison)}\n{found[2]}", page.read_text()))
+    page.write_text(between(page.read_text(), compared(comparison), BEGIN, END))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ query heads of a key head, and moves the bytes that its definition reads and wri
 float32 is one launch, as it is on a GPU. No batch is small: weights are decoded for every product.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.watch import being_called
 from minilora import attention, backend, linear
 from minilora.attention import Pieces, Runs, attend_back, attend_kept
 
@@ -244,11 +244,7 @@ def _flops(name: str, args: Any) -> int:
 
 def _kind(name: str) -> str:
     """Whose launch it is, told by the package's functions that are being called; nothing where it is none."""
-    functions, frame = list[str](), sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__", "").startswith("minilora."):
-            functions.append(frame.f_code.co_qualname)
+    functions = being_called()
     called, is_product = set(functions), name in ("mm", "addmm", "addmm_")
     if "PackedBatch.n_targets" in called:  # the host's, before the batch goes to a GPU
         return ""

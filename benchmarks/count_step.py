@@ -25,6 +25,7 @@ from benchmarks.feeds import random_batch
 from benchmarks.harness import RESULTS, ROOT, write_result
 from benchmarks.ledger import Cell, random_model, run_config
 from benchmarks.shapes import shape
+from benchmarks.table import between
 from minilora.adamw import ALIGNED
 from minilora.config import ModelConfig
 from minilora.fused import Keep
@@ -321,12 +322,6 @@ def told(large: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_tables(page: str, tables: str) -> str:
-    """`page` with the tables between its markers."""
-    head, _, rest = page.partition(BEGIN)
-    return f"{head}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
-
-
 def differences(name: str, keep: Keep) -> list[str]:
     """Where the count of a small shape and the formula differ, by kind."""
     count, said = counted(*SMALL[name], keep), by_kind(formula(*SMALL[name], keep))
@@ -344,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_result("count_step", {"counted": large, "executed": list(SMALL), "differences": wrong}, parsed.out)
     if not parsed.out:
         written = json.loads((RESULTS / "count_step.json").read_text())
-        PAGE.write_text(with_tables(PAGE.read_text(), told(written["counted"])))
+        PAGE.write_text(between(PAGE.read_text(), told(written["counted"]), BEGIN, END))
     print(told(large))
     for line in wrong:
         print(f"count_step: {line}", file=sys.stderr)

@@ -5,31 +5,29 @@ validation file; the table in docs/optimizer_state.md is made of them. Updates a
 """
 
 import argparse
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.harness import check_result, write_result
+from benchmarks.harness import ROOT, check_result, write_result
+from benchmarks.table import between
 from minilora.adamw import FlatAdamW, state_bytes
 from minilora.checkpoint.json_file import read_json
+from minilora.checkpoint.open import open_checkpoint
 from minilora.config import Optimizer, RunConfig
 from minilora.demo.story import comparison_config
 from minilora.train.loop import fine_tune
 
-DOCS = Path(__file__).parents[1] / "docs"
+PAGE, BEGIN = ROOT / "docs" / "optimizer_state.md", "<!-- measured: by python -m benchmarks.optimizer_state -->"
 SEEDS = 3
 TURNS = 11  # of the updates that are timed
-
-
 KINDS: dict[str, Optimizer] = {"32 bits": "adamw", "8 bits": "adamw_8bit"}
 
 
@@ -101,12 +99,6 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, table: str) -> str:
-    """The page with the table between its markers."""
-    markers = r"(<!-- measured: [^\n]*-->\n).*?(<!-- end measured -->)"
-    return re.sub(markers, lambda found: f"{found[1]}{table}\n{found[2]}", page, flags=re.DOTALL)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer_state", description=__doc__.split("\n")[0])
@@ -120,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in KINDS:
             runs[name].append(learnt(run_config(seed, parsed.max_steps), name))
             print(f"seed {seed}, {name}: {runs[name][-1]['validation_loss']:.4f}", flush=True)
-    n = 3_514_112  # the embedded base's
+    n = open_checkpoint("demo").config.n_parameters
     result = {
         "runs": runs,
         "update_ms": update_times(n),
@@ -129,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_result("optimizer_state", {"parts": {"full, the embedded base": result}}, parsed.out)
     if not parsed.out:
-        page = DOCS / "optimizer_state.md"
-        page.write_text(with_table(page.read_text(), table(result)))
+        PAGE.write_text(between(PAGE.read_text(), table(result), BEGIN))
     print(table(result))
     return 0
 

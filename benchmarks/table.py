@@ -34,12 +34,12 @@ def measured(folder: Path = RESULTS) -> str:
     return "\n".join([*HEAD, *lines, "", *dict.fromkeys(origins)])
 
 
-def with_measured(readme: str, text: str) -> str:
-    """`readme` with `text` between the two markers. Raises ValueError if they are not there once each."""
-    pattern = re.compile(f"({re.escape(BEGIN)}\n).*?(\n{re.escape(END)})", re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise ValueError(f"README.md must have {BEGIN} and {END} once each")
-    return pattern.sub(lambda found: found[1] + text + found[2], readme)
+def between(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """`page` with `text` between the two markers. Raises ValueError if they are not there once each."""
+    pattern = re.compile(f"({re.escape(begin)}\n).*?(\n{re.escape(end)})", re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise ValueError(f"the page must have {begin} and {end} once each")
+    return pattern.sub(lambda found: found[1] + text + found[2], page)
 
 
 def _rows(folder: Path) -> Iterator[tuple[Path, dict[str, str], Mapping[str, Any]]]:
@@ -64,7 +64,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 def main() -> int:
     """The command; its exit status."""
     try:
-        README.write_text(with_measured(README.read_text(), measured()))
+        README.write_text(between(README.read_text(), measured()))
     except ValueError as error:
         print(f"table: {error}", file=sys.stderr)
         return 1

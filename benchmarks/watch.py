@@ -74,13 +74,19 @@ class StepWatch(TorchDispatchMode):
         return add_up(*named.values(), {"scratch": self._kept}, *({made.owner: made.n_bytes} for made in then))
 
 
-def _owner(operator: str) -> str:
-    """What the memory is for that an operator takes now: told by the package's functions that are being called."""
+def being_called() -> list[str]:
+    """The package's functions that are, by their qualified names, the innermost first."""
     functions, frame = list[str](), sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
         if frame.f_globals.get("__name__", "").startswith("minilora."):
             functions.append(frame.f_code.co_qualname)
+    return functions
+
+
+def _owner(operator: str) -> str:
+    """What the memory is for that an operator takes now: told by the package's functions that are being called."""
+    functions = being_called()
     inner, called, adds = functions[0] if functions else "", set(functions), "add" in operator
     within = next((name for name in functions if name.endswith((".forward", ".backward"))), "")
     in_block = bool(called & {"Block.forward", "FusedBlock.forward"})

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from benchmarks.count_gpu import GPU, PretendedGPU
 from benchmarks.count_step import (
+    BEGIN,
+    END,
     KINDS,
     LARGE,
     LENGTH,
@@ -21,12 +23,12 @@ from benchmarks.count_step import (
     formula,
     of_large,
     told,
-    with_tables,
 )
 from benchmarks.feeds import random_batch
 from benchmarks.harness import RESULTS, _rounded
 from benchmarks.ledger import Cell, random_model, run_config
 from benchmarks.shapes import qlora_step_flops, shape
+from benchmarks.table import between
 from minilora.dispatch import entry_for
 from minilora.fused import Keep
 from minilora.memory import projection_shapes
@@ -107,7 +109,7 @@ def test_the_page_and_the_result_say_what_the_formula_says() -> None:
     assert result["counted"] == _rounded(of_large()), "run python -m benchmarks.count_step"
     assert result["differences"] == []
     page = PAGE.read_text()
-    assert with_tables(page, told(result["counted"])) == page, "run python -m benchmarks.count_step"
+    assert between(page, told(result["counted"]), BEGIN, END) == page, "run python -m benchmarks.count_step"
     for name, said in (("INPUT", "31.4"), ("ALL", "27.7")):  # what the page says would remain
         figures = result["counted"]["policies"][name]
         onto = sum(figures["parts"][f"adapters: onto {what}"]["mb_per_token"] for what in ("y", "dx"))

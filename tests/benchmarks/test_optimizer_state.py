@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from benchmarks.harness import RESULTS
-from benchmarks.optimizer_state import DOCS, KINDS, main, table, with_table
+from benchmarks.optimizer_state import BEGIN, KINDS, PAGE, main, table
+from benchmarks.table import between
 
 
 def test_both_states_are_trained_with_and_timed(tmp_path: Path) -> None:
@@ -22,6 +23,6 @@ def test_both_states_are_trained_with_and_timed(tmp_path: Path) -> None:
 
 def test_the_chapter_has_the_result_s_figures() -> None:
     [part] = json.loads((RESULTS / "optimizer_state.json").read_text())["parts"].values()
-    page = (DOCS / "optimizer_state.md").read_text()
+    page = PAGE.read_text()
     assert table(part) in page
-    assert with_table(page, table(part)) == page
+    assert between(page, table(part), BEGIN) == page

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import machine, row
-from benchmarks.table import README, measured, with_measured
+from benchmarks.table import README, between, measured
 
 
 def test_the_readme_says_what_the_results_say() -> None:
     readme = README.read_text()
-    assert with_measured(readme, measured()) == readme, "run python -m benchmarks.table"
+    assert between(readme, measured()) == readme, "run python -m benchmarks.table"
 
 
 def test_only_results_with_rows_make_lines(tmp_path: Path) -> None:
@@ -32,4 +32,4 @@ def test_only_results_with_rows_make_lines(tmp_path: Path) -> None:
 
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="once each"):
-        with_measured("# minilora", "x")
+        between("# minilora", "x")
