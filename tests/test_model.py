@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import MinistralConfig, MinistralForCausalLM, MistralConfig, MistralForCausalLM
 
+from minilora import model as model_module
 from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
 from minilora.linear import NF4Linear
 from minilora.lora import add_lora
-from minilora.model import Mistral
+from minilora.model import Context, Mistral
 from minilora.nf4 import quantize_nf4
 
 CONFIGS = {
@@ -292,6 +293,22 @@ def test_activation_checkpointing_gives_equal_gradients(make: Any) -> None:
     assert plain
     for name, gradient in plain.items():
         assert torch.equal(again[name], gradient), name
+
+
+def test_segments_alone_keep_samples_apart_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without positions a row is not one run there, for the runs would say nothing of the segments."""
+    model, given = mistral(WINDOW), []
+
+    def context(*arguments: Any) -> Context:
+        given.append(arguments[6])
+        return Context(*arguments)
+
+    monkeypatch.setattr(model_module, "Context", context)
+    tokens = some_tokens(WINDOW)
+    model(tokens)
+    model(tokens, segments=torch.arange(T).expand(tokens.shape) // 4)
+    assert given[0] is not None
+    assert given[1] is None
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])

@@ -19,7 +19,9 @@ from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig, RunConfig, TrainConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
+from minilora.fused import fuse
 from minilora.lora import add_lora, lora_layers
+from minilora.loss import IGNORE
 from minilora.model import Mistral
 from minilora.train import step as step_module
 from minilora.train.setup import _optimizer
@@ -204,6 +206,29 @@ def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(monkey
     assert math.isfinite(result.grad_norm)
     assert not result.updated
     assert_unchanged(model, optimizer, old)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_only_the_fast_block_has_copies_in_16_bits(fast: bool) -> None:
+    """The plain one would not read them."""
+    model, seen = half_with_lora(), list[bool]()
+    if fast:
+        assert fuse(model)
+    optimizer, weights = adamw(model), list(trainable(model).values())
+
+    def look() -> None:
+        seen.append(all(hasattr(p, "cast") for p in weights))
+
+    backward_of(model, optimizer, look)(rows(8)[0], 1.0)
+    assert seen == [fast]
+    assert not any(hasattr(p, "cast") for p in weights)
+
+
+def test_no_target_is_refused() -> None:
+    model, [batch] = with_lora(), rows(8)
+    batch.labels.fill_(IGNORE)
+    with pytest.raises(ValueError, match="no token to train on"):
+        train_step(model, adamw(model), [batch], 1e-3, 0.0, LossScale(False))
 
 
 # --- Loss scale -----------------------------------------------------------------------------------------------------
