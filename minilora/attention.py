@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 QUERIES = 256  # of a piece: with more, more keys are masked away; with fewer, the products are small
 SHORT = 64  # tokens of a run that is not worth a piece of its own
 TOGETHER = 128  # tokens of short runs that share a piece, at most
-WIDENED = 256  # keys of a piece whose backward in 16 bits is slower than in float32, by up to three times
+WIDENED = 256  # keys of a piece, at most, whose backward is slower in 16 bits than in float32, and less exact
 
 
 def visible(

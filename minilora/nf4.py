@@ -117,7 +117,8 @@ def dynamic_thresholds(device: torch.device = CPU, signed: bool = True) -> Tenso
     """
     levels = dynamic_map(device, signed)
     middles = (levels[:-1] + levels[1:]) / 2
-    middles[:1] *= signed
+    if not signed:
+        middles[0] = 0
     return middles
 
 

@@ -32,8 +32,8 @@ def on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
     """
     shape = (config.train.batch_size, config.data.max_seq_len)
     zeros, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).expand(shape)
-    full = PackedBatch(zeros, zeros, positions, zeros.int())
-    return Ledger(config, sizes, torch.device("cuda"), full, shape[1], (), config.model.dtype == "bfloat16").predict()
+    full, flash = PackedBatch(zeros, zeros, positions, zeros.int()), config.model.dtype == "bfloat16"
+    return Ledger(config, sizes, torch.device("cuda"), full, shape[1], flash=flash).predict()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class LossScale:
     """float16 holds nothing below 6e-8: the loss is multiplied by `scale` before backward and the gradients divided.
 
     An overflow halves the scale and the step is left out; `patience` good steps double it. Off (scale 1) elsewhere.
-    scale: 0 is where it begins
+    scale: 0 stands for where it begins, 2^16
     """
 
     enabled: bool
