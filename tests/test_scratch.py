@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +65,31 @@ def test_a_second_step_needs_no_new_pages_unless_the_user_says_so(setting: dict[
     done = subprocess.run([sys.executable, "-c", COUNT_NEW_PAGES], env=env, capture_output=True, text=True, check=True)
     # 25 MiB are 6400 pages of 4 KiB, or fewer where the system gives large ones: 12 of 2 MiB.
     assert (int(done.stdout) >= 12) == is_new
+
+
+COUNT_LARGE_PAGES = """
+import torch
+from minilora.scratch import keep_freed_memory
+
+torch.ones(1)
+keep_freed_memory()
+kept = [torch.ones(1 << 22) for _ in range(8)]  # 16 MiB each
+rollup = dict(line.split()[:2] for line in open("/proc/self/smaps_rollup"))
+print(rollup["AnonHugePages:"])
+"""
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's malloc")
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="the system gives no large pages"
+)
+def test_the_heap_lies_in_large_pages_unless_the_user_says_so() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    plain = env | {"MALLOC_TOP_PAD_": "131072"}
+    large, small = (
+        int(subprocess.run([sys.executable, "-c", COUNT_LARGE_PAGES], env=e, capture_output=True, check=True).stdout)
+        for e in (env, plain)
+    )
+    assert large >= 100 << 10  # KiB, of 128 MiB
+    assert "[always]" in LARGE_PAGES.read_text() or small < 10 << 10
