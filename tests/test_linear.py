@@ -100,6 +100,16 @@ def test_a_dense_weight_of_another_dtype_is_widened_by_slices(monkeypatch: pytes
     assert unwidened == [(start, weight[start].data_ptr()) for start in (0, 28, 56, 84)]
 
 
+@pytest.mark.parametrize(("n", "n_parts"), [(128, 2), (97, 2), (250, 1), (50, 1)])
+def test_a_16_bit_product_as_high_as_wide_goes_in_two_parts(n: int, n_parts: int) -> None:
+    weight, x, dy = random(96, 100).bfloat16(), random(n, 100, seed=1).bfloat16(), random(n, 96, seed=2).bfloat16()
+    assert len(linear_module._parts(x, 96)) == n_parts
+    assert [part.stop for part in linear_module._parts(x, n)][-1] == n
+    exact = x.double() @ weight.double().T, dy.double() @ weight.double()
+    for ours, expected in zip((multiply(x, weight), multiply_back(dy, weight)), exact, strict=True):
+        assert ours.double().allclose(expected, rtol=2**-8, atol=1e-4)  # sums in float32, rounded once
+
+
 @pytest.mark.parametrize("n_in", [64, 80, 51])
 def test_what_is_decoded_already_gives_the_same_bits(n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x, dy = quantize_nf4(random(600, n_in)), random(9, n_in, seed=1), random(9, 600, seed=2)
