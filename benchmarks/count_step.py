@@ -44,10 +44,6 @@ PRODUCTS = ("products", "dequantize")  # all else is traffic beside the products
 PAGE = ROOT / "docs" / "counts.md"
 BEGIN, END = "<!-- by python -m benchmarks.count_step -->", "<!-- end -->"
 MOVES = {  # what would make them less
-    (
-        "adapters",
-        "onto y",
-    ): "B as further columns of the decoded weight, x A^T as further columns of x: nothing is left",
     ("adapters", "onto dx"): "A as further rows of the decoded weight, dy B as further columns of dy: nothing is left",
     ("adapters", "dB"): "one product for dy B and dB, which both read dy",
     ("adapters", "x A^T"): "made where x is, in the norm's and SwiGLU's kernels",
@@ -159,21 +155,24 @@ class Step:
 
     # Products of layers with one input, as in projections.py
 
-    def decode(self, out: int, in_: int) -> None:
+    def decode(self, out: int, in_: int, rank: int = 0) -> None:
+        """rank: of the B that is copied behind the weight's rows."""
         n = out * in_
         blocks = n // BLOCK_SIZE
         packed = n // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4 + TABLES
-        self.add("dequantize", "NF4 to 16 bits", packed + 2 * n)
+        self.add("dequantize", "NF4 to 16 bits", packed + 2 * n + 4 * out * rank)
 
     def forward(self, group: str) -> None:
         n, r, shapes = self.n, self.rank, self.groups[group]
-        for out, in_ in shapes:
-            self.decode(out, in_)
-            self.add("products", "frozen weights", 2 * (n * in_ + out * in_ + n * out), 2 * n * in_ * out)
         in_, ranks = shapes[0][1], r * len(shapes)
         self.add("adapters", "x A^T", 2 * (n * in_ + ranks * in_ + n * ranks), 2 * n * in_ * ranks)
+        if group == "o":
+            self.add("adapters", "attention's output, copied beside room", 4 * n * in_)
         for out, _ in shapes:
-            self.add("adapters", "onto y", 2 * (2 * n * out + n * r + out * r), 2 * n * out * r)
+            self.add("adapters", "x A^T, copied behind x", 4 * n * r)
+            self.decode(out, in_, r)
+            wide = in_ + r
+            self.add("products", "frozen weights", 2 * (n * wide + out * wide + n * out), 2 * n * wide * out)
 
     def back(self, group: str) -> None:
         """dx."""

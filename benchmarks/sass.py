@@ -173,6 +173,7 @@ def kernels(arch: int) -> list[Kernel]:
             if arch >= 80:  # Triton has no way to the tensor cores of Turing
                 found += [matmul_kernel(arch, nested, shuffle, m) for m in (16, 64, 256)]
                 found.append(matmul_kernel(arch, nested, shuffle, 32, "*fp32"))
+    found.append(dequantize_kernel(sixteen, True, 16))
     found += [*norm_kernels(sixteen), rotate_kernel(sixteen), *swiglu_kernels(sixteen)]
     return [*found, softmax_gradient_kernel(sixteen), *adamw_kernels()]
 
@@ -190,15 +191,18 @@ def quantize_kernel(sixteen: str) -> Kernel:
     )
 
 
-def dequantize_kernel(sixteen: str, nested: bool) -> Kernel:
+def dequantize_kernel(sixteen: str, nested: bool, rank: int = 0) -> Kernel:
+    """Of rows of 4096, which a rank's columns may follow."""
     from minilora.kernels.nf4_dequantize import TILES, WORDS
 
+    behind = {"columns": sixteen, "n_columns": "i32"} if rank else {}
     return Kernel(
-        "dequantize" + ", nested" * nested,
+        "dequantize" + ", nested" * nested + ", columns" * bool(rank),
         "minilora.kernels.nf4_dequantize",
         "dequantize_kernel",
-        _weight_signature(nested) | {"out": sixteen, "n": "i32"},
-        _weight_constants(nested) | {"is_whole": True, "WORDS": WORDS, "TILES": TILES},
+        _weight_signature(nested) | {"out": sixteen, "n": "i32"} | behind,
+        _weight_constants(nested)
+        | {"is_whole": True, "WORDS": WORDS, "TILES": TILES, "row": 4096, "rank": rank, "SHARE": 2 * rank},
         weights=TILES * WORDS * 8 / 128,
     )
 
@@ -276,7 +280,7 @@ def norm_kernels(sixteen: str, d: int = 4096) -> list[Kernel]:
 
     module, known = "minilora.kernels.norm", {"inverse": "*fp32", "d": "i32"}
     shape: dict[str, Any] = {"weights": A_THREAD, "warps": warps(d), "fusion": True}
-    of = dict.fromkeys(("x", "weight", "total", "normed"), sixteen) | known | {"eps": "fp32"}
+    of = dict.fromkeys(("x", "weight", "total", "normed"), sixteen) | known | {"pitch": "i32", "eps": "fp32"}
     back = dict.fromkeys(("dn", "x", "weight", "residual_grad", "dx"), sixteen) | known
     constants = {"IS_KNOWN": False, "BLOCK": d}
     return [
@@ -307,15 +311,15 @@ def rotate_kernel(sixteen: str) -> Kernel:
 def swiglu_kernels(sixteen: str) -> list[Kernel]:
     from minilora.kernels.swiglu import BLOCK, WARPS
 
-    module, wide = "minilora.kernels.swiglu", dict.fromkeys(("gate", "up", "h"), sixteen) | {"n": "i32"}
+    module, wide = "minilora.kernels.swiglu", dict.fromkeys(("gate", "up", "h"), sixteen)
     shape: dict[str, Any] = {"weights": BLOCK / (32 * WARPS), "warps": WARPS, "fusion": True}
     return [
-        Kernel("swiglu", module, "swiglu_kernel", wide, {"BLOCK": BLOCK}, **shape),
+        Kernel("swiglu", module, "swiglu_kernel", wide | {"f": "i32", "pitch": "i32"}, {"BLOCK": BLOCK}, **shape),
         Kernel(
             "swiglu_backward",
             module,
             "swiglu_back_kernel",
-            wide | {"dh": sixteen, "d_up": sixteen},
+            wide | {"dh": sixteen, "d_up": sixteen, "n": "i32"},
             {"BLOCK": BLOCK},
             **shape,
         ),

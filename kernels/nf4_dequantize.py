@@ -8,6 +8,8 @@ Bytes moved a weight, to a 16-bit dtype: 1/2 + 1/64 (+ 4/16384) read, 2 written:
 A GPU that copies at 3 TB/s and issues 29e12 instructions a second has room for 24 instructions a weight meanwhile; the
 look-up takes about ten, so the table may be read as plainly as it is here.
 
+What shall follow each row of the weight, an adapter's B (`projections.py`), is copied there on the way.
+
 Equal bit for bit to `NF4Tensor.dequantize`: float32 products, one rounding, no fused multiply-add.
 """
 
@@ -25,31 +27,47 @@ WORDS = 128  # a tile's, one a thread: eight neighbouring results a thread need 
 TILES = 8  # a program's
 
 
-def dequantize(weight: NF4Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-    """What `NF4Tensor.dequantize` does, with the same arguments.
+def dequantize(
+    weight: NF4Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """What `NF4Tensor.dequantize` does, with the same arguments, and `columns` (rows, r) behind the weight's own.
 
     Raises ValueError where `out` is not contiguous, of another shape, on another device, a negated view, not floating
-    point of 16 bits or more, or wants a gradient, and as `check_nf4` and `on` do.
+    point of 16 bits or more, or wants a gradient, where `columns` are not contiguous floating point on that device, as
+    many as the weight has rows, and as `check_nf4` and `on` do.
     """
     check_nf4(weight)
+    shape, device, row, rank = weight.shape, weight.packed.device, 0, 0
+    if columns is not None:
+        if len(shape) != 2 or columns.dim() != 2 or len(columns) != shape[0] or columns.device != device:
+            raise ValueError(f"columns must be as many as the rows of {shape}, on {device}; they are {told(columns)}")
+        if not is_plain(columns) or not columns.is_floating_point():
+            raise ValueError(f"columns must be contiguous floating point; they are {told(columns)}")
+        row, rank = shape[1], columns.shape[1]
+        shape = (shape[0], row + rank)
     if out is None:
-        out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.packed.device)
-    fits = tuple(out.shape) == weight.shape and out.device == weight.packed.device
+        out = torch.empty(shape, dtype=dtype or weight.dtype, device=device)
+    fits = tuple(out.shape) == shape and out.device == device
     if not fits or not is_plain(out) or not out.is_floating_point() or out.itemsize < 2:
         raise ValueError(
-            f"out must be contiguous, {weight.shape}, floating point of 16 bits or more, on {weight.packed.device}; "
-            f"it is {told(out)}"
+            f"out must be contiguous, {shape}, floating point of 16 bits or more, on {device}; it is {told(out)}"
         )
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires a gradient, and there is none through it")
     words = weight.packed.view(torch.int32) if is_whole(weight.packed) else weight.packed
-    grid = (triton.cdiv(weight.n, 8 * WORDS * TILES),)
+    programs = triton.cdiv(weight.n, 8 * WORDS * TILES)
+    n_columns = 0 if columns is None else columns.numel()
     with on(out.device):
-        dequantize_kernel[grid](
+        dequantize_kernel[(programs,)](
             packed=words,
             **levels_and_absmax(weight),
             out=out,
             n=weight.n,
+            columns=columns if n_columns else None,
+            n_columns=n_columns,
+            row=row,
+            rank=rank,
+            SHARE=triton.next_power_of_2(triton.cdiv(n_columns, max(1, programs))) if n_columns else 0,
             is_whole=words.dtype == torch.int32,
             WORDS=WORDS,
             TILES=TILES,
@@ -122,6 +140,11 @@ def dequantize_kernel(
     nested_offset,
     out,
     n,
+    columns,
+    n_columns,
+    row: tl.constexpr,
+    rank: tl.constexpr,
+    SHARE: tl.constexpr,
     block_words: tl.constexpr,
     nested_block: tl.constexpr,
     is_nested: tl.constexpr,
@@ -129,7 +152,10 @@ def dequantize_kernel(
     WORDS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """out (n,) from packed, (ceil(n/8),) int32, or the same as bytes where they are no whole words."""
+    """out (n,) from packed, (ceil(n/8),) int32, or the same as bytes where they are no whole words.
+
+    columns: None, or (rows, rank) to follow each row of `row` numbers; a program copies SHARE of them
+    """
     first = tl.program_id(0).to(tl.int64) * (WORDS * TILES)
     for tile in tl.static_range(TILES):
         word_index = first + tile * WORDS + tl.arange(0, WORDS)
@@ -147,7 +173,12 @@ def dequantize_kernel(
         )
         values = tl.reshape(joined(decode(levels, word, False)), (WORDS, 8)) * scale[:, None]
         at = (first + tile * WORDS) * 8 + tl.arange(0, WORDS * 8)
-        tl.store(out + at, tl.reshape(values, (WORDS * 8,)).to(out.dtype.element_ty), mask=at < n)
+        into = at + at // row * rank if rank else at
+        tl.store(out + into, tl.reshape(values, (WORDS * 8,)).to(out.dtype.element_ty), mask=at < n)
+    if columns is not None:
+        at = tl.program_id(0).to(tl.int64) * SHARE + tl.arange(0, SHARE)
+        copied = tl.load(columns + at, mask=at < n_columns, other=0).to(out.dtype.element_ty)
+        tl.store(out + at + (at // rank + 1) * row, copied, mask=at < n_columns)
 
 
 @triton.jit

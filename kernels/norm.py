@@ -22,25 +22,25 @@ A_THREAD = 16  # numbers: two vectors of 16 bytes in 16 bits, so that backward's
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None = None, room: int = 0
 ) -> tuple[Tensor, Tensor]:
     """What `norm.rms_norm` does, with the same arguments.
 
     Raises ValueError where `dtype` is not one of DTYPES, and as `fitting` and `on` do.
     """
-    _, normed, inverse = _normalize(x, None, weight, eps, dtype, inverse)
+    _, normed, inverse = _normalize(x, None, weight, eps, dtype, inverse, room)
     return normed, inverse
 
 
 def add_rms_norm(
-    residual: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    residual: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, room: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `norm.add_rms_norm` does, with the same arguments. Raises ValueError as `rms_norm` does."""
-    return _normalize(residual, y, weight, eps, dtype, None)
+    return _normalize(residual, y, weight, eps, dtype, None, room)
 
 
 def _normalize(
-    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, known: Tensor | None
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, known: Tensor | None, room: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, or x + y, and its norm and 1 / rms, which may be `known`."""
     n, d = two(x)
@@ -49,7 +49,7 @@ def _normalize(
     total = x if y is None else torch.empty_like(x)
     if dtype not in DTYPES:
         raise ValueError(f"the norm's dtype is {dtype}; it must be {' or '.join(map(str, DTYPES))}")
-    normed = torch.empty(n, d, dtype=dtype, device=x.device)
+    normed = torch.empty(n, d + room, dtype=dtype, device=x.device)
     if known is None:
         inverse = torch.empty(n, 1, dtype=torch.float32, device=x.device)
     else:
@@ -61,9 +61,10 @@ def _normalize(
             y=y,
             weight=weight,
             total=total,
-            normed=normed,
+            normed=normed[:, :d],
             inverse=inverse,
             d=d,
+            pitch=d + room,
             eps=eps,
             IS_KNOWN=known is not None,
             BLOCK=block,
@@ -137,11 +138,15 @@ def normalize_kernel(
     normed,
     inverse,
     d,
+    pitch,
     eps,
     IS_KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x, y, total, normed (n, d), weight (d,), inverse (n,) float32. y: None, or what is added to x for total."""
+    """x, y, total, normed (n, d), weight (d,), inverse (n,) float32. y: None, or what is added to x for total.
+
+    pitch: from one row of normed to the next
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < d
@@ -158,7 +163,7 @@ def normalize_kernel(
     else:
         r = tl.rsqrt(tl.sum(values * values, axis=0) / d + eps)
         tl.store(inverse + row, r)
-    tl.store(normed + at, (values * r * w).to(normed.dtype.element_ty), mask=inside)
+    tl.store(normed + row * pitch + column, (values * r * w).to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit

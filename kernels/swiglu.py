@@ -18,13 +18,14 @@ from minilora.kernels.norm import DTYPES, fitting, two
 BLOCK, WARPS = 1024, 4
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
     """What `swiglu.swiglu` does, with the same arguments. Raises ValueError as `fitting` and `on` do."""
     gate, up = _alike(gate=gate, up=up)
-    h = torch.empty_like(gate)
+    n, f = gate.shape
+    h = gate.new_empty(n, f + room)
     with on(gate.device):
-        swiglu_kernel[(triton.cdiv(h.numel(), BLOCK),)](
-            gate, up, h, h.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+        swiglu_kernel[(n, triton.cdiv(f, BLOCK))](
+            gate, up, h[:, :f], f, f + room, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
         )
     return h
 
@@ -49,13 +50,14 @@ def _alike(**tensors: Tensor) -> list[Tensor]:
 
 
 @triton.jit
-def swiglu_kernel(gate, up, h, n, BLOCK: tl.constexpr):
-    """gate, up, h (n,)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+def swiglu_kernel(gate, up, h, f, pitch, BLOCK: tl.constexpr):
+    """gate, up, h (n, f). pitch: from one row of h to the next."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, inside = row * f + column, column < f
     g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0).to(tl.float32)
-    tl.store(h + at, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=inside)
+    tl.store(h + row * pitch + column, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit

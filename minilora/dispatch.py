@@ -136,14 +136,21 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = 
     return quantize_nf4(weight, block_size, double_quant)
 
 
-def decode(weight: NF4Tensor, start: int, stop: int, out: Tensor) -> None:
-    """`weight.decode`, by the same bits. On a GPU, all of the weight: start and stop are 0 and n there."""
-    if backend_for(out.device).name != "triton" or (start, stop) != (0, weight.n):
-        weight.decode(start, stop, out)
-        return
-    from minilora.kernels.nf4_dequantize import dequantize
+def decode(weight: NF4Tensor, start: int, stop: int, out: Tensor, columns: Tensor | None = None) -> None:
+    """`weight.decode`, by the same bits. On a GPU, all of the weight: start and stop are 0 and n there.
 
-    dequantize(weight, out=out.view(weight.shape))
+    columns: (rows, r) to follow the rows that start..stop are; `out` is (rows, in + r) then, else anything in order
+    """
+    if backend_for(out.device).name == "triton" and (start, stop) == (0, weight.n):
+        from minilora.kernels.nf4_dequantize import dequantize
+
+        dequantize(weight, out=out.view(weight.shape) if columns is None else out, columns=columns)
+    elif columns is None:
+        weight.decode(start, stop, out.view(-1))
+    else:
+        rows = out.new_empty(len(columns), weight.shape[1])
+        weight.decode(start, stop, rows.view(-1))
+        torch.cat([rows, columns.to(out.dtype)], dim=1, out=out)
 
 
 def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:

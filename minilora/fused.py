@@ -105,7 +105,7 @@ def _fill_attention(tape: _Tape, layers: _Layers) -> None:
     """Forward as far as attention's output: put on the tape what is not there."""
     x, dtype = _rows(tape.x), product_dtype(tape.x)
     if "q" not in tape:
-        x_normed, tape.inverse = rms_norm(x, layers.norm.weight, layers.norm.eps, dtype)
+        x_normed, tape.inverse = rms_norm(x, layers.norm.weight, layers.norm.eps, dtype, room=layers.qkv.room)
         ys, tape.qkv_reduced = layers.qkv.forward(x_normed)
         cos, sin = layers.rotation(dtype)
         q, k, v = (y.unflatten(1, (-1, 2 * cos.shape[-1])) for y in ys)
@@ -120,13 +120,14 @@ def _fill_mlp(tape: _Tape, layers: _Layers) -> None:
     """And on to gate and up."""
     x, dtype, norm = _rows(tape.x), product_dtype(tape.x), layers.mlp_norm
     normed: Tensor | None = None
+    room = layers.wide.room
     if "mid" not in tape:
         (y,), tape.o_reduced = layers.o.forward(tape.attended.reshape(len(x), -1))
-        mid, normed, tape.mid_inverse = add_rms_norm(x, y, norm.weight, norm.eps, dtype)
+        mid, normed, tape.mid_inverse = add_rms_norm(x, y, norm.weight, norm.eps, dtype, room)
         tape.mid = mid.view(tape.x.shape)
     if "gate" not in tape:
         if normed is None:
-            normed, tape.mid_inverse = rms_norm(_rows(tape.mid), norm.weight, norm.eps, dtype)
+            normed, tape.mid_inverse = rms_norm(_rows(tape.mid), norm.weight, norm.eps, dtype, room=room)
         (tape.gate, tape.up), tape.wide_reduced = layers.wide.forward(normed)
 
 
@@ -180,7 +181,7 @@ class _Block(torch.autograd.Function):
         tape = _Tape(x=x)
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
-        h, mid = swiglu(tape.gate, tape.up), tape.mid
+        h, mid = swiglu(tape.gate, tape.up, layers.down.room), tape.mid
         if keep >= Keep.ALL:
             tape.gate, tape.up = tape.gate.to(x.dtype), tape.up.to(x.dtype)
         if keep >= (Keep.HEADS if isinstance(layers.sees, Tensor) else Keep.ATTENTION):  # a mask's holds q, k and v

@@ -24,12 +24,17 @@ from minilora.scratch import scratch
 SLICE_BYTES = 16 << 20  # of decoded weight in work at a time on a CPU; smaller slices make the products inefficient
 
 
-def multiply(x: Tensor, weight: NF4Tensor | Tensor) -> Tensor:
-    """x (N, in) times the transpose of a frozen weight (out, in), -> (N, out) in x's dtype. Not differentiated."""
-    if isinstance(weight, NF4Tensor) and (fused := fused_product(x, weight)) is not None:
-        return fused
-    y = x.new_empty(len(x), weight.shape[0])
-    for start, stop, rows in slices(weight, x):
+def multiply(x: Tensor, weight: NF4Tensor | Tensor, columns: Tensor | None = None) -> Tensor:
+    """x (N, in) times the transpose of a frozen weight (out, in), -> (N, out) in x's dtype. Not differentiated.
+
+    columns: (out, r), which a weight in NF4 grows by as it is decoded, and x (N, in + r) has. So what an adapter adds
+        costs its FLOPs alone, where a product of its own would read and write all of y again for it.
+    """
+    n_out, n_in = weight.shape
+    if isinstance(weight, NF4Tensor) and (fused := fused_product(x[:, :n_in], weight)) is not None:
+        return fused if columns is None else fused.addmm_(x[:, n_in:], columns.T)
+    y = x.new_empty(len(x), n_out)
+    for start, stop, rows in slices(weight, x, columns):
         for part in _parts(x, stop - start):
             torch.mm(x[part], rows.T, out=y[part, start:stop])
     return y
@@ -55,13 +60,17 @@ def _parts(x: Tensor, width: int) -> list[slice]:
     return [slice(0, n // 2), slice(n // 2, n)] if alone else [slice(0, n)]
 
 
-def slices(weight: NF4Tensor | Tensor, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def slices(
+    weight: NF4Tensor | Tensor, like: Tensor, columns: Tensor | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, rows start..stop of the weight in the dtype of `like`), each valid until the next is asked for.
+
+    columns: (out, r) that the rows are followed by; where `decoded` has put them there, they need only be asked for
 
     What is decoded already comes in the slices that it would be decoded in: sums in another order have other bits.
     """
     n_out, n_in = weight.shape
-    rows = n_out
+    rows, width = n_out, n_in + (0 if columns is None else columns.shape[1])
     if like.device.type == "cpu":
         weight_bytes = n_out * n_in * like.dtype.itemsize
         even = -(-n_out // -(-weight_bytes // SLICE_BYTES))  # as few slices as there must be, of even size
@@ -69,25 +78,34 @@ def slices(weight: NF4Tensor | Tensor, like: Tensor) -> Iterator[tuple[int, int,
         whole = block // gcd(n_in, block)  # so many rows are whole blocks
         rows = min(n_out, -(-even // whole) * whole)
     if isinstance(weight, Tensor) and weight.dtype == like.dtype:
-        yield from ((i, min(i + rows, n_out), weight[i : i + rows]) for i in range(0, n_out, rows))
+        dense = weight if columns is None else weight.as_strided((n_out, width), weight.stride())
+        yield from ((i, min(i + rows, n_out), dense[i : i + rows]) for i in range(0, n_out, rows))
         return
-    buffer = scratch("weight", rows * n_in, like.dtype, like.device).view(rows, n_in)
+    buffer = scratch("weight", rows * width, like.dtype, like.device).view(rows, width)
     for start in range(0, n_out, rows):
         stop = min(start + rows, n_out)
+        part, behind = buffer[: stop - start], None if columns is None else columns[start:stop]
         if isinstance(weight, NF4Tensor):
-            decode(weight, start * n_in, stop * n_in, buffer[: stop - start].view(-1))
+            decode(weight, start * n_in, stop * n_in, part, behind)
         else:
-            buffer[: stop - start] = weight[start:stop]
-        yield start, stop, buffer[: stop - start]
+            assert behind is None
+            part.copy_(weight[start:stop])
+        yield start, stop, part
 
 
-def decoded(weight: NF4Tensor | Tensor, dtype: torch.dtype) -> Tensor:
-    """All of a frozen weight (out, in), in `dtype` and, if it was in NF4, in memory of its own."""
+def decoded(weight: NF4Tensor | Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
+    """All of a frozen weight (out, in), in `dtype` and, if it was in NF4, in memory of its own.
+
+    columns: (out, r) of which each row is followed there
+    """
     if isinstance(weight, Tensor):
         return weight.to(dtype)
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
-    decode(weight, 0, weight.n, out.view(-1))
-    return out
+    n_out, n_in = weight.shape
+    out = torch.empty(
+        n_out, n_in + (0 if columns is None else columns.shape[1]), dtype=dtype, device=weight.packed.device
+    )
+    decode(weight, 0, weight.n, out, columns)
+    return out[:, :n_in]
 
 
 class _NF4Product(torch.autograd.Function):

@@ -28,28 +28,37 @@ class RMSNorm(nn.Module):
 
 @kernel_on_gpu
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None = None, room: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The norm of x (N, D) in `dtype`, and r (N, 1) float32, which is made where `inverse` does not give it."""
-    return _normalized(x, weight, eps, dtype, inverse)
+    """The norm of x (N, D) in `dtype`, and r (N, 1) float32, which is made where `inverse` does not give it.
+
+    room: columns that the norm is followed by, with anything in them: (N, D + room)
+    """
+    return _normalized(x, weight, eps, dtype, inverse, room)
 
 
 @kernel_on_gpu
 def add_rms_norm(
-    residual: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    residual: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, room: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x = residual + y (N, D) in residual's dtype, and `rms_norm` of it."""
     x = residual + y.to(residual.dtype)
-    return x, *_normalized(x, weight, eps, dtype)
+    return x, *_normalized(x, weight, eps, dtype, None, room)
 
 
 def _normalized(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None, room: int
 ) -> tuple[Tensor, Tensor]:
-    x = x.float()
+    (n, d), x32 = x.shape, x.float()
     if inverse is None:
-        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).pow_(2) / x.shape[-1] + eps)
-    return (x * inverse).mul_(weight).to(dtype), inverse
+        inverse = torch.rsqrt(torch.linalg.vector_norm(x32, dim=-1, keepdim=True).pow_(2) / d + eps)
+    roomy = x.new_empty(n, d + room, dtype=dtype)
+    normed = roomy[:, :d]
+    if dtype == torch.float32:
+        torch.mul(x32, inverse, out=normed).mul_(weight)
+    else:  # in float32 that is our own, and rounded once
+        normed.copy_(torch.mul(x32, inverse, out=x32 if x32 is not x else None).mul_(weight))
+    return roomy, inverse
 
 
 @kernel_on_gpu

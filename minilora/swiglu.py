@@ -14,9 +14,17 @@ from minilora.dispatch import kernel_on_gpu
 
 
 @kernel_on_gpu
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """h (N, F) from gate and up (N, F)."""
-    return silu(gate).mul_(up)
+def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
+    """h (N, F) from gate and up (N, F).
+
+    room: columns that h is followed by, with anything in them: (N, F + room)
+    """
+    if not room:
+        return silu(gate).mul_(up)
+    n, f = gate.shape
+    roomy = gate.new_empty(n, f + room)
+    torch.ops.aten.silu.out(gate, out=roomy[:, :f]).mul_(up)
+    return roomy
 
 
 @kernel_on_gpu

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minilora import backend, linear
+from minilora import backend, linear, projections
 from minilora.config import LoraConfig, ModelConfig
 from minilora.fused import FusedBlock, Keep, fuse
 from minilora.linear import NF4Linear
@@ -19,7 +19,7 @@ from minilora.loss import IGNORE, cross_entropy_sum
 from minilora.model import Block, Mistral
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
-B, T = 2, 80
+B, T, RANK = 2, 80, 4
 SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "vocab_size": 96}
 SHAPES = [
     ModelConfig(**SIZES, n_heads=4, n_kv_heads=4),
@@ -46,7 +46,7 @@ def adapted(
     for name, weight in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
-    add_lora(model, lora or LoraConfig(rank=4, alpha=12))
+    add_lora(model, lora or LoraConfig(rank=RANK, alpha=12))
     for weight in model.parameters():
         if weight.requires_grad:
             nn.init.normal_(weight, std=0.1, generator=generator)
@@ -81,6 +81,14 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in a)
 
 
+@pytest.fixture(params=["added", "joined"])
+def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters added onto y, as on a CPU, and as further columns of a decoded weight, as on a GPU."""
+    if request.param == "joined":
+        monkeypatch.setattr(projections, "_joins", lambda weight, adapter: adapter and isinstance(weight, NF4Tensor))
+
+
+@pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize("config", SHAPES)
 @pytest.mark.parametrize(("packed", "checkpointing"), list(product([False, True], repeat=2)))
 def test_loss_and_every_gradient_equal_the_plain_blocks(config: ModelConfig, packed: bool, checkpointing: bool) -> None:
@@ -97,6 +105,7 @@ def test_loss_and_every_gradient_equal_the_plain_blocks(config: ModelConfig, pac
     assert distance(grads, expected) < 1e-5
 
 
+@pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("keep", Keep)
 def test_what_is_not_kept_is_made_again_to_the_same_bits(
@@ -133,9 +142,9 @@ def test_kept_weights_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fuse(model)
     decode = linear.decode
 
-    def counted(weight: NF4Tensor, start: int, stop: int, out: Tensor) -> None:
+    def counted(weight: NF4Tensor, start: int, stop: int, *rest: Any) -> None:
         decoded.append(stop - start)
-        decode(weight, start, stop, out)
+        decode(weight, start, stop, *rest)
 
     monkeypatch.setattr(linear, "decode", counted)
     sizes = {name: m.weight.n for name, m in model.named_modules() if isinstance(m, NF4Linear)}
@@ -164,9 +173,11 @@ def test_it_takes_attention_in_whatever_layout_torch_gives_it() -> None:
     assert distance(*found) < 1e-5
 
 
+@pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize(
     ("lora", "nf4", "double_quant"),
     [
+        (LoraConfig(rank=2, alpha=8, rank_pattern={"k_proj": 5, "up_proj": 1}), True, True),
         (LoraConfig(rank=3, alpha=7, rslora=True), True, False),
         (LoraConfig(rank=4, targets=("q_proj", "down_proj")), True, True),
         (LoraConfig(rank=4, targets=("up_proj",)), False, True),

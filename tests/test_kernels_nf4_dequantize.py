@@ -59,6 +59,37 @@ def test_bytes_that_lie_anywhere(shift: int) -> None:
     assert torch.equal(dequantize(tensor, torch.float32), whole.dequantize(torch.float32))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n_in"), [(6, 64), (5, 51), (3, 80), (40, 4096), (1, 8)])
+@pytest.mark.parametrize("rank", [1, 16, 24])
+def test_columns_behind_the_rows(rank: int, rows: int, n_in: int, dtype: torch.dtype) -> None:
+    packed, columns = quantize_nf4(weight(rows, n_in)), weight(rows, rank, seed=1)
+    expected = torch.cat([packed.dequantize(dtype), columns.to(dtype)], dim=1)
+    assert torch.equal(dequantize(packed, dtype, columns=columns), expected)
+    out = torch.full((rows + 2, n_in + rank), 7.0, dtype=dtype, device=DEVICE)
+    dequantize(packed, out=out[1:-1], columns=columns.to(dtype))
+    assert torch.equal(out[1:-1], expected)
+    assert bool((out[[0, -1]] == 7).all())
+
+
+@pytest.mark.parametrize(
+    ("columns", "why"),
+    [
+        (torch.ones(5, 4), "as many as the rows"),
+        (torch.ones(6), "as many as the rows"),
+        (torch.ones(6, 4, device="meta"), "as many as the rows"),
+        (torch.ones(4, 6).T, "contiguous floating point"),
+        (torch.ones(6, 4, dtype=torch.int32), "contiguous floating point"),
+    ],
+)
+def test_columns_that_do_not_fit(columns: torch.Tensor, why: str) -> None:
+    columns = columns if columns.is_meta else columns.to(DEVICE)
+    with pytest.raises(ValueError, match=why):
+        dequantize(quantize_nf4(weight(6, 64)), columns=columns)
+    with pytest.raises(ValueError, match=r"out must be contiguous, \(6, 68\)"):
+        dequantize(quantize_nf4(weight(6, 64)), out=weight(6, 64), columns=weight(6, 4))
+
+
 def test_into_memory_that_is_there() -> None:
     packed = quantize_nf4(weight(6, 64))
     out = torch.full((8, 64), 7.0, device=DEVICE)

@@ -69,6 +69,24 @@ def test_backward(shape: tuple[int, int], dtype: torch.dtype, to: torch.dtype) -
         assert_no_worse(ours, *others, exact=wide.grad + through_residual)
 
 
+@pytest.mark.parametrize(("dtype", "to"), PAIRS)
+@pytest.mark.parametrize(("n", "d", "room"), [(3, 64, 16), (2, 511, 1), (1, 100, 200)])
+def test_room_behind_a_norm_changes_nothing_else(
+    n: int, d: int, room: int, dtype: torch.dtype, to: torch.dtype
+) -> None:
+    x, y, weight = random(n, d, dtype=dtype), random(n, d, seed=1, dtype=to), random(d, seed=2, dtype=to)
+    for once, added in ((rms_norm, add_rms_norm), (defined_norm, defined_add)):
+        tight, inverse = once(x, weight, EPS, to)
+        for roomy, same in (once(x, weight, EPS, to, room=room), once(x, weight, EPS, to, inverse, room)):
+            assert roomy.shape == (n, d + room)
+            assert torch.equal(roomy[:, :d], tight)
+            assert torch.equal(same, inverse)
+        total, normed, inverse = added(x, y, weight, EPS, to)
+        expected = total, normed, inverse
+        total, normed, inverse = added(x, y, weight, EPS, to, room)
+        assert all(map(torch.equal, (total, normed[:, :d], inverse), expected))
+
+
 def test_what_was_given_is_not_touched() -> None:
     given = [random(3, 64, seed=seed) for seed in range(3)]
     dn, x, residual_grad = (tensor.clone() for tensor in given)

@@ -32,6 +32,18 @@ def test_any_shape_and_backward(shape: tuple[int, int], scale: float, dtype: tor
         assert_no_worse(mine, other, leaf.grad, exact=precise.grad)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "f", "room"), [(3, 14, 16), (2, BLOCK + 5, 1), (1, 100, 200)])
+def test_room_behind_h_changes_nothing_else(n: int, f: int, room: int, dtype: torch.dtype) -> None:
+    gate, up = random(n, f, dtype=dtype), random(n, f, seed=1, dtype=dtype)
+    for function in (swiglu, defined):
+        roomy = function(gate, up, room)
+        assert roomy.shape == (n, f + room)
+        tight = function(gate, up)
+        assert torch.equal(roomy[:, :f], tight) or function is defined  # torch does what is apart by other instructions
+        torch.testing.assert_close(roomy[:, :f], tight, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_where_the_results_lie() -> None:
     """d_gate in the memory of dh, the rest in new memory: as the definition has it."""
     for function in (swiglu_backward, defined_backward):

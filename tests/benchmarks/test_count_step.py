@@ -88,10 +88,12 @@ def test_launches_are_a_line_in_the_layers(keep: Keep) -> None:
 
 
 def test_flops_are_the_model_s_and_the_plan_s() -> None:
-    """Keeping all, products and attention are `qlora_step_flops`, but that attention makes its scores again."""
+    """Keeping all, products and attention are `qlora_step_flops`, but that attention makes its scores again, and that
+    forward's products have the adapters' columns."""
     sums = by_kind(formula(shape(LARGE), 1, LENGTH, RANK, Keep.ALL))
     attention = sums["attention"].flops * 12 / 14
-    assert sums["products"].flops + attention == pytest.approx(
+    columns = 2 * LENGTH * RANK * 32 * sum(out for out, _ in projection_shapes(shape(LARGE)).values())
+    assert sums["products"].flops - columns + attention == pytest.approx(
         qlora_step_flops(shape(LARGE), 1, LENGTH) - 2 * LENGTH * 4096 * 6144, rel=1e-3
     )  # the first block's q, k and v give no dx
     for name, planned in PLAN["gflop_per_token"].items():
@@ -110,11 +112,12 @@ def test_the_page_and_the_result_say_what_the_formula_says() -> None:
     assert result["differences"] == []
     page = PAGE.read_text()
     assert between(page, told(result["counted"]), BEGIN, END) == page, "run python -m benchmarks.count_step"
-    for name, said in (("INPUT", "31.4"), ("ALL", "27.7")):  # what the page says would remain
-        figures = result["counted"]["policies"][name]
-        onto = sum(figures["parts"][f"adapters: onto {what}"]["mb_per_token"] for what in ("y", "dx"))
-        assert f"{figures['beside_mb_per_token'] - onto:.1f}" == said
+    outs = {name: out for name, (out, _) in projection_shapes(shape(LARGE)).items()}
+    again = {"ALL": 0, "INPUT": sum(outs.values()) - outs["down_proj"]}
+    for name, said in (("INPUT", "10.5 MB"), ("ALL", "5.5")):  # what the page says that y would take
+        assert f"{4 * 32 * (sum(outs.values()) + again[name]) / 1e6:.1f}" == said.split()[0]
         assert said in page
+        figures = result["counted"]["policies"][name]
         kinds = figures["kinds"]
         beside = sum(kinds[kind]["mb_per_token"] for kind in KINDS if kind not in PRODUCTS)
         assert beside == pytest.approx(figures["beside_mb_per_token"], rel=1e-4)
