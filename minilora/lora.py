@@ -211,8 +211,3 @@ def refuse_added(model: nn.Module) -> None:
     """Raise UserError if something was added to the model already."""
     if any(isinstance(module, Added) for module in model.modules()):
         raise UserError("the model has adapters already; load the base anew, or merge them first")
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The layers with an adapter, by name."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))

@@ -164,12 +164,19 @@ class NF4Tensor:
         nested = self.nested_absmax[first // NESTED_BLOCK_SIZE : stop].repeat_interleave(NESTED_BLOCK_SIZE)
         return scaled.mul_(nested[skipped : skipped + len(scaled)]).add_(self.nested_offset)
 
-    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    def dequantize(
+        self, dtype: torch.dtype | None = None, out: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
         """LEVELS[code] * absmax, computed in float32 and rounded once to `dtype` (the original one if None).
 
         out: a contiguous tensor of the weight's shape to write into, its dtype then counts. New memory costs a CPU more
             than the decoding: its pages are mapped one by one as they are first touched.
+        columns: (rows, r) that shall follow the rows (rows, in) of the weight; `out` is (rows, in + r) then
         """
+        if columns is not None:
+            rows = self.dequantize(dtype if out is None else out.dtype)
+            both = torch.cat([rows, columns.to(rows.dtype)], dim=1)
+            return both if out is None else out.copy_(both)
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
         if tuple(out.shape) != self.shape:

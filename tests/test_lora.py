@@ -5,12 +5,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapters import lora_layers
 from torch import Tensor, nn
 
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
-from minilora.lora import LoRALinear, adapters_off, add_lora, lora_layers
+from minilora.lora import LoRALinear, adapters_off, add_lora
 from minilora.model import Mistral
 from minilora.nf4 import quantize_nf4
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import lora_layers
 
 import minilora
 from minilora.checkpoint.save import save_hf
-from minilora.lora import lora_layers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

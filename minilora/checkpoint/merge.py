@@ -11,30 +11,17 @@ The first is exact but for one rounding. The others put back, or add, an error o
 (`evaluate/merge_audit.py`).
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from minilora.checkpoint.names import tensor_specs
 from minilora.config import PrefixConfig
 from minilora.dispatch import quantize
 from minilora.errors import UserError
 from minilora.lora import LoRALinear
-from minilora.model import Mistral
 from minilora.nf4 import BLOCK_SIZE, NF4Tensor
 from minilora.prefix import Prefix
-
-
-def merged_weights(model: Mistral, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight with its adapter's share, each summed in float32 and rounded once to dtype.
-
-    Raises UserError for a prefix.
-    """
-    refuse_prefix(model.prefix)
-    for spec in tensor_specs(model.config):
-        yield spec.name, merged_weight(model.get_submodule(spec.module)).to(dtype)
 
 
 def merged_weight(layer: nn.Module, original: Tensor | None = None) -> Tensor:

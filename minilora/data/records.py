@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.conversation import ROLES, content_text, kind
-from minilora.data.files import Row, parse_object, read_rows
+from minilora.data.files import Row, read_rows
 from minilora.errors import UserError
 
 ALPACA, ADGEN = ("instruction", "output"), ("content", "summary")
@@ -60,11 +60,6 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """The file's records. Raises UserError at the first bad line, and at the end of a file that has no record."""
     for where, row in read_rows(path):
         yield parse_row(row, where)
-
-
-def parse_record(line: bytes, where: str) -> Record:
-    """The record of one line of JSON. Raises UserError, which begins with `where`."""
-    return parse_row(parse_object(line), where)
 
 
 def parse_row(row: Row, where: str, mend: bool = False) -> Record:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, epoch_rows, make_batch
-from minilora.lora import adapters_off
 from minilora.loss import IGNORE
 from minilora.model import Mistral
 
@@ -60,16 +59,6 @@ def predictor(model: Mistral) -> Predictor:
         hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
         rows: Tensor = model.lm_head(hidden[batch.labels != IGNORE])
         return rows.float()
-
-    return logits
-
-
-def base_predictor(model: Mistral) -> Predictor:
-    """The predictions of a model with its adapters off."""
-
-    def logits(batch: PackedBatch) -> Tensor:
-        with adapters_off(model):
-            return predictor(model)(batch)
 
     return logits
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import lora_layers, merged_weights
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -16,14 +17,13 @@ from tiny_checkpoints import assert_same_logits, edit_json, edit_tensors, hf_mod
 
 from minilora.checkpoint.adapter import load_adapter, read_adapter, read_adapter_config, save_adapter, save_peft_adapter
 from minilora.checkpoint.load import load_model
-from minilora.checkpoint.merge import merged_weights
 from minilora.checkpoint.mistral_adapter import save_mistral_adapter
 from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.safetensors_file import TensorEntry
 from minilora.checkpoint.save import save_hf
 from minilora.config import PROJECTIONS, LoraConfig, PrefixConfig
 from minilora.errors import UserError
-from minilora.lora import add_lora, lora_layers
+from minilora.lora import add_lora
 from minilora.model import Mistral
 from minilora.prefix import add_prefix
 
@@ -182,9 +182,8 @@ def test_prefixes_that_are_refused(originals: Path, tmp_path: Path, changes: dic
 
 def test_a_prefix_has_no_place_in_weights(originals: Path, tmp_path: Path) -> None:
     model = with_prefix(originals, 3)
-    for weights in (merged_weights(model), None):
-        with pytest.raises(UserError, match="a prefix has no place in the weights, so it cannot be merged"):
-            save_hf(model, tmp_path / "merged", weights=weights)
+    with pytest.raises(UserError, match="a prefix has no place in the weights, so it cannot be merged"):
+        save_hf(model, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 

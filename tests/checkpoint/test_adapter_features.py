@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapters import lora_layers, merged_weights
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from tiny_checkpoints import assert_same_logits, hf_model, randomize, tokens
@@ -13,12 +14,11 @@ from torch import nn
 
 from minilora.checkpoint.adapter import load_adapter, read_adapter, save_adapter
 from minilora.checkpoint.load import load_model
-from minilora.checkpoint.merge import merged_weights
 from minilora.checkpoint.save import save_hf
 from minilora.config import PROJECTIONS, LoraConfig, PrefixConfig
 from minilora.errors import UserError
 from minilora.generation import generate
-from minilora.lora import TrainedCopy, adapters_off, add_lora, lora_layers
+from minilora.lora import TrainedCopy, adapters_off, add_lora
 from minilora.loss import cross_entropy_sum
 from minilora.model import Mistral
 from minilora.prefix import add_prefix

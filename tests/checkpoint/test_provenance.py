@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import lora_layers
 from tiny_checkpoints import edit_json, hf_model, tokens
 
 from minilora.checkpoint.adapter import load_adapter, save_adapter
@@ -15,7 +16,7 @@ from minilora.checkpoint.load import load_model
 from minilora.checkpoint.provenance import check_origin, read_provenance, recipe, recipe_of
 from minilora.config import LoraConfig
 from minilora.errors import UserError
-from minilora.lora import add_lora, lora_layers
+from minilora.lora import add_lora
 
 F32 = torch.float32
 OPTIONS: list[dict[str, Any]] = [{}, {"quantize": "nf4"}, {"quantize": "nf4", "double_quant": False}]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import lora_layers
 from tiny_checkpoints import edit_tensors, hf_model
 
 from minilora.checkpoint.adapter import save_adapter
@@ -27,7 +28,7 @@ from minilora.cli import main
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
-from minilora.lora import add_lora, lora_layers
+from minilora.lora import add_lora
 from minilora.memory import private_bytes
 
 DATA = Path(__file__).parents[2] / "minilora" / "demo" / "data"

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from minilora.data import files
-from minilora.data.files import read_lines
+from minilora.data.files import parse_object, read_lines
 from minilora.data.records import (
     ChatRecord,
     TextRecord,
     as_row,
     data_fingerprint,
-    parse_record,
     parse_row,
     read_records,
 )
@@ -29,7 +28,7 @@ def chat(*messages: Any, **more: Any) -> bytes:
 
 
 def parse(line: bytes) -> Any:
-    return parse_record(line, "f:1")
+    return parse_row(parse_object(line), "f:1")
 
 
 @pytest.mark.parametrize("key", ["text", "content"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import base_predictor, lora_layers, merged_weights
 from safetensors.torch import load_file
 from tiny_runs import TINY, TOKENIZER, tiny_model
 from transformers import MistralForCausalLM
@@ -15,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from minilora.base import Base
 from minilora.checkpoint.adapter import load_adapter, read_adapter, save_adapter
 from minilora.checkpoint.load import load_model
-from minilora.checkpoint.merge import merged_weights
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.checkpoint.safetensors_file import TensorEntry
@@ -25,9 +25,9 @@ from minilora.config import BaseConfig, LoraConfig, Route
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.evaluate.distance import base_predictor, distance, predictor
+from minilora.evaluate.distance import distance, predictor
 from minilora.evaluate.merge_audit import MergeAudit, audit_routes, merge_with_audit
-from minilora.lora import LoRALinear, add_lora, lora_layers
+from minilora.lora import LoRALinear, add_lora
 from minilora.tokenizer import load_tokenizer
 
 transformers_logging.disable_progress_bar()

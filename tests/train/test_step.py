@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import lora_layers, merged_weights
 from tiny_runs import TINY, tiny_model
 from torch import Tensor, nn
 
 from minilora.adamw import FlatAdamW
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.load import load_model
-from minilora.checkpoint.merge import merged_weights
 from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig, RunConfig, TrainConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
 from minilora.fused import fuse
-from minilora.lora import add_lora, lora_layers
+from minilora.lora import add_lora
 from minilora.loss import IGNORE
 from minilora.model import Mistral
 from minilora.train import step as step_module
