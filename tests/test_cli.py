@@ -18,7 +18,7 @@ from minilora.checkpoint.save import save_hf
 from minilora.cli import VERBS, main
 from minilora.config import BaseConfig, RunConfig, to_dict
 from minilora.generation import generate
-from minilora.train import loop
+from minilora.train import ledger, loop
 from minilora.train.run_folder import config_toml
 
 Run = Callable[..., tuple[int, str, str]]
@@ -440,6 +440,18 @@ def test_data_check_alone(run: Run, chats: Path, tmp_path: Path) -> None:
     assert "<s>[INST]name 0[/INST]it 0</s>" in out
     assert "name 1[" not in out
     assert "[INST]" in (tmp_path / "page.html").read_text()
+
+
+def test_data_check_predicts_the_run_that_memory_allows(run: Run, chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which makes again what does not fit."""
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 0)
+    predicted = []
+    for free in (1e15, 0):
+        monkeypatch.setattr(ledger, "free_bytes", lambda _, free=free: free)
+        said = re.search(r"^memory +([\d.]+) MB predicted", run("data", "check", chats)[1], re.MULTILINE)
+        assert said
+        predicted.append(float(said[1]))
+    assert predicted[1] < 0.9 * predicted[0]
 
 
 def test_data_check_exits_with_1_and_one_line(run: Run, chats: Path, tmp_path: Path) -> None:
