@@ -65,7 +65,7 @@ def cases(shapes: Sequence[tuple[int, int]]) -> list[str]:
 
 
 def ours() -> Step:
-    keep_freed_memory()
+    keep_freed_memory(large_pages=True)  # as a run does where memory is plentiful
     return _in_turn(_our_operation)
 
 

@@ -23,7 +23,7 @@ def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ())
 
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
     """
-    keep_freed_memory()
+    keep_freed_memory(large_pages=Keep.WEIGHTS in keep)
     train = config.train
     model.activation_checkpointing, model.neftune_alpha = train.activation_checkpointing, train.neftune_alpha
     if train.base_learns:
