@@ -139,7 +139,7 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = 
 def decode(weight: NF4Tensor, start: int, stop: int, out: Tensor, columns: Tensor | None = None) -> None:
     """`weight.decode`, by the same bits. On a GPU, all of the weight: start and stop are 0 and n there.
 
-    columns: (rows, r) to follow the rows that start..stop are; `out` is (rows, in + r) then, else anything in order
+    columns: (rows, r) to follow the rows of all of the weight; `out` is (rows, in + r) then, else anything in order
     """
     if backend_for(out.device).name == "triton" and (start, stop) == (0, weight.n):
         from minilora.kernels.nf4_dequantize import dequantize
@@ -148,9 +148,7 @@ def decode(weight: NF4Tensor, start: int, stop: int, out: Tensor, columns: Tenso
     elif columns is None:
         weight.decode(start, stop, out.view(-1))
     else:
-        rows = out.new_empty(len(columns), weight.shape[1])
-        weight.decode(start, stop, rows.view(-1))
-        torch.cat([rows, columns.to(out.dtype)], dim=1, out=out)
+        weight.dequantize(out=out, columns=columns)
 
 
 def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:

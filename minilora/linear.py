@@ -65,13 +65,14 @@ def slices(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, rows start..stop of the weight in the dtype of `like`), each valid until the next is asked for.
 
-    columns: (out, r) that the rows are followed by; where `decoded` has put them there, they need only be asked for
+    columns: (out, r) that the rows are followed by, all in one slice; where `decoded` has put them there, they need
+        only be asked for
 
     What is decoded already comes in the slices that it would be decoded in: sums in another order have other bits.
     """
     n_out, n_in = weight.shape
     rows, width = n_out, n_in + (0 if columns is None else columns.shape[1])
-    if like.device.type == "cpu":
+    if like.device.type == "cpu" and columns is None:
         weight_bytes = n_out * n_in * like.dtype.itemsize
         even = -(-n_out // -(-weight_bytes // SLICE_BYTES))  # as few slices as there must be, of even size
         block = weight.block_size if isinstance(weight, NF4Tensor) else BLOCK_SIZE
@@ -84,11 +85,11 @@ def slices(
     buffer = scratch("weight", rows * width, like.dtype, like.device).view(rows, width)
     for start in range(0, n_out, rows):
         stop = min(start + rows, n_out)
-        part, behind = buffer[: stop - start], None if columns is None else columns[start:stop]
+        part = buffer[: stop - start]
         if isinstance(weight, NF4Tensor):
-            decode(weight, start * n_in, stop * n_in, part, behind)
+            decode(weight, start * n_in, stop * n_in, part, columns)
         else:
-            assert behind is None
+            assert columns is None
             part.copy_(weight[start:stop])
         yield start, stop, part
 
