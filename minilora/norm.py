@@ -56,7 +56,7 @@ def _normalized(
     normed = roomy[:, :d]
     if dtype == torch.float32:
         torch.mul(x32, inverse, out=normed).mul_(weight)
-    else:  # in float32 that is our own, and rounded once
+    else:  # made in float32, in x's copy if there is one, and rounded once
         normed.copy_(torch.mul(x32, inverse, out=x32 if x32 is not x else None).mul_(weight))
     return roomy, inverse
 

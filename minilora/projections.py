@@ -156,8 +156,7 @@ class Projections:
 
 def _joins(weight: NF4Tensor | Tensor, adapter: LowRank | None) -> bool:
     """Where there is room for columns, since it is decoded; where rows of so many more still begin at 16 bytes, else
-    products are slow; and on a GPU, which waits for memory: on a CPU the longer sums took the time that was saved in 16
-    bits, and 3 % more in float32."""
+    products are slow; and on a GPU, which waits for memory: on a CPU the longer sums take the time that is saved."""
     if adapter is None or not isinstance(weight, NF4Tensor) or backend_for(weight.packed.device).name != "triton":
         return False
     return len(adapter.lora_A) % 8 == 0

@@ -37,7 +37,7 @@ def keep_freed_memory(large_pages: bool = False) -> None:
     Else a step's end gives its memory back and the next step is given new pages, which the system clears one by one: a
     fifth of the CPU time of a small model's step. The peak stays what it is. What the user has set by MALLOC_... rules.
 
-    large_pages: as well; for where memory is plentiful, as the heap's holes stay in them, up to a tenth of a small step
+    large_pages: as well; for where memory is plentiful, as the heap's holes stay in them
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
@@ -54,7 +54,7 @@ def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
     """Let the heap grow ahead, which takes addresses and no memory, and what is new of it be mapped by 2 MiB at a time.
 
     A processor remembers where some thousand pages are, which is a few MiB of 4 KiB each, and a step goes through much
-    more: its 16-bit products and elementwise work are some 3 % faster so. A system that has no such pages says no.
+    more, so it finds them sooner. A system that has no such pages says no.
     """
     libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
     libc.sbrk.argtypes, libc.malloc.argtypes = [ctypes.c_ssize_t], [ctypes.c_size_t]
