@@ -18,6 +18,7 @@ from minilora.lora import add_lora
 from minilora.loss import IGNORE, cross_entropy_sum
 from minilora.model import Block, Mistral
 from minilora.nf4 import NF4Tensor, quantize_nf4
+from minilora.projections import Projections
 
 B, T, RANK = 2, 80, 4
 SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "vocab_size": 96}
@@ -123,6 +124,15 @@ def test_what_is_not_kept_is_made_again_to_the_same_bits(
     assert torch.equal(loss, expected_loss)
     assert grads.keys() == expected.keys()
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("rank", "backend_name", "joins"), [(8, "triton", 8), (12, "triton", 0), (8, "torch", 0)])
+def test_columns_are_for_gpus_and_rows_that_begin_at_16_bytes(
+    rank: int, backend_name: str, joins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlps = [adapted(SHAPES[0], LoraConfig(rank=rank), nf4).layers[0].mlp for nf4 in (True, False)]
+    monkeypatch.setattr(projections, "backend_for", lambda _: backend.Backend(backend_name, "as if"))  # type: ignore[arg-type]
+    assert [Projections.of(mlp.gate_proj, mlp.up_proj).room for mlp in mlps] == [joins, 0]
 
 
 def test_each_policy_keeps_less_than_the_next() -> None:

@@ -10,9 +10,10 @@ from torch import nn
 
 from minilora.config import LoraConfig, TrainConfig
 from minilora.errors import UserError
-from minilora.fused import FusedBlock, fuse
+from minilora.fused import FusedBlock, Keep, fuse
 from minilora.lora import add_lora
 from minilora.model import Mistral
+from minilora.train import strategies
 from minilora.train.strategies import MovementCheck, apply_strategy, learned_names, trainable
 
 
@@ -124,6 +125,16 @@ def test_the_fast_block_is_plain_loras_alone(make_config: MakeConfig) -> None:
     assert not is_fast(train__strategy="partial", train__layers=1)
     frozen = add_lora(tiny_model(), LoraConfig(rank=2, dora=True)).requires_grad_(False)
     assert not fuse(frozen), "not even where nothing learns"
+
+
+@pytest.mark.parametrize("keep", [(), (Keep.ALL, Keep.ALL), (Keep.WEIGHTS, Keep.WEIGHTS)])
+def test_large_pages_are_for_plentiful_memory(
+    make_config: MakeConfig, keep: tuple[Keep, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[bool]()
+    monkeypatch.setattr(strategies, "keep_freed_memory", lambda large_pages: asked.append(large_pages))
+    apply_strategy(tiny_model(), make_config(), keep)
+    assert asked == [Keep.WEIGHTS in keep]
 
 
 def test_activation_checkpointing_is_set(make_config: MakeConfig) -> None:
