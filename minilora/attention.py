@@ -240,6 +240,8 @@ def _pieces_back(
     wide = torch.promote_types(dtype, torch.float32)
     grads = [] if one else [torch.zeros(shape, dtype=wide) for shape in shapes]
     dy, q, k, v, y = _parts(sees, dy, q, k, v, y)
+    if (copies := copies_for_threads(sees.rows, q.shape[1], k.shape[1])) > 1:
+        k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
     for piece, of_piece in zip(sees.pieces, sums, strict=True):
         within = wide if piece.stop - piece.first <= WIDENED else dtype
         at, seen, told = _told(piece, within)
@@ -247,11 +249,26 @@ def _pieces_back(
         made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(part.to(within) for part in parts), of_piece, **told
         )
+        if copies > 1:
+            made = (
+                made[0],
+                *(sum((x[:, i::copies] for i in range(1, copies)), x[:, ::copies].to(wide)) for x in made[1:]),
+            )
         if one:
             return tuple(g.to(dtype).transpose(1, 2).reshape(shape) for g, shape in zip(made, shapes, strict=True))
         for whole, where, part in zip(_parts(sees, *grads), (at, seen, seen), made, strict=True):
             whole[:, :, where] += part
     return tuple(grad.to(dtype) for grad in grads)
+
+
+def copies_for_threads(rows: int, n_q_heads: int, n_k_heads: int) -> int:
+    """Of each key head, for all threads to have something to do: backward gives a thread whole key heads of a row.
+
+    With 3 key heads of 3 query heads each and two threads one has to do 6 of 9 query heads; with 9 key heads, 5.
+    """
+    threads, groups = torch.get_num_threads(), n_q_heads // n_k_heads
+    most, most_apart = (-(-rows * heads // threads) for heads in (n_k_heads, n_q_heads))
+    return groups if most_apart < most * groups else 1
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> tuple[Tensor, ...]:

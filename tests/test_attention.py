@@ -224,6 +224,23 @@ def test_keys_are_repeated_where_no_fast_kernel_takes_fewer(
     assert seen == [heads]
 
 
+@pytest.mark.parametrize(("runs", "window"), [((90,), None), ((300,), None), ((300,), 100)])
+def test_backward_is_the_same_where_threads_get_copies_of_key_heads(
+    runs: tuple[int, ...], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three key heads of three query heads: by whole key heads, one of two threads would do 6 query heads, not 5."""
+    grads = []
+    for threads, copies in ((1, 1), (2, 3), (3, 1), (5, 3)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert attention.copies_for_threads(1, 9, 3) == copies
+        q, k, v = (x[:1].requires_grad_() for x in random_heads(9, 3, T=runs[0], Dh=8))
+        dy = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+        grads.append(torch.autograd.grad(attend(q, k, v, Pieces.of(runs, window)), (q, k, v), dy))
+    for made in grads[1:]:
+        torch.testing.assert_close(made, grads[0], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(grads[0][1], grads[1][1])  # summed up in another order, so it was another way
+
+
 @pytest.mark.parametrize("who", [Pieces.of((12, 12)), Pieces.of((12, 7, 5), 5), "mask"])
 def test_by_hand_it_gives_what_autograd_gives(who: Pieces | Tensor | str) -> None:
     positions = torch.arange(12).expand(2, 12)
