@@ -250,10 +250,8 @@ def _pieces_back(
             *(part.to(within) for part in parts), of_piece, **told
         )
         if copies > 1:
-            made = (
-                made[0],
-                *(sum((x[:, i::copies] for i in range(1, copies)), x[:, ::copies].to(wide)) for x in made[1:]),
-            )
+            apart = ([x[:, i::copies].to(wide) for i in range(copies)] for x in made[1:])
+            made = made[0], *(sum(x[1:], x[0]) for x in apart)
         if one:
             return tuple(g.to(dtype).transpose(1, 2).reshape(shape) for g, shape in zip(made, shapes, strict=True))
         for whole, where, part in zip(_parts(sees, *grads), (at, seen, seen), made, strict=True):

@@ -9,7 +9,7 @@ On a CPU the weight is decoded a few rows at a time, into one small buffer that 
 reads what was just written, and the full-size weight exists nowhere. (New memory costs more than the decoding does.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import gcd
 from typing import Any, Self
 
@@ -33,31 +33,32 @@ def multiply(x: Tensor, weight: NF4Tensor | Tensor, columns: Tensor | None = Non
     n_out, n_in = weight.shape
     if isinstance(weight, NF4Tensor) and (fused := fused_product(x[:, :n_in], weight)) is not None:
         return fused if columns is None else fused.addmm_(x[:, n_in:], columns.T)
-    y = x.new_empty(len(x), n_out)
+    y = x.new_empty(x.shape[0], n_out)
     for start, stop, rows in slices(weight, x, columns):
-        for part in _parts(x, stop - start):
-            torch.mm(x[part], rows.T, out=y[part, start:stop])
+        for of_x, of_y in _parts(x, y if stop - start == n_out else y[:, start:stop]):
+            torch.mm(of_x, rows.T, out=of_y)
     return y
 
 
 def multiply_back(dy: Tensor, weight: NF4Tensor | Tensor, onto: Tensor | None = None) -> Tensor:
     """dy (N, out) times a frozen weight (out, in), -> (N, in) in dy's dtype; added to `onto` in place if given."""
-    dx = dy.new_empty(len(dy), weight.shape[1]) if onto is None else onto
+    n_out, n_in = weight.shape
+    dx = dy.new_empty(dy.shape[0], n_in) if onto is None else onto
     for start, stop, rows in slices(weight, dy):
-        for part in _parts(dy, weight.shape[1]):
-            dx[part].addmm_(dy[part, start:stop], rows, beta=0 if onto is None and start == 0 else 1)
+        for of_dy, of_dx in _parts(dy if stop - start == n_out else dy[:, start:stop], dx):
+            of_dx.addmm_(of_dy, rows, beta=0 if onto is None and start == 0 else 1)
     return dx
 
 
-def _parts(x: Tensor, width: int) -> list[slice]:
-    """The rows of x (N, in) in as many parts as a product (N, width) needs for all threads to work on it.
+def _parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """x (N, K) and what becomes its product, y (N, M), in as many parts as it needs for all threads to work on it.
 
     On a CPU oneDNN leaves a 16-bit product of up to some thousand rows to one thread if it is about half to all as wide
     as high: seen with two threads, of 1024 rows at widths from 448 to 1024.
     """
-    n = len(x)
-    alone = x.device.type == "cpu" and x.dtype != torch.float32 and n <= 1024 and 0.4 * n <= width <= n
-    return [slice(0, n // 2), slice(n // 2, n)] if alone else [slice(0, n)]
+    n, m = y.shape
+    alone = x.dtype != torch.float32 and n <= 1024 and 0.4 * n <= m <= n and x.device.type == "cpu"
+    return zip(x.chunk(2), y.chunk(2), strict=True) if alone else ((x, y),)
 
 
 def slices(

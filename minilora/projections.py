@@ -10,6 +10,7 @@ all else is added in place. Weights are decoded by slices (`linear.slices`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +75,11 @@ class Projections:
             return [multiply(x, weight) for weight in self.weights], None
         n_in = self.weights[0].shape[1]
         bare = x[:, :n_in]
-        reduced = bare @ self._every_a(x.dtype).T
+        reduced = torch.mm(bare, self._every_a(x.dtype).T)
         if self.room and x.shape[1] == n_in:
             x = x.new_empty(len(x), n_in + self.room)
             x[:, :n_in] = bare
-        ys, parts = list[Tensor](), iter(reduced.split(self._ranks, dim=1))
+        ys, parts = list[Tensor](), iter(reduced.split_with_sizes(self._ranks, dim=1))
         for weight, (adapter, joins) in zip(self.weights, self._joining(), strict=True):
             if adapter is None:
                 ys.append(multiply(bare, weight))
@@ -96,7 +97,7 @@ class Projections:
         """s dy B of each adapter (N, sum of ranks): what `back` and `learn` take; None without adapters."""
         if not self.learned:
             return None
-        d_reduced = dys[0].new_empty(len(dys[0]), sum(self._ranks))
+        d_reduced = dys[0].new_empty(dys[0].shape[0], sum(self._ranks))
         for adapter, dy, part in self._adapted(dys, d_reduced):
             part.addmm_(dy, _cast(adapter.lora_B, dy.dtype), beta=0, alpha=adapter.scale)
         return d_reduced
@@ -122,8 +123,9 @@ class Projections:
                 _add_scaled_product(adapter.lora_B.grad, dy.T, part, adapter.scale)
             _add_scaled_product(of_downs, d_reduced.T, x, 1.0)
             return [None] * len(self.learned)
-        d_ups = [(dy.T @ part).mul_(adapter.scale).float() for adapter, dy, part in adapted]
-        d_downs = (d_reduced.T @ x).split(self._ranks)
+        # Thin products are faster with the thin side as their rows: (P^T dy)^T, not dy^T P.
+        d_ups = [torch.mm(part.T, dy).mul_(adapter.scale).float().T for adapter, dy, part in adapted]
+        d_downs = torch.mm(d_reduced.T, x).split_with_sizes(self._ranks)
         pairs = zip(d_downs, d_ups, strict=True)
         return [grad for d_down, d_up in pairs for grad in (d_down.to(torch.float32, copy=True), d_up)]
 
@@ -134,9 +136,9 @@ class Projections:
         downs = [adapter.lora_A.grad for adapter in self.adapters if adapter and adapter.lora_A.grad is not None]
         return _as_one(downs)
 
-    @property
+    @cached_property
     def _ranks(self) -> list[int]:
-        return [len(adapter.lora_A) for adapter in self.adapters if adapter]
+        return [adapter.lora_A.shape[0] for adapter in self.adapters if adapter]
 
     def _joining(self) -> Iterator[tuple[LowRank | None, bool]]:
         return zip(self.adapters, self.joins, strict=True)
@@ -150,7 +152,7 @@ class Projections:
     def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[LowRank, Tensor, Tensor]]:
         """Each adapter with its y and its columns of x A^T."""
         with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, ys, strict=True) if adapter]
-        for (adapter, y), part in zip(with_adapter, reduced.split(self._ranks, dim=1), strict=True):
+        for (adapter, y), part in zip(with_adapter, reduced.split_with_sizes(self._ranks, dim=1), strict=True):
             yield adapter, y, part
 
 
@@ -159,13 +161,13 @@ def _joins(weight: NF4Tensor | Tensor, adapter: LowRank | None) -> bool:
     products are slow; and on a GPU, which waits for memory: on a CPU the longer sums take the time that is saved."""
     if adapter is None or not isinstance(weight, NF4Tensor) or backend_for(weight.packed.device).name != "triton":
         return False
-    return len(adapter.lora_A) % 8 == 0
+    return adapter.lora_A.shape[0] % 8 == 0
 
 
 def _cast(p: Tensor, dtype: torch.dtype) -> Tensor:
     """A or B in the dtype of the products, which a step's backward may have made of all of them (`FlatAdamW.casts`)."""
-    cast: Tensor = getattr(p, "cast", p.detach())
-    return cast.to(dtype)
+    cast: Tensor = getattr(p, "cast", p)
+    return cast.detach().to(dtype)
 
 
 def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
