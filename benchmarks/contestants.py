@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from benchmarks.feeds import Feed, packed_batches, peer_batches, tokens_of_steps
 from benchmarks.harness import Step
-from minilora.adamw import FlatAdamW
 from minilora.checkpoint.load import load_model
 from minilora.config import PROJECTIONS, BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.train.ledger import Ledger
+from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -38,7 +38,7 @@ def ours(base: str, dtype: str, feed: Feed, checkpointing: bool) -> Step:
     apply_strategy(model, run, ledger.keep).train()
     weights = trainable(model)
     same_adapters(weights.items())
-    optimizer = FlatAdamW({(0.0, 1.0): list(weights.values())})
+    optimizer = optimizer_for(weights, run)
     loss_scale = LossScale(False)
 
     def step() -> dict[str, Any]:

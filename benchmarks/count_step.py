@@ -78,7 +78,7 @@ def counted(sizes: ModelConfig, rows: int, length: int, rank: int, keep: Keep) -
     import torch
 
     from minilora.linear import NF4Linear, slices
-    from minilora.train.setup import _optimizer
+    from minilora.train.setup import optimizer_for
     from minilora.train.step import LossScale, train_step
     from minilora.train.strategies import apply_strategy, trainable
 
@@ -87,7 +87,7 @@ def counted(sizes: ModelConfig, rows: int, length: int, rank: int, keep: Keep) -
     batch = random_batch(rows, length, sizes.vocab_size)
     weight = next(layer for layer in model.modules() if isinstance(layer, NF4Linear)).weight
     with PretendedGPU() as gpu:
-        optimizer = _optimizer(trainable(model), run)
+        optimizer = optimizer_for(trainable(model), run)
         for _ in slices(weight, torch.empty(0, dtype=torch.float16)):  # which makes the kernels' tables
             gpu.launches.clear()
         done = train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(True))

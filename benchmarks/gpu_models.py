@@ -32,7 +32,7 @@ from minilora.linear import NF4Linear
 from minilora.memory import DenseDtype, StepPlan
 from minilora.model import Mistral
 from minilora.train.graph import StepGraphs
-from minilora.train.setup import _optimizer
+from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -53,7 +53,7 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
     def begin() -> None:
         state.clear()
         same_adapters(weights.items())
-        state["optimizer"] = _optimizer(weights, run) if weights else None
+        state["optimizer"] = optimizer_for(weights, run) if weights else None
         state["backward"] = StepGraphs(model, state["optimizer"]) if weights and StepGraphs.serve(model) else None
 
     def train(rows: int, length: int, keep: str) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from benchmarks.harness import Contestant, ContestantError, Step, Worker, write_
 from benchmarks.shapes import SHAPES, shape
 from benchmarks.watch import StepWatch
 from minilora import scratch
-from minilora.adamw import FlatAdamW
 from minilora.backend import pick_device
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -43,6 +42,7 @@ from minilora.memory import PeakMemory, private_bytes
 from minilora.model import Mistral
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor
 from minilora.train.ledger import Ledger
+from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -106,8 +106,9 @@ def one_step(cell: Mapping[str, Any], model: str | None) -> Step:
 
 def _step(cell: Cell, base: Mistral) -> Callable[[], tuple[dict[str, int], int]]:
     """A training step: bytes by owner, and the most private memory while it ran."""
-    model = apply_strategy(base, run_config(cell), cell.kept(base.config)).train()
-    optimizer = FlatAdamW({(0.0, 1.0): list(trainable(model).values())})
+    run = run_config(cell)
+    model = apply_strategy(base, run, cell.kept(base.config)).train()
+    optimizer = optimizer_for(trainable(model), run)
     batch = random_batch(cell.rows, cell.length, model.config.vocab_size)
 
     def step() -> tuple[dict[str, int], int]:

@@ -32,10 +32,10 @@ from benchmarks.harness import RESULTS, ROOT, Contestant, Step, Worker, machine,
 from benchmarks.ledger import ENVIRONMENT, STEP_CAP_S, Cell, _private_now, random_model, run_config
 from benchmarks.shapes import shape
 from minilora import scratch
-from minilora.adamw import FlatAdamW
 from minilora.attention import Pieces, attend, visible
 from minilora.memory import PeakMemory
 from minilora.train.ledger import Ledger
+from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -78,8 +78,9 @@ class _Model:
 
     def __init__(self, shape_name: str, n_layers: int) -> None:
         base = random_model(replace(shape(shape_name), n_layers=n_layers), torch.float32)
-        self.base = apply_strategy(base, run_config(Cell(shape_name, 1, 2, "float32"))).train()
-        self.optimizer = FlatAdamW({(0.0, 1.0): list(trainable(self.base).values())})
+        run = run_config(Cell(shape_name, 1, 2, "float32"))
+        self.base = apply_strategy(base, run).train()
+        self.optimizer = optimizer_for(trainable(self.base), run)
 
 
 def _step(model: _Model, rows: int, length: int) -> Callable[[], float]:

@@ -128,7 +128,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         f"{len(learnt):,} samples in {len(sampler.rows):,} rows of {config.data.max_seq_len}, "
         f"{n_steps:,} steps of {n_rows} rows"
     )
-    memory, optimizer = PeakMemory(device), _optimizer(weights, config)
+    memory, optimizer = PeakMemory(device), optimizer_for(weights, config)
     if train.paged:
         n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
         where = "in the host's memory" if optimizer.paged else "is in the host's memory anyway, where there is no GPU"
@@ -167,7 +167,7 @@ def rows_of_epochs(lengths: Sequence[int], config: RunConfig, mix: Mix | None) -
     return sum(map(rows, range(whole))) + (config.train.epochs - whole) * rows(whole)
 
 
-def _optimizer(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> FlatAdamW:
+def optimizer_for(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> FlatAdamW:
     """AdamW; weight decay pulls at matrices only, not at norms. With LoRA+ B and DoRA's m learn faster, as in PEFT.
 
     Every A comes first, so that those of one input lie one after another (projections.py).

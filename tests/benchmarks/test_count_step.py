@@ -32,7 +32,7 @@ from benchmarks.table import between
 from minilora.dispatch import entry_for
 from minilora.fused import Keep
 from minilora.memory import projection_shapes
-from minilora.train.setup import _optimizer
+from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, StepResult, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -59,9 +59,9 @@ def step(pretends: bool) -> tuple[StepResult, list[Tensor], int]:
     if pretends:
         with gpu:
             assert model.device == GPU
-            done = train_step(model, _optimizer(trainable(model), run), [batch], 1e-2, 0.0, scale)
+            done = train_step(model, optimizer_for(trainable(model), run), [batch], 1e-2, 0.0, scale)
     else:
-        done = train_step(model, _optimizer(trainable(model), run), [batch], 1e-2, 0.0, scale)
+        done = train_step(model, optimizer_for(trainable(model), run), [batch], 1e-2, 0.0, scale)
     assert model.device.type == "cpu"
     return done, [weight.detach().clone() for weight in trainable(model).values()], len(gpu.launches)
 

@@ -16,7 +16,7 @@ from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, Train
 from minilora.fused import Keep
 from minilora.model import Mistral
 from minilora.train.ledger import Ledger
-from minilora.train.setup import _optimizer
+from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -56,7 +56,7 @@ def test_under_a_window_and_of_short_samples_too(window: Any, packed: tuple[int,
     assert 0 < ledger._plan().masks < 4 * length * length / 2
     scratch._held.__dict__.clear()
     model = apply_strategy(random_model(sizes, torch.float32), run_config(cell), cell.kept(sizes)).train()
-    optimizer = _optimizer(trainable(model), run_config(cell))
+    optimizer = optimizer_for(trainable(model), run_config(cell))
     for _ in range(2):
         with StepWatch(model, optimizer) as watch:
             train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False))
@@ -107,7 +107,7 @@ def test_every_strategy_takes_what_was_predicted(settings: dict[str, Any], tied:
         model = Mistral(sizes)
         model.init_weights(0)
     model = apply_strategy(model.requires_grad_(False), run).train()
-    optimizer = _optimizer(trainable(model), run)
+    optimizer = optimizer_for(trainable(model), run)
     for _ in range(2):
         with StepWatch(model, optimizer) as watch:
             train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False))

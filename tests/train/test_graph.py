@@ -16,7 +16,7 @@ from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
 from minilora.model import Mistral
 from minilora.train.graph import MOST_GRAPHS, StepGraphs
-from minilora.train.setup import _optimizer
+from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -73,7 +73,7 @@ def test_a_run_by_graphs_is_the_run_without(adapted: Callable[[], Mistral], chec
         model = adapted()
         model.activation_checkpointing = checkpointing
         config = RunConfig(train=TrainConfig(weight_decay=0.0))
-        optimizer = _optimizer(trainable(model), config)
+        optimizer = optimizer_for(trainable(model), config)
         assert StepGraphs.serve(model)
         backward = StepGraphs(model, optimizer) if by_graphs else backward_of(model, optimizer)
         found, data = [], batches(12)
@@ -94,7 +94,7 @@ def test_a_run_by_graphs_is_the_run_without(adapted: Callable[[], Mistral], chec
 @needs_gpu
 def test_after_a_release_graphs_are_recorded_anew(adapted: Callable[[], Mistral]) -> None:
     model = adapted()
-    optimizer = _optimizer(trainable(model), RunConfig())
+    optimizer = optimizer_for(trainable(model), RunConfig())
     backward, [batch] = StepGraphs(model, optimizer), batches(1)
     losses = []
     for turn in range(6):

@@ -330,8 +330,10 @@ def test_a_forgotten_adapter_stops_the_run_by_name(
 def test_an_adapter_that_the_optimizer_forgot_stops_the_run(
     make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer = setup._optimizer
-    monkeypatch.setattr(setup, "_optimizer", lambda weights, config: optimizer(dict(list(weights.items())[1:]), config))
+    optimizer = setup.optimizer_for
+    monkeypatch.setattr(
+        setup, "optimizer_for", lambda weights, config: optimizer(dict(list(weights.items())[1:]), config)
+    )
     with pytest.raises(UserError, match=r"after update 2, 1 of 28 .* layers.0.self_attn.q_proj.lora_A \(did not move"):
         fine_tune(make_config(), quiet)
 

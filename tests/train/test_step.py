@@ -24,7 +24,7 @@ from minilora.lora import add_lora
 from minilora.loss import IGNORE
 from minilora.model import Mistral
 from minilora.train import step as step_module
-from minilora.train.setup import _optimizer
+from minilora.train.setup import optimizer_for
 from minilora.train.step import LEAST_SCALE, LossScale, StepResult, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -389,7 +389,7 @@ def test_one_optimizer_step_is_peft_s(
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
         torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-3).step()
 
-    optimizer = _optimizer(trainable(ours), run)
+    optimizer = optimizer_for(trainable(ours), run)
     result = train_step(ours, optimizer, [make_batch([sample], [[0]], 40)], 1e-3, longest, LossScale(False))
     assert result.loss == pytest.approx(float(output.loss.detach()), rel=1e-6)
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
