@@ -16,14 +16,20 @@ from torch import Tensor, nn
 
 from benchmarks.feeds import Feed, packed_batches, peer_batches, tokens_of_steps
 from benchmarks.harness import Step
+from benchmarks.shapes import shape
+from minilora.attention import Pieces, attend_back, attend_kept
+from minilora.backend import product_dtype
 from minilora.checkpoint.load import load_model
 from minilora.config import PROJECTIONS, BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.linear import multiply, multiply_back
+from minilora.scratch import keep_freed_memory
 from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
+HEAD_ROWS = 2048  # of the head in a product
 
 
 def ours(base: str, dtype: str, feed: Feed, checkpointing: bool) -> Step:
@@ -111,6 +117,41 @@ def peft_model(model: Any, checkpointing: bool, prepared: bool) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     targets = list(PROJECTIONS)
     return get_peft_model(model, PeftConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets)).train()
+
+
+def shared_work(dtype: str, feed: Feed, shape_name: str) -> Step:
+    """What every step of random tokens has to do, and does by the same library: no side can be faster than this.
+
+    Products with the frozen weights, forward and back to their input; the head's; attention. No decoding, no adapters,
+    nothing elementwise, no loss, no update. One block's weights and numbers stand for those of all.
+    """
+    keep_freed_memory(large_pages=True)
+    config, rows, length = shape(shape_name), feed["rows"], feed["length"]
+    generator, kind = torch.Generator().manual_seed(0), product_dtype(torch.empty(0, dtype=getattr(torch, dtype)))
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(kind)
+
+    d, f, (q, kv) = config.dim, config.hidden_dim, (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+    qkv, others = [draw(q, d), draw(kv, d), draw(kv, d)], [draw(d, q), draw(f, d), draw(f, d), draw(d, f)]
+    head, numbers = draw(config.vocab_size, d).split(HEAD_ROWS), {n: draw(rows * length, n) for n in (d, f, q, kv)}
+    query, key = (draw(rows, length, n, config.head_dim) for n in (config.n_heads, config.n_kv_heads))
+    sees = [Pieces.of((length,) * rows, window) for window in config.windows]
+
+    def step() -> dict[str, Any]:
+        for layer in range(config.n_layers):
+            for weight in (*qkv, *others):
+                multiply(numbers[weight.shape[1]], weight)
+            of_layer = sees[layer % len(sees)]
+            y, rest = attend_kept(query, key, key, of_layer)
+            attend_back(y, query, key, key, y, rest, of_layer)
+            for weight in (*(qkv if layer else ()), *others):  # before the first layer nothing learns
+                multiply_back(numbers[weight.shape[0]], weight)
+        for weight in head:
+            multiply_back(multiply(numbers[d], weight), weight)
+        return {"tokens": rows * length}
+
+    return step
 
 
 def matmul_ceiling(dtype: str, seconds: float = 1.0) -> Step:

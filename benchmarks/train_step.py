@@ -2,7 +2,8 @@
 
 Each cell is a batch and a dtype. First every variant of both sides is screened alone: a warm-up and two steps. Then the
 fastest of each run in turns, which gives the speed; the peer's leanest and ours with the same checkpointing give the
-memory. A peer whose first loss is not ours did other work and is out of the comparison.
+memory. A peer whose first loss is not ours did other work and is out of the comparison. For random tokens a third runs
+in turn, which does only what every step has to do by the same library: the most that a ratio could be.
 
     4x256, 1x1024    random tokens, each of them a target
     instructions     real samples of unlike lengths: ours in packed rows, the peer's padding-free or padded, the same
@@ -149,32 +150,40 @@ def measure(cell: Cell, rounds: int, cap_s: float, console: Console) -> dict[str
         feed, about = make_feed(cell, Path(name))
         ours, peers = our_variants(cell, str(base), feed), peer_variants(cell, str(base), feed)
         if cell.quick:  # nothing to choose between: the race tells all
-            with started([*ours.values(), *peers.values()]) as entrants:
+            with started([*ours.values(), *peers.values(), *_shared(cell, feed)]) as entrants:
                 fastest = race(entrants, rounds)
             records = {record.name: record for record in fastest}
         else:
             about["matmul_ceiling"] = _ceilings(console)
             records = _screen_all([*ours.values(), *peers.values()], start + cap_s * 2 / 3, console)
-            fastest = _race_of_the_fastest(cell, records, ours, peers, rounds, start + cap_s)
+            fastest = _race_of_the_fastest(cell, feed, records, ours, peers, rounds, start + cap_s)
     report = _report(cell, records, list(ours), list(peers), fastest)
     return report | about | {"seconds_in_all": time.monotonic() - start}
 
 
+def _shared(cell: Cell, feed: Feed) -> list[Contestant]:
+    """What both sides have to do, where it is the same in each step."""
+    arguments = {"dtype": cell.dtype, "feed": feed, "shape_name": cell.shape}
+    return [] if cell.samples else [Contestant("shared work", "benchmarks.contestants:shared_work", arguments)]
+
+
 def _race_of_the_fastest(
     cell: Cell,
+    feed: Feed,
     records: Mapping[str, Record],
     ours: Mapping[str, Contestant],
     peers: Mapping[str, Contestant],
     rounds: int,
     deadline: float,
 ) -> list[Record]:
-    """The fastest of ours and of the peers that do the same work, in turns; none where there are no such two."""
+    """The fastest of ours and of the peers that do the same work, and what they share, in turns; none where there are
+    no such two."""
     agree = _agreeing(cell, records, ours, peers)
     if not agree:
         return []
     pair = [ours[_fastest(records, ours)], peers[_fastest(records, agree)]]
     is_slow = any(records[contestant.name].seconds > SLOW_S for contestant in pair)
-    with started(pair) as entrants:
+    with started([*pair, *_shared(cell, feed)]) as entrants:
         left = max(0.0, deadline - time.monotonic())
         return race(entrants, rounds, 0 if is_slow else 2, left, STEP_CAP_S)
 
@@ -252,7 +261,7 @@ def _report(
         "left_out_for_another_loss": [name for name in peers if records[name].steps and name not in agree],
         "rows": [],
     }
-    if len(fastest) < 2 or not all(record.steps for record in fastest) or not agree:
+    if len(fastest) < 2 or not all(record.steps for record in fastest[:2]) or not agree:
         failed = [f"{record.name}: {record.error}" for record in fastest if record.error]
         return report | {"error": "; ".join(failed) or "no pair of equal losses to compare"}
     report["speed"] = _speed(cell, *fastest)
@@ -261,8 +270,13 @@ def _report(
     return report
 
 
-def _speed(cell: Cell, ours: Record, peer: Record) -> dict[str, Any]:
+def _speed(cell: Cell, ours: Record, peer: Record, shared: Record | None = None) -> dict[str, Any]:
     speed: dict[str, Any] = {"ratio": ratio(ours, peer), "same_losses": _losses_agree(ours, peer)}
+    if shared and not shared.steps:
+        speed["shared_work"] = {"error": shared.error}
+    elif shared:
+        rate = cell.rows * cell.length / shared.seconds
+        speed["shared_work"] = {"ratio": ratio(shared, peer), "tok_per_s": rate, **shared.figures()}
     for side, record in (("ours", ours), ("peer", peer)):
         rate = median(step.result["tokens"] / step.seconds for step in record.steps)
         speed[side] = {"variant": record.name, "tok_per_s": rate, **record.figures()}
@@ -302,10 +316,16 @@ def _rows(cell: Cell, speed: Mapping[str, Any], memory: Mapping[str, Any]) -> li
     what = f"QLoRA step, {cell.shape}, {batch}, {cell.dtype}"
     rates = {side: f"{speed[side]['tok_per_s']:.0f} tokens/s" for side in ("ours", "peer")}
     peaks = {side: f"{memory[side]['peak_private_bytes'] / 1e9:.2f} GB" for side in ("ours", "peer")}
-    return [
+    rows = [
         row(what, **rates, ratio=ratio_text(speed["ratio"])),
         row(f"{what}: peak memory", **peaks, ratio=f"{memory['ratio']:.2f}"),
     ]
+    if "ratio" in (shared := speed.get("shared_work", {})):
+        rates["ours"] = f"{shared['tok_per_s']:.0f} tokens/s"
+        rows.append(
+            row(f"{what}: were it frozen products and attention alone", **rates, ratio=ratio_text(shared["ratio"]))
+        )
+    return rows
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import nf4_cpu, profile_step, train_step
+from benchmarks import contestants, nf4_cpu, profile_step, train_step
 from benchmarks.feeds import load_samples, packed_batches, peer_batches, save_samples, tokens_of_steps
 from benchmarks.harness import Measured, Record
 from benchmarks.instructions import distribution, instruction_samples
+from benchmarks.shapes import block_linear_parameters, shape
 from benchmarks.train_step import QUICK, cells, peer_variants
 from minilora.data.encode import Sample
 from minilora.loss import IGNORE
@@ -92,6 +95,34 @@ def test_who_computes_another_loss_is_out_of_the_comparison() -> None:
     assert report["memory"]["ratio"] == 3.0  # both with checkpointing
     assert [line["ratio"] for line in report["rows"]] == ["2.00 (2.00 to 2.00)", "3.00"]
     assert "error" in train_step._report(QUICK["quick"], records, ours, ["cheat"], [])
+    with_shared = train_step._report(QUICK["quick"], records, ours, peers, [*pair, record("shared", 1.0, 1, 0.0)])
+    assert with_shared["speed"]["ratio"] == report["speed"]["ratio"]
+    assert with_shared["rows"][-1]["ratio"] == "4.00 (4.00 to 4.00)"
+    failed = train_step._report(QUICK["quick"], records, ours, peers, [*pair, Record("shared", error="it broke")])
+    assert (failed["rows"], failed["speed"]["shared_work"]) == (report["rows"], {"error": "it broke"})
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of matrix products."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_both_sides_share_is_the_products_of_a_step() -> None:
+    """Besides attention, which is no product of its own."""
+    config, tokens = shape("tiny"), 2 * 32
+    step = contestants.shared_work("float32", {"rows": 2, "length": 32}, "tiny")
+    with Products() as counted:
+        assert step() == {"tokens": tokens}
+    of_first = 2 * config.dim * config.head_dim * (config.n_heads + 2 * config.n_kv_heads) * tokens
+    weights = block_linear_parameters(config) + config.vocab_size * config.dim
+    assert counted.flops == 4 * weights * tokens - of_first
 
 
 def test_wrong_usage() -> None:
