@@ -123,7 +123,7 @@ def shared_work(dtype: str, feed: Feed, shape_name: str) -> Step:
     """What every step of random tokens has to do, and does by the same library: no side can be faster than this.
 
     Products with the frozen weights, forward and back to their input; the head's; attention. No decoding, no adapters,
-    nothing elementwise, no loss, no update. One block's weights and numbers stand for those of all.
+    nothing elementwise, no loss, no update. The same numbers go into each block.
     """
     keep_freed_memory(large_pages=True)
     config, rows, length = shape(shape_name), feed["rows"], feed["length"]
@@ -133,19 +133,20 @@ def shared_work(dtype: str, feed: Feed, shape_name: str) -> Step:
         return torch.randn(size, generator=generator).to(kind)
 
     d, f, (q, kv) = config.dim, config.hidden_dim, (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
-    qkv, others = [draw(q, d), draw(kv, d), draw(kv, d)], [draw(d, q), draw(f, d), draw(f, d), draw(d, f)]
+    sizes = ((q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f))
+    blocks = [[draw(*size) for size in sizes] for _ in range(config.n_layers)]
     head, numbers = draw(config.vocab_size, d).split(HEAD_ROWS), {n: draw(rows * length, n) for n in (d, f, q, kv)}
     query, key = (draw(rows, length, n, config.head_dim) for n in (config.n_heads, config.n_kv_heads))
     sees = [Pieces.of((length,) * rows, window) for window in config.windows]
 
     def step() -> dict[str, Any]:
-        for layer in range(config.n_layers):
-            for weight in (*qkv, *others):
+        for layer, weights in enumerate(blocks):
+            for weight in weights:
                 multiply(numbers[weight.shape[1]], weight)
             of_layer = sees[layer % len(sees)]
             y, rest = attend_kept(query, key, key, of_layer)
             attend_back(y, query, key, key, y, rest, of_layer)
-            for weight in (*(qkv if layer else ()), *others):  # before the first layer nothing learns
+            for weight in weights if layer else weights[3:]:  # before the first q, k and v nothing learns
                 multiply_back(numbers[weight.shape[0]], weight)
         for weight in head:
             multiply_back(multiply(numbers[d], weight), weight)
