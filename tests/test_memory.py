@@ -120,7 +120,8 @@ def test_peak_memory_keeps_the_largest_note() -> None:
     peak.note()
     assert before > 0
     assert with_it >= before + (60 << 20)
-    assert peak.private == with_it == peak.summary()["private"]
+    assert with_it <= peak.private == peak.summary()["private"]
+    assert peak.private < with_it + (1 << 20)  # Linux counts a core's last pages late, so the most may grow by them
     assert peak.summary().keys() == {"private", "max_rss"}
     assert peak.now_bytes() < with_it - (30 << 20)
     assert max_rss_bytes() >= private_bytes() > 1 << 20
