@@ -120,7 +120,7 @@ def peft_model(model: Any, checkpointing: bool, prepared: bool) -> Any:
 
 
 def shared_work(dtype: str, feed: Feed, shape_name: str) -> Step:
-    """What every step of random tokens has to do, and does by the same library: no side can be faster than this.
+    """What every step of random tokens has to do: none that multiplies and attends as ours can be faster than this.
 
     Products with the frozen weights, forward and back to their input; the head's; attention. No decoding, no adapters,
     nothing elementwise, no loss, no update. The same numbers go into each block.

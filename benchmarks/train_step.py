@@ -3,7 +3,7 @@
 Each cell is a batch and a dtype. First every variant of both sides is screened alone: a warm-up and two steps. Then the
 fastest of each run in turns, which gives the speed; the peer's leanest and ours with the same checkpointing give the
 memory. A peer whose first loss is not ours did other work and is out of the comparison. For random tokens a third runs
-in turn, which does only what every step has to do by the same library: the most that a ratio could be.
+in turn, which does only what every step has to do, with torch's products and attention: the most that a ratio could be.
 
     4x256, 1x1024    random tokens, each of them a target
     instructions     real samples of unlike lengths: ours in packed rows, the peer's padding-free or padded, the same
