@@ -121,7 +121,7 @@ def test_peak_memory_keeps_the_largest_note() -> None:
     assert before > 0
     assert with_it >= before + (60 << 20)
     assert with_it <= peak.private == peak.summary()["private"]
-    assert peak.private < with_it + (1 << 20)  # Linux counts a core's last pages late, so the most may grow by them
+    assert peak.private < with_it + (1 << 20)  # proc(5) calls these counts inaccurate: seen 44 kB more
     assert peak.summary().keys() == {"private", "max_rss"}
     assert peak.now_bytes() < with_it - (30 << 20)
     assert max_rss_bytes() >= private_bytes() > 1 << 20
