@@ -189,26 +189,22 @@ class NF4Tensor:
 
         start: a multiple of the block size
         """
-        pairs = _level_pairs(self.packed.device)
-        chunk = min(decode_chunk(self.packed.device), stop - start)
-        index = scratch("index", (chunk + 1) // 2, torch.int32, self.packed.device)
-        decoded = scratch("pairs", (chunk + 1) // 2, torch.int64, self.packed.device)
-        all_absmax = self.block_absmax(start // self.block_size, -(-stop // self.block_size))
-        for first in range(start, stop, chunk):
-            last = min(first + chunk, stop)
-            n_bytes = (last - first + 1) // 2
-            index[:n_bytes] = self.packed[first // 2 : first // 2 + n_bytes]
-            torch.index_select(pairs, 0, index[:n_bytes], out=decoded[:n_bytes])
-            values, into = decoded.view(torch.float32)[: last - first], out[first - start : last - start]
-            absmax = all_absmax[(first - start) // self.block_size :]
-            whole = (last - first) // self.block_size * self.block_size
+        device, size = self.packed.device, self.block_size
+        pairs, chunk = _level_pairs(device), decode_chunk(device)
+        index = scratch("index", min(chunk, stop - start + 1) // 2, torch.int32, device)
+        decoded = scratch("pairs", len(index), torch.int64, device)
+        packed, absmax = self.packed[start // 2 : -(-stop // 2)], self.block_absmax(start // size, -(-stop // size))
+        chunks = zip(packed.split(chunk // 2), absmax.split(chunk // size), out.split(chunk), strict=True)
+        for codes, scales, into in chunks:
+            n_bytes, n = len(codes), len(into)
+            torch.index_select(pairs, 0, index[:n_bytes].copy_(codes), out=decoded[:n_bytes])
+            values = decoded.view(torch.float32)[:n]
+            whole, blocks = n // size * size, (-1, size)
             # An `out` of 16 bits is slow: those are rounded after.
-            product, blocks = into if into.dtype == torch.float32 else values, (-1, self.block_size)
-            torch.mul(
-                values[:whole].view(blocks), absmax[: whole // self.block_size, None], out=product[:whole].view(blocks)
-            )
-            if whole < last - first:  # the short block at the end
-                torch.mul(values[whole:], absmax[-1], out=product[whole:])
+            product = into if into.dtype == torch.float32 else values
+            torch.mul(values[:whole].view(blocks), scales[: whole // size, None], out=product[:whole].view(blocks))
+            if whole < n:  # the short block at the end
+                torch.mul(values[whole:], scales[-1], out=product[whole:])
             if product is not into:
                 into.copy_(product)
 
