@@ -4,6 +4,7 @@ Runs `minilora compare` as it stands, in a folder that is thrown away, and keeps
 in docs/strategies.md is made of them; --draw makes both anew of the figures that are there.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, check_result, write_result
+from benchmarks.harness import RESULTS, write_result
 from benchmarks.table import between
 from minilora.checkpoint.json_file import read_json
 from minilora.cli import main as minilora
@@ -31,15 +32,15 @@ def compared(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"The winner's test, opened once: {figures_of(result['test'])}."])
 
 
-def main(args: Sequence[str]) -> int:
-    """Measure; write benchmarks/results/compare.json, picture and table. The exit status of `minilora compare`.
-
-    args: ["--draw"] draws picture and table of the result that is there
-    """
-    if list(args) == ["--draw"]:
+def main(args: Sequence[str] | None = None) -> int:
+    """Measure; write benchmarks/results/compare.json, picture and table. The exit status of `minilora compare`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--draw", action="store_true", help="only the picture and the table, of the result that is there"
+    )
+    if parser.parse_args(args).draw:
         draw(read_json(RESULTS / "compare.json")["comparison"])
         return 0
-    check_result("compare")
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         if status := minilora(["compare", "--output", f"{folder}/compare"]):
@@ -64,4 +65,4 @@ def write_table(page: Path, comparison: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -24,13 +24,12 @@ from benchmarks.count_gpu import BACK_LAUNCHES, GROUPED_LAUNCHES, KINDS, Pretend
 from benchmarks.feeds import random_batch
 from benchmarks.harness import RESULTS, ROOT, write_result
 from benchmarks.ledger import Cell, random_model, run_config
-from benchmarks.shapes import shape
+from benchmarks.shapes import projection_shapes, shape
 from benchmarks.table import between
 from minilora.adamw import ALIGNED
 from minilora.config import ModelConfig
 from minilora.fused import Keep
 from minilora.loss import whole_rows
-from minilora.memory import projection_shapes
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 SMALL = {  # shapes that are executed: sizes, rows, length, rank

@@ -1,5 +1,8 @@
 """The sizes that are measured, by name. Their weights are random: speed and memory do not ask what was learnt."""
 
+from math import prod
+
+from minilora.checkpoint.names import tensor_specs
 from minilora.config import MISTRAL_7B, ModelConfig
 from minilora.errors import UserError
 
@@ -21,10 +24,15 @@ def shape(name: str) -> ModelConfig:
     return SHAPES[name]
 
 
+def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """(out, in) of the seven linear layers of a block."""
+    first = (spec for spec in tensor_specs(config) if spec.is_projection and spec.layer == 0)
+    return {spec.module.rpartition(".")[2]: spec.shape for spec in first}
+
+
 def block_linear_parameters(config: ModelConfig) -> int:
     """Weights of the seven linear layers of all blocks."""
-    attention = config.dim * config.head_dim * 2 * (config.n_heads + config.n_kv_heads)
-    return config.n_layers * (attention + 3 * config.dim * config.hidden_dim)
+    return config.n_layers * sum(map(prod, projection_shapes(config).values()))
 
 
 def qlora_step_flops(config: ModelConfig, rows: int, length: int) -> float:

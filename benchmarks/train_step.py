@@ -252,7 +252,11 @@ def _report(
     cell: Cell, records: Mapping[str, Record], ours: list[str], peers: list[str], fastest: Sequence[Record]
 ) -> dict[str, Any]:
     agree = _agreeing(cell, records, dict.fromkeys(ours), dict.fromkeys(peers))
-    losses = {name: record.first.result["loss"] for name, record in records.items() if record.first}
+    losses = {
+        name: record.first.result["loss"]
+        for name, record in records.items()
+        if record.first and "loss" in record.first.result
+    }
     report: dict[str, Any] = {
         "cell": asdict(cell) | {"lora_rank": RANK, "lora_alpha": ALPHA},
         "variants": {name: record.figures() for name, record in records.items()},

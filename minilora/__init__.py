@@ -8,16 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilora import nf4
-    from minilora.checkpoint.adapter import load_adapter, save_adapter
-    from minilora.checkpoint.load import load_model
-    from minilora.config import LoraConfig, ModelConfig, PrefixConfig, RunConfig
-    from minilora.errors import UserError
-    from minilora.generation import generate
-    from minilora.lora import add_lora
-    from minilora.model import Mistral
-    from minilora.prefix import add_prefix
-    from minilora.tokenizer import load_tokenizer
+    from minilora import nf4 as nf4
+    from minilora.checkpoint.adapter import load_adapter as load_adapter
+    from minilora.checkpoint.adapter import save_adapter as save_adapter
+    from minilora.checkpoint.load import load_model as load_model
+    from minilora.config import LoraConfig as LoraConfig
+    from minilora.config import ModelConfig as ModelConfig
+    from minilora.config import PrefixConfig as PrefixConfig
+    from minilora.config import RunConfig as RunConfig
+    from minilora.errors import UserError as UserError
+    from minilora.generation import generate as generate
+    from minilora.lora import add_lora as add_lora
+    from minilora.model import Mistral as Mistral
+    from minilora.prefix import add_prefix as add_prefix
+    from minilora.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
     "LoraConfig": "config",
@@ -35,22 +39,7 @@ _HOME = {
     "save_adapter": "checkpoint.adapter",
 }
 
-__all__ = [
-    "LoraConfig",
-    "Mistral",
-    "ModelConfig",
-    "PrefixConfig",
-    "RunConfig",
-    "UserError",
-    "add_lora",
-    "add_prefix",
-    "generate",
-    "load_adapter",
-    "load_model",
-    "load_tokenizer",
-    "nf4",
-    "save_adapter",
-]
+__all__ = sorted([*_HOME, "nf4"])
 
 
 def __getattr__(name: str) -> Any:

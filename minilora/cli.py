@@ -87,53 +87,66 @@ def _summary(function: Callable[[list[str]], None]) -> str:
 
 
 def _parser(verb: Callable[[list[str]], None]) -> ArgumentParser:
-    name = verb.__name__.strip("_")
+    prog = f"minilora {verb.__name__}"
     return ArgumentParser(
-        prog=f"minilora {name}", description=verb.__doc__, exit_on_error=False, parser_mode="toml", print_config=None
+        prog=prog, description=verb.__doc__, exit_on_error=False, parser_mode="toml", print_config=None
     )
 
 
 def _parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    """The parsed arguments; what is wrong with them is one line on stderr and exit status 2. The words of a list, such
-    as [q_proj,v_proj], need no quotes."""
-    args = [re.sub(r"[\w.*-]+(?=\s*[\],])", r'"\g<0>"', arg) if _is_list(arg) else arg for arg in args]
+    """The parsed arguments; what is wrong with them is one line on stderr and exit status 2."""
     try:
-        parsed: Namespace = parser.instantiate(parser.parse_args(args))
+        parsed: Namespace = parser.instantiate(parser.parse_args(_quoted(args)))
         return parsed
     except (ArgumentError, OverflowError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}; see {parser.prog} --help", file=sys.stderr)
+        said = re.sub(
+            r"Expected a <class '(tuple|list)'>", "Expected a list, such as [a,b]", " ".join(str(error).split())
+        )
+        print(f"{parser.prog}: {said}; see {parser.prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _is_list(arg: str) -> bool:
-    """Whether it is a list of words: numbers, and what is quoted, are TOML already."""
-    word = r"\s*[A-Za-z_][\w.*-]*\s*"
-    return bool(re.fullmatch(rf"(--[\w.]+=)?\[{word}(,{word})*\]", arg))
+def _quoted(args: Sequence[str]) -> list[str]:
+    """With the words of a list in quotes, as TOML has them: --section.key [q_proj,v_proj] needs none."""
+    word, quoted = r"\s*[A-Za-z_][\w.*-]*\s*", list[str]()
+    for before, arg in zip(["", *args], args, strict=False):
+        option, given, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        if re.fullmatch(r"--\w+\.[\w.]+", option) and re.fullmatch(rf"\[{word}(,{word})*\]", value):
+            value = re.sub(r"[\w.*-]+(?=\s*[\],])", r'"\g<0>"', value)
+            arg = f"{option}={value}" if given else value
+        quoted.append(arg)
+    return quoted
 
 
 def _run_parser(verb: Callable[[list[str]], None]) -> ArgumentParser:
-    """Of a verb that takes a configuration: a recipe, CONFIG.toml and --section.key, the later over the earlier."""
+    """Of a verb that takes a configuration: a recipe, a TOML file and --section.key, the later over the earlier."""
     parser = _parser(verb)
-    parser.add_argument("--config", action="config", help="a TOML file; the word after the verb is the same")
+    parser.add_argument(
+        "--config", action="config", help="a TOML file; the first word of train and compare is the same"
+    )
     parser.add_argument("--recipe", metavar="NAME", help="begin with one of `minilora train --list-recipes`")
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
 
 
-def _parse_run(parser: ArgumentParser, args: Sequence[str]) -> tuple[RunConfig, Namespace]:
-    """The configuration, and all that was parsed. Raises UserError for what is wrong in a file."""
-    args, files = list(args), list[str]()
-    for i, arg in enumerate(args):
-        if arg.partition("=")[0] == "--recipe" and ("=" in arg or i + 1 < len(args)):
-            name = arg.partition("=")[2] or args[i + 1]
-            files.append(str(recipe_file(name)))
-            del args[i : i + 1 + ("=" not in arg)]
-            break
-    if args and not args[0].startswith("-"):
-        files.append(args.pop(0))
+def _parse_run(parser: ArgumentParser, args: Sequence[str], file_first: bool = True) -> tuple[RunConfig, Namespace]:
+    """The configuration, and all that was parsed. Raises UserError for what is wrong in a file.
+
+    file_first: the first word is a TOML file, unless it is an option
+    """
+    named: dict[str, list[str]] = {"--recipe": [], "--config": []}
+    rest, words = list[str](), iter(args)
+    for arg in words:
+        option, given, value = arg.partition("=")
+        if option in named and (given or (value := next(words, ""))):
+            named[option].append(value)
+        else:
+            rest.append(arg)
+    first = [rest.pop(0)] if file_first and rest and not rest[0].startswith("-") else []
+    files = [*(str(recipe_file(name)) for name in named["--recipe"]), *first, *named["--config"]]
     for file in files:
         _check_toml(file)
-    parsed = _parse(parser, [*(f"--config={file}" for file in files), *args])
+    parsed = _parse(parser, [*(f"--config={file}" for file in files), *rest])
     return RunConfig(**{f.name: getattr(parsed, f.name) for f in fields(RunConfig)}), parsed
 
 
@@ -243,16 +256,13 @@ def _warn(warnings: Sequence[str]) -> None:
 
 def data(args: list[str]) -> None:
     """Check data line by line and show what of them is trained on: minilora data check FILE... [--fix OUT.jsonl]"""
-    parser = _parser(data)
+    parser = _run_parser(data)
     parser.add_argument("what", choices=["check"])
     parser.add_argument("files", metavar="FILE", nargs="*", help="training data; by default data.train")
     parser.add_argument("--fix", metavar="OUT.jsonl", help="write the training data without what is wrong in them")
     parser.add_argument("--html", metavar="OUT.html", help="write what is shown as a page, too")
     parser.add_argument("--show", type=NonNegativeInt, default=3, help="samples to show")
-    parser.add_argument("--config", action="config", help="a TOML file of a run")
-    parser.add_class_arguments(RunConfig, as_group=False)
-    parsed = _parse(parser, args)
-    config = RunConfig(**{name: getattr(parsed, name) for name in ("model", "lora", "data", "train", "eval")})
+    config, parsed = _parse_run(parser, args, file_first=False)
     if parsed.files:
         config = replace(config, data=replace(config.data, train=tuple(parsed.files)))
 
@@ -301,7 +311,7 @@ def evaluate(args: list[str]) -> None:
         raise UserError(f"{parsed.out}: exists already; name another file with --out")
     base = Base.find(parsed.model, parsed.adapter, scaling=parsed.adapter_scaling, force=parsed.force)
     tokenizer, batch_size = base.tokenizer, parsed.eval.batch_size
-    samples, _ = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
+    samples = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
     lengths = [sample.length for sample in samples]
     works: list[tuple[int, int, int | None]] = [(batch_size, min(parsed.data.max_seq_len, sum(lengths)), None)]
     if parsed.eval.answers:
@@ -384,21 +394,18 @@ def merge(args: list[str]) -> None:
 
     from minilora.base import Base
     from minilora.checkpoint.adapter import read_adapter
-    from minilora.checkpoint.write import check_target
     from minilora.data.encode import encode_records
     from minilora.data.records import read_records
     from minilora.evaluate.distance import first_tokens
     from minilora.evaluate.merge_audit import audit_routes, merge_with_audit
     from minilora.report.console import table
 
-    if parsed.out is not None:
-        check_target(parsed.out, parsed.overwrite, [parsed.adapter_folder])
     base = Base.find(parsed.model, parsed.adapter_folder, scaling=parsed.adapter_scaling, force=parsed.force)
     adapter = read_adapter(parsed.adapter_folder, base.checkpoint.config, scaling=parsed.adapter_scaling)
     text = parsed.text or adapter.provenance.get("validation_path")
     if not text:
         raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
-    samples, _ = encode_records(read_records(text), base.tokenizer, parsed.data.max_seq_len)
+    samples = encode_records(read_records(text), base.tokenizer, parsed.data.max_seq_len)
     samples = first_tokens(samples, parsed.audit_tokens)
     with _weights_bar(parsed.out or parsed.adapter_folder) as bar:
         if parsed.out is None:
@@ -448,6 +455,12 @@ def export(args: list[str]) -> None:
     parser.add_argument("--model.path", default="", help="of an adapter that does not say where its base lies")
     _adapter_arguments(parser)
     parsed = _parse(parser, args)
+    of_the_other = {"model.path": "", "adapter_scaling": None, "force": False}
+    if parsed.to in of_adapter:
+        of_the_other = {"dtype": "auto", "tokenizer": None}
+    for name, default in of_the_other.items():
+        if parsed[name] != default:
+            raise UserError(f"--{name} does nothing with --to {parsed.to}; leave it out")
     if parsed.to in of_adapter:
         _export_adapter(parsed)
         return
@@ -459,8 +472,7 @@ def export(args: list[str]) -> None:
         compared, notes = export_checkpoint(
             parsed.source, parsed.out, parsed.to, dtype=_dtype(parsed.dtype), progress=progress, **options
         )
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
+    _warn(notes)
     print(f"{compared}\nwritten to {parsed.out}")
 
 

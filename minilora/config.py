@@ -25,6 +25,11 @@ ALL_LINEAR = "all-linear"
 METRICS = ("exact_match", "f1", "bleu", "rouge")
 
 
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The sizes of a Mistral decoder, named as in `params.json`.
@@ -57,15 +62,13 @@ class ModelConfig:
             if not isinstance(value, int | float) or isinstance(value, bool) or not (isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value!r}, but must be a positive finite number")
         for window in self.windows:
-            if window is not None and (type(window) is not int or not 0 < window < 2**31):
-                raise UserError(f"sliding_window is {window!r}, but must be a whole number above 0, or null for none")
-        if not self.windows or self.n_layers % len(self.windows):
-            n = len(self.windows)
-            raise UserError(f"sliding_window has {n} entries, which cannot be repeated over {self.n_layers} layers")
-        if self.n_heads % self.n_kv_heads:
-            raise UserError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs of numbers")
+            fits = window is None or (type(window) is int and 0 < window < 2**31)
+            _check(fits, f"sliding_window is {window!r}, but must be a whole number above 0, or null for none")
+        n, heads, kv_heads = len(self.windows), self.n_heads, self.n_kv_heads
+        fits = n > 0 and self.n_layers % n == 0
+        _check(fits, f"sliding_window has {n} entries, which cannot be repeated over {self.n_layers} layers")
+        _check(heads % kv_heads == 0, f"n_heads {heads} is not a multiple of n_kv_heads {kv_heads}")
+        _check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs of numbers")
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -148,11 +151,10 @@ class LoraConfig:
             value = getattr(self, key)
             fits = isinstance(value, str) or (len(value) <= MAX_NAMES and sum(map(len, value)) <= 100 * MAX_NAMES)
             _check(fits, f"lora.{key} holds more than {MAX_NAMES} names, or far too long ones")
-        for key, top in (("rank", "2^31"), ("alpha", "1e30")):
+        for key, limit, top in (("rank", 2**31, "2^31"), ("alpha", 1e30, "1e30")):
             ways = 0
             for pattern, value in {"": getattr(self, key), **getattr(self, f"{key}_pattern")}.items():
                 name = f"lora.{key}_pattern {pattern}" if pattern else f"lora.{key}"
-                limit = 2**31 if key == "rank" else 1e30
                 _check(0 < value < limit, f"{name} is {value}, but must be above 0 and below {top}")
                 ways = check_pattern(rf".*\.({pattern})", f"lora.{key}_pattern", ways)
         _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}, but must be at least 0 and below 1")
@@ -449,8 +451,3 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _peft_name(name: str) -> str:
     return name if name == "lm_head" else f"model.{name}"
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)

@@ -155,7 +155,7 @@ def _check_order(turns: list[Turn]) -> None:
             open_calls = len(turn.calls)
         if open_calls < 0:
             raise UserError(f"message {n}: a tool result, but no tool call is open")
-    if open_calls and not _is_answered(turns):
+    if open_calls and (turns[-1].role != "assistant" or turns[-1].prefix):
         raise UserError(f"the conversation ends, but {open_calls} tool calls have no result")
 
 
@@ -169,10 +169,6 @@ def _check_call_ids(turns: list[Turn], version: str) -> None:
             if not isinstance(call_id, str) or not re.fullmatch("[a-zA-Z0-9]{9}", call_id):
                 must = f"but {version} needs 9 letters or digits; rename it in the call and in its result"
                 raise UserError(f"message {n}: the tool call id is {call_id!r}, {must}")
-
-
-def _is_answered(turns: list[Turn]) -> bool:
-    return turns[-1].role == "assistant" and not turns[-1].prefix
 
 
 def _merge(turns: list[Turn], version: str) -> list[Turn]:

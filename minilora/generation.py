@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minilora.errors import UserError
 from minilora.kv_cache import KVCache
-from minilora.model import Mistral
+from minilora.model import Mistral, evaluating
 
 
 def choose(
@@ -110,17 +110,15 @@ def answer(
 
     Prompts of like length share a batch. The model's training mode is left as it was found.
     """
-    was_training = model.training
-    model.eval()
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        longest = len(prompts[batch[-1]])
-        n_padding = torch.tensor([longest - len(prompts[i]) for i in batch])
-        tokens = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
-        steps = list(stream(model, tokens, max_new_tokens, eos_id=eos_id, n_padding=n_padding))
-        for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
-            answers[i] = row[: row.index(eos_id)] if eos_id in row else row
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = len(prompts[batch[-1]])
+            n_padding = torch.tensor([longest - len(prompts[i]) for i in batch])
+            tokens = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
+            steps = list(stream(model, tokens, max_new_tokens, eos_id=eos_id, n_padding=n_padding))
+            for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
+                answers[i] = row[: row.index(eos_id)] if eos_id in row else row
     return answers

@@ -151,8 +151,10 @@ def refuse_unknown(config: LoraConfig, linears: Iterable[str], others: Iterable[
     ends = sorted({name.rpartition(".")[2] for name in linears})
     for alone in (targets,) if isinstance(targets, str) else ((target,) for target in targets):
         if not any(map(LoraConfig(targets=alone).adapts, linears)):
-            named, how = (alone, "called in full") if isinstance(alone, str) else (alone[0], "called")
-            raise UserError(f"lora.targets names {named!r}, which no layer is {how}; there are {ends}")
+            if isinstance(alone, str):
+                instead = f"as a regular expression of the whole name; for the ends of names write a list, [{ends[0]}]"
+                raise UserError(f"lora.targets names {alone!r}, which no layer is called {instead}; there are {ends}")
+            raise UserError(f"lora.targets names {alone[0]!r}, which no layer is called; there are {ends}")
     if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
         inside = [f"{name}.act_fn" for name in others if name.endswith(".mlp")]  # which PEFT sees
         if wrong := [name for name in (*others, *inside) if config.adapts(name)]:

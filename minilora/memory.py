@@ -46,20 +46,6 @@ _DENSE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # -- predicted ---------------------------------------------------------------------------------------------------------
 
 
-def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of the seven linear layers of a block."""
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
-        "q_proj": (q, config.dim),
-        "k_proj": (kv, config.dim),
-        "v_proj": (kv, config.dim),
-        "o_proj": (config.dim, q),
-        "gate_proj": (config.hidden_dim, config.dim),
-        "up_proj": (config.hidden_dim, config.dim),
-        "down_proj": (config.dim, config.hidden_dim),
-    }
-
-
 def predict(
     config: ModelConfig, storage: Storage, dense: DenseDtype, adapter: LoraConfig | PrefixConfig | None
 ) -> dict[str, int]:
@@ -67,8 +53,7 @@ def predict(
 
     storage: of the blocks' linear layers; dense: of embeddings, head and norms
     """
-    shapes = projection_shapes(config)
-    sizes = [out * in_ for out, in_ in shapes.values()] * config.n_layers
+    sizes = [prod(spec.shape) for spec in tensor_specs(config) if spec.is_projection]
     owners: dict[str, int] = {}
     if storage in _DENSE_BYTES:
         owners["linear weights"] = sum(sizes) * _DENSE_BYTES[storage]
@@ -238,7 +223,8 @@ class StepPlan:
         """What of a `whole` block stays from its forward to its backward: see `fused.Keep`, or its input alone."""
         keep, x = self.keeps[layer], self.d * self.stored
         if keep == Keep.WEIGHTS and self.fused and _DENSE_BYTES.get(self.storage) != self.computed:
-            n_weights = sum(map(prod, projection_shapes(self.config).values()))
+            here_all = (spec for spec in tensor_specs(self.config) if spec.layer == layer and spec.is_projection)
+            n_weights = sum(prod(spec.shape) for spec in here_all)
             return whole | {"decoded weights": n_weights * self.computed}
         if keep >= Keep.ALL:
             return whole
@@ -330,7 +316,7 @@ class StepPlan:
         if self.adapter is None or _DENSE_BYTES.get(storage) == self.computed:
             return 0
         in_work = size // ceil(size * self.computed / SLICE_BYTES) if self.on_cpu else size
-        decoding = 6 * min(nf4.decode_chunk(self.device), in_work) + 4 * size // BLOCK_SIZE
+        decoding = 6 * min(nf4.chunk_of(self.device), in_work) + 4 * size // BLOCK_SIZE
         return in_work * self.computed + (0 if storage in _DENSE_BYTES else decoding)
 
 

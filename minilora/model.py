@@ -7,6 +7,8 @@
 Parameters are named as in Hugging Face's files, without their leading "model.".
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -226,3 +228,14 @@ class Mistral(nn.Module):
         """Logits (B, T, V); the arguments are those of `hidden`."""
         logits: Tensor = self.lm_head(self.hidden(tokens, positions, segments, cache))
         return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; after it the training mode is as it was found."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

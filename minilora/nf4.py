@@ -38,7 +38,6 @@ _CODE_OF_ZERO = 7
 # Numbers in work at a time. On a CPU a chunk's temporaries (0.8 to 3 MB) stay in the cache, which is worth a factor of
 # three; on a GPU a chunk only has to be worth its launches.
 _CHUNK = 1 << 18
-_DECODE_CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 24
 
 CPU = torch.device("cpu")
@@ -83,14 +82,9 @@ def _level_pairs(device: torch.device) -> Tensor:
     return levels(device)[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).view(-1)
 
 
-def _chunk(device: torch.device, block_size: int) -> int:
-    """Numbers to quantize at a time: whole blocks."""
-    return (_CHUNK if device.type == "cpu" else _GPU_CHUNK) // block_size * block_size
-
-
-def decode_chunk(device: torch.device) -> int:
-    """Numbers to decode at a time: whole blocks, whatever the block size is."""
-    return _DECODE_CHUNK if device.type == "cpu" else _GPU_CHUNK
+def chunk_of(device: torch.device) -> int:
+    """Numbers in work at a time: whole blocks, whatever the block size is."""
+    return _CHUNK if device.type == "cpu" else _GPU_CHUNK
 
 
 @cache
@@ -190,7 +184,7 @@ class NF4Tensor:
         start: a multiple of the block size
         """
         device, size = self.packed.device, self.block_size
-        pairs, chunk = _level_pairs(device), decode_chunk(device)
+        pairs, chunk = _level_pairs(device), chunk_of(device)
         index = scratch("index", min(chunk, stop - start + 1) // 2, torch.int32, device)
         decoded = scratch("pairs", len(index), torch.int64, device)
         packed, absmax = self.packed[start // 2 : -(-stop // 2)], self.block_absmax(start // size, -(-stop // size))
@@ -219,7 +213,7 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=flat.device)
-    chunk = _chunk(flat.device, block_size)
+    chunk = chunk_of(flat.device)
     for start in range(0, flat.numel(), chunk):
         codes, block_absmax = _quantize_blocks(flat[start : start + chunk].float(), block_size)
         packed[start // 2 : (start + chunk) // 2] = pack(codes)

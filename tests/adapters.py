@@ -1,16 +1,20 @@
-"""What tests ask of a model with adapters."""
+"""What tests ask of a model with adapters, and how far two models are apart, batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from minilora.checkpoint.merge import merged_weight
 from minilora.checkpoint.names import tensor_specs
-from minilora.data.pack import PackedBatch
-from minilora.evaluate.distance import Predictor, predictor
+from minilora.data.encode import Sample
+from minilora.data.pack import PackedBatch, epoch_rows, make_batch
+from minilora.evaluate.distance import Distance
 from minilora.lora import LoRALinear, adapters_off
+from minilora.loss import IGNORE
 from minilora.model import Mistral
+
+Predictor = Callable[[PackedBatch], Tensor]  # a batch -> the logits (targets, V) of its target tokens, float32
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -24,6 +28,18 @@ def merged_weights(model: Mistral, dtype: torch.dtype = torch.bfloat16) -> Itera
         yield spec.name, merged_weight(model.get_submodule(spec.module)).to(dtype)
 
 
+def predictor(model: Mistral) -> Predictor:
+    """The model's own predictions."""
+
+    def logits(batch: PackedBatch) -> Tensor:
+        batch = batch.to(model.device)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
+        rows: Tensor = model.lm_head(hidden[batch.labels != IGNORE])
+        return rows.float()
+
+    return logits
+
+
 def base_predictor(model: Mistral) -> Predictor:
     """The predictions of a model with its adapters off."""
 
@@ -32,3 +48,17 @@ def base_predictor(model: Mistral) -> Predictor:
             return predictor(model)(batch)
 
     return logits
+
+
+@torch.no_grad()
+def distance(p: Predictor, q: Predictor, samples: Sequence[Sample], max_seq_len: int, batch_size: int = 1) -> Distance:
+    """From p to q, of models in evaluation mode, over all target tokens of the samples."""
+    rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
+    total: Distance | None = None
+    for start in range(0, len(rows), batch_size):
+        batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True)
+        logits_p = p(batch)
+        found = Distance.of(logits_p, q(batch).to(logits_p.device))
+        total = found if total is None else total + found
+    assert total is not None, "there is a sample"
+    return total

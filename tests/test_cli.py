@@ -15,7 +15,7 @@ from transformers import MistralForCausalLM
 
 from minilora.base import Base
 from minilora.checkpoint.save import save_hf
-from minilora.cli import VERBS, main
+from minilora.cli import VERBS, _quoted, main
 from minilora.config import BaseConfig, RunConfig, to_dict
 from minilora.generation import generate
 from minilora.train import ledger, loop
@@ -141,6 +141,38 @@ def test_a_wrong_file_is_named_with_its_key(run: Run, tmp_path: Path, text: str,
     path = tmp_path / "wrong.toml"
     path.write_text(text)
     refused(run("train", path), 1, "wrong.toml", *words)
+
+
+def test_config_as_an_option_is_the_word_after_the_verb(run: Run, toml: Path, chats: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("[lora]\nrnak = 3\n")
+    for given in (["--config", wrong], [f"--config={wrong}"]):
+        for verb in (["train"], ["compare"], ["data", "check", chats]):
+            refused(run(*verb, *given), 1, "wrong.toml", "rnak")
+    refused(run("data", "check", "--config", tmp_path / "no.toml"), 1, "no.toml: no such file")
+    refused(run("train", "--config"), 2, "--config")
+    expected = run("train", toml, "--lora.rank", 7, "--print-config")
+    assert run("train", "--lora.rank", 7, "--config", toml, "--print-config") == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "quoted"),
+    [
+        (["--lora.targets", "[q_proj, v_proj]"], ["--lora.targets", '["q_proj", "v_proj"]']),
+        (["--lora.targets=[q_proj]"], ['--lora.targets=["q_proj"]']),
+        (["--explain.weights", "[1,-2.5]"], ["--explain.weights", "[1,-2.5]"]),
+        (['["q_proj"]'], ['["q_proj"]']),
+        (["[INST]"], ["[INST]"]),
+        (["--raw", "[INST]"], ["--raw", "[INST]"]),
+        (["--model.dtype=float32", "[INST]"], ["--model.dtype=float32", "[INST]"]),
+    ],
+)
+def test_a_list_of_words_needs_no_quotes_and_a_prompt_gets_none(given: list[str], quoted: list[str]) -> None:
+    assert _quoted(given) == quoted
+
+
+def test_every_recipe_that_is_named_counts(run: Run) -> None:
+    refused(run("train", "--recipe", "24gb", "--recipe", "nonsense", "--print-config"), 1, "nonsense")
 
 
 def test_a_missing_file_says_how_to_get_one(run: Run, tmp_path: Path) -> None:
@@ -370,6 +402,12 @@ def test_what_is_wrong_is_one_line(
     refused(got, got[0], *words)
 
 
+def test_export_ignores_no_flag(run: Run) -> None:
+    refused(run("export", "a", "b", "--to", "peft", "--dtype", "float16"), 1, "--dtype does nothing with --to peft")
+    refused(run("export", "a", "b", "--to", "hf", "--model.path", "c"), 1, "--model.path does nothing with --to hf")
+    refused(run("export", "a", "b", "--to", "hf", "--force"), 1, "--force does nothing with --to hf")
+
+
 # What a careless command must not cost.
 
 
@@ -480,6 +518,10 @@ def test_data_check_fix(run: Run, chats: Path, tmp_path: Path) -> None:
     assert "20 records; left out: 2 x bad line, 1 x duplicate" in out
     assert chats.read_bytes() == before
     assert run("data", "check", fixed)[0] == 0
+    assert (
+        "20 records; left out: nothing"
+        in run("data", "check", fixed, "--fix", tmp_path / "same", "--data.share", 0.5)[1]
+    )
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"x": 1}])
     refused(run("data", "check", bad, "--fix", tmp_path / "none.jsonl"), 1, "nothing can be kept")
     assert not (tmp_path / "none.jsonl").exists()

@@ -76,6 +76,9 @@ def test_answer_leaves_the_mode_as_it_was(training: bool) -> None:
     model = tiny_model().train(training)
     answer(model, [[5, 6]], 2, EOS)
     assert model.training is training
+    with pytest.raises(IndexError):
+        answer(model, [[TINY.vocab_size]], 2, EOS)
+    assert model.training is training
 
 
 def test_eos_ends_a_row_and_the_last_one_the_stream(model: Mistral) -> None:

@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.demo.phonemes import CONSONANTS, REDUCED_VOWELS, STRESS_MARKS, VOWELS, raw_prompt
+from benchmarks.demo_base.arpabet import CONSONANTS, REDUCED_VOWELS, STRESS_MARKS, VOWELS
+from minilora.demo.phonemes import raw_prompt
 
 DICTIONARY = Path(__file__).parent / "cmudict.dict.xz"
 

@@ -19,7 +19,7 @@ from typing import Any
 import sentencepiece
 
 from benchmarks.demo_base import dictionary
-from minilora.demo.phonemes import CONSONANTS, REDUCED_VOWELS, STRESS_MARKS, VOWELS
+from benchmarks.demo_base.arpabet import CONSONANTS, REDUCED_VOWELS, STRESS_MARKS, VOWELS
 
 # In the order of Mistral's v3 tokenizer, where they hold the ids 3 to 13.
 CONTROL_TOKENS = [

@@ -50,25 +50,9 @@ class Sample:
         return int(self.target_mask.sum())
 
 
-def encode_records(
-    records: Iterable[Record], tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail"
-) -> tuple[list[Sample], list[str]]:
-    """(samples in the order of the file, "file:line" of each conversation left out for being too long).
-
-    Raises UserError as `encode_record` does, and if no sample is left.
-    """
-    samples: list[Sample] = []
-    skipped: list[str] = []
-    for record in records:
-        new = encode_record(record, tokenizer, max_seq_len, too_long)
-        samples += new
-        skipped += [] if new else [record.where]
-    if not samples:
-        raise UserError(
-            f"nothing to train on: all {len(skipped)} conversations take more than {max_seq_len} positions"
-            + "".join(f", the first at {where}" for where in skipped[:1])
-        )
-    return samples, skipped
+def encode_records(records: Iterable[Record], tokenizer: Tokenizer, max_seq_len: int) -> list[Sample]:
+    """The samples in the order of the file. Raises UserError as `encode_record` does."""
+    return [sample for record in records for sample in encode_record(record, tokenizer, max_seq_len)]
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail") -> list[Sample]:

@@ -169,14 +169,18 @@ def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
 
 def _read_parquet(path: str) -> Iterator[tuple[str, Row]]:
     need_library("pyarrow", "parquet", "Parquet")
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     number = 0
-    with ParquetFile(path) as file:
-        for batch in file.iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (ArrowException, ArithmeticError) as error:  # such as a date that Python has not
+        raise ValueError(error) from None
 
 
 def _decode(content: bytes) -> str:

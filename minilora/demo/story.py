@@ -92,7 +92,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
     config = demo_config(output, seed)
     base = open_checkpoint("demo")
     tokenizer = load_tokenizer("demo")
-    chats, _ = encode_records(read_records(DATA / "chat_test.jsonl"), tokenizer, max_seq_len=256)
+    chats = encode_records(read_records(DATA / "chat_test.jsonl"), tokenizer, max_seq_len=256)
     console.rule("Memory at rest")
     console.print(memory_table(base.config, config.lora))
 

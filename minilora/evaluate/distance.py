@@ -3,17 +3,13 @@
 KL(p, q) = sum over v of p(v) (ln p(v) - ln q(v)),  in nats a token
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from minilora.data.encode import Sample
-from minilora.data.pack import PackedBatch, epoch_rows, make_batch
-from minilora.loss import IGNORE
-from minilora.model import Mistral
 
 
 @dataclass(frozen=True)
@@ -48,36 +44,7 @@ class Distance:
         )
 
 
-Predictor = Callable[[PackedBatch], Tensor]  # a batch -> the logits (targets, V) of its target tokens, float32
-
-
-def predictor(model: Mistral) -> Predictor:
-    """The model's own predictions."""
-
-    def logits(batch: PackedBatch) -> Tensor:
-        batch = batch.to(model.device)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
-        rows: Tensor = model.lm_head(hidden[batch.labels != IGNORE])
-        return rows.float()
-
-    return logits
-
-
 def first_tokens(samples: Sequence[Sample], n_tokens: int) -> list[Sample]:
     """The first samples that have so many targets, or all."""
     reach = accumulate(sample.n_targets for sample in samples)
     return list(samples[: 1 + sum(n < n_tokens for n in reach)])
-
-
-@torch.no_grad()
-def distance(p: Predictor, q: Predictor, samples: Sequence[Sample], max_seq_len: int, batch_size: int = 1) -> Distance:
-    """From p to q, of models in evaluation mode, over all target tokens of the samples."""
-    rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
-    total: Distance | None = None
-    for start in range(0, len(rows), batch_size):
-        batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True)
-        logits_p = p(batch)
-        found = Distance.of(logits_p, q(batch).to(logits_p.device))
-        total = found if total is None else total + found
-    assert total is not None, "there is a sample"
-    return total

@@ -26,7 +26,7 @@ from minilora.evaluate.distance import first_tokens
 from minilora.evaluate.perplexity import mean_loss, perplexity
 from minilora.generation import answer
 from minilora.loss import IGNORE
-from minilora.model import Mistral
+from minilora.model import Mistral, evaluating
 from minilora.tokenizer import Tokenizer
 
 ROWS = 64  # of logits in work at a time: 8 MB at V = 32,768
@@ -104,14 +104,12 @@ class Forgetting:
         Leaves the training mode as it was."""
         if not self.general:
             return {}
-        was_training = model.training
-        model.eval()
         loss, kl, start = 0.0, 0.0, 0
-        for q, labels in self._log_p(model):
-            p = self.log_p[start : start + len(q)]
-            kl, start = kl + float((p.exp() * (p - q)).sum()), start + len(q)
-            loss -= float(q.gather(1, labels[:, None]).sum())
-        model.train(was_training)
+        with evaluating(model):
+            for q, labels in self._log_p(model):
+                p = self.log_p[start : start + len(q)]
+                kl, start = kl + float((p.exp() * (p - q)).sum()), start + len(q)
+                loss -= float(q.gather(1, labels[:, None]).sum())
         return {"loss": loss / start, "perplexity": perplexity(loss / start), "kl": kl / start}
 
     def report(self, model: Mistral) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def merge_with_audit(
     if route not in _possible(base):
         why = "in NF4 here; name the one that this was made from" if base.checkpoint.nf4 else "what was trained beside"
         raise UserError(f"{base.checkpoint.folder}: the original base is {why}; merge onto trained")
-    check_target(out, overwrite, [base.checkpoint.folder])
+    check_target(out, overwrite, [base.checkpoint.folder, *([base.adapter] if base.adapter else [])])
     run, config = _Pass(base, adapter, samples, max_seq_len, (route,), progress), base.checkpoint.config
     values = config_to_hf(config, "bfloat16")
     if route == "requantized":

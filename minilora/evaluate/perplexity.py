@@ -8,22 +8,20 @@ import torch
 from minilora.data.encode import Sample
 from minilora.data.pack import epoch_rows, make_batch
 from minilora.loss import cross_entropy_sum
-from minilora.model import Mistral
+from minilora.model import Mistral, evaluating
 
 
 @torch.no_grad()
 def mean_loss(model: Mistral, samples: Sequence[Sample], max_seq_len: int, batch_size: int = 8) -> tuple[float, int]:
     """Mean loss in nats of all target tokens of the samples, and their number. Leaves the training mode as it was."""
-    was_training = model.training
-    model.eval()
     rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
     total, n_targets = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(model.device)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
-        total += float(cross_entropy_sum(hidden, model.lm_head.weight, batch.labels))
-        n_targets += batch.n_targets
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(model.device)
+            hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
+            total += float(cross_entropy_sum(hidden, model.lm_head.weight, batch.labels))
+            n_targets += batch.n_targets
     return total / n_targets, n_targets
 
 

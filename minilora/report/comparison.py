@@ -93,7 +93,8 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
 def _kind(row: Row) -> str:
     """What has a colour: a strategy, or else the run itself."""
     name: str = row["name"]
-    return name.partition("-")[0]
+    first = name.partition("-")[0]
+    return name if "=" in first else first  # which an exponent has cut
 
 
 def _learning_curves(axes: Axes, rows: Sequence[Row], whole: Sequence[Row], colours: Mapping[str, str]) -> None:
@@ -113,8 +114,10 @@ def figures_of(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {text_of(value)}" for name, value in figures.items() if isinstance(value, float))
 
 
-def text_of(value: Any) -> str:
-    """A figure as it is shown: whole, or in three digits."""
+def text_of(value: Any, sign: str = "") -> str:
+    """A figure as it is shown: whole, or in four digits. sign: "+" says it of what is above 0, too."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:{sign},}"
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"

@@ -155,7 +155,12 @@ def _run(path: Path, facts: Facts, base: str) -> None:
 def _state(path: Path, facts: Facts, _base: str) -> None:
     verify_manifest(path)
     state = read_json(path / "state.json")
-    facts |= {key: state.get(key) for key in ("counters", "versions")} | {"read_by": "minilora train --resume"}
+    reader = (
+        "minilora train, for the weights that validated best"
+        if path.name.startswith("best-")
+        else "minilora train --resume"
+    )
+    facts |= {key: state.get(key) for key in ("counters", "versions")} | {"read_by": reader}
     facts |= _listed([(key, e.shape, e.dtype, e.nbytes) for key, e in read_header(path / "state.safetensors").items()])
 
 

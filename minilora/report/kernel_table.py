@@ -1,6 +1,6 @@
 """What `minilora verify kernels` prints: which way a product takes on each architecture, and each operation's error."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -39,12 +39,8 @@ def error_table(checks: Sequence[Check]) -> Table:
     rows = []
     for operation, dtype in dict.fromkeys((check.operation, check.dtype) for check in checks):
         group = [check for check in checks if (check.operation, check.dtype) == (operation, dtype)]
-        worst = _worst(group)
+        worst = max(group, key=lambda check: (not check.passed, check.error / max(check.allowed, 1e-300)))
         failed = sum(not check.passed for check in group)
         verdict = f"{failed} of {len(group)} failed" if failed else f"{len(group)} passed"
         rows.append([operation, dtype, verdict, f"{worst.error:.2g}", f"{worst.allowed:.2g}", worst.case])
     return table(["operation", "dtype", "checks", "worst error", "allowed", "where"], rows)
-
-
-def _worst(checks: Iterable[Check]) -> Check:
-    return max(checks, key=lambda check: (not check.passed, check.error / max(check.allowed, 1e-300)))

@@ -16,10 +16,11 @@ from urllib.parse import quote
 
 from minilora.checkpoint.write import atomic_write
 from minilora.errors import UserError
+from minilora.report.comparison import text_of
 from minilora.report.plots import draw
 
 LOWER_IS_BETTER = ("loss", "perplexity", "error_rate")
-HIGHER_IS_BETTER = ("exact_match", "accuracy", "bleu", "rouge", "f1")
+HIGHER_IS_BETTER = ("exact_match", "bleu", "rouge1", "rouge2", "rougeL", "f1")
 SHOWN_ABOVE = ("before", "after", "test", "test_looks", "forgetting", "advice")
 PEAKS = {"device_allocated": "peak GPU memory", "private": "peak private memory"}  # the first that was measured
 CAPTIONS = {
@@ -299,9 +300,7 @@ def _words(key: str) -> str:
 
 
 def _figure(value: Any, sign: str = "") -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else str(value)
-    return f"{value:{sign},}" if isinstance(value, int) else f"{value:{sign},.4g}"
+    return "–" if value is None else text_of(value, sign)
 
 
 def html_page(name: str, body: str) -> str:

@@ -24,6 +24,7 @@ from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
 from minilora.train.run_folder import config_toml, to_json
+from minilora.train.setup import settled
 from minilora.train.signals import StopRequest
 
 RESULT = "compare.json"
@@ -137,8 +138,9 @@ def _figures(config: RunConfig) -> dict[str, Any]:
 
 def _is_finished(config: RunConfig) -> bool:
     folder = Path(config.train.output)
-    is_ours = (folder / "config.toml").exists() and (folder / "config.toml").read_text() == config_toml(config)
-    return is_ours and (folder / "summary.json").exists()
+    if not (folder / "config.toml").exists() or not (folder / "summary.json").exists():
+        return False
+    return (folder / "config.toml").read_bytes() == config_toml(settled(config)[0]).encode()
 
 
 def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: bool = False) -> str | None:

@@ -91,7 +91,7 @@ def fix_data(config: RunConfig, out: str) -> str:
     files = [source.path for key in FILE_KEYS for source in sources(getattr(config.data, key))]
     if Path(out).resolve() in [Path(file).resolve() for file in files]:
         raise UserError(f"{out}: is one of the files to be fixed; write to another")
-    whole = replace(config.data, validation_share=0.0, test_share=0.0)
+    whole = replace(config.data, validation_share=0.0, test_share=0.0, share=1.0)
     text, left_out = mended(_load(config, whole, mend=True))
     if not text:
         raise UserError(f"{out}: not written, nothing can be kept")

@@ -58,17 +58,14 @@ class StepGraphs:
                 return self._plain(batch, factor)
             if len(self._graphs) == MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[shape] = _Recorded(self._model, self._plain, shape, self._pool())
+            beside = next(iter(self._graphs.values()), None)  # they share memory: they never run at the same time
+            self._graphs[shape] = _Recorded(self._model, self._plain, shape, beside)
         return self._graphs[shape].replay(batch, factor)
 
     def release(self) -> None:
         """Give the recorded memory back: before work that has memory of its own."""
         self._graphs.clear()
         torch.cuda.empty_cache()
-
-    def _pool(self) -> "_Recorded | None":
-        """One whose memory a new graph may share: they never run at the same time."""
-        return next(iter(self._graphs.values()), None)
 
 
 class _Recorded:

@@ -34,7 +34,7 @@ def run_tested_on(file: str, weights: str | None) -> Path | None:
 def looks(run: Path) -> list[dict[str, Any]]:
     """What was seen so far, the first look first. Raises UserError if the file is damaged."""
     try:
-        return [json.loads(line) for line in (run / LOOKS).read_text("utf-8").splitlines()]
+        return [json.loads(line) for line in (run / LOOKS).read_text("utf-8").split("\n") if line]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:

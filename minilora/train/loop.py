@@ -326,4 +326,4 @@ def _cell(text: str) -> str:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """None, if the disk was too full to note any."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []

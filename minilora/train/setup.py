@@ -10,7 +10,7 @@ import torch
 from minilora.adamw import FlatAdamW
 from minilora.backend import pick_device, pick_dtype, told
 from minilora.checkpoint.load import load_model
-from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.config import RunConfig, to_dict
 from minilora.data.check import load_data
 from minilora.data.encode import Sample
@@ -65,13 +65,22 @@ class Run:
     stopped_because: str = "all steps done"
 
 
+def settled(config: RunConfig) -> tuple[RunConfig, Checkpoint]:
+    """The configuration with what its base says of it, as a run writes it down, and the base, opened: to which version
+    a name on the hub leads, and how NF4 is stored."""
+    config = replace(config, model=replace(config.model, path=pinned(config.model.path)))
+    checkpoint = open_checkpoint(config.model.path)
+    if checkpoint.nf4:
+        config = replace(config, model=replace(config.model, double_quant=checkpoint.double_quant))
+    return config, checkpoint
+
+
 def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
     check_libraries(config.eval.metrics)
     if config.train.tensorboard:
         need_library("tensorboard", "tensorboard", "train.tensorboard")
-    config = replace(config, model=replace(config.model, path=pinned(config.model.path)))
-    checkpoint = open_checkpoint(config.model.path)
+    config, checkpoint = settled(config)
     base = checkpoint.folder
     tokenizer = load_tokenizer(config.model.tokenizer or base, old_hf_spaces=config.model.old_hf_spaces)
     if not config.data.train:
@@ -90,10 +99,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
             named = f'train.strategy "{config.train.strategy}"'
             raise UserError(f"{named} trains float32 weights; model.dtype {config.model.dtype!r} is not one")
         dtype, why = torch.float32, "weights of the base learn"
-    if checkpoint.nf4:  # the files say how they are quantized
-        if config.quantize is None:
-            checkpoint.refuse_nf4(f'train.strategy "{config.train.strategy}"')
-        config = replace(config, model=replace(config.model, double_quant=checkpoint.double_quant))
+    if checkpoint.nf4 and config.quantize is None:
+        checkpoint.refuse_nf4(f'train.strategy "{config.train.strategy}"')
     reporter.say(told(device))
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
     lengths = [s.length for s in learnt]
@@ -136,7 +143,6 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     backward: Backward = backward_of(model, optimizer, memory.note)
     if StepGraphs.serve(model):
         backward = StepGraphs(model, optimizer)
-    if isinstance(backward, StepGraphs):
         reporter.say("steps are replayed as CUDA graphs")
     return Run(
         config, folder, model, tokenizer, learnt, data.samples["validation"], data.samples["test"],
@@ -164,7 +170,8 @@ def rows_of_epochs(lengths: Sequence[int], config: RunConfig, mix: Mix | None) -
         return len(epoch_rows(lengths, config.data.max_seq_len, config.train.seed, epoch, mix=mix))
 
     whole = int(config.train.epochs)
-    return sum(map(rows, range(whole))) + (config.train.epochs - whole) * rows(whole)
+    part = config.train.epochs - whole
+    return sum(map(rows, range(whole))) + (part * rows(whole) if part else 0)
 
 
 def optimizer_for(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> FlatAdamW:

@@ -27,11 +27,10 @@ from benchmarks.count_step import (
 from benchmarks.feeds import random_batch
 from benchmarks.harness import RESULTS, _rounded
 from benchmarks.ledger import Cell, random_model, run_config
-from benchmarks.shapes import qlora_step_flops, shape
+from benchmarks.shapes import projection_shapes, qlora_step_flops, shape
 from benchmarks.table import between
 from minilora.dispatch import entry_for
 from minilora.fused import Keep
-from minilora.memory import projection_shapes
 from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, StepResult, train_step
 from minilora.train.strategies import apply_strategy, trainable

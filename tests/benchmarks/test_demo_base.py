@@ -10,6 +10,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from benchmarks.demo_base import prepare
+from benchmarks.demo_base.arpabet import CONSONANTS, VOWELS
 from benchmarks.demo_base.dictionary import (
     DICTIONARY,
     Split,
@@ -19,7 +20,7 @@ from benchmarks.demo_base.dictionary import (
     split_words,
     to_ipa,
 )
-from minilora.demo.phonemes import CONSONANTS, DATA, VOWELS, phoneme_errors, phonemes, raw_prompt
+from minilora.demo.phonemes import DATA, phoneme_errors, phonemes, raw_prompt
 
 TOKENIZER = DATA.parent / "base" / "tokenizer.model"
 CHAT_FILES = ("chat_train.jsonl", "chat_validation.jsonl", "chat_test.jsonl")

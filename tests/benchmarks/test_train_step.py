@@ -135,7 +135,7 @@ def test_wrong_usage() -> None:
 def test_both_sides_train_alike_on_real_samples(tmp_path: Path) -> None:
     """Equal losses after updates, samples packed here and padding-free there: the work is the same."""
     out = tmp_path / "out.json"
-    assert train_step.main(["--only", "quick-instructions", "--rounds", "3", "--out", str(out)]) == 0
+    assert train_step.main(["--only", "quick", "quick-instructions", "--rounds", "3", "--out", str(out)]) == 0
     part = json.loads(out.read_text())["parts"]["quick-instructions"]
     assert part["speed"]["same_losses"]["largest_relative_difference"] < 1e-4
     assert part["speed"]["ratio"]["n_pairs"] == 3

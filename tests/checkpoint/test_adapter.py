@@ -247,7 +247,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
     ({"target_modules": "all-linear"}, r"lacks .*layers\.0\.mlp\.gate_proj\.lora_A"),
     ({"target_modules": r".*\.q_proj"}, r"holds .*down_proj.*does not ask for"),
-    ({"target_modules": "q_proj"}, "target_modules names 'q_proj', which no layer is called in full"),
+    ({"target_modules": "q_proj"}, "target_modules names 'q_proj', which no layer is called as a regular expression"),
     ({"target_modules": r".*(lm_head|\.q_proj)"}, "target_modules is .*, which matches lm_head, too"),
     ({"target_modules": r"(.+)+\.q_proj"}, "target_modules is .*may take too long to match"),
     ({"target_modules": "["}, "target_modules is '\\[', which is no regular expression"),

@@ -224,7 +224,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"targets": r".*\.mlp.*"}, r"lora.targets is .* matches layers.0.mlp, too"),
     ({"targets": r".*\.mlp\..*"}, r"lora.targets is .* matches layers.0.mlp.act_fn, too"),
     ({"targets": r".*(lm_head|q_proj)"}, "matches lm_head, too"),
-    ({"targets": "nothing"}, "lora.targets names 'nothing', which no layer is called in full"),
+    ({"targets": "nothing"}, "lora.targets names 'nothing', which no layer is called as a regular expression"),
     ({"rank_pattern": {"gate": 4}}, "lora.rank_pattern names 'gate'"),
     ({"targets": ("q_proj",), "alpha_pattern": {"k_proj": 4}}, "lora.alpha_pattern names 'k_proj'"),
     ({"modules_to_save": ("self_attn",)}, "lora.modules_to_save names 'self_attn'"),

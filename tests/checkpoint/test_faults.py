@@ -53,7 +53,7 @@ def prepare(folder: Path) -> None:
 
 def merge(folder: Path, out: Path) -> None:
     base = Base.find(BaseConfig(path="", device="cpu"), str(folder / "adapter"))
-    samples, _ = encode_records(read_records(folder / "text.jsonl"), base.tokenizer, 64)
+    samples = encode_records(read_records(folder / "text.jsonl"), base.tokenizer, 64)
     adapter = read_adapter(folder / "adapter", base.checkpoint.config)
     merge_with_audit(base, adapter, out, samples, 64, overwrite=True, force=True)
 

@@ -142,7 +142,7 @@ def test_a_padded_vocabulary_is_told(tmp_path: Path) -> None:
 
 def test_samples_that_would_teach_the_wrong_thing() -> None:
     """Our own encoding makes none of these; the check is what holds it to that."""
-    [good], _ = encode_records([ChatRecord(chat("Hi", "Yo")["messages"], None, "f:1")], tokenizer(), 60)
+    [good] = encode_records([ChatRecord(chat("Hi", "Yo")["messages"], None, "f:1")], tokenizer(), 60)
     tokens, mask = good.tokens, good.target_mask
 
     def faults(tokens: Any, mask: Any) -> str:
@@ -153,7 +153,7 @@ def test_samples_that_would_teach_the_wrong_thing() -> None:
     assert "cut, or its end is masked" in faults(tokens, [*mask[:-1], False])
     assert "no token to train on" in faults(tokens, mask & False)
     assert "two bos" in faults([1, *tokens], [False, *mask])
-    [text], _ = encode_records([TextRecord("some words", "f:1")], tokenizer(), 60)
+    [text] = encode_records([TextRecord("some words", "f:1")], tokenizer(), 60)
     assert faults(text.tokens[:-1], text.target_mask[:-1]) == "", "a piece of a document has no end"
 
 
@@ -253,7 +253,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
 def test_spans_are_the_sample_token_for_token(name: str) -> None:
     messages = chat("Hi there", "Yo, 你好", "\x1b[31mred", "No")["messages"]
     messages[1]["weight"] = 0
-    [sample], _ = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(name), 100)
+    [sample] = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(name), 100)
     found = list(spans(sample, tokenizer(name)))
     if name == V1:
         assert found == [

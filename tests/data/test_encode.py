@@ -8,7 +8,7 @@ import mistral_common
 import numpy as np
 import pytest
 
-from minilora.data.encode import Sample, encode_records
+from minilora.data.encode import Sample, encode_record, encode_records
 from minilora.data.records import ChatRecord, TextRecord
 from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer, load_tokenizer
@@ -34,11 +34,11 @@ def learned(sample: Sample) -> str:
 
 def test_a_conversation_is_encode_chat() -> None:
     record = chat("What is 2+2?", "4", "And 3+3?", "6")
-    samples, skipped = encode_records([record], tokenizer(), 100)
+    samples = encode_records([record], tokenizer(), 100)
     ids, targets = tokenizer().encode_chat(record.messages)
     assert (samples[0].tokens.tolist(), samples[0].target_mask.tolist()) == (ids, targets)
     assert (samples[0].length, samples[0].n_targets) == (len(ids) - 1, sum(targets))
-    assert (samples[0].where, skipped) == ("f:1", [])
+    assert samples[0].where == "f:1"
     assert samples[0].tokens.dtype == np.int32
     assert samples[0].target_mask.dtype == np.bool_
 
@@ -48,7 +48,7 @@ def test_text_is_cut_so_that_every_token_is_a_target_once(max_seq_len: int) -> N
     text = "The quick brown fox.\nJumps over 12 dogs."
     ids = tokenizer().encode_text(text)
     assert len(ids) == 17
-    samples, _ = encode_records([TextRecord(text, "f:9")], tokenizer(), max_seq_len)
+    samples = encode_records([TextRecord(text, "f:9")], tokenizer(), max_seq_len)
     targets = [i for sample in samples for i in sample.tokens[sample.target_mask].tolist()]
     assert targets == ids[1:]
     assert [sample.tokens[0] for sample in samples] == ids[:-1][::max_seq_len]
@@ -60,19 +60,17 @@ def test_text_is_cut_so_that_every_token_is_a_target_once(max_seq_len: int) -> N
 def test_a_conversation_that_just_fits_and_one_that_does_not() -> None:
     record = chat("Hello", "Hi there!", where="data.jsonl:7")
     length = len(tokenizer().encode_chat(record.messages)[0]) - 1
-    assert len(encode_records([record], tokenizer(), length)[0]) == 1
+    assert len(encode_records([record], tokenizer(), length)) == 1
     with pytest.raises(UserError, match=rf"data.jsonl:7: .* takes {length} positions, .* is {length - 1};"):
         encode_records([record], tokenizer(), length - 1)
 
 
-def test_skipped_conversations_are_named() -> None:
+def test_a_conversation_too_long_is_left_out_whole() -> None:
     records = [chat("a", "b" * 60 * n, where=f"f:{n}") for n in range(1, 5)]
-    samples, skipped = encode_records(records, tokenizer(), 80, too_long="skip")
-    assert [sample.where for sample in samples] + skipped == ["f:1", "f:2", "f:3", "f:4"]
-    assert samples
-    assert skipped
-    with pytest.raises(UserError, match="all 4 conversations take more than 3 positions"):
-        encode_records(records, tokenizer(), 3, too_long="skip")
+    samples = [encode_record(record, tokenizer(), 80, too_long="skip") for record in records]
+    lengths = [len(tokenizer().encode_chat(record.messages)[0]) - 1 for record in records]
+    assert [len(found) for found in samples] == [int(length <= 80) for length in lengths]
+    assert {len(found) for found in samples} == {0, 1}
 
 
 def test_what_the_tokenizer_refuses_has_its_line() -> None:
@@ -94,12 +92,12 @@ def test_with_tools_every_answer_is_a_sample_of_its_own() -> None:
         {"role": "assistant", "content": "Two"},
         {"role": "assistant", "content": "again"},
     ]
-    samples, _ = encode_records([ChatRecord(messages, [TOOL], "f:1")], tokenizer(), 200)
+    samples = encode_records([ChatRecord(messages, [TOOL], "f:1")], tokenizer(), 200)
     assert [learned(sample) for sample in samples] == ['[{"name": "f", "arguments": {}}]', "Two\n\nagain"]
     whole, _ = tokenizer().encode_chat(messages, [TOOL])
     assert samples[-1].tokens.tolist() == whole
     assert all((sample.tokens == 6).sum() == 1 for sample in samples), "each has [AVAILABLE_TOOLS]"
-    without, _ = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(), 200)
+    without = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(), 200)
     assert [sample.n_targets for sample in without] == [sum(tokenizer().encode_chat(messages)[1])]
 
 
@@ -107,14 +105,14 @@ def test_the_ids_of_last_calls_are_not_learned() -> None:
     call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
     record = chat("Go")
     record.messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    samples, _ = encode_records([record], tokenizer(), 200)
+    samples = encode_records([record], tokenizer(), 200)
     assert learned(samples[0]) == '[{"name": "f", "arguments": {}}]'
 
 
 def test_an_answer_of_weight_0_at_the_end() -> None:
     record = chat("One?", "1", tools=[TOOL])
     record.messages.append({"role": "assistant", "content": "2", "weight": 0})
-    samples, _ = encode_records([record], tokenizer(), 200)
+    samples = encode_records([record], tokenizer(), 200)
     assert [learned(sample) for sample in samples] == ["1"]
 
 
@@ -131,12 +129,10 @@ def test_truncation_drops_the_oldest_exchanges_whole() -> None:
         expected, _ = tokenizer().encode_chat([system, *turns[-2 * kept :]])
         more = len(tokenizer().encode_chat([system, *turns[-2 * kept - 2 :]])[0]) - 1 if kept < 4 else 500
         for room in (len(expected) - 1, more - 1):
-            samples, skipped = encode_records([record], tokenizer(), room, too_long="truncate")
-            assert (samples[0].tokens.tolist(), samples[0].dropped, skipped) == (expected, 8 - 2 * kept, [])
+            [sample] = encode_record(record, tokenizer(), room, too_long="truncate")
+            assert (sample.tokens.tolist(), sample.dropped) == (expected, 8 - 2 * kept)
     too_little = len(tokenizer().encode_chat([system, *turns[-2:]])[0]) - 2
-    good = chat("a", "b")
-    samples, skipped = encode_records([record, good], tokenizer(), too_little, too_long="truncate")
-    assert (len(samples), skipped) == (1, ["f:1"])
+    assert encode_record(record, tokenizer(), too_little, too_long="truncate") == []
 
 
 def test_truncation_keeps_calls_with_their_results_and_leaves_out_what_teaches_nothing() -> None:
@@ -149,16 +145,15 @@ def test_truncation_keeps_calls_with_their_results_and_leaves_out_what_teaches_n
     ]
     record = long_chat(*tail)
     expected, _ = tokenizer().encode_chat([record.messages[0], *tail])
-    samples, _ = encode_records([record], tokenizer(), len(expected) + 10, too_long="truncate")
+    samples = encode_record(record, tokenizer(), len(expected) + 10, too_long="truncate")
     assert samples[0].tokens.tolist() == expected
     masked = long_chat({"role": "user", "content": "Go"}, {"role": "assistant", "content": "No", "weight": 0})
-    with pytest.raises(UserError, match="nothing to train on"):
-        encode_records([masked], tokenizer(), 30, too_long="truncate")
+    assert encode_record(masked, tokenizer(), 30, too_long="truncate") == []
 
 
 def test_truncation_lets_a_system_message_in_the_middle_be() -> None:
     record = long_chat()
     record.messages.insert(2, {"role": "system", "content": "Be kind."})
-    samples, _ = encode_records([record], tokenizer(), 45, too_long="truncate")
+    samples = encode_record(record, tokenizer(), 45, too_long="truncate")
     last = [m for i, m in enumerate(record.messages) if m["role"] == "system" or i >= 8]
     assert samples[0].tokens.tolist() == tokenizer().encode_chat(last)[0]

@@ -88,6 +88,10 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(read_records(path)) == [ChatRecord(messages, None, f"{path}:1"), TextRecord("a", f"{path}:2")]
     with pytest.raises(UserError, match=r"b.parquet: cannot be read: .*magic bytes"):
         rows(write(tmp_path / "b.parquet", b"x" * 100))
+    year_29_348 = pyarrow.table({"text": ["a"], "day": pyarrow.array([10_000_000], pyarrow.int32()).cast("date32")})
+    pyarrow.parquet.write_table(year_29_348, tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c.parquet: cannot be read: .*date"):
+        rows(tmp_path / "c.parquet")
     monkeypatch.setattr(errors, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"a.parquet: Parquet needs pyarrow, .*pip install 'minilora\[parquet\]'"):
         rows(path)

@@ -24,7 +24,7 @@ def model() -> minilora.Mistral:
 
 
 def chats(name: str) -> list[list[int]]:
-    samples, _ = encode_records(read_records(DATA / name), minilora.load_tokenizer(BASE), max_seq_len=256)
+    samples = encode_records(read_records(DATA / name), minilora.load_tokenizer(BASE), max_seq_len=256)
     return [sample.tokens.tolist() for sample in samples]
 
 
@@ -70,7 +70,7 @@ def test_logits_change_without_the_window(model: minilora.Mistral) -> None:
 
 
 def test_no_answer_is_cut_by_the_longest_one_allowed() -> None:
-    samples, _ = encode_records(read_records(DATA / "chat_test.jsonl"), minilora.load_tokenizer(BASE), max_seq_len=256)
+    samples = encode_records(read_records(DATA / "chat_test.jsonl"), minilora.load_tokenizer(BASE), max_seq_len=256)
     assert max(sample.n_targets for sample in samples) <= LONGEST_ANSWER
 
 

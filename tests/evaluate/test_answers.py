@@ -14,7 +14,7 @@ from minilora.tokenizer import load_tokenizer
 @pytest.fixture
 def samples(tmp_path: Path) -> list[Sample]:
     chats = [chat("how", "so"), chat("a", "b", "and then what", "c d"), chat("x y z", "tr a m o n t"), {"text": "raw"}]
-    return encode_records(read_records(write_jsonl(tmp_path / "f.jsonl", chats)), load_tokenizer(TOKENIZER), 100)[0]
+    return encode_records(read_records(write_jsonl(tmp_path / "f.jsonl", chats)), load_tokenizer(TOKENIZER), 100)
 
 
 def test_a_prompt_is_all_before_the_last_answer(samples: list[Sample]) -> None:

@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from adapters import base_predictor, lora_layers
+from adapters import base_predictor, distance, lora_layers, predictor
 from tiny_runs import TINY, tiny_model
 
 from minilora.config import LoraConfig
 from minilora.data.encode import Sample
-from minilora.evaluate.distance import distance, predictor
 from minilora.lora import add_lora
 from minilora.model import Mistral
 

@@ -28,7 +28,7 @@ def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(general: Path) -> list[Sample]:
-    return encode_records(read_records(general), load_tokenizer(TOKENIZER), 64)[0]
+    return encode_records(read_records(general), load_tokenizer(TOKENIZER), 64)
 
 
 def naive_log_p(seed: int, samples: list[Sample]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import base_predictor, lora_layers, merged_weights
+from adapters import base_predictor, distance, lora_layers, merged_weights, predictor
 from safetensors.torch import load_file
 from tiny_runs import TINY, TOKENIZER, tiny_model
 from transformers import MistralForCausalLM
@@ -25,7 +25,6 @@ from minilora.config import BaseConfig, LoraConfig, Route
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.evaluate.distance import distance, predictor
 from minilora.evaluate.merge_audit import MergeAudit, audit_routes, merge_with_audit
 from minilora.lora import LoRALinear, add_lora
 from minilora.tokenizer import load_tokenizer
@@ -37,7 +36,7 @@ F32 = torch.float32
 @pytest.fixture
 def samples(data_folder: Path) -> list[Sample]:
     records = read_records(data_folder / "validation.jsonl")
-    return encode_records(records, load_tokenizer(TOKENIZER), 64)[0]
+    return encode_records(records, load_tokenizer(TOKENIZER), 64)
 
 
 def adapter_for(base: Path, folder: Path, quantize: Any = "nf4", strength: float = 0.1, **settings: Any) -> Path:

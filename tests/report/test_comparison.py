@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib import image
 from rich.console import Console
 
-from minilora.report.comparison import comparison_figure, comparison_table, forgetting_of, peak_of
+from minilora.report.comparison import _kind, comparison_figure, comparison_table, forgetting_of, peak_of
 
 
 def row(name: str, loss: float | None, changes: dict[str, str] | None = None, **more: Any) -> dict[str, Any]:
@@ -57,6 +57,12 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert forgetting_of({}) is None
     assert peak_of({}) is None
     assert peak_of({"peak_memory_bytes": {"device_allocated": 3e9, "private": 1e9}}) == 3.0
+
+
+def test_values_with_an_exponent_have_a_colour_each() -> None:
+    assert [_kind(row(name, 1.0)) for name in ("lr=1e-4", "lr=1e-5", "qlora-lr=1e-4", "qlora-share=0.5", "qlora")] == [
+        "lr=1e-4", "lr=1e-5", "qlora", "qlora", "qlora"
+    ]  # fmt: skip
 
 
 def test_the_figure_is_a_picture_and_the_same_each_time() -> None:

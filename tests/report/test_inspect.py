@@ -229,6 +229,9 @@ def test_a_run_and_its_parts(make_config: MakeConfig, tmp_path: Path, run: Run) 
     state = gather(tmp_path / "run" / "checkpoints" / "step-00000004")
     assert (state["kind"], state["counters"]["step"], state["reason"]) == ("checkpoint of a run", 4, None)
     assert any(line.startswith("optimizer.layers.0-1.mlp.up_proj.lora_A.exp_avg ") for line in state["tensors"])
+    assert state["read_by"] == "minilora train --resume"
+    [best] = (tmp_path / "run" / "checkpoints").glob("best-*")
+    assert "--resume" not in gather(best)["read_by"], "it is no optimizer's state"
     status, out, err = run("inspect", tmp_path / "run")
     assert (status, err) == (0, "")
     assert re.search(r"^latest checkpoint +step-00000004$", out, re.MULTILINE)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from minilora.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.config import METRICS, DataConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
+from minilora.evaluate.metrics import figure_names
 from minilora.report import page as page_module
 from minilora.report.page import write_report
 from minilora.report.plots import draw, smooth
@@ -188,6 +189,19 @@ def test_better_is_green_and_worse_is_red(tmp_path: Path) -> None:
     assert '<span class="good">-2</span>' in html  # loss fell
     assert '<span class="bad">-0.03</span>' in html  # exact match fell
     assert '<span class="same">+0</span>' in html  # rows: neither good nor bad
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_every_figure_has_its_colour_and_speed_no_exponent(tmp_path: Path) -> None:
+    names = ["loss", "perplexity", *figure_names(METRICS)]
+    higher = dict.fromkeys(names, 0.5)
+    figures = {"before": dict.fromkeys(names, 0.25), "after": higher, "tok_per_s": 12345.6}
+    folder = run_folder(tmp_path)
+    (folder / "summary.json").write_text(json.dumps(figures))
+    html = write_report(folder).read_text("utf-8")
+    assert html.count('<span class="good">+0.25</span>') == len(names) - 2
+    assert html.count('<span class="bad">+0.25</span>') == 2
+    assert Page(html).row("tokens per second")[1] == "12,346"
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_runs import MakeConfig
+from tiny_runs import TOKENIZER, MakeConfig
 
+from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
@@ -114,6 +115,19 @@ def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
     looks = (tmp_path / "out/fast/test_looks.jsonl").read_text().splitlines()
     assert len(looks) == 1, "a comparison that goes on does not look again"
     assert not (tmp_path / "out/slow/test_looks.jsonl").exists()
+
+
+def test_what_is_finished_is_kept_also_where_the_base_says_how_it_is_stored(
+    make_config: MakeConfig, tiny_base: Path, tmp_path: Path
+) -> None:
+    """A run on NF4 files writes down their double quantization, not what was configured."""
+    quantize_checkpoint(tiny_base, tmp_path / "nf4", double_quant=False)
+    config = make_config(model__path=str(tmp_path / "nf4"), model__tokenizer=str(TOKENIZER), train__max_steps=2)
+    slow = Variant("slow", {}, replace(config, train=replace(config.train, lr=1e-6)))
+    for resume in (False, True):
+        compare([slow, Variant("fast", {}, config)], tmp_path / "out", print, resume=resume)
+        log = (tmp_path / "out/slow.log").read_text()
+    assert log.count("weights learn") == 1
 
 
 def test_without_a_validation_there_is_nothing_to_rank_by(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tiny_runs import MakeConfig, Quiet
 from minilora.cli import main
 from minilora.errors import UserError
 from minilora.report.page import write_report
-from minilora.train.looks import looks, run_tested_on
+from minilora.train.looks import looks, note_look, run_tested_on
 from minilora.train.loop import fine_tune
 
 
@@ -86,6 +86,14 @@ def test_a_damaged_list_is_not_begun_anew(make_config: MakeConfig, quiet: Quiet,
     (path / "test_looks.jsonl").write_text('{"time": "20')
     with pytest.raises(UserError, match=r"test_looks\.jsonl: cannot be read.*nobody knows"):
         looks(path)
+
+
+def test_a_look_may_hold_any_character(tmp_path: Path) -> None:
+    """Python's splitlines() takes some for line ends that JSON leaves as they are."""
+    command = "evaluate a\u2028b\u0085c.jsonl"
+    for n in (1, 2):
+        note_look(tmp_path, command, "0" * 64, {"loss": 1.0})
+        assert [look["command"] for look in looks(tmp_path)] == [command] * n
 
 
 def test_answers_are_written_line_by_line(make_config: MakeConfig, quiet: Quiet, data_folder: Path) -> None:
