@@ -58,7 +58,7 @@ class Base:
             double_quant = trained_on.get("double_quant")
             config = config if double_quant is None else replace(config, double_quant=double_quant)
         if adapter is not None and config.path == UNNAMED:
-            if "base_path" not in made_on:
+            if not made_on.get("base_path"):
                 raise UserError(f"{adapter}: does not say where its base lies; give it with --model.path")
             config = replace(config, path=made_on["base_path"])
         checkpoint = open_checkpoint("demo" if config.path == UNNAMED else config.path)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         print(f"minilora: there is no verb {args[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     # On a busy machine, OpenMP's threads that spin between operations stop each other. On a quiet one, threads that
     # sleep instead are woken on one core.
     if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
@@ -67,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minilora {args[0]}: {where}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith("Symlink loop"):  # what pathlib raises before Python 3.13
+            print(f"minilora {args[0]}: {error}; name what it should lead to", file=sys.stderr)
+            return 1
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         print(
@@ -265,6 +271,8 @@ def data(args: list[str]) -> None:
     config, parsed = _parse_run(parser, args, file_first=False)
     if parsed.files:
         config = replace(config, data=replace(config.data, train=tuple(parsed.files)))
+    for out in (parsed.fix, parsed.html):
+        _check_new(out)
 
     from minilora.report.data_view import show_data
     from minilora.train.data_check import check_data, fix_data
@@ -275,6 +283,12 @@ def data(args: list[str]) -> None:
         print(fix_data(config, parsed.fix))
     else:
         checked.refuse_faults(listed="they stand above")
+
+
+def _check_new(out: str | None) -> None:
+    """Before any work: raise UserError where the file `out` is there, or nothing can be."""
+    if out is not None and (not out or os.path.lexists(out)):
+        raise UserError(f"{out or 'the name of a file to write'}: exists already or is empty; name another file")
 
 
 def evaluate(args: list[str]) -> None:
@@ -307,8 +321,7 @@ def evaluate(args: list[str]) -> None:
 
     metrics = EvalConfig(metrics=parsed.eval.metrics).metrics  # which checks their names
     check_libraries(metrics)
-    if parsed.out and Path(parsed.out).exists():
-        raise UserError(f"{parsed.out}: exists already; name another file with --out")
+    _check_new(parsed.out)
     base = Base.find(parsed.model, parsed.adapter, scaling=parsed.adapter_scaling, force=parsed.force)
     tokenizer, batch_size = base.tokenizer, parsed.eval.batch_size
     samples = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
@@ -330,10 +343,10 @@ def evaluate(args: list[str]) -> None:
         write_report(run)
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
+    print(to_json(result, indent=1), flush=True)
     if parsed.out:
         lines = [to_json(vars(answer) | row) + "\n" for answer, row in zip(answers, each, strict=True)]
         atomic_write(parsed.out, "".join(lines))
-    print(to_json(result, indent=1))
 
 
 def generate(args: list[str]) -> None:

@@ -41,6 +41,10 @@ from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE
 DenseDtype = Literal["float32", "bfloat16", "float16"]
 Storage = DenseDtype | Literal["nf4", "nf4 double-quantized"]
 _DENSE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CGROUPS = (  # what a container may have, has, and has of files: version 2 and 1
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "cache"),
+)
 
 
 # -- predicted ---------------------------------------------------------------------------------------------------------
@@ -327,12 +331,18 @@ def add_up(*parts: dict[str, int]) -> dict[str, int]:
 
 
 def free_bytes(device: torch.device) -> float:
-    """What a run can have: a GPU's free memory; on a CPU what is available, and what this process has of it."""
+    """What a run can have: a GPU's free memory; on a CPU what the system, or a container's limit, leaves, and what this
+    process has of it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    return available[0] + private_bytes() if available else inf
+    for folder, limit, used, cache in CGROUPS:
+        with suppress(OSError, ValueError, KeyError):  # there is none; or its limit is "max"
+            found = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            limit_bytes, used_bytes = (int(Path(folder, name).read_text()) for name in (limit, used))
+            available.append(limit_bytes - used_bytes + int(found[cache]))  # which the system takes back
+    return min(available) + private_bytes() if available else inf
 
 
 def one_line(predicted: Mapping[str, int]) -> str:

@@ -507,12 +507,35 @@ def test_data_check_exits_with_1_and_one_line(run: Run, chats: Path, tmp_path: P
     refused(run("data", "chekc", chats), 2, "check")
 
 
+def test_data_check_and_evaluate_overwrite_nothing(run: Run, chats: Path, tiny_base: Path) -> None:
+    before = chats.read_bytes()
+    for flag in ("--html", "--fix"):
+        refused(
+            run("data", "check", chats, flag, chats), 1, "chats.jsonl: exists already or is empty; name another file"
+        )
+    refused(run("evaluate", chats, "--model.path", tiny_base, "--out", chats), 1, "chats.jsonl: exists already")
+    refused(run("evaluate", chats, "--model.path", tiny_base, "--out", ""), 1, "is empty; name another file")
+    assert chats.read_bytes() == before
+
+
+def test_figures_are_shown_also_where_answers_cannot_be_written(run: Run, chats: Path, tiny_base: Path) -> None:
+    given = ["--model.path", tiny_base, "--eval.answers", 1, "--eval.max_new_tokens", 2]
+    status, out, err = run("evaluate", chats, *given, "--out", chats / "below a file")
+    assert (status, json.loads(out)["answers"]) == (1, 1)
+    assert "below a file: could not be written: a part of that path is a file" in err
+
+
+def test_a_link_to_itself_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused(run("quantize", "demo", tmp_path / "loop"), 1, "loop: is a link or a file")
+    refused(run("train", "--data.train", "f", "--overwrite", "--train.output", tmp_path / "loop" / "x"), 1, "loop")
+
+
 def test_data_check_fix(run: Run, chats: Path, tmp_path: Path) -> None:
     with chats.open("a") as file:
         file.write('no\n{"messages": [{"role": "user", "content": "t"}]}\n')
         file.write(json.dumps(chat("name 0", "it 0")) + "\n")
     before, fixed = chats.read_bytes(), tmp_path / "fixed.jsonl"
-    refused(run("data", "check", chats, "--fix", chats), 1, "chats.jsonl: is one of the files to be fixed")
     status, out, err = run("data", "check", chats, "--fix", fixed, "--data.validation_share", 0.3)
     assert (status, err) == (0, "")
     assert "20 records; left out: 2 x bad line, 1 x duplicate" in out

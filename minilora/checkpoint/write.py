@@ -39,6 +39,8 @@ _REMEDIES = {
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write one file, replacing what was there. Raises UserError if it cannot be written."""
     path = Path(os.path.abspath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a folder, a pipe or a device; name a file")
     temp = _beside(path, "tmp")
     with _explained(path):
         try:
@@ -95,8 +97,8 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
     """
     if not os.fspath(path):
         raise UserError("the name of the folder to write is empty; give it one")
-    target = Path(path).resolve()
-    for source in (Path(source).resolve() for source in sources):
+    target = Path(os.path.realpath(path))
+    for source in map(Path, map(os.path.realpath, sources)):
         if target == source or target in source.parents:
             raise UserError(f"{path}: holds {source}, which it would be made from; choose another folder")
     _refuse_standing(Path(path), overwrite)
@@ -227,7 +229,9 @@ def _refuse_standing(path: Path, overwrite: bool) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{path}: is a link or a file; choose another name for the folder")
     if not overwrite and path.exists() and not _is_empty_folder(path):
-        raise UserError(f"{path}: exists already; choose another name, or ask to overwrite it")
+        raise UserError(f"{path}: exists already; choose another name, or add --overwrite")
+    if path.exists() and Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
+        raise UserError(f"{path}: the current folder lies in it, and it would be replaced; choose another name")
 
 
 def _is_empty_folder(path: Path) -> bool:

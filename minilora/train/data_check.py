@@ -9,7 +9,6 @@ attention and the optimizer come on top, so a run takes longer.
 import time
 from dataclasses import replace
 from math import ceil
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,6 @@ from minilora.checkpoint.write import atomic_write
 from minilora.config import DataConfig, ModelConfig, RunConfig
 from minilora.data.check import Data, figures, load_data, mended
 from minilora.data.pack import RowSampler
-from minilora.data.sources import FILE_KEYS, sources
 from minilora.errors import UserError
 from minilora.memory import as_text, free_bytes
 from minilora.tokenizer import load_tokenizer
@@ -86,11 +84,8 @@ def fix_data(config: RunConfig, out: str) -> str:
     Kept of a damaged conversation is what stands before the damage, up to an answer. Left out are lines that cannot be
     mended, further copies of a record, and what validation or test hold, too.
 
-    Raises UserError if `out` is one of the inputs, nothing can be kept, or what was written has a fault still.
+    out: a new file. Raises UserError if nothing can be kept, or what was written has a fault still.
     """
-    files = [source.path for key in FILE_KEYS for source in sources(getattr(config.data, key))]
-    if Path(out).resolve() in [Path(file).resolve() for file in files]:
-        raise UserError(f"{out}: is one of the files to be fixed; write to another")
     whole = replace(config.data, validation_share=0.0, test_share=0.0, share=1.0)
     text, left_out = mended(_load(config, whole, mend=True))
     if not text:

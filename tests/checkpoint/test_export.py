@@ -144,7 +144,7 @@ def test_beside_the_weights(base: Path, tmp_path: Path, to: str) -> None:
     for word in ('license: "cc-by-4.0"', "base_model: mistralai/Mistral-7B-v0.3\n", "# out\n", '"loss": 1.5', "v3"):
         assert word in card
     assert verify_manifest(tmp_path / "out")["files"].keys() == set(os.listdir(tmp_path / "out")) - {"manifest.json"}
-    with pytest.raises(UserError, match="out: exists already; choose another name, or ask to overwrite it"):
+    with pytest.raises(UserError, match="out: exists already; choose another name, or add --overwrite"):
         export_checkpoint(source, tmp_path / "out", to)
     export_checkpoint(source, tmp_path / "out", to, overwrite=True)
     (tmp_path / "out" / "mine.txt").touch()

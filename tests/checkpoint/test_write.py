@@ -51,6 +51,24 @@ def test_atomic_write_makes_folders_and_replaces(tmp_path: Path) -> None:
     assert os.listdir(file.parent) == ["b.txt"]
 
 
+def test_atomic_write_replaces_files_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(UserError, match=f"{name}: is a folder, a pipe or a device; name a file"):
+            atomic_write(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell in it would be left in a folder that is gone."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for path in (".", tmp_path / "a" / "b", ".."):
+        with pytest.raises(UserError, match="the current folder lies in it"), atomic_folder(path, overwrite=True):
+            pass
+
+
 def test_atomic_write_over_the_size_limit_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "metrics.json"
     atomic_write(file, "old")

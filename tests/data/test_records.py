@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             read(tmp_path / "missing.jsonl")
         with pytest.raises(UserError, match="cannot be read: Is a directory"):
             read(tmp_path)
-    with pytest.raises(UserError, match="/dev/zero: is a device"):
+    with pytest.raises(UserError, match="/dev/zero: is no file; name one of JSONL"):
         list(read_records("/dev/zero"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe: is no file; .* write a pipe to a file first"):
+        list(read_records(tmp_path / "pipe"))
 
 
 def test_fingerprint(tmp_path: Path) -> None:
