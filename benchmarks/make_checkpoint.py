@@ -10,6 +10,7 @@ time.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,8 +23,9 @@ from minilora.checkpoint.layout import Layout
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.save import save_hf, save_mistral
 from minilora.config import ModelConfig
-from minilora.errors import UserError
+from minilora.errors import UserError, is_out_of_memory
 from minilora.model import Mistral
+from minilora.train.signals import Stopped, StopRequest
 
 POOL = 1 << 24  # numbers drawn
 PIECE = 1 << 21  # numbers taken from the pool at a time: they fit the cache
@@ -38,11 +40,26 @@ def make_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     tokenizer: str | Path | None = None,
 ) -> None:
-    """Write the random model of `config` and `seed`. Raises UserError if the folder stands or the disk is too small."""
+    """Write the random model of `config` and `seed`. Raises UserError if the folder stands or the disk is too small,
+    and Stopped at the next tensor after a signal; nothing is left then.
+    """
+    if not str(folder):
+        raise UserError("OUT, the name of the new folder, is empty; give it one")
     with torch.device("meta"):
         model = Mistral(config)
     save = save_hf if layout == "hf" else save_mistral
-    save(model, folder, dtype=dtype, weights=random_weights(config, seed), tokenizer=tokenizer)
+    with StopRequest() as stop:
+        weights = _until_stopped(random_weights(config, seed), stop, f"{folder}: stopped, nothing was written")
+        save(model, folder, dtype=dtype, weights=weights, tokenizer=tokenizer)
+
+
+def _until_stopped(
+    weights: Iterator[tuple[str, Tensor]], stop: StopRequest, message: str
+) -> Iterator[tuple[str, Tensor]]:
+    for weight in weights:
+        stop.follow(message)
+        yield weight
+    stop.follow(message)
 
 
 def random_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -78,22 +95,47 @@ def _uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
+def _seed(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**63:  # what torch takes
+        raise argparse.ArgumentTypeError("must be from 0 to 2^63 - 1")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """The command; its exit status, as `minilora` has it: 1 after one line that says why, 130 or 143 for a signal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.make_checkpoint", description=__doc__.split("\n")[0])
     parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument("--shape", required=True, metavar="NAME", help=", ".join(SHAPES))
     parser.add_argument("--layout", choices=("hf", "mistral"), default="hf")
     parser.add_argument("--tokenizer", metavar="FILE", help="copied beside the weights")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parsed = parser.parse_args(argv)
     try:
-        make_checkpoint(shape(parsed.shape), parsed.out, parsed.layout, parsed.seed, tokenizer=parsed.tokenizer)
+        config = shape(parsed.shape)
+        make_checkpoint(config, parsed.out, parsed.layout, parsed.seed, tokenizer=parsed.tokenizer)
+        print(f"{parsed.shape}, {config.n_parameters:,} weights, written to {parsed.out}", flush=True)
     except UserError as error:
-        print(f"make_checkpoint: {error}", file=sys.stderr)
-        return 1
-    print(f"{parsed.shape}, {shape(parsed.shape).n_parameters:,} weights, written to {parsed.out}")
+        return _failed(str(error))
+    except Stopped as stop:
+        return _failed(str(stop), stop.exit_status)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone; the folder is there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, UnicodeError) as error:
+        where = getattr(error, "filename", None) or "the input or output"
+        return _failed(f"{where}: {getattr(error, 'strerror', None) or error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        return _failed("out of memory; choose a smaller --shape, or raise the limit")
     return 0
+
+
+def _failed(why: str, status: int = 1) -> int:
+    print(f"make_checkpoint: {why}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

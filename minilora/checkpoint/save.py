@@ -167,7 +167,8 @@ def write_plan(
     """
     for file in beside:
         if not Path(file).is_file():
-            raise UserError(f"{file}: no such file; the tokenizer is copied beside the weights")
+            what = "no regular file" if Path(file).exists() else "no such file"
+            raise UserError(f"{file}: {what}; the tokenizer is copied beside the weights")
     n_bytes = sum(map(_n_bytes, plan.files.values())) + sum(Path(file).stat().st_size for file in beside)
     with atomic_folder(folder, overwrite=overwrite, manifest={}, needed_bytes=n_bytes + SPARE_BYTES) as temp:
         for name, values in plan.small.items():

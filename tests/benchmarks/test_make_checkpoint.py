@@ -1,14 +1,23 @@
 """Random checkpoints: both layouts hold one model, its weights look like weights."""
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import minilora
+from benchmarks import make_checkpoint
 from benchmarks.make_checkpoint import main, random_weights
 from benchmarks.shapes import SHAPES, block_linear_parameters, qlora_step_flops, shape
+from minilora.config import ModelConfig
 from minilora.errors import UserError
+
+Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +68,72 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main([str(tmp_path / "x")])
     with pytest.raises(UserError):
         shape("13b")
+
+
+def failed(capsys: pytest.CaptureFixture[str], says: str) -> None:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("make_checkpoint: ")
+    assert says in error
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999999", "-1", str(2**63), "x"])
+def test_a_seed_that_torch_does_not_take_is_wrong_usage(seed: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--shape", "tiny", f"--seed={seed}", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def test_names_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--shape", "tiny", str(tmp_path / ("x" * 300))]) == 1
+    failed(capsys, "File name too long")
+    assert main(["--shape", "tiny", ""]) == 1
+    failed(capsys, "is empty")
+    assert main(["--shape", "tiny", "--tokenizer", str(tmp_path), str(tmp_path / "x")]) == 1
+    failed(capsys, f"{tmp_path}: no regular file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing(
+    signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def weights(config: ModelConfig, seed: int) -> Weights:
+        for i, weight in enumerate(random_weights(config, seed)):
+            if i == 3:
+                os.kill(os.getpid(), signum)
+            yield weight
+
+    monkeypatch.setattr(make_checkpoint, "random_weights", weights)
+    assert main(["--shape", "tiny", str(tmp_path / "x")]) == 128 + signum
+    failed(capsys, "x: stopped, nothing was written")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def weights(config: ModelConfig, seed: int) -> Weights:
+        yield next(random_weights(config, seed))
+        raise error
+
+    monkeypatch.setattr(make_checkpoint, "random_weights", weights)
+    assert main(["--shape", "tiny", str(tmp_path / "x")]) == 1
+    failed(capsys, "out of memory; choose a smaller --shape")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_standard_output_that_takes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.make_checkpoint", "--shape", "tiny"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, tmp_path / "x"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, tmp_path / "y"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_7b_has_the_official_sizes() -> None:

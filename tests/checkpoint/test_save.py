@@ -160,6 +160,8 @@ def test_tokenizer_and_manifest_lie_beside_the_weights(originals: Path, tmp_path
     assert set(verify_manifest(tmp_path / "x")["files"]) == set(os.listdir(tmp_path / "x")) - {"manifest.json"}
     with pytest.raises(UserError, match="nowhere: no such file; the tokenizer"):
         save_mistral(model, tmp_path / "y", tokenizer=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="x: no regular file; the tokenizer"):
+        save_mistral(model, tmp_path / "y", tokenizer=tmp_path / "x")
     with pytest.raises(UserError, match="x: exists already"):
         save_mistral(model, tmp_path / "x")
     save_mistral(model, tmp_path / "x", overwrite=True)
