@@ -187,8 +187,8 @@ def _notes(job: _Job) -> list[str]:
     """What a user of the export should know."""
     window, notes = min(filter(None, job.source.config.windows), default=None), list[str]()
     if window and job.to.startswith("gguf"):
-        agree = f"its answers agree with the model's up to {window:,} tokens only"
-        notes.append(f"llama.cpp knows no sliding window, so {agree}; that is the context length in the file")
+        agree = f"its answers agree with the model's up to {window:,} tokens only; that is the file's context length"
+        notes.append(f"llama.cpp knows no sliding window for the llama architecture, so {agree}")
     if job.source.nf4:
         notes.append("The weights were in NF4: these are their dequantized values.")
     return notes

@@ -4,7 +4,8 @@
     Q8_0: blocks of 32 along a row, a scale d = max|x| / 127 in F16 and 32 bytes round(x / d)
 
 A Mistral is of llama.cpp's architecture "llama", which turns interleaved pairs, as Mistral's own files have the rows
-of W_q and W_k. It knows no sliding window: with one, W is written as the context's length, up to which both see alike.
+of W_q and W_k, and for which llama.cpp knows no sliding window: with one, W is written as the context's length, up to
+which both see alike.
 Source: `convert_hf_to_gguf.py` in https://github.com/ggml-org/llama.cpp, whose package `gguf` writes and reads here.
 """
 
@@ -88,7 +89,14 @@ def write_gguf(file: Path, keys: dict[str, Any], config: ModelConfig, weights: W
         writer.write_ti_data_to_file()
         for spec, weight in weights:
             refuse_not_finite(weight.half(), spec.name, "F16 cannot hold it; export to hf instead")
-            writer.write_tensor_data(_quantized(spec, weight, kind))
+            writer.write_tensor_data(_quantized(spec, weight, kind).view(_Rows))
+
+
+class _Rows(np.ndarray[Any, np.dtype[Any]]):
+    """An array that says why it could not be written: numpy's own `tofile` raises an OSError without its number."""
+
+    def tofile(self, fid: Any, *_: Any, **__: Any) -> None:
+        fid.write(np.ascontiguousarray(self).data)
 
 
 def compare_gguf(file: Path, keys: dict[str, Any], config: ModelConfig, weights: Weights, kind: GGUFKind) -> None:

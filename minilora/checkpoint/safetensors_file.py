@@ -100,7 +100,10 @@ def _empty(n_bytes: int) -> Tensor:
     """(n_bytes,) uint8 of memory of its own; huge pages, where the system has them, are filled three times as fast."""
     if n_bytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # no fault of a file, which it would be taken for
+        raise MemoryError(f"no {n_bytes:,} bytes to read a tensor into") from error
     with suppress(OSError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

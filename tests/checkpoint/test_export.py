@@ -285,8 +285,8 @@ def test_the_verb(run: Any, base: Path, tmp_path: Path) -> None:
         f"written to {tmp_path / 'out'}",
     ]
     assert err == (
-        "warning: llama.cpp knows no sliding window, so its answers agree with the model's up to 12 tokens only; that "
-        "is the context length in the file\n"
+        "warning: llama.cpp knows no sliding window for the llama architecture, so its answers agree with the "
+        "model's up to 12 tokens only; that is the file's context length\n"
     )
     wrong = run("export", base, tmp_path / "x", "--to", "gguf-f16", "--dtype", "bfloat16")
     assert wrong[::2] == (1, "minilora export: gguf-f16 says itself which dtype it has; leave --dtype out\n")

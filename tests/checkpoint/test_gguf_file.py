@@ -1,6 +1,7 @@
 """GGUF files, in the eyes of the package that owns the format, of transformers, and of the format's own arithmetic."""
 
 import os
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_a_window_is_the_context_that_llama_cpp_may_use(tmp_path: Path, window: 
     _, notes = export_checkpoint(base, tmp_path / "out", "gguf-f16")
     keys, _ = read_gguf(tmp_path / "out" / "model-f16.gguf")
     assert keys["llama.context_length"] == (64 if window is None else 24)
-    assert [note.startswith("llama.cpp knows no sliding window") for note in notes] == [True] * (window is not None)
+    assert [note.startswith("llama.cpp knows no sliding window for") for note in notes] == [True] * (window is not None)
 
 
 def test_what_f16_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
@@ -177,6 +178,22 @@ def test_what_f16_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     save_hf(model, tmp_path / "base", dtype=torch.float32, tokenizer=TOKENIZER)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight.*F16 cannot hold it; export to hf instead"):
         export_checkpoint(tmp_path / "base", tmp_path / "out", "gguf-f16")
+    assert os.listdir(tmp_path) == ["base"]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_limit_of_the_files_size_among_the_tensors(tmp_path: Path, share: float) -> None:
+    """Behind the header, where numpy's own way to write an array would not say why it could not."""
+    base, soft_hard = saved(tmp_path / "base"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = exported(base, tmp_path / "whole", "gguf-f16")
+    begin, size = gguf.GGUFReader(file).data_offset, file.stat().st_size
+    shutil.rmtree(tmp_path / "whole")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(begin + share * (size - begin)), soft_hard[1]))
+    try:
+        with pytest.raises(UserError, match=r"out: could not be written: .*\(ulimit -f\)"):
+            export_checkpoint(base, tmp_path / "out", "gguf-f16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
     assert os.listdir(tmp_path) == ["base"]
 
 

@@ -91,6 +91,13 @@ def test_a_file_changed_after_its_header_was_read(tmp_path: Path) -> None:
         entry.read()
 
 
+def test_memory_that_is_not_there_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    """Else it would be an OSError, which writers take for one of what they write."""
+    save_file({"a": torch.ones(4)}, tmp_path / "x.safetensors")
+    with pytest.raises(MemoryError):
+        read_header(tmp_path / "x.safetensors")["a"].read_bytes(0, 1 << 60)
+
+
 def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensors = {
