@@ -3,7 +3,7 @@
 One step under torch's profiler, each operation's own time given to a group by where it was called from, its name and
 its shapes. Beside it stands what the step's matrix products alone would take at the rate that torch's own product
 reaches on this machine, in the step's dtype or in float32 (`ceiling`): what is above it is there to be won. Writes the
-result and docs/profile_step.png.
+result and docs/profile_step.png; --draw makes the figure anew of the result that is there.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from rich.table import Table
 
 from benchmarks.contestants import RANK, ours
 from benchmarks.feeds import Feed
-from benchmarks.harness import ROOT, Contestant, ContestantError, Step, Worker, machine, write_result
+from benchmarks.harness import RESULTS, ROOT, Contestant, ContestantError, Step, Worker, machine, write_result
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.shapes import qlora_step_flops, shape
 from minilora.adamw import FlatAdamW
 from minilora.attention import attend
+from minilora.checkpoint.json_file import read_json
+from minilora.errors import UserError
 from minilora.loss import cross_entropy_sum
 from minilora.nf4 import NF4Tensor
 
@@ -159,6 +161,11 @@ def _measure(dtype: str, base: str, feed: dict[str, Any], gflop: float) -> dict[
     }
 
 
+def title(dtype: str, figures: dict[str, Any]) -> str:
+    """Of a panel, whose bars add up to the second figure."""
+    return f"{dtype}: {figures['seconds']:.2f} s a step, {figures['profiled_seconds']:.2f} s under the profiler"
+
+
 def draw(result: dict[str, Any], file: Path) -> None:
     """Two stacks a dtype: the step's groups, and the ceiling."""
     from matplotlib import rc_context
@@ -181,7 +188,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 left += seconds
             axes.barh(0, figures["ceiling_seconds"], color="#64748b", height=0.7)
             axes.set_yticks([0, 1], ["products alone", "step"])
-            axes.set_title(f"{dtype}: {figures['seconds']:.3g} s, {figures['share_of_ceiling']:.0%} of the ceiling")
+            axes.set_title(title(dtype, figures))
             axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds (under the profiler)")
         figure.legend(loc="outside lower center", ncols=4)
@@ -207,7 +214,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all of it runs")
     parser.add_argument("--out", metavar="FILE", help="instead of results/profile_step.json; the figure lies beside it")
+    parser.add_argument("--draw", action="store_true", help="only the figure, of the result that is there")
     parsed = parser.parse_args(argv)
+    figure = Path(parsed.out).with_suffix(".png") if parsed.out else FIGURE
+    if parsed.draw:
+        try:
+            draw(read_json(Path(parsed.out or RESULTS / "profile_step.json")), figure)
+        except UserError as error:
+            print(f"profile_step: {error}", file=sys.stderr)
+            return 1
+        return 0
     console = Console()
     before = machine()
     name, rows, length = ("tiny", 2, 32) if parsed.quick else ("135m", 4, 256)
@@ -215,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if parsed.out or not parsed.quick:
         write_result("profile_step", result | {"machine": before}, parsed.out)
         if any("groups" in figures for figures in result["dtypes"].values()):
-            draw(result, Path(parsed.out).with_suffix(".png") if parsed.out else FIGURE)
+            draw(result, figure)
     _show(result, console)
     if errors := [figures["error"] for figures in result["dtypes"].values() if "error" in figures]:
         print(f"profile_step: {errors[0]}", file=sys.stderr)

@@ -163,3 +163,32 @@ def test_the_profile_accounts_for_the_step(tmp_path: Path) -> None:
     assert sum(figures["groups"].values()) == pytest.approx(figures["profiled_seconds"], rel=0.05)
     assert all(figures["groups"][name] > 0 for name in profile_step.GROUPS)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_profile_is_drawn_of_the_committed_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each panel's title has the step without the profiler and the one with it, to which its bars add up."""
+    monkeypatch.setattr(profile_step, "FIGURE", tmp_path / "x.png")
+    assert profile_step.main(["--draw"]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    for dtype, figures in json.loads((profile_step.RESULTS / "profile_step.json").read_text())["dtypes"].items():
+        title = profile_step.title(dtype, figures)
+        assert f"{figures['seconds']:.2f} s a step" in title
+        assert f"{sum(figures['groups'].values()):.2f} s under the profiler" in title
+    assert profile_step.main(["--draw", "--out", str(tmp_path / "none.json")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_page_says_what_the_profile_says() -> None:
+    page = " ".join((profile_step.ROOT / "docs" / "where_the_time_goes.md").read_text().split())
+    dtypes = json.loads((profile_step.RESULTS / "profile_step.json").read_text())["dtypes"]
+    shares = {
+        dtype: {group: seconds / figures["profiled_seconds"] for group, seconds in figures["groups"].items()}
+        for dtype, figures in dtypes.items()
+    }
+    products = {dtype: f"{of['frozen weights'] + of['head and loss']:.0%}" for dtype, of in shares.items()}
+    assert f"most of it**, {products['float32'][:-1]} %" in page
+    assert f"they are {products['bfloat16'][:-1]} %" in page
+    assert max(shares["bfloat16"], key=shares["bfloat16"].__getitem__) == "elementwise"
+    assert f"the largest group, {shares['bfloat16']['elementwise']:.0%}"[:-1] in page
