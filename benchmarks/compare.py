@@ -22,12 +22,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- compared: by python -m benchmarks.compare -->", "<!-- end compared -->"
 
 
+SHOWN = {name: column for name, column in COLUMNS.items() if name != "tokens/s"}  # of one run each: noise
+
+
 def compared(result: Mapping[str, Any]) -> str:
     """The runs as a Markdown table, the best first; the winner's test below it."""
-    head = ["run", *COLUMNS]
+    head = ["run", *SHOWN]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in ranked(result):
-        cells = [row["name"], *(text_of(column(row)) for column in COLUMNS.values())]
+        cells = [row["name"], *(text_of(column(row)) for column in SHOWN.values())]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"The winner's test, opened once: {figures_of(result['test'])}."])
 

@@ -15,6 +15,7 @@ def test_the_page_has_the_committed_figures(tmp_path: Path) -> None:
     write_table(tmp_path / "page.md", result["comparison"])
     assert (tmp_path / "page.md").read_text() == page
     assert compared(result["comparison"]) in page
+    assert "tokens/s" not in compared(result["comparison"]), "of one run each, without a spread"
     assert result["seconds"] < 15 * 60
     assert (DOCS / "compare.png").exists()
 
