@@ -497,4 +497,6 @@ def _errors(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
+    if "BENCHMARK_ANSWERS" not in os.environ:
+        sys.exit("harness: the other benchmarks run in it; run one of them, such as python -m benchmarks.train_step")
     serve()

@@ -213,13 +213,13 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status is 1 where a cell failed or is not close enough."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.split("\n")[0])
-    names = ("demo", "135m", "mistral-7b-v0.3")
-    parser.add_argument("--shape", choices=[*names, *SHAPES], action="append", help=f"if not {', '.join(names[:2])}")
+    default = ("demo", "135m")
+    parser.add_argument("--shape", choices=["demo", *SHAPES], action="append", help=f"if not {', '.join(default)}")
     parser.add_argument("--model", metavar="PATH", help="a checkpoint of that shape, instead of random bytes")
     parser.add_argument("--out", metavar="FILE", help="instead of results/ledger.json")
     parsed = parser.parse_args(argv)
     console, failed, parts = Console(), 0, {}
-    for name in parsed.shape or names[:2]:
+    for name in parsed.shape or default:
         model = parsed.model or ("demo" if name == "demo" else None)
         for cell in cells(name):
             parts[cell.name] = result = measure(cell, model)

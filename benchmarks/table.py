@@ -4,10 +4,11 @@ Every line of the table is a "rows" entry of a result, with the file it comes fr
 commands and machines. So no figure is typed by hand; `tests/benchmarks/test_table.py` holds the README to it.
 """
 
+import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,10 @@ def _machine(machine: Mapping[str, Any]) -> str:
     )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=(__doc__ or "").split("\n")[0])
+    parser.parse_args(argv)
     try:
         README.write_text(between(README.read_text(), measured()))
     except ValueError as error:

@@ -2,10 +2,13 @@
 
 import json
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import (
+    ROOT,
     Contestant,
     Measured,
     Record,
@@ -27,6 +30,13 @@ def toy(function: str, **arguments: Any) -> Contestant:
 
 def record(*seconds: float) -> Record:
     return Record("x", [Measured(s, 10, 20, {}) for s in seconds])
+
+
+def test_alone_it_says_who_runs_it() -> None:
+    command = [sys.executable, "-m", "benchmarks.harness"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "python -m benchmarks.train_step" in done.stderr
 
 
 def test_steps_are_counted_and_arguments_arrive() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.feeds import random_batch
-from benchmarks.ledger import CLOSE, Cell, _step, random_model, run_config
-from benchmarks.shapes import shape
+from benchmarks.ledger import CLOSE, Cell, _step, main, random_model, run_config
+from benchmarks.shapes import SHAPES, shape
 from benchmarks.watch import StepWatch
 from minilora import scratch
 from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
@@ -21,6 +21,12 @@ from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
 AT_REST = ("packed weights", "absmax", "embeddings, head, norms", "adapters", "gradients", "optimizer")
+
+
+def test_help_names_each_shape_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert f"{{{','.join(['demo', *SHAPES])}}}" in "".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("rows", [1, 4])

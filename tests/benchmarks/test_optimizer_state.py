@@ -26,3 +26,8 @@ def test_the_chapter_has_the_result_s_figures() -> None:
     page = PAGE.read_text()
     assert table(part) in page
     assert between(page, table(part), BEGIN) == page
+
+
+def test_the_chapter_says_what_a_gpu_has_timed() -> None:
+    timed = any("8bit" in name for name in json.loads((RESULTS / "gpu.json").read_text())["parts"]["adamw"]["cases"])
+    assert ("has not been timed yet" in PAGE.read_text()) == (not timed)

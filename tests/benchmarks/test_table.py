@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import table
 from benchmarks.harness import machine, row
 from benchmarks.table import README, between, measured
 
@@ -28,6 +29,22 @@ def test_only_results_with_rows_make_lines(tmp_path: Path) -> None:
     ]
     assert len(lines) == 6  # one command on one machine, said once
     assert lines[5].startswith(f"- `x.json`: `python -m benchmarks.x`, on {machine()['cpu']}")
+
+
+def test_help_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("# minilora")
+    monkeypatch.setattr(table, "README", page)
+    with pytest.raises(SystemExit, match="0"):
+        table.main(["--help"])
+    assert "usage: python -m benchmarks.table" in capsys.readouterr().out
+    assert page.read_text() == "# minilora"
+    assert table.main([]) == 1
+    page.write_text(f"{table.BEGIN}\n\n{table.END}\n")
+    assert table.main([]) == 0
+    assert page.read_text() == f"{table.BEGIN}\n{measured()}\n{table.END}\n"
 
 
 def test_a_readme_without_markers_is_refused() -> None:
