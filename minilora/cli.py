@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return 0 if args else 2
+    if args[0] == "--version":
+        print(f"minilora {version('minilora')}")
+        return 0
     verb = VERBS.get(args[0])
     if verb is None:
         print(f"minilora: there is no verb {args[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
@@ -211,7 +215,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     from minilora.train.loop import fine_tune
     from minilora.train.progress import ConsoleReporter
 
-    console = Console()
+    console = _console()
     run = fine_tune(config, ConsoleReporter(console), resume, overwrite)
     report = write_report(run.folder.path)
     summary = run.folder.read_json("summary.json")
@@ -225,7 +229,7 @@ def _dry_run(config: RunConfig) -> None:
     from minilora.train.dry_run import dry_run
     from minilora.train.progress import ConsoleReporter
 
-    dry_run(config, ConsoleReporter(Console()))
+    dry_run(config, ConsoleReporter(_console()))
     print("dry run: config, data, shapes, one step, save, reload and generate all work; nothing was kept")
 
 
@@ -255,6 +259,11 @@ def _tell(base: "Base", predicted: dict[str, int]) -> None:
     print(one_line(predicted), file=sys.stderr)
 
 
+def _console() -> Console:
+    """A terminal's; for a file or a pipe, one wide enough for every table."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
+
+
 def _warn(warnings: Sequence[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -263,6 +272,7 @@ def _warn(warnings: Sequence[str]) -> None:
 def data(args: list[str]) -> None:
     """Check data line by line and show what of them is trained on: minilora data check FILE... [--fix OUT.jsonl]"""
     parser = _run_parser(data)
+    parser.usage = "minilora data check [FILE ...] [--section.key value ...] [--fix OUT.jsonl] [--html OUT.html]"
     parser.add_argument("what", choices=["check"])
     parser.add_argument("files", metavar="FILE", nargs="*", help="training data; by default data.train")
     parser.add_argument("--fix", metavar="OUT.jsonl", help="write the training data without what is wrong in them")
@@ -278,7 +288,7 @@ def data(args: list[str]) -> None:
     from minilora.train.data_check import check_data, fix_data
 
     checked, figures = check_data(config)
-    show_data(checked, figures, parsed.show, Console(), parsed.html)
+    show_data(checked, figures, parsed.show, _console(), parsed.html)
     if parsed.fix:
         print(fix_data(config, parsed.fix))
     else:
@@ -430,7 +440,7 @@ def merge(args: list[str]) -> None:
             )  # fmt: skip
     _warn(base.warnings)
     print(f"against the trained model, on {audit.base.n_tokens:,} target tokens; KL in nats a token:")
-    Console().print(table(audit.COLUMNS, audit.rows()))
+    _console().print(table(audit.COLUMNS, audit.rows()))
     if parsed.out is not None:
         if not audit.passed(parsed.onto):
             print(f"warning: --force overrode the audit: {audit.text(parsed.onto)}", file=sys.stderr)
@@ -523,7 +533,7 @@ def _weights_bar(out: str) -> Iterator[Callable[[int, int], None]]:
     from minilora.report.console import weights_bar
     from minilora.train.signals import StopRequest
 
-    with StopRequest() as stop, weights_bar(Console()) as bar:
+    with StopRequest() as stop, weights_bar(_console()) as bar:
 
         def progress(done: int, of: int) -> None:
             bar(done, of)
@@ -549,7 +559,7 @@ def inspect(args: list[str]) -> None:
     if parsed.json:
         print(to_json(facts, indent=1))
     else:
-        show_facts(facts, Console())
+        show_facts(facts, _console())
     if facts["reason"]:
         raise UserError(f"{parsed.path}: would not load: {facts['reason']}")
 
@@ -583,7 +593,7 @@ def explain(args: list[str]) -> None:
         if name not in specs:
             raise UserError(f"{checkpoint.folder}: no tensor {name!r}; there is {next(iter(specs))}, and others")
         weight = checkpoint.read(specs[name])
-    show(weight, name=name, block=parsed.block, seed=parsed.seed, console=Console())
+    show(weight, name=name, block=parsed.block, seed=parsed.seed, console=_console())
 
 
 def verify(args: list[str]) -> None:
@@ -600,7 +610,7 @@ def verify(args: list[str]) -> None:
     from minilora.evaluate.kernel_check import check_kernels
     from minilora.report.kernel_table import error_table, print_ways
 
-    console, device = Console(), pick_device(parsed.model.device)
+    console, device = _console(), pick_device(parsed.model.device)
     print_ways(device, console)
     checks = list(check_kernels(device))
     console.print(error_table(checks))
@@ -619,7 +629,9 @@ def compare(args: list[str]) -> None:
     parser = _run_parser(compare)
     parser.usage = "minilora compare [CONFIG.toml] [--section.key value ...] [--strategies ...] [--grid KEY=A,B ...]"
     parser.add_argument(
-        "--strategies", help="a list such as qlora,full; all without a grid, else what the configuration says"
+        "--strategies",
+        help="a list of full,partial,lora,qlora,dora,prefix; all without a grid, else what the configuration says; "
+        "full takes a tenth of its train.lr, prefix a hundred times as much, unless the grid names train.lr",
     )
     parser.add_argument("--grid", action="append", default=[], help="KEY=A,B: a run for each value, and for each pair")
     parser.add_argument("--shares", default="", help="such as 0.25,0.5: runs on less of the data, for a learning curve")
@@ -634,7 +646,7 @@ def compare(args: list[str]) -> None:
     from minilora.train.compare import STRATEGIES, Variant, combinations
     from minilora.train.compare import compare as run_all
 
-    console, grid, shares = Console(), parsed.grid, parsed.shares
+    console, grid, shares = _console(), parsed.grid, parsed.shares
     if not config.data.train:  # the embedded base
         from minilora.demo.story import comparison_config
 
@@ -676,7 +688,7 @@ def demo(args: list[str]) -> None:
 
     from minilora.demo.story import tell
 
-    tell(Path(parsed.output), parsed.seed, Console())
+    tell(Path(parsed.output), parsed.seed, _console())
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {

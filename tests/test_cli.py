@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import MistralForCausalLM
 
 from minilora.base import Base
 from minilora.checkpoint.save import save_hf
-from minilora.cli import VERBS, _quoted, main
+from minilora.cli import VERBS, _console, _quoted, main
 from minilora.config import BaseConfig, RunConfig, to_dict
 from minilora.generation import generate
 from minilora.train import ledger, loop
@@ -75,6 +76,17 @@ def test_every_verb_has_help(run: Run, verb: str) -> None:
     assert (status, err) == (0, "")
     assert f"minilora {verb}" in out
     assert (VERBS[verb].__doc__ or "").split(":")[0].split()[0] in out
+
+
+def test_the_version(run: Run) -> None:
+    assert run("--version") == (0, f"minilora {version('minilora')}\n", "")
+
+
+def test_what_is_no_terminal_is_wide_enough_for_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert _console().width == 200
+    monkeypatch.setenv("COLUMNS", "70")
+    assert _console().width == 70
 
 
 def test_an_unknown_verb(run: Run) -> None:
@@ -475,7 +487,8 @@ def test_data_check_alone(run: Run, chats: Path, tmp_path: Path) -> None:
     assert re.search(r"steps +1 to an epoch, .* train\.epochs 1 comes to 1 steps", out)
     _, out_of_steps, _ = run("data", "check", chats, "--train.max_steps", 5)
     assert "train.max_steps 5 comes to 5 epochs" in out_of_steps
-    assert "<s>[INST]name 0[/INST]it 0</s>" in out
+    assert "⟦trained on⟧, only seen" in out
+    assert "<s>[INST]name 0[/INST]⟦it 0⟧⟦</s>⟧" in out
     assert "name 1[" not in out
     assert "[INST]" in (tmp_path / "page.html").read_text()
 

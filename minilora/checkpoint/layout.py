@@ -40,6 +40,12 @@ def find_layout(folder: Path) -> Layout:
     for pattern in _PICKLES:
         for file in sorted(folder.glob(pattern)):
             raise UserError(f"{file}: pickle files can run code and are not read; convert it to safetensors")
+    for name, instead in (
+        ("adapter_config.json", "is an adapter; merge it first, or give it as --adapter"),
+        ("*.gguf", "is for llama.cpp; name what it was made from"),
+    ):
+        if any(folder.glob(name)):
+            raise UserError(f"{folder}: {instead}")
     raise UserError(f"{folder}: no checkpoint here; model.safetensors or consolidated.safetensors was looked for")
 
 

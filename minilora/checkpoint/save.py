@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def save_hf(
     weights: Weights | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
+    layout: Layout = "hf",
 ) -> None:
     """Write `model` as transformers reads it: config.json and model.safetensors, or shards and their index.
 
@@ -63,21 +65,12 @@ def save_hf(
     folder is then as it was.
     """
     options = {"beside": [tokenizer] if tokenizer else [], "overwrite": overwrite}
-    write_layout("hf", model.config, dtype, weights or model_weights(model), folder, options, max_shard_bytes)
+    write_layout(layout, model.config, dtype, weights or model_weights(model), folder, options, max_shard_bytes)
 
 
-def save_mistral(
-    model: Mistral,
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    weights: Weights | None = None,
-    tokenizer: str | Path | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write `model` as mistral-inference reads it: params.json, consolidated.safetensors. Arguments as in `save_hf`."""
-    options = {"beside": [tokenizer] if tokenizer else [], "overwrite": overwrite}
-    write_layout("mistral", model.config, dtype, weights or model_weights(model), folder, options)
+save_mistral = partial(
+    save_hf, layout="mistral"
+)  # as mistral-inference reads it: params.json, consolidated.safetensors
 
 
 def model_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:

@@ -19,6 +19,7 @@ BAR = 40
 STYLES = {
     "prompt": "bright_black",
     "target": "green",
+    "good": "green",
     "control": "dim cyan",
     "eos": "white on green",
     "eos, not trained on": "white on red",
@@ -26,6 +27,7 @@ STYLES = {
     "warning": "yellow",
     "": "",
 }
+TRAINED = ("target", "eos")  # in \u27e6 \u27e7 where there is no colour
 Line = list[tuple[str, str]]  # texts, each with a key of STYLES
 
 
@@ -37,8 +39,10 @@ def show_data(data: Data, figures: Sequence[tuple[str, str]], n: int, console: C
     page = Console(file=io.StringIO(), record=True, highlight=False)
     for line in _lines(data, figures, n):
         text = Text.assemble(*((text, STYLES[key]) for text, key in line))
-        console.print(text, soft_wrap=True)
         page.print(text, soft_wrap=True)
+        if console.color_system is None:  # nothing is green
+            text = Text("".join(f"\u27e6{text}\u27e7" if key in TRAINED else text for text, key in line))
+        console.print(text, soft_wrap=True)
     if html is not None:
         body = page.export_html(code_format="{code}", inline_styles=True)
         atomic_write(html, html_page(Path(html).stem, f"<section><pre>{body}</pre></section>"))
@@ -49,15 +53,18 @@ def _lines(data: Data, figures: Sequence[tuple[str, str]], n: int) -> Iterator[L
         yield from ([(finding.text, key)] for finding in found[:LISTED])
         if found[LISTED:]:
             yield [(f"... and {len(found) - LISTED:,} more", key)]
-    yield [(f"{len(data.faults):,} faults", "fault" if data.faults else "target")]
+    yield [(f"{len(data.faults):,} faults", "fault" if data.faults else "good")]
     yield from ([(f"{name:12}{text}", "")] for name, text in figures)
     if figures:
         bars = histogram([sample.length for sample in data.learnt])
         most = max(count for _, count in bars)
         yield from (
-            [(f"{edge:>12,}  ", ""), ("█" * -(-count * BAR // most), "target"), (f" {count:,}", "")]
+            [(f"{edge:>12,}  ", ""), ("█" * -(-count * BAR // most), "good"), (f" {count:,}", "")]
             for edge, count in bars
         )
+    if n:
+        yield [("", "")]
+        yield [("trained on", "target"), (", ", ""), ("only seen", "prompt")]
     for sample in data.learnt[:n]:
         yield [("", "")]
         yield [(f"{sample.where}: {sample.length} positions, {sample.n_targets} trained on", "")]

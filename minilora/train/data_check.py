@@ -55,7 +55,8 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str,
     n_rows, per_step = len(sampler.rows), train.batch_size * train.accumulate
     weights = sizes.n_parameters - (0 if sizes.tied_embeddings else sizes.vocab_size * sizes.dim)
     speed = _flop_per_s(sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0])
-    minutes = (6 if train.strategy == "full" else 4) * weights * n_rows * length / speed / 60
+    seconds = (6 if train.strategy == "full" else 4) * weights * n_rows * length / speed
+    least = f"{seconds / 60:,.2g} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
     measured = f"products alone, at the {speed / 1e9:,.0f} GFLOP/s of a product measured here"
     an_epoch = n_rows / per_step
     run = f"train.epochs {train.epochs:g} comes to {ceil(train.epochs * an_epoch):,} steps"
@@ -63,7 +64,7 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str,
         run = f"train.max_steps {train.max_steps:,} comes to {train.max_steps / an_epoch:.3g} epochs"
     return [
         ("steps", f"{an_epoch:,.4g} to an epoch, each of rows: {per_step}; {run}"),
-        ("time", f"an epoch takes more than {minutes:,.2g} minutes on this {device.type}: {measured}"),
+        ("time", f"an epoch takes more than {least} on this {device.type}: {measured}"),
         ("memory", f"{as_text(needed)} predicted at a step's peak, {as_text(free_bytes(device))} free"),
     ]
 

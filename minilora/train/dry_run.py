@@ -27,7 +27,8 @@ def dry_run(config: RunConfig, reporter: Reporter) -> None:
         run = fine_tune(short, reporter, overwrite=True, with_test=False)
         peaks, predicted = run.memory.summary(), as_text(sum(run.predicted_bytes.values()))
         measured = as_text(peaks.get("device_allocated", peaks["private"]))
-        reporter.say(f"memory of the step: {predicted} predicted, {measured} measured")
+        holes = "" if "device_allocated" in peaks else ", with what the heap and libraries keep for later"
+        reporter.say(f"memory of the step: {predicted} predicted, {measured} measured{holes}")
         model = _reload(run)
         tokens = torch.tensor([run.train[0].tokens[:-1].tolist()], device=model.device)
         with torch.no_grad():

@@ -233,7 +233,12 @@ def test_pickles_are_refused_unopened(hf_folder: Path, name: str) -> None:
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
+    for name, file in (("a", "adapter_config.json"), ("g", "model.gguf")):
+        (tmp_path / "others" / name).mkdir(parents=True)
+        (tmp_path / "others" / name / file).write_text("{}")
     for path, message in [
+        (tmp_path / "others" / "a", "is an adapter; merge it first, or give it as --adapter"),
+        (tmp_path / "others" / "g", r"is for llama\.cpp; name what it was made from"),
         (tmp_path / "nowhere", "no such folder"),
         (tmp_path / ("x" * 300), "no such folder"),
         (tmp_path, "no checkpoint here"),

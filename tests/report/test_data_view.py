@@ -35,7 +35,8 @@ def test_terminal_and_page_agree(tmp_path: Path) -> None:
     terminal, page = shown(data, tmp_path / "page.html")
     inside = re.search(r"<pre>(.*)</pre>", page, re.DOTALL)
     assert inside is not None
-    assert unescape(re.sub(r"<[^>]*>", "", inside[1])) == terminal
+    assert unescape(re.sub(r"<[^>]*>", "", inside[1])) == re.sub("[⟦⟧]", "", terminal)
+    assert "[INST]emit[/INST]⟦it⟧⟦</s>⟧" in terminal, "without colours, signs say what is trained on"
     assert "<b>" not in page
     assert "<script" not in page
     assert "http" not in page
