@@ -4,11 +4,11 @@ base -> NF4 -> adapters;  data -> samples -> packed rows
 measure; then until done: take rows, step, now and then validate and save; then measure again
 """
 
-import json
 import platform
 import statistics
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from minilora.checkpoint.adapter import save_adapter
+from minilora.checkpoint.json_file import parse_object
 from minilora.checkpoint.provenance import versions
 from minilora.checkpoint.save import save_hf
 from minilora.checkpoint.write import atomic_write
@@ -228,7 +229,7 @@ def _out_of_patience(run: Run) -> bool:
 def save(run: Run) -> None:
     """A checkpoint to go on from; then the ones it replaces are deleted."""
     counters, folder, memory = run.state.counters, run.folder, run.memory
-    counters.metrics_bytes, counters.timing_bytes = folder.metrics.size, folder.timing.size
+    counters.metrics_bytes, counters.timing_bytes = folder.metrics.sync(), folder.timing.sync()
     counters.peak_private_bytes = memory.private
     counters.peak_device_allocated, counters.peak_device_reserved = memory.device_allocated, memory.device_reserved
     run.state.save(folder.checkpoint("step", counters.step))
@@ -245,7 +246,7 @@ def finish(run: Run, with_test: bool = True) -> None:
     after, run.after = measure(run, run.validation)
     _write_answers(run)
     forgetting = run.forgetting.report(run.model)
-    advice = advise(_records(folder.path / "metrics.jsonl"), forgetting)
+    advice = advise(_records(folder.path / "metrics.jsonl", "step", "lr"), forgetting)
     for sentence in advice:
         run.reporter.say(f"advice: {sentence}")
     test = open_test(run) if with_test else {}
@@ -261,7 +262,7 @@ def finish(run: Run, with_test: bool = True) -> None:
             "metrics": {"before": run.before["metrics"], "after": after, "test": test},
         }
         save_adapter(run.model, folder.path / "adapter", provenance=provenance, overwrite=True)
-    speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl")]
+    speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl", "tok_per_s")]
     summary = {
         "before": run.before["metrics"],
         "after": after,
@@ -324,6 +325,10 @@ def _cell(text: str) -> str:
     return "<br>".join(text.strip().replace("|", "\\|").splitlines())
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """None, if the disk was too full to note any."""
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
+def _records(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """Those that can be read and have the keys: none, if the disk was too full to note any."""
+    records = list[dict[str, Any]]()
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(ValueError):
+            records.append(parse_object(line))
+    return [record for record in records if record.keys() >= {*keys}]

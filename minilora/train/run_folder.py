@@ -69,11 +69,18 @@ class LineLog:
         return None
 
     def cut(self, size: int) -> None:
-        """Back to the first `size` bytes: the lines up to the checkpoint that a run goes on from."""
-        there = self.path.stat().st_size if self.path.exists() else 0  # less, if lines could never be written
-        self.size, self.waiting = min(size, there), b""
-        if self.size < there:
-            os.truncate(self.path, self.size)
+        """Back to the whole lines in the first `size` bytes, up to the checkpoint that a run goes on from. They may be
+        fewer: never written, or lost with the power. A file that is gone is made."""
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            self.size, self.waiting = file.read(size).rfind(b"\n") + 1, b""
+            file.truncate(self.size)
+
+    def sync(self) -> int:
+        """Wait until the lines are on the disk; the bytes that they take."""
+        with suppress(OSError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        return self.size
 
 
 class RunFolder:

@@ -27,6 +27,7 @@ from minilora.evaluate.perplexity import mean_loss
 from minilora.fused import Projections
 from minilora.generation import generate
 from minilora.memory import PeakMemory
+from minilora.report.page import write_report
 from minilora.train import dry_run, loop, setup
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import LineLog
@@ -647,6 +648,50 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_begins_again(make_co
     fine_tune(make_config(), again, resume=True)
     assert again.began == (0, 4)
     assert (path / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "binary"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_a_log_that_was_cut_with_the_power_does_not_stand_in_the_way(
+    make_config: MakeConfig, quiet: Quiet, name: str, damage: str
+) -> None:
+    config = make_config(train__checkpoint_every=1, train__keep_checkpoints=4)
+    run = fine_tune(config, quiet)
+    (run.folder.path / "summary.json").unlink()
+    for step in (3, 4):
+        shutil.rmtree(run.folder.checkpoint("step", step))
+    log, adapter = run.folder.path / name, adapter_bytes(run)
+    damaged = {"cut": log.read_bytes()[: log.stat().st_size // 3], "gone": b"", "binary": b"\xff\x00" * 10_000}[damage]
+    log.write_bytes(damaged)
+    if damage == "gone":
+        log.unlink()
+    again = fine_tune(config, Quiet(), resume=True)
+    assert adapter_bytes(again) == adapter
+    assert [record["step"] for record in read_lines(log)] == [1, 3, 4][damage != "cut" :]
+    write_report(run.folder.path)
+
+
+def test_lines_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(
+        b'{"step": 1, "lr": 1}\n{"st\xff\n\n7\n{"step": 2}\n{"step": 3, "lr": 2}\n{"step": 4'
+    )
+    assert [record["step"] for record in loop._records(tmp_path / "log", "step", "lr")] == [1, 3]
+
+
+def test_the_logs_are_on_the_disk_before_a_checkpoint_that_counts_on_them(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = list[int](), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    folder = fine_tune(make_config(data__validation=None), quiet).folder
+    files = folder.metrics.path, folder.timing.path, folder.checkpoint("step", 4) / "state.json"
+    at = [synced.index(file.stat().st_ino) for file in files]
+    assert at == sorted(at)
 
 
 # --- Data -----------------------------------------------------------------------------------------------------------

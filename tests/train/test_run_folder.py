@@ -230,8 +230,22 @@ def test_a_log_that_vanished_or_shrank_is_not_filled_with_zeros(tmp_path: Path) 
     assert lines(log.path) == [1, 2]
     log.path.unlink()
     log.cut(10)
+    assert log.path.read_bytes() == b"", "a run has its logs"
     log.append({"step": 3})
     assert lines(log.path) == [3]
+
+
+@pytest.mark.parametrize("lost", [1, 8, 100])
+def test_a_log_is_cut_where_a_line_ends(tmp_path: Path, lost: int) -> None:
+    """A checkpoint is on the disk, but the end of the lines before it was lost."""
+    log = LineLog(tmp_path / "m.jsonl")
+    for step in range(4):
+        log.append({"step": step})
+    size = log.size
+    os.truncate(log.path, max(0, size - lost))
+    log.cut(size)
+    log.append({"step": 4})
+    assert lines(log.path) == {1: [0, 1, 2, 4], 8: [0, 1, 2, 4], 100: [4]}[lost]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs RLIMIT_FSIZE")
