@@ -17,9 +17,9 @@ import torch
 
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.json_file import parse_object
-from minilora.checkpoint.provenance import versions
+from minilora.checkpoint.provenance import read_provenance, versions
 from minilora.checkpoint.save import save_hf
-from minilora.checkpoint.write import atomic_write
+from minilora.checkpoint.write import atomic_write, verify_manifest
 from minilora.config import RunConfig, to_dict
 from minilora.data.encode import Sample
 from minilora.data.pack import make_batch
@@ -33,7 +33,7 @@ from minilora.hub import is_hub_id
 from minilora.lora import adapters_off
 from minilora.train.graph import StepGraphs
 from minilora.train.looks import TRAIN, looks, note_look
-from minilora.train.run_folder import RunFolder, to_json
+from minilora.train.run_folder import RunFolder, refuse_theirs, to_json
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
 from minilora.train.signals import StopRequest
@@ -56,8 +56,9 @@ def fine_tune(
     try:
         run = set_up(config, folder, reporter)
         go_on_or_begin(run, resume)
+        begun_at = run.state.counters.step
         run_steps(run)
-        finish(run, with_test)
+        finish(run, with_test, anew=run.state.counters.step > begun_at)
         return run
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -236,8 +237,11 @@ def save(run: Run) -> None:
     folder.prune(run.config.train.keep_checkpoints, {counters.best_step})
 
 
-def finish(run: Run, with_test: bool = True) -> None:
-    """Put the best weights back, write what was trained, measure again, open the test file."""
+def finish(run: Run, with_test: bool, anew: bool) -> None:
+    """Put the best weights back, measure again, open the test file, write what was trained.
+
+    anew: steps were taken; else what was trained may lie there already, and is left alone
+    """
     counters, folder = run.state.counters, run.folder
     if counters.updates == 0:
         raise UserError(f"{folder.path}: no step could be taken, loss or gradient was never finite; lower train.lr")
@@ -250,18 +254,21 @@ def finish(run: Run, with_test: bool = True) -> None:
     for sentence in advice:
         run.reporter.say(f"advice: {sentence}")
     test = open_test(run) if with_test else {}
-    if run.config.train.base_learns:
-        save_hf(run.model, folder.path / "model", dtype=torch.float32, tokenizer=run.tokenizer.path, overwrite=True)
-    else:
-        provenance = {k: run.state.origin[k] for k in ("data", "tokenizer")} | {
-            "base_path": _absolute(run.config.model.path),
-            "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
-            "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), None),
-            "config": {"lora": to_dict(run.config.lora), "train": to_dict(run.config.train) | {"output": ""}},
-            "versions": versions() | {"python": platform.python_version()},
-            "metrics": {"before": run.before["metrics"], "after": after, "test": test},
-        }
-        save_adapter(run.model, folder.path / "adapter", provenance=provenance, overwrite=True)
+    provenance = {k: run.state.origin[k] for k in ("data", "tokenizer")} | {
+        "base_path": _absolute(run.config.model.path),
+        "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
+        "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), None),
+        "config": {"lora": to_dict(run.config.lora), "train": to_dict(run.config.train) | {"output": ""}},
+        "versions": versions() | {"python": platform.python_version()},
+        "metrics": {"before": run.before["metrics"], "after": after, "test": test},
+    }
+    learnt = folder.path / ("model" if run.config.train.base_learns else "adapter")
+    if anew or not _is_whole(learnt, provenance["metrics"]):
+        refuse_theirs(learnt)
+        if run.config.train.base_learns:
+            save_hf(run.model, learnt, dtype=torch.float32, tokenizer=run.tokenizer.path, overwrite=True)
+        else:
+            save_adapter(run.model, learnt, provenance=provenance, overwrite=True)
     speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl", "tok_per_s")]
     summary = {
         "before": run.before["metrics"],
@@ -280,6 +287,14 @@ def finish(run: Run, with_test: bool = True) -> None:
         "trainable_parameters": sum(p.numel() for p in run.state.weights.values()),
     }
     folder.write_json("summary.json", summary)
+
+
+def _is_whole(folder: Path, metrics: dict[str, Any]) -> bool:
+    """Whether what was trained lies there as it was written, and tells of these figures, if it tells of any."""
+    with suppress(UserError):
+        verify_manifest(folder)
+        return bool(read_provenance(folder).get("metrics", metrics) == metrics)
+    return False
 
 
 def open_test(run: Run) -> dict[str, Any]:

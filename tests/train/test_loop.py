@@ -620,6 +620,38 @@ def test_a_finished_run_resumed_is_the_same(make_config: MakeConfig, quiet: Quie
     assert (adapter_bytes(again), (again.folder.path / "metrics.jsonl").read_bytes()) == before
 
 
+@pytest.mark.parametrize("strategy", ["qlora", "full"])
+def test_a_finished_run_resumed_leaves_alone_what_lies_there(
+    make_config: MakeConfig, quiet: Quiet, strategy: str
+) -> None:
+    """And what must be written anew does not take a user's file with it."""
+    config = make_config(train__strategy=strategy, train__lr=1e-3)
+    path = fine_tune(config, quiet).folder.path
+    [learnt] = (path / name for name in ("adapter", "model") if (path / name).exists())
+    was = learnt.stat().st_ino
+    (learnt / "README-mine.md").write_text("x")
+    fine_tune(config, Quiet(), resume=True)
+    assert learnt.stat().st_ino == was
+    weights = next(learnt.glob("*.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(
+        UserError, match=r"written anew, but minilora did not write README-mine\.md there: move it away"
+    ):
+        fine_tune(config, Quiet(), resume=True)
+    (learnt / "README-mine.md").unlink()
+    fine_tune(config, Quiet(), resume=True)
+    assert weights.read_bytes() == whole
+
+
+def test_the_test_that_a_finished_run_opens_late_stands_in_its_adapter(make_config: MakeConfig, quiet: Quiet) -> None:
+    config = make_config(data__test=make_config().data.validation)
+    path = fine_tune(config, quiet, with_test=False).folder.path
+    assert read_provenance(path / "adapter")["metrics"]["test"] == {}
+    fine_tune(config, Quiet(), resume=True)
+    assert read_provenance(path / "adapter")["metrics"]["test"]
+
+
 def test_a_gpu_s_peaks_are_those_of_all_processes(
     make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
