@@ -7,8 +7,9 @@ measure; then until done: take rows, step, now and then validate and save; then 
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from minilora.checkpoint.save import save_hf
 from minilora.checkpoint.write import atomic_write, verify_manifest
 from minilora.config import RunConfig, to_dict
 from minilora.data.encode import Sample
-from minilora.data.pack import make_batch
+from minilora.data.pack import RowSampler, make_batch
 from minilora.data.sources import sources
 from minilora.errors import UserError, is_out_of_memory
 from minilora.evaluate.advice import advise
@@ -36,8 +37,8 @@ from minilora.train.looks import TRAIN, looks, note_look
 from minilora.train.run_folder import RunFolder, refuse_theirs, to_json
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
-from minilora.train.signals import StopRequest
-from minilora.train.state import load_weights
+from minilora.train.signals import Stopped, StopRequest
+from minilora.train.state import load_weights, random_state, set_random_state
 from minilora.train.step import train_step
 from minilora.train.strategies import MovementCheck
 from minilora.train.tensorboard import scalars
@@ -126,8 +127,18 @@ def run_steps(run: Run) -> None:
     run.reporter.begin(counters.step, run.n_steps)
     board = run.folder.path / "tensorboard" if run.config.train.tensorboard else None
     with StopRequest() as stop, scalars(board, counters.step + 1, run.reporter.say) as log_scalars:
+
+        def follow() -> None:
+            stop.follow(f"{run.folder.path}: stopped after step {counters.step}, saved; go on with --resume")
+
         while counters.step < run.n_steps and not _out_of_patience(run):
-            metrics, timing = one_step(run)
+            random = random_state()
+            try:
+                metrics, timing = one_step(run, follow)
+            except Stopped:  # in the midst of the step: it is taken anew
+                set_random_state(random)
+                save(run)
+                raise
             if check is not None and "skipped" not in metrics:
                 _refuse_still_weights(check, counters.updates, metrics["lr"])
                 check = check if counters.updates < 2 else None
@@ -143,7 +154,7 @@ def run_steps(run: Run) -> None:
             is_last = counters.step == run.n_steps or _out_of_patience(run)
             if stop.requested or is_last or counters.step % run.config.train.checkpoint_every == 0:
                 save(run)
-            stop.follow(f"{run.folder.path}: stopped after step {counters.step}, saved; go on with --resume")
+            follow()
     _make_room(run)
     run.model.eval()
 
@@ -154,24 +165,31 @@ def _make_room(run: Run) -> None:
         run.backward.release()
 
 
-def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take the next rows, train on them, count; the step's lines for metrics.jsonl and timing.jsonl."""
+def one_step(run: Run, follow: Callable[[], None]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take the next rows, train on them, count; the step's lines for metrics.jsonl and timing.jsonl.
+
+    follow: called before each micro-batch; where it raises, the step has changed nothing but the random state
+    """
     train, counters, began = run.config.train, run.state.counters, time.perf_counter()
+
+    def micro_batches(sampler: RowSampler) -> Iterator[list[list[int]]]:
+        for _ in range(train.accumulate):
+            follow()
+            yield sampler.take(train.batch_size)
+
     run.memory.start()
-    rows = run.state.sampler.take(train.batch_size * train.accumulate)
-    batches = [
-        make_batch(run.train, rows[i : i + train.batch_size], run.config.data.max_seq_len)
-        for i in range(0, len(rows), train.batch_size)
-    ]
-    lr = lr_at(counters.updates, run.n_steps, train)
-    result = train_step(
-        run.model, run.state.optimizer, batches, lr, train.clip_norm, run.state.loss_scale, run.backward
-    )
-    n_tokens = sum(run.train[i].length for row in rows for i in row)
+    ahead, n_tokens, n_targets = copy(run.state.sampler), 0, 0
+    for rows in micro_batches(ahead):  # counted first, since a target's weight in the loss depends on all of them
+        n_tokens += sum(run.train[i].length for row in rows for i in row)
+        n_targets += sum(run.train[i].n_targets for row in rows for i in row)
+    length = run.config.data.max_seq_len
+    batches = (make_batch(run.train, rows, length) for rows in micro_batches(copy(run.state.sampler)))
+    lr, scale = lr_at(counters.updates, run.n_steps, train), run.state.loss_scale
+    result = train_step(run.model, run.state.optimizer, batches, lr, train.clip_norm, scale, run.backward, n_targets)
     run.memory.note()
     counters.step += 1
     counters.tokens += n_tokens
-    counters.target_tokens += sum(batch.n_targets for batch in batches)
+    counters.target_tokens += n_targets
     metrics: dict[str, Any] = {"step": counters.step, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
     metrics |= {"tokens": counters.tokens, "target_tokens": counters.target_tokens}
     if result.updated:
@@ -179,7 +197,9 @@ def one_step(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         counters.bad_in_a_row = 0
     else:
         counters.bad_in_a_row += 1
+        rows = run.state.sampler.take(train.batch_size * train.accumulate)
         metrics |= {"skipped": True, "samples": [run.train[i].where for row in rows for i in row]}
+    run.state.sampler = ahead
     seconds = time.perf_counter() - began
     timing = {"step": counters.step, "seconds": seconds, "tok_per_s": n_tokens / seconds}
     return metrics, timing | {"memory_bytes": run.memory.now_bytes()}

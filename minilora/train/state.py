@@ -103,9 +103,7 @@ class RunState:
         tensors = _read_tensors(folder, self.weights, self.optimizer)
         try:
             self.sampler.load_state_dict(document["sampler"])
-            torch.set_rng_state(tensors["rng.cpu"])
-            if "rng.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["rng.cuda"])
+            set_random_state(tensors)
         except RuntimeError as error:
             raise UserError(f"{folder / TENSORS}: holds no random state of this torch: {error}") from None
         _copy(tensors, self.weights)
@@ -126,10 +124,19 @@ class RunState:
         for name, parameter in self.weights.items() if self.optimizer.steps else ():
             moments = {"step": torch.tensor(float(self.optimizer.steps)), **self.optimizer.state[parameter]}
             tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        return tensors
+        return tensors | random_state()
+
+
+def random_state() -> dict[str, Tensor]:
+    """Of torch, on the CPU and, where it is in use, on the GPU."""
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {"rng.cpu": torch.get_rng_state()} | ({"rng.cuda": torch.cuda.get_rng_state()} if on_gpu else {})
+
+
+def set_random_state(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 # What state.json holds of each part: keys, and what they are.

@@ -6,7 +6,7 @@ Each micro-batch's sum is divided by the step's count before backward, so 1 batc
 same gradients; a mean of means would weigh a token by the company it came in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -95,19 +95,22 @@ def backward_of(model: Mistral, optimizer: FlatAdamW, after_forward: Callable[[]
 def train_step(
     model: Mistral,
     optimizer: FlatAdamW,
-    batches: Sequence[PackedBatch],
+    batches: Iterable[PackedBatch],
     lr: float,
     clip_norm: float,
     loss_scale: LossScale,
     backward: Backward | None = None,
+    n_targets: int | None = None,
 ) -> StepResult:
     """Forward, backward, guard, update, which clips. Where loss or gradient is not finite, nothing is changed.
 
     backward: another way than `backward_of` to the model's loss and gradients
+    n_targets: of all batches, where these are made one by one and can be gone over only once
 
     Raises ValueError where no token is a target.
     """
-    n_targets = sum(batch.n_targets for batch in batches)
+    if n_targets is None:
+        n_targets = sum(batch.n_targets for batch in batches)
     if n_targets == 0:
         raise ValueError("there is no token to train on: every label is IGNORE")
     optimizer.zero_grad()

@@ -5,9 +5,12 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.save import save_hf
 from minilora.config import RunConfig
 from minilora.data import pack
-from minilora.data.pack import epoch_rows
+from minilora.data.pack import PackedBatch, epoch_rows
 from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.evaluate.perplexity import mean_loss
@@ -513,6 +516,51 @@ def test_where_the_state_lies_may_change(make_config: MakeConfig, quiet: Quiet) 
     fine_tune(make_config(train__paged=True), quiet, resume=True)
     [told] = [line for line in quiet.said if line.startswith("paged: ")]
     assert told.endswith(" of the optimizer's state is in the host's memory anyway, where there is no GPU")
+
+
+def on_batch(monkeypatch: pytest.MonkeyPatch, then: Callable[[int, PackedBatch], None]) -> None:
+    """Call `then` with the number, from 1, of each micro-batch, and with it."""
+    make_batch, numbers = loop.make_batch, count(1)
+
+    def make(*args: Any) -> PackedBatch:
+        batch = make_batch(*args)
+        then(next(numbers), batch)
+        return batch
+
+    monkeypatch.setattr(loop, "make_batch", make)
+
+
+@pytest.mark.parametrize("at", [1, 9])
+def test_a_signal_is_followed_between_two_micro_batches(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The step is taken anew after it, across the end of an epoch and with dropout, to the same bytes."""
+    keys = {"lora__dropout": 0.1, "train__accumulate": 6, "train__batch_size": 1, "eval__answers": 0}
+    straight = fine_tune(make_config(**keys, train__output=str(tmp_path / "straight")), Quiet())
+    assert straight.state.sampler.epoch > 0
+    with monkeypatch.context() as patch:
+        on_batch(patch, lambda number, _: os.kill(os.getpid(), signal.SIGTERM) if number == at else None)
+        with pytest.raises(Stopped, match=f"stopped after step {at // 6}, saved"):
+            fine_tune(make_config(**keys), quiet)
+    run = fine_tune(make_config(**keys), Quiet(), resume=True)
+    logs = [(folder / "metrics.jsonl").read_bytes() for folder in (run.folder.path, straight.folder.path)]
+    assert (adapter_bytes(run), logs[0]) == (adapter_bytes(straight), logs[1])
+
+
+def test_however_many_micro_batches_a_step_has_few_are_held(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, most = list[ref[PackedBatch]](), 0
+
+    def look(_number: int, batch: PackedBatch) -> None:
+        nonlocal most
+        made.append(ref(batch))
+        most = max(most, sum(one() is not None for one in made))
+
+    on_batch(monkeypatch, look)
+    fine_tune(make_config(train__accumulate=20, train__max_steps=2), quiet)
+    assert len(made) == 40
+    assert most <= 2
 
 
 def test_changed_data_are_refused_and_moved_data_are_not(
