@@ -6,6 +6,7 @@ Where all activations do not, the fast blocks keep less, one by one, and backwar
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any, cast
 
 import torch
@@ -86,22 +87,15 @@ class Ledger:
             at_once = sample.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim)
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         return StepPlan(
-            self.sizes,
+            self.sizes, dtype=dense, adapter=added, rows=train.batch_size, length=length, keep=self.keep,
             storage=dense if not self.config.quantize else "nf4 double-quantized" if model.double_quant else "nf4",
-            dtype=dense,
-            adapter=added,
             learned=Learned.of(self.sizes, learned_names(self.sizes, train)) if base_learns else None,
-            rows=train.batch_size,
-            length=length,
             targets=round(train.batch_size * length * sample.n_targets / sample.tokens.numel()),
             sees="runs" if runs or (at_once and not is_prefix) else "mask",
             masks=sum(Pieces.of(runs, window).mask_bytes for window in set(self.sizes.windows)) if runs else 0,
-            checkpointing=train.activation_checkpointing,
-            keep=self.keep,
-            device=self.device,
-            optimizer=train.optimizer,
-            paged=train.paged and not on_cpu,
-        )
+            checkpointing=train.activation_checkpointing, device=self.device,
+            optimizer=train.optimizer, paged=train.paged and not on_cpu,
+        )  # fmt: skip
 
     def _evaluates(self) -> bool:
         data = self.config.data
@@ -155,22 +149,25 @@ class Ledger:
 
     def _smaller(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Settings that need less memory, the mildest form of each first: key, value, what changes in its sections."""
-        train, length = self.config.train, self.config.data.max_seq_len
+        train, on_cpu = self.config.train, self.device.type == "cpu"
         if not train.activation_checkpointing and not self._plan().fused:
             yield "train.activation_checkpointing", "true", {"train": {"activation_checkpointing": True}}
         if self.device.type == "cuda" and not train.paged:
             yield "train.paged", "true", {"train": {"paged": True}}
         if train.optimizer == "adamw":
             yield "train.optimizer", "adamw_8bit", {"train": {"optimizer": "adamw_8bit"}}
-        for n in (n for n in range(train.batch_size - 1, 0, -1) if train.batch_size % n == 0):
+        small = [n for n in range(1, isqrt(train.batch_size) + 1) if train.batch_size % n == 0]
+        for n in sorted({*small, *(train.batch_size // n for n in small)} - {train.batch_size}, reverse=True):
             accumulate = train.accumulate * train.batch_size // n
             changes = {"train": {"batch_size": n, "accumulate": accumulate}}
             yield "train.batch_size", f"{n} and train.accumulate {accumulate}", changes
-        n = self.config.eval.batch_size
-        while self._evaluates() and (n := n // 2):
-            yield "eval.batch_size", str(n), {"eval": {"batch_size": n}}
-        while (length := length // 2) >= max(self.longest, LEAST_LENGTH):
-            yield "data.max_seq_len", str(length), {"data": {"max_seq_len": length}}
+        halved = ["eval.batch_size"] * self._evaluates() + ["data.max_seq_len"]
+        halved += ["eval.general_tokens"] * (on_cpu and bool(self.config.data.general))
+        halved += ["train.prefix_tokens" if train.strategy == "prefix" else "lora.rank"] * (not train.base_learns)
+        for section, key in (name.split(".") for name in halved):
+            n, least = getattr(getattr(self.config, section), key), {"max_seq_len": max(self.longest, LEAST_LENGTH)}
+            while (n := n // 2) >= least.get(key, 1):
+                yield f"{section}.{key}", str(n), {section: {key: n}}
         for n in range((train.layers or 1) - 1, max(train.reinit_top or 0, 1) - 1, -1):
             yield "train.layers", str(n), {"train": {"layers": n}}
         if not train.base_learns and pick_dtype(self.device, self.config.model.dtype)[0] == torch.float32:

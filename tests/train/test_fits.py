@@ -75,6 +75,7 @@ def test_the_mildest_form_of_each_setting_that_is_enough(monkeypatch: pytest.Mon
     [
         ("train.batch_size", "1 and train.accumulate 4", changed(train={"batch_size": 1, "accumulate": 4})),
         ("data.max_seq_len", "128", changed(data={"max_seq_len": 128})),
+        ("lora.rank", "4", changed(lora={"rank": 4})),
         ("model.dtype", "bfloat16", changed(model={"dtype": "bfloat16"})),
     ],
 )
@@ -143,7 +144,7 @@ OTHERS: list[tuple[dict[str, Any], list[str]]] = [
     ({"strategy": "full", "reinit": "all"}, ["train.strategy qlora", "train.batch_size 1"]),
     ({"strategy": "partial", "layers": 4, "reinit": "top:2"}, ["train.layers 2", "train.strategy qlora"]),
     ({"strategy": "partial", "layers": 2, "parameters": ("lm_head",)}, ["train.layers 1", "train.strategy qlora"]),
-    ({"strategy": "prefix"}, ["model.quantize nf4", "model.dtype bfloat16"]),
+    ({"strategy": "prefix"}, ["model.quantize nf4", "model.dtype bfloat16", "train.prefix_tokens 1"]),
 ]
 
 
@@ -169,6 +170,21 @@ def test_what_learns_less_takes_less() -> None:
     plain = total(changed(train={"strategy": "lora"}))
     assert plain < total(changed(train={"strategy": "lora"}, lora={"dora": True}))
     assert of_strategy(strategy="prefix") < of_strategy(strategy="prefix", prefix_tokens=512)
+
+
+def test_huge_settings_are_refused_at_once_each_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A billion rows have 99 smaller divisors; looking for them one by one would take minutes."""
+    huge = changed(lora={"rank": 2**31 - 1}), changed(data={"general": "g.jsonl"}, eval={"general_tokens": 10**11})
+    for run, key in zip(huge, ("lora.rank", "eval.general_tokens"), strict=True):
+        assert re.search(rf"it fits with {key} \d+ \([0-9.]+ GB\)$", refusal(monkeypatch, run, 20e9))
+    monkeypatch.setattr(
+        ledger, "range", lambda *ends: range(*ends) if max(ends) < 10**6 else pytest.fail("too many"), raising=False
+    )
+    batch = of(RUN).sample
+    wide = Ledger(changed(train={"batch_size": 10**9}), shape("135m"), torch.device("cpu"), batch, 100)
+    tried = [changes["train"] for key, _, changes in wide._smaller() if key == "train.batch_size"]
+    assert len(tried) == 99
+    assert {t["batch_size"] * t["accumulate"] for t in tried} == {10**9}
 
 
 def test_what_no_setting_can_help(monkeypatch: pytest.MonkeyPatch) -> None:
