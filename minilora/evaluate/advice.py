@@ -79,7 +79,7 @@ def _validation(train: Points, validation: Points, lr: str) -> str:
     if rising:
         return f"The validation loss rose {way}, and the training loss did not fall: {lr} is too high, lower it."
     if gain > max(NATS, STILL * (loss[0] - loss[-1])):
-        return f"The validation loss was still falling, {way}: train longer."
+        return f"The validation loss was still falling, {way}: train longer, in a new run of more train.epochs."
     if abs(gain) >= NATS:
         return ""
     advice = (

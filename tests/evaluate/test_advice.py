@@ -39,7 +39,7 @@ def test_a_run_that_went_well_and_stands_still_is_stopped() -> None:
 def test_one_that_still_falls_goes_on() -> None:
     [said] = advise(records(lambda t: 3 - 2 * t, lambda t: 3.1 - 2 * t))
     assert "still falling" in said
-    assert "train longer" in said
+    assert "train longer, in a new run of more train.epochs" in said
 
 
 def test_learning_by_heart() -> None:
