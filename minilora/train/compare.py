@@ -103,6 +103,10 @@ def compare(
         raise UserError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (resume or overwrite):
         raise UserError(f"{output} is not empty; add --resume to go on, --overwrite to begin anew, or --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"--output cannot be made: {error!s:.300}; name another") from None
     rows = list[dict[str, Any]]()
     configs = {v.name: replace(v.config, train=replace(v.config.train, output=str(output / v.name))) for v in variants}
     for n, variant in enumerate(variants, 1):
@@ -130,10 +134,8 @@ def compare(
 def _figures(config: RunConfig) -> dict[str, Any]:
     """What a table has of a finished run."""
     summary = read_json(Path(config.train.output) / "summary.json")
-    kept = (
-        "before", "after", "forgetting", "peak_memory_bytes", "tok_per_s", "steps", "trainable_parameters", "best_step",
-    )  # fmt: skip
-    return {"lr": config.train.lr} | {key: summary[key] for key in kept if key in summary}
+    kept = ("before", "after", "forgetting", "peak_memory_bytes", "tok_per_s", "steps", "trainable_parameters")
+    return {"lr": config.train.lr} | {key: summary[key] for key in (*kept, "best_step") if key in summary}
 
 
 def _is_finished(config: RunConfig) -> bool:
@@ -171,7 +173,6 @@ def _run(config: RunConfig, resume: bool, overwrite: bool, with_test: bool, resu
     """In the new process: "" is sent when all is well, else what is wrong."""
     os.setsid()  # a Ctrl-C goes to the parent alone, which hands it on
     log = Path(f"{config.train.output}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a" if resume else "w") as file:
         try:
             run = fine_tune(config, ConsoleReporter(Console(file=file)), resume, overwrite, with_test)

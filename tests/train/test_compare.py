@@ -143,6 +143,13 @@ def test_what_is_not_measured_ranks_nothing_and_nothing_is_trained(make_config: 
         compare(variants(make_config(eval__metrics=("rouge",)))[2:], tmp_path / "out", print, "rougeL")
 
 
+def test_an_output_that_cannot_be_made_is_told_before_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file" / "x", tmp_path / "a\0b"):
+        with pytest.raises(UserError, match=r"--output cannot be made: .*; name another"):
+            compare(variants(make_config()), output, pytest.fail)
+
+
 def test_where_every_run_fails(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run has a loss.*nowhere\.jsonl"):
         compare(variants(make_config())[2:], tmp_path / "out", print)
