@@ -21,7 +21,7 @@ def dry_run(config: RunConfig, reporter: Reporter) -> None:
     with tempfile.TemporaryDirectory() as folder:
         short = replace(
             config,
-            train=replace(config.train, output=folder, max_steps=1),
+            train=replace(config.train, output=folder, max_steps=1, warmup_steps=0),
             eval=replace(config.eval, answers=0, samples=0),
         )
         run = fine_tune(short, reporter, overwrite=True, with_test=False)

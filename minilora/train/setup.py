@@ -119,13 +119,11 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
 
     weights = trainable(model)
     origin = {
-        "config": _what_must_stay(config),
-        "base": model.base_fingerprint,
+        "config": _what_must_stay(config), "base": model.base_fingerprint,
         "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.template},
         "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
-        "device": device.type,
-        "dtype": str(dtype)[6:],
-    }
+        "device": device.type, "dtype": str(dtype)[6:],
+    }  # fmt: skip
     train = config.train
     n_rows = train.batch_size * train.accumulate
     n_steps = train.max_steps or ceil(rows_of_epochs(lengths, config, data.mix) / n_rows)
@@ -135,6 +133,9 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         f"{len(learnt):,} samples in {len(sampler.rows):,} rows of {config.data.max_seq_len}, "
         f"{n_steps:,} steps of {n_rows} rows"
     )
+    if n_steps < train.warmup_steps:
+        told_of = f"warning: warm-up takes {train.warmup_steps} steps, the run has {n_steps}"
+        reporter.say(f"{told_of}: train.lr is never reached; lower train.warmup_steps, or train longer")
     memory, optimizer = PeakMemory(device), optimizer_for(weights, config)
     if train.paged:
         n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
@@ -192,11 +193,9 @@ def _what_must_stay(config: RunConfig) -> dict[str, Any]:
     """The settings that an exact resume depends on: all but where things lie, how often the state is saved and who else
     is told."""
     may_change = {
-        "model": ("path", "tokenizer"),
-        "data": FILE_KEYS,
+        "model": ("path", "tokenizer"), "data": FILE_KEYS, "eval": ("probes",),
         "train": ("output", "checkpoint_every", "keep_checkpoints", "tensorboard", "paged"),
-        "eval": ("probes",),
-    }
+    }  # fmt: skip
     settings = to_dict(config)
     for section, keys in may_change.items():
         for key in keys:

@@ -238,6 +238,16 @@ def test_part_of_an_epoch(make_config: MakeConfig, quiet: Quiet, epochs: float, 
     assert run.n_steps == max(1, math.ceil(share * len(run.state.sampler.rows) / 4))
 
 
+@pytest.mark.parametrize(("warmup", "warned"), [(4, False), (5, True)])
+def test_a_warm_up_that_the_run_does_not_outlast_is_told(
+    make_config: MakeConfig, quiet: Quiet, warmup: int, warned: bool
+) -> None:
+    run = fine_tune(make_config(train__warmup_steps=warmup, eval__answers=0, eval__samples=0), quiet)
+    assert (max(m["lr"] for m in quiet.steps) < run.config.train.lr) == warned
+    said = [line for line in quiet.said if "warm-up takes 5 steps, the run has 4: train.lr is never reached" in line]
+    assert len(said) == warned
+
+
 # --- Validation -----------------------------------------------------------------------------------------------------
 
 
