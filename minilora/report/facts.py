@@ -141,7 +141,8 @@ def _run(path: Path, facts: Facts, base: str) -> None:
         raise UserError(f"{path / 'config.toml'}: not readable as TOML: {error}") from None
     metrics = path / "metrics.jsonl"
     facts["steps"] = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-    facts["latest_checkpoint"] = max((f.name for f in path.glob("checkpoints/step-????????")), default=None)
+    steps = [f for f in path.glob(f"checkpoints/step-{'[0-9]' * 8}") if f.is_dir() and not f.is_symlink()]
+    facts["latest_checkpoint"] = max((f.name for f in steps), default=None)
     summary = read_json(path / "summary.json") if "summary.json" in facts["files"] else {}
     facts["finished"] = bool(summary)
     facts |= {name: summary[name] for name in ("before", "after", "test", "peak_memory_bytes") if summary.get(name)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.json_file import parse_object
@@ -38,7 +39,7 @@ from minilora.train.run_folder import RunFolder, refuse_theirs, to_json
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
 from minilora.train.signals import Stopped, StopRequest
-from minilora.train.state import load_weights, random_state, set_random_state
+from minilora.train.state import load_weights, random_state
 from minilora.train.step import train_step
 from minilora.train.strategies import MovementCheck
 from minilora.train.tensorboard import scalars
@@ -89,18 +90,16 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         memory.device_allocated, memory.device_reserved = counters.peak_device_allocated, counters.peak_device_reserved
         run.reporter.say(f"going on after step {run.state.counters.step}")
         run.before = run.folder.read_json("before.json")
+        if not run.before.keys() >= {"metrics", "answers", "probes"}:
+            raise UserError(f"{run.folder.path}/before.json is not what a run writes; put it back, or add --overwrite")
     else:
         if resume and (run.folder.path / "summary.json").exists():
             raise UserError(f"{run.folder.path}: finished, and its checkpoints are gone; --overwrite begins anew")
         run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
         with adapters_off(run.model):  # a new prefix is noise: "before" is the base
             metrics, answers = measure(run, run.validation)
-        run.before = {
-            "metrics": metrics,
-            "answers": [vars(a) for a in answers],
-            "probes": run.forgetting.said,
-            "data": run.state.origin["data"],
-        }
+        run.before = {"metrics": metrics, "answers": [vars(a) for a in answers], "probes": run.forgetting.said}
+        run.before |= {"data": run.state.origin["data"]}
         run.folder.write_json("before.json", run.before)
     run.folder.metrics.cut(run.state.counters.metrics_bytes)
     run.folder.timing.cut(run.state.counters.timing_bytes)
@@ -136,8 +135,7 @@ def run_steps(run: Run) -> None:
             try:
                 metrics, timing = one_step(run, follow)
             except Stopped:  # in the midst of the step: it is taken anew
-                set_random_state(random)
-                save(run)
+                save(run, random)
                 raise
             if check is not None and "skipped" not in metrics:
                 _refuse_still_weights(check, counters.updates, metrics["lr"])
@@ -247,13 +245,13 @@ def _out_of_patience(run: Run) -> bool:
     return True
 
 
-def save(run: Run) -> None:
-    """A checkpoint to go on from; then the ones it replaces are deleted."""
+def save(run: Run, random: dict[str, Tensor] | None = None) -> None:
+    """A checkpoint to go on from, with this random state or the present one; then those it replaces are deleted."""
     counters, folder, memory = run.state.counters, run.folder, run.memory
     counters.metrics_bytes, counters.timing_bytes = folder.metrics.sync(), folder.timing.sync()
     counters.peak_private_bytes = memory.private
     counters.peak_device_allocated, counters.peak_device_reserved = memory.device_allocated, memory.device_reserved
-    run.state.save(folder.checkpoint("step", counters.step))
+    run.state.save(folder.checkpoint("step", counters.step), random=random)
     folder.prune(run.config.train.keep_checkpoints, {counters.best_step})
 
 
@@ -291,21 +289,13 @@ def finish(run: Run, with_test: bool, anew: bool) -> None:
             save_adapter(run.model, learnt, provenance=provenance, overwrite=True)
     speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl", "tok_per_s")]
     summary = {
-        "before": run.before["metrics"],
-        "after": after,
-        "test": test,
-        "test_looks": len(looks(folder.path)),
-        "forgetting": forgetting,
-        "advice": advice,
-        "peak_memory_bytes": run.memory.summary(),
-        "predicted_memory_bytes": run.predicted_bytes,
+        "before": run.before["metrics"], "after": after, "test": test, "test_looks": len(looks(folder.path)),
+        "forgetting": forgetting, "advice": advice, "peak_memory_bytes": run.memory.summary(),
+        "predicted_memory_bytes": run.predicted_bytes, "stopped_because": run.stopped_because,
         "tok_per_s": statistics.median(speeds) if speeds else None,  # None if the disk was too full to note any
-        "steps": counters.step,
-        "updates": counters.updates,
-        "best_step": counters.best_step,
-        "stopped_because": run.stopped_because,
+        "steps": counters.step, "updates": counters.updates, "best_step": counters.best_step,
         "trainable_parameters": sum(p.numel() for p in run.state.weights.values()),
-    }
+    }  # fmt: skip
     folder.write_json("summary.json", summary)
 
 

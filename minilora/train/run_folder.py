@@ -154,13 +154,18 @@ class RunFolder:
 
     def latest(self) -> Path | None:
         """The last "step" checkpoint, if there is one."""
-        return max(self.checkpoints.glob("step-????????"), default=None)
+        return max(self._all("step"), default=None)
+
+    def _all(self, kind: str) -> list[Path]:
+        """Checkpoints in their order; copies and links that a user made beside them are none."""
+        found = sorted(self.checkpoints.glob(f"{kind}-{'[0-9]' * 8}"))
+        return [path for path in found if path.is_dir() and not path.is_symlink()]
 
     def prune(self, keep: int, best: set[int]) -> None:
         """Delete all but the last `keep` "step" checkpoints and the "best" ones of the given steps."""
-        for old in sorted(self.checkpoints.glob("step-????????"))[:-keep]:
+        for old in self._all("step")[:-keep]:
             shutil.rmtree(old)
-        for old in self.checkpoints.glob("best-????????"):
+        for old in self._all("best"):
             if int(old.name[5:]) not in best:
                 shutil.rmtree(old)
 

@@ -71,20 +71,17 @@ class RunState:
     origin: dict[str, Any]
     counters: Counters = field(default_factory=Counters)
 
-    def save(self, folder: Path, weights_only: bool = False) -> None:
+    def save(self, folder: Path, weights_only: bool = False, random: dict[str, Tensor] | None = None) -> None:
         """Write the checkpoint so that it is there whole or not at all; an old one of the name is replaced.
 
         weights_only: what `load_weights` needs, for a checkpoint that no run goes on from
+        random: the random state to go on from; None: the present one
         """
         document = {
-            "format": FORMAT,
-            "counters": asdict(self.counters),
-            "sampler": self.sampler.state_dict(),
-            "loss_scale": asdict(self.loss_scale),
-            "origin": self.origin,
-            "versions": versions(),
-        }
-        tensors = self._weights() if weights_only else self._tensors()
+            "format": FORMAT, "counters": asdict(self.counters), "sampler": self.sampler.state_dict(),
+            "loss_scale": asdict(self.loss_scale), "origin": self.origin, "versions": versions(),
+        }  # fmt: skip
+        tensors = self._weights() if weights_only else self._tensors() | (random or random_state())
         lines = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with atomic_folder(folder, overwrite=True, manifest={}) as new:
             write_safetensors(new / TENSORS, tensors.values(), lines, {})
@@ -103,7 +100,9 @@ class RunState:
         tensors = _read_tensors(folder, self.weights, self.optimizer)
         try:
             self.sampler.load_state_dict(document["sampler"])
-            set_random_state(tensors)
+            torch.set_rng_state(tensors["rng.cpu"])
+            if "rng.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng.cuda"])
         except RuntimeError as error:
             raise UserError(f"{folder / TENSORS}: holds no random state of this torch: {error}") from None
         _copy(tensors, self.weights)
@@ -124,19 +123,13 @@ class RunState:
         for name, parameter in self.weights.items() if self.optimizer.steps else ():
             moments = {"step": torch.tensor(float(self.optimizer.steps)), **self.optimizer.state[parameter]}
             tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
-        return tensors | random_state()
+        return tensors
 
 
 def random_state() -> dict[str, Tensor]:
     """Of torch, on the CPU and, where it is in use, on the GPU."""
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {"rng.cpu": torch.get_rng_state()} | ({"rng.cuda": torch.cuda.get_rng_state()} if on_gpu else {})
-
-
-def set_random_state(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 # What state.json holds of each part: keys, and what they are.
@@ -152,7 +145,8 @@ def read_document(folder: Path) -> dict[str, Any]:
     try:
         verify_manifest(folder)
     except UserError as error:
-        raise UserError(f"{folder} is damaged; delete it to resume from the checkpoint before it. {error}") from None
+        what = str(error).partition("; if that was intended")[0]  # without a manifest it is no checkpoint
+        raise UserError(f"{folder} is damaged; delete it, and all of its step or later, to resume. {what}") from None
     document = read_json(folder / STATE)
     if document.get("format") != FORMAT:
         raise UserError(
@@ -217,7 +211,7 @@ def refuse_other_run(saved: Any, current: dict[str, Any], folder: Path, prefix: 
 
 def load_weights(weights: dict[str, nn.Parameter], folder: Path) -> None:
     """Only the trained weights of a checkpoint: how the best one is put back."""
-    verify_manifest(folder)
+    read_document(folder)
     _copy(_read_tensors(folder, weights, None), weights)
 
 

@@ -109,8 +109,7 @@ def train_step(
 
     Raises ValueError where no token is a target.
     """
-    if n_targets is None:
-        n_targets = sum(batch.n_targets for batch in batches)
+    n_targets = n_targets or sum(batch.n_targets for batch in batches)
     if n_targets == 0:
         raise ValueError("there is no token to train on: every label is IGNORE")
     optimizer.zero_grad()

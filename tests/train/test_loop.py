@@ -655,13 +655,21 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     last = tmp_path / "run" / "checkpoints" / "step-00000002"
     file = last / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match="step-00000002 is damaged; delete it"):
+    with pytest.raises(UserError, match=r"step-00000002 is damaged; delete .*state\.safetensors: altered since it was"):
         fine_tune(make_config(), quiet, resume=True)
     for part in last.iterdir():
         part.unlink()
     last.rmdir()
     run = fine_tune(make_config(), quiet, resume=True)
     assert adapter_bytes(run) == adapter_bytes(straight)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"answers": [1]}'])
+def test_a_damaged_before_json_is_named(make_config: MakeConfig, quiet: Quiet, text: str) -> None:
+    interrupted(make_config)
+    (Path(make_config().train.output) / "before.json").write_text(text)
+    with pytest.raises(UserError, match=r"run/before\.json is not what a run writes; .*--overwrite"):
+        fine_tune(make_config(), quiet, resume=True)
 
 
 def test_other_versions_are_told(make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from tiny_runs import MakeConfig, Quiet
 
 from minilora.config import RunConfig, to_dict
 from minilora.errors import UserError
+from minilora.report.facts import gather
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import FILES, FOLDERS, LineLog, RunFolder, config_toml, to_json
 
@@ -148,6 +149,23 @@ def test_the_latest_and_what_is_pruned(make_config: MakeConfig) -> None:
     assert folder.latest() == folder.checkpoint("step", 10)
     folder.prune(2, {8})
     assert {c.name for c in folder.checkpoints.iterdir()} == {"step-00000009", "step-00000010", "best-00000008"}
+    folder.close()
+
+
+def test_what_a_user_put_beside_the_checkpoints_is_none(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = open_folder(make_config())
+    folder.begin(make_config())
+    for step in (1, 2, 3):
+        folder.checkpoint("step", step).mkdir(parents=True)
+    theirs = ["step-old_copy", "best-old_copy", "best-1234567x", "step-00000000"]
+    for name in theirs[:-1]:
+        (folder.checkpoints / name).mkdir()
+    (folder.checkpoints / theirs[-1]).symlink_to(tmp_path)
+    (folder.checkpoints / "step-00000009").write_text("a file")
+    assert folder.latest() == folder.checkpoint("step", 3)
+    assert gather(folder.path)["latest_checkpoint"] == "step-00000003"
+    folder.prune(1, set())
+    assert {c.name for c in folder.checkpoints.iterdir()} == {*theirs, "step-00000003", "step-00000009"}
     folder.close()
 
 

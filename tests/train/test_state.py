@@ -220,9 +220,10 @@ def test_damage_is_refused(saved: Path, name: str, damage: str) -> None:
         data[len(data) // 2] ^= 1
         file.write_bytes({"flip": data, "cut": data[:-1], "grown": file.read_bytes() + b" "}[damage])
     for load in (lambda: fresh().load(saved), lambda: load_weights(fresh().weights, saved)):
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=name) as error:
             load()
-    with pytest.raises(UserError, match="step-00000003 is damaged; delete it to resume from the checkpoint before it"):
+        assert "manifest.json beside it" not in str(error.value), "without it there is no checkpoint at all"
+    with pytest.raises(UserError, match="step-00000003 is damaged; delete it, and all of its step or later"):
         fresh().load(saved)
 
 
