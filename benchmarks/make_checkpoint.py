@@ -10,7 +10,6 @@ time.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,10 +21,11 @@ from benchmarks.shapes import SHAPES, shape
 from minilora.checkpoint.layout import Layout
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.save import save_hf, save_mistral
+from minilora.cli import exit_status
 from minilora.config import ModelConfig
-from minilora.errors import UserError, is_out_of_memory
+from minilora.errors import UserError
 from minilora.model import Mistral
-from minilora.train.signals import Stopped, StopRequest
+from minilora.train.signals import StopRequest
 
 POOL = 1 << 24  # numbers drawn
 PIECE = 1 << 21  # numbers taken from the pool at a time: they fit the cache
@@ -110,32 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", metavar="FILE", help="copied beside the weights")
     parser.add_argument("--seed", type=_seed, default=0)
     parsed = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         config = shape(parsed.shape)
         make_checkpoint(config, parsed.out, parsed.layout, parsed.seed, tokenizer=parsed.tokenizer)
         print(f"{parsed.shape}, {config.n_parameters:,} weights, written to {parsed.out}", flush=True)
-    except UserError as error:
-        return _failed(str(error))
-    except Stopped as stop:
-        return _failed(str(stop), stop.exit_status)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone; the folder is there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, UnicodeError) as error:
-        where = getattr(error, "filename", None) or "the input or output"
-        return _failed(f"{where}: {getattr(error, 'strerror', None) or error}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
-        return _failed("out of memory; choose a smaller --shape, or raise the limit")
-    return 0
 
-
-def _failed(why: str, status: int = 1) -> int:
-    print(f"make_checkpoint: {why}", file=sys.stderr)
-    return status
+    return exit_status("make_checkpoint", work)
 
 
 if __name__ == "__main__":

@@ -53,47 +53,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     # sleep instead are woken on one core.
     if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    return exit_status(f"minilora {args[0]}", partial(verb, args[1:]))
+
+
+def exit_status(name: str, work: Callable[[], object]) -> int:
+    """Do the work of the command `name`: 0, or what it exits with after one line that says what is wrong. Bugs pass."""
     from minilora.train.signals import Stopped
 
     try:
-        verb(args[1:])
+        work()
         sys.stdout.flush()
-    except UserError as error:
-        print(f"minilora {args[0]}: {error}", file=sys.stderr)
-        return 1
-    except Stopped as stop:
-        print(f"minilora {args[0]}: {stop}", file=sys.stderr)
-        return stop.exit_status
+        return 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `minilora ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (UserError, Stopped) as error:
+        said, status = str(error), getattr(error, "exit_status", 1)
     except (OSError, UnicodeError) as error:  # what no one closer to it has explained
         where = getattr(error, "filename", None) or "the input or output"
-        print(f"minilora {args[0]}: {where}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
-        return 1
+        said, status = f"{where}: {getattr(error, 'strerror', None) or error}", 1
     except (MemoryError, RuntimeError) as error:
+        said, status = "out of memory; take a smaller model, fewer or shorter rows, or --model.quantize nf4", 1
         if str(error).startswith("Symlink loop"):  # what pathlib raises before Python 3.13
-            print(f"minilora {args[0]}: {error}; name what it should lead to", file=sys.stderr)
-            return 1
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            said = f"{error}; name what it should lead to"
+        elif isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        print(
-            f"minilora {args[0]}: out of memory; ask for fewer or shorter rows, or set --model.quantize nf4",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    print(f"{name}: {said}", file=sys.stderr)
+    return status
 
 
 def _overview() -> str:
-    lines = [f"  {name:10} {_summary(function)}" for name, function in VERBS.items()]
+    lines = [f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join(["usage: minilora VERB ...   (minilora VERB --help explains each)", "", *lines])
-
-
-def _summary(function: Callable[[list[str]], None]) -> str:
-    return (function.__doc__ or "").partition("\n")[0]
 
 
 def _parser(verb: Callable[[list[str]], None]) -> ArgumentParser:

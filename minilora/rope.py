@@ -40,13 +40,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     return y
 
 
-def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of x (B, T, H, Dh): what Mistral's own files mean. For study and tests."""
-    cos, sin = cos[:, :, None], sin[:, :, None]  # (B, T, 1, Dh/2)
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-
-
 def interleaved_to_half_split(rows: Tensor, n_heads: int) -> Tensor:
     """Reorder (H*Dh, ...) rows head by head: 0, 2, 4, ..., 1, 3, 5, ..."""
     return rows.reshape(n_heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

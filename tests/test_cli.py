@@ -364,6 +364,23 @@ def test_merge_writes_what_transformers_reads(run: Run, finished: Path, tmp_path
     assert run("merge", finished / "adapter", tmp_path / "merged", "--overwrite")[0] == 0
 
 
+def test_a_validation_that_was_drawn_is_there_for_evaluate_and_merge(
+    run: Run, make_config: MakeConfig, chats: Path, tmp_path: Path
+) -> None:
+    config = make_config(data__train=str(chats), data__validation="", data__validation_share=0.3, eval__answers=4)
+    (tmp_path / "drawn.toml").write_text(config_toml(config))
+    assert run("train", tmp_path / "drawn.toml")[0] == 0
+    folder = Path(config.train.output)
+    rows = {json.dumps(json.loads(line)) for line in (folder / "validation.jsonl").read_text().splitlines()}
+    assert rows < {json.dumps(json.loads(line)) for line in chats.read_text().splitlines()}
+    _, out, _ = run("evaluate", folder / "validation.jsonl", "--adapter", folder / "adapter", "--eval.answers", 0)
+    after = json.loads((folder / "summary.json").read_text())["after"]
+    assert json.loads(out)["loss"] == pytest.approx(after["loss"], rel=1e-6)
+    assert "target tokens" in run("merge", folder / "adapter")[1]
+    assert run("train", tmp_path / "drawn.toml", "--overwrite", "--data.validation_share", 0)[0] == 0
+    assert not (folder / "validation.jsonl").exists()
+
+
 def test_a_prefix_is_used_as_adapters_are_but_not_merged(
     run: Run, toml: Path, tmp_path: Path, data_folder: Path
 ) -> None:

@@ -40,7 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     minilora.save_adapter(model, home / "runs/demo/adapter", provenance=provenance)
     lines = Path(validation).read_text().splitlines(keepends=True)
     (home / "chats.jsonl").write_text("".join(lines[:30]))
-    (home / "held_out.jsonl").write_text("".join(lines[30:40]))
     return home
 
 

@@ -8,13 +8,19 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding,
 
 from minilora.rope import (
     apply_rope,
-    apply_rope_interleaved,
     half_split_to_interleaved,
     interleaved_to_half_split,
     rope_cos_sin,
 )
 
 B, T, D, HQ, HKV, DH = 2, 9, 24, 4, 2, 8
+
+
+def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the interleaved pairs of x (B, T, H, Dh): what Mistral's own files mean."""
+    cos, sin = cos[:, :, None], sin[:, :, None]  # (B, T, 1, Dh/2)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

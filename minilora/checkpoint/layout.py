@@ -29,9 +29,7 @@ def find_layout(folder: Path) -> Layout:
         raise UserError(f"{folder}: no such folder; name a local checkpoint folder, or demo")
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; name the folder that holds the checkpoint")
-    weights = [
-        layout for layout in WEIGHTS_NAMES if _index(folder, layout).exists() or _single(folder, layout).exists()
-    ]
+    weights = [x for x in WEIGHTS_NAMES if _index(folder, x).exists() or (folder / WEIGHTS_NAMES[x]).exists()]
     for layout in weights:
         if (folder / CONFIG_NAMES[layout]).exists():
             return layout
@@ -69,9 +67,8 @@ def read_entries(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
 
 
 def _is_plain_name(name: str) -> bool:
-    return (
-        name.isprintable() and name not in ("", ".", "..") and len(name.encode()) <= 255 and not set(name) & set("/\\")
-    )
+    plain = name not in ("", ".", "..") and not set(name) & set("/\\")
+    return plain and name.isprintable() and len(name.encode()) <= 255
 
 
 def _shard(file: Path, keys: set[str], index: Path) -> dict[str, TensorEntry]:
@@ -97,7 +94,3 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
 
 def _index(folder: Path, layout: Layout) -> Path:
     return folder / f"{WEIGHTS_NAMES[layout]}.index.json"
-
-
-def _single(folder: Path, layout: Layout) -> Path:
-    return folder / WEIGHTS_NAMES[layout]

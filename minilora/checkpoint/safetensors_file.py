@@ -193,10 +193,7 @@ def _whole_numbers(value: Any) -> bool:
 
 
 def write_safetensors(
-    file: Path,
-    tensors: Iterable[Tensor],
-    lines: Sequence[Line],
-    metadata: Mapping[str, str],
+    file: Path, tensors: Iterable[Tensor], lines: Sequence[Line], metadata: Mapping[str, str]
 ) -> None:
     """Write `tensors`, one at a time, under the keys of `lines` and in their order.
 

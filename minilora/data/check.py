@@ -11,7 +11,6 @@ A fault would train something else than what the data say, or measure what was t
 Duplicates, near duplicates and what was left out or shortened on purpose are told, and no fault.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from minilora.config import DataConfig
 from minilora.data.duplicates import groups_of_equal, near_pairs
 from minilora.data.encode import Sample, encode_record
 from minilora.data.pack import Mix, epoch_rows
-from minilora.data.records import Record, TextRecord, as_row
+from minilora.data.records import Record, TextRecord, as_jsonl
 from minilora.data.sources import BAD_LINES_ALLOWED, FILE_KEYS, normal_form, read_source, side, sources
 from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer
@@ -205,8 +204,7 @@ def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, nea
 def mended(data: Data) -> tuple[str, Counter[str]]:
     """JSONL of the training records without a fault, each once; and how many were left out, by kind."""
     wrong = {finding.where: finding.kind for finding in data.findings if finding.fault or finding.kind == "duplicate"}
-    kept = [as_row(record) for record in data.records["train"] if record.where not in wrong]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), Counter(wrong.values())
+    return as_jsonl(r for r in data.records["train"] if r.where not in wrong), Counter(wrong.values())
 
 
 def figures(data: Data, max_seq_len: int) -> list[tuple[str, str]]:

@@ -70,7 +70,10 @@ def parse_object(line: bytes) -> Row:
     """The object that a line of JSON holds, or why there is none: also for what is no JSON, such as NaN."""
     if len(line) > LINE_LIMIT_BYTES:
         return UserError("the line is over 64 MiB; is this JSONL, one object a line?")
-    return _tried(_parse, line)
+    try:
+        return _row(_parse(line))
+    except UserError as error:
+        return error
 
 
 def _parse(text: bytes) -> Any:
@@ -120,7 +123,7 @@ def _read_json(path: str) -> Iterator[tuple[str, Row]]:
 
 def _read_array(path: str) -> Iterator[tuple[str, Row]]:
     for number, item in enumerate(_parse(_read_whole(path)), 1):
-        yield f"{path}:{number}", _tried(lambda item: item, item)
+        yield f"{path}:{number}", _row(item)
 
 
 def _read_document(path: str) -> Iterator[tuple[str, Row]]:
@@ -137,14 +140,10 @@ def _read_whole(path: str) -> bytes:
     return content
 
 
-def _tried(parse: Callable[[Any], Any], data: Any) -> Row:
-    try:
-        row = parse(data)
-    except UserError as error:
-        return error
-    if not isinstance(row, dict):
-        return UserError(f"the line is {kind(row)}, but must be an object; write one JSON object a line")
-    return row
+def _row(item: Any) -> Row:
+    if isinstance(item, dict):
+        return item
+    return UserError(f"the line is {kind(item)}, but must be an object; write one JSON object a line")
 
 
 def _read_csv(path: str) -> Iterator[tuple[str, Row]]:

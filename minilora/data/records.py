@@ -15,7 +15,8 @@ A bad row is a UserError "file:line: what is wrong; what to do".
 """
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,7 @@ SHAREGPT, TEXT, CONTENT = ("conversations",), ("text",), ("content",)
 PAIRS = (ALPACA, ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"), ADGEN)
 FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("interactions",), SHAREGPT, *PAIRS, TEXT, CONTENT)
 # What is no form of its own beside it.
-HOLDS: dict[tuple[str, ...], Any] = {
-    ALPACA: (("input", "output"), TEXT),
-    ADGEN: (CONTENT,),
-}
+HOLDS: dict[tuple[str, ...], Any] = {ALPACA: (("input", "output"), TEXT), ADGEN: (CONTENT,)}
 ROLE_OF = {"human": "user", "gpt": "assistant"}
 
 
@@ -91,6 +89,11 @@ def as_row(record: Record) -> dict[str, Any]:
     if isinstance(record, TextRecord):
         return {"text": record.text}
     return {"messages": record.messages} | ({"tools": record.tools} if record.tools else {})
+
+
+def as_jsonl(records: Iterable[Record]) -> str:
+    """A line of JSON for each record, in its own form."""
+    return "".join(json.dumps(as_row(record), ensure_ascii=False) + "\n" for record in records)
 
 
 def data_fingerprint(path: str | Path) -> str:

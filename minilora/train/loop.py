@@ -35,7 +35,7 @@ from minilora.hub import is_hub_id
 from minilora.lora import adapters_off
 from minilora.train.graph import StepGraphs
 from minilora.train.looks import TRAIN, looks, note_look
-from minilora.train.run_folder import RunFolder, refuse_theirs, to_json
+from minilora.train.run_folder import HELD_OUT, RunFolder, refuse_theirs, to_json
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
 from minilora.train.signals import Stopped, StopRequest
@@ -101,6 +101,8 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         run.before = {"metrics": metrics, "answers": [vars(a) for a in answers], "probes": run.forgetting.said}
         run.before |= {"data": run.state.origin["data"]}
         run.folder.write_json("before.json", run.before)
+    if run.held_out:
+        atomic_write(run.folder.path / HELD_OUT, run.held_out)
     run.folder.metrics.cut(run.state.counters.metrics_bytes)
     run.folder.timing.cut(run.state.counters.timing_bytes)
 
@@ -272,10 +274,11 @@ def finish(run: Run, with_test: bool, anew: bool) -> None:
     for sentence in advice:
         run.reporter.say(f"advice: {sentence}")
     test = open_test(run) if with_test else {}
+    held_out = _absolute(str(folder.path / HELD_OUT)) if run.held_out else None
     provenance = {k: run.state.origin[k] for k in ("data", "tokenizer")} | {
         "base_path": _absolute(run.config.model.path),
         "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
-        "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), None),
+        "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), held_out),
         "config": {"lora": to_dict(run.config.lora), "train": to_dict(run.config.train) | {"output": ""}},
         "versions": versions() | {"python": platform.python_version()},
         "metrics": {"before": run.before["metrics"], "after": after, "test": test},

@@ -4,6 +4,7 @@ config.toml     complete and re-runnable          metrics.jsonl   a line a step,
 before.json     measured before the first step    timing.jsonl    a line a step: seconds, tokens/s, memory
 checkpoints/    step-00000100/, best-00000050/    test_looks.jsonl   a line a look at the test file, see looks.py
 tensorboard/    if train.tensorboard asks for it   generated.jsonl    a line an answer, before and after
+validation.jsonl   where data.validation_share drew it; a merge is audited on it
 at the end      summary.json, samples.md, report.html, *.png, and what was learnt: adapter/ or model/
 """
 
@@ -24,12 +25,12 @@ from minilora.config import RunConfig, base_folder, to_dict
 from minilora.data.sources import FILE_KEYS, sources
 from minilora.errors import UserError
 
-LOCK = ".lock"
+LOCK, HELD_OUT = ".lock", "validation.jsonl"
 RUN_BYTES = 100_000_000  # of a file of JSON: before.json holds all answers
 FOLDERS = ("checkpoints", "adapter", "model", "merged", "tensorboard")
 FILES = (
     "config.toml", "before.json", "metrics.jsonl", "timing.jsonl", "summary.json", "samples.md",
-    "generated.jsonl", "test_looks.jsonl", "report.html", "loss.png", "learning_rate.png", "speed.png",
+    "generated.jsonl", "test_looks.jsonl", HELD_OUT, "report.html", "loss.png", "learning_rate.png", "speed.png",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from minilora.config import RunConfig, to_dict
 from minilora.data.check import load_data
 from minilora.data.encode import Sample
 from minilora.data.pack import Mix, RowSampler, epoch_rows
-from minilora.data.records import data_fingerprint
+from minilora.data.records import as_jsonl, data_fingerprint
 from minilora.data.sources import FILE_KEYS, fingerprints
 from minilora.errors import UserError, need_library
 from minilora.evaluate.answers import Answer
@@ -60,6 +60,7 @@ class Run:
     backward: Backward
     predicted_bytes: dict[str, int]
     forgetting: Forgetting
+    held_out: str  # JSONL of the validation, if it was drawn from the training data
     before: dict[str, Any] = field(default_factory=dict)
     after: list[Answer] = field(default_factory=list)
     stopped_because: str = "all steps done"
@@ -149,6 +150,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         config, folder, model, tokenizer, learnt, data.samples["validation"], data.samples["test"],
         RunState(weights, optimizer, sampler, LossScale(dtype == torch.float16), origin),
         n_steps, reporter, memory, backward, predicted, forgetting,
+        as_jsonl(data.records["validation"]) if config.data.validation_share else "",
     )  # fmt: skip
 
 

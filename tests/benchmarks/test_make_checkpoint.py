@@ -120,7 +120,7 @@ def test_too_little_memory(
 
     monkeypatch.setattr(make_checkpoint, "random_weights", weights)
     assert main(["--shape", "tiny", str(tmp_path / "x")]) == 1
-    failed(capsys, "out of memory; choose a smaller --shape")
+    failed(capsys, "out of memory; take a smaller model")
     assert list(tmp_path.iterdir()) == []
 
 
