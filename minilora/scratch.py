@@ -31,17 +31,19 @@ def scratch(purpose: str, n: int, dtype: torch.dtype, device: torch.device) -> T
     return buffers[key][:n]
 
 
-def keep_freed_memory(large_pages: bool = False) -> None:
+def keep_freed_memory(large_pages: bool = False, short: bool = False) -> None:
     """Let glibc keep what is freed for what is asked for next, as every step asks for the same again.
 
     Else a step's end gives its memory back and the next step is given new pages, which the system clears one by one: a
     fifth of the CPU time of a small model's step. The peak stays what it is. What the user has set by MALLOC_... rules.
 
     large_pages: as well; for where memory is plentiful, as the heap's holes stay in them
+    short: memory is, so blocks of 2 MiB and more are given back at once. Then a process has little more than its
+        tensors take, without the holes between them; clearing new pages costs a step time instead.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
-    wanted = [("TRIM_THRESHOLD", -1, -1), ("MMAP_THRESHOLD", -3, _MOST_OF_HEAP)]  # mallopt(3)
+    wanted = [("TRIM_THRESHOLD", -1, -1), ("MMAP_THRESHOLD", -3, _LARGE_PAGE if short else _MOST_OF_HEAP)]
     wanted += [("TOP_PAD", -2, _AHEAD)] if large_pages else []
     free = [(name, key, value) for name, key, value in wanted if f"MALLOC_{name}_" not in os.environ]
     for _, key, value in free:

@@ -23,8 +23,8 @@ def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ())
 
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
     """
-    keep_freed_memory(large_pages=Keep.WEIGHTS in keep)
     train = config.train
+    keep_freed_memory(Keep.WEIGHTS in keep, train.activation_checkpointing or min(keep, default=Keep.ALL) < Keep.ALL)
     model.activation_checkpointing, model.neftune_alpha = train.activation_checkpointing, train.neftune_alpha
     if train.base_learns:
         learned = learned_names(model.config, train)

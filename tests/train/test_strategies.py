@@ -127,14 +127,28 @@ def test_the_fast_block_is_plain_loras_alone(make_config: MakeConfig) -> None:
     assert not fuse(frozen), "not even where nothing learns"
 
 
-@pytest.mark.parametrize("keep", [(), (Keep.ALL, Keep.ALL), (Keep.WEIGHTS, Keep.WEIGHTS)])
-def test_large_pages_are_for_plentiful_memory(
-    make_config: MakeConfig, keep: tuple[Keep, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("keep", "checkpointing", "plentiful", "short"),
+    [
+        ((), False, False, False),
+        ((), True, False, True),
+        ((Keep.ALL, Keep.ALL), False, False, False),
+        ((Keep.INPUT, Keep.ALL), False, False, True),
+        ((Keep.WEIGHTS, Keep.WEIGHTS), False, True, False),
+    ],
+)
+def test_the_heap_is_as_memory_is(
+    make_config: MakeConfig,
+    keep: tuple[Keep, ...],
+    checkpointing: bool,
+    plentiful: bool,
+    short: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = list[bool]()
-    monkeypatch.setattr(strategies, "keep_freed_memory", lambda large_pages: asked.append(large_pages))
-    apply_strategy(tiny_model(), make_config(), keep)
-    assert asked == [Keep.WEIGHTS in keep]
+    asked = list[tuple[bool, bool]]()
+    monkeypatch.setattr(strategies, "keep_freed_memory", lambda *how: asked.append(how))
+    apply_strategy(tiny_model(), make_config(train__activation_checkpointing=checkpointing), keep)
+    assert asked == [(plentiful, short)]
 
 
 def test_activation_checkpointing_is_set(make_config: MakeConfig) -> None:
