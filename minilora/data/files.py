@@ -36,9 +36,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     read: Callable[[str], Iterator[tuple[str, Row]]] = READERS.get(Path(path).suffix.lower(), _read_json)
     empty = True
     try:
-        if (
-            Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir()
-        ):  # it might never end, and can't be read twice
+        if (there := Path(path)).exists() and not (there.is_file() or there.is_dir()):  # endless, or read once only
             raise UserError("is no file; name one of JSONL, CSV, Parquet or text, and write a pipe to a file first")
         for row in read(str(path)):
             empty = False

@@ -334,7 +334,9 @@ def _checksum(tensor: Tensor) -> int:
 
 def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapter, audit: MergeAudit) -> None:
     """Put beside the merged weights the tokenizer, the card, and where it all comes from."""
-    facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance, "audit": audit.to_dict(route)}
     kind = "bnb-4bit" if route == "requantized" else "hf"
+    made = {"to": kind, "from": base.checkpoint.folder.name, "adapter": Path(base.adapter or "").name, "onto": route}
+    facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance}
+    facts |= {"export": made, "audit": audit.to_dict(route)}
     write_card(folder, name, kind, base.checkpoint.config, facts, tokenizer=base.tokenizer.template)
     write_tokenizer(base.tokenizer, folder)

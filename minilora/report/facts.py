@@ -156,12 +156,8 @@ def _run(path: Path, facts: Facts, base: str) -> None:
 def _state(path: Path, facts: Facts, _base: str) -> None:
     verify_manifest(path)
     state = read_json(path / "state.json")
-    reader = (
-        "minilora train, for the weights that validated best"
-        if path.name.startswith("best-")
-        else "minilora train --resume"
-    )
-    facts |= {key: state.get(key) for key in ("counters", "versions")} | {"read_by": reader}
+    why = ", at its end, for the weights that validated best" if path.name.startswith("best-") else " --resume"
+    facts |= {key: state.get(key) for key in ("counters", "versions")} | {"read_by": f"minilora train{why}"}
     facts |= _listed([(key, e.shape, e.dtype, e.nbytes) for key, e in read_header(path / "state.safetensors").items()])
 
 

@@ -22,8 +22,10 @@ from minilora.evaluate.answers import Answer
 from minilora.evaluate.forgetting import Forgetting, read_probes
 from minilora.evaluate.metrics import check_libraries
 from minilora.hub import pinned
-from minilora.memory import PeakMemory, as_text, one_line
+from minilora.memory import PeakMemory, as_text, free_bytes, one_line
 from minilora.model import Mistral
+from minilora.nf4 import CPU
+from minilora.scratch import keep_freed_memory
 from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.graph import StepGraphs
 from minilora.train.ledger import Ledger
@@ -117,6 +119,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     forgetting = Forgetting(config, tokenizer, data.samples["general"], probes).ask_base(model)
     torch.manual_seed(config.train.seed)
     apply_strategy(model, config, ledger.keep)
+    if device == CPU and 1.25 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to
+        keep_freed_memory(short=True)
 
     weights = trainable(model)
     origin = {

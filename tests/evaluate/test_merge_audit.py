@@ -233,7 +233,9 @@ def test_beside_the_weights_lies_where_they_come_from(tmp_path: Path, tiny_base:
     assert facts["base_fingerprint"] == open_checkpoint(tiny_base).fingerprint()
     assert facts["audit"]["route"] == "trained"
     assert facts["audit"]["merged"]["mean_kl"] == audit.routes["trained"].mean_kl
-    assert "# merged" in (tmp_path / "merged" / "README.md").read_text()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "# merged" in card
+    assert '"onto": "trained"' in card
     assert (tmp_path / "merged" / TOKENIZER.name).read_bytes() == TOKENIZER.read_bytes()
     assert {"README.md", "minilora.json", "model.safetensors"} <= verify_manifest(tmp_path / "merged")["files"].keys()
 

@@ -45,6 +45,17 @@ def read_lines(path: Path) -> Steps:
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize(("free", "asked"), [(1e15, []), (1.0, [True])])
+def test_a_run_that_just_fits_leaves_no_holes_in_the_heap(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch, free: float, asked: list[bool]
+) -> None:
+    calls = list[bool]()
+    monkeypatch.setattr(setup, "keep_freed_memory", lambda short: calls.append(short))
+    monkeypatch.setattr(setup, "free_bytes", lambda _: free)
+    fine_tune(make_config(train__max_steps=1), quiet)
+    assert calls == asked
+
+
 def adapter_bytes(run: Run) -> bytes:
     return (run.folder.path / "adapter" / "adapter_model.safetensors").read_bytes()
 
