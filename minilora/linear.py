@@ -21,7 +21,7 @@ from minilora.dispatch import decode, fused_product
 from minilora.nf4 import BLOCK_SIZE, NF4Tensor
 from minilora.scratch import scratch
 
-SLICE_BYTES = 16 << 20  # of decoded weight in work at a time on a CPU; smaller slices make the products inefficient
+SLICE_BYTES = 32 << 20  # of decoded weight in work at a time on a CPU; smaller slices make the products inefficient
 
 
 def multiply(x: Tensor, weight: NF4Tensor | Tensor, columns: Tensor | None = None) -> Tensor:
