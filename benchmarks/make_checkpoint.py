@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.shapes import SHAPES, shape
 from minilora.checkpoint.layout import Layout
 from minilora.checkpoint.names import TensorSpec, tensor_specs
-from minilora.checkpoint.save import save_hf, save_mistral
+from minilora.checkpoint.save import save_hf
 from minilora.cli import exit_status
 from minilora.config import ModelConfig
 from minilora.errors import UserError
@@ -47,10 +47,9 @@ def make_checkpoint(
         raise UserError("OUT, the name of the new folder, is empty; give it one")
     with torch.device("meta"):
         model = Mistral(config)
-    save = save_hf if layout == "hf" else save_mistral
     with StopRequest() as stop:
         weights = _until_stopped(random_weights(config, seed), stop, f"{folder}: stopped, nothing was written")
-        save(model, folder, dtype=dtype, weights=weights, tokenizer=tokenizer)
+        save_hf(model, folder, dtype=dtype, weights=weights, tokenizer=tokenizer, layout=layout)
 
 
 def _until_stopped(

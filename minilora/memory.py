@@ -227,8 +227,7 @@ class StepPlan:
         """What of a `whole` block stays from its forward to its backward: see `fused.Keep`, or its input alone."""
         keep, x = self.keeps[layer], self.d * self.stored
         if keep == Keep.WEIGHTS and self.fused and _DENSE_BYTES.get(self.storage) != self.computed:
-            here_all = (spec for spec in tensor_specs(self.config) if spec.layer == layer and spec.is_projection)
-            n_weights = sum(prod(spec.shape) for spec in here_all)
+            n_weights = sum(prod(s.shape) for s in tensor_specs(self.config) if s.layer == layer and s.is_projection)
             return whole | {"decoded weights": n_weights * self.computed}
         if keep >= Keep.ALL:
             return whole

@@ -60,6 +60,7 @@ def save_hf(
     weights: (name, tensor) of every tensor in the order of `tensor_specs`; None is `model_weights(model)`
     tokenizer: a file to copy beside the weights
     overwrite: replace what stands in `folder`
+    layout: "mistral" is `save_mistral`
 
     Raises UserError if the model has adapters, a weight is not finite in `dtype`, or the folder cannot be written; the
     folder is then as it was.
@@ -68,9 +69,8 @@ def save_hf(
     write_layout(layout, model.config, dtype, weights or model_weights(model), folder, options, max_shard_bytes)
 
 
-save_mistral = partial(
-    save_hf, layout="mistral"
-)  # as mistral-inference reads it: params.json, consolidated.safetensors
+# As mistral-inference reads it: params.json and consolidated.safetensors, one file whatever its size.
+save_mistral = partial(save_hf, layout="mistral")
 
 
 def model_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:

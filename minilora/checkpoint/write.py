@@ -104,10 +104,16 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
     _refuse_standing(Path(path), overwrite)
     if not target.exists():
         return
-    known = {MANIFEST, *verify_manifest(target)["files"]} if (target / MANIFEST).is_file() else set()
-    others = sorted({str(f.relative_to(target)) for f in target.rglob("*") if not f.is_dir()} - known)
-    if others:
+    if (target / MANIFEST).is_file():
+        verify_manifest(target)
+    if others := not_ours(target):
         raise UserError(f"{path}: holds {others[0]}, which minilora did not write; choose another folder")
+
+
+def not_ours(folder: Path) -> list[str]:
+    """The files in `folder` that its manifest does not list, all where it has none, by their names in it."""
+    listed = {MANIFEST, *read_json(folder / MANIFEST).get("files", ())} if (folder / MANIFEST).is_file() else set()
+    return sorted({str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()} - listed)
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.checkpoint.json_file import read_json
-from minilora.checkpoint.write import MANIFEST, atomic_write, sweep_stale
+from minilora.checkpoint.write import atomic_write, not_ours, sweep_stale
 from minilora.config import RunConfig, base_folder, to_dict
 from minilora.data.sources import FILE_KEYS, sources
 from minilora.errors import UserError
@@ -179,10 +179,8 @@ class RunFolder:
 
 def refuse_theirs(folder: Path) -> None:
     """Raise UserError if a folder that is to be replaced holds a file that its manifest does not list."""
-    known = read_json(folder / MANIFEST).get("files", {}) if (folder / MANIFEST).is_file() else {}
-    others = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()} - {MANIFEST, *known}
-    if others:
-        raise UserError(f"{folder} is to be written anew, but minilora did not write {min(others)} there: move it away")
+    if others := not_ours(folder):
+        raise UserError(f"{folder} is to be written anew, but minilora did not write {others[0]} there: move it away")
 
 
 def _refuse_own_sources(path: Path, config: RunConfig) -> None:
