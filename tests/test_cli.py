@@ -1,7 +1,9 @@
 """The command line: exit codes, one line for what is wrong, and nothing heavy before it is needed."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -455,6 +457,20 @@ def test_the_demo_replaces_only_a_demo(run: Run, finished: Path) -> None:
     before = sorted(path.name for path in finished.iterdir())
     refused(run("demo", "--output", finished), 1, "other than a demo")
     assert sorted(path.name for path in finished.iterdir()) == before
+
+
+def test_an_adapter_whose_provenance_names_no_base(run: Run, finished: Path, tmp_path: Path) -> None:
+    for base in (None, ""):
+        adapter = shutil.copytree(finished / "adapter", tmp_path / "adapter", dirs_exist_ok=True)
+        said = json.loads((finished / "adapter/minilora.json").read_text()) | {"base_path": base}
+        (adapter / "minilora.json").write_text(json.dumps(said))
+        refused(run("generate", "a", "--adapter", adapter), 1, "does not say where its base lies", "--model.path")
+
+
+def test_a_folder_s_name_need_not_be_utf_8(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "minilora", "quantize", "demo", os.fsencode(tmp_path) + b"/bad\xff"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True)
+    assert (done.returncode, done.stdout.endswith(b"bad\\udcff\n")) == (0, True), done.stderr
 
 
 def test_overwrite_does_not_delete_what_the_new_run_is_made_from(run: Run, finished: Path, data_folder: Path) -> None:

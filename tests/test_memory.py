@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny_runs import TINY, TOKENIZER, tiny_model
 
+from minilora import memory
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig
 from minilora.lora import add_lora
-from minilora.memory import PeakMemory, StepPlan, max_rss_bytes, measure, predict, private_bytes
+from minilora.memory import PeakMemory, StepPlan, free_bytes, max_rss_bytes, measure, predict, private_bytes
 from minilora.model import Mistral
 
 ODD = dataclasses.replace(TINY, dim=36, hidden_dim=52)  # blocks that end in the middle
@@ -70,6 +71,22 @@ def test_nothing_else_takes_memory(tmp_path: Path) -> None:
     model = add_lora(load(tmp_path / "m", TINY, quantize="nf4", dtype=torch.bfloat16), LoraConfig(rank=2))
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     assert sum(measure(model).values()) == sum(tensors.values())
+
+
+@pytest.mark.parametrize(("limit", "leaves"), [("3000000000", 1_500_000_000), ("max", None), (None, None)])
+def test_a_container_s_limit_counts_without_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, leaves: int | None
+) -> None:
+    """Files that are cached are given back when memory is asked for."""
+    system = free_bytes(torch.device("cpu"))
+    files = {"memory.max": limit, "memory.current": "2000000000", "memory.stat": "anon 1500000000\nfile 500000000\n"}
+    for name, text in files.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, "memory.max", "memory.current", "file"),))
+    monkeypatch.setattr(memory, "private_bytes", lambda: 0)
+    free = free_bytes(torch.device("cpu"))
+    assert free == leaves if leaves is not None else free > system / 2
 
 
 def test_a_7b_by_hand() -> None:

@@ -36,6 +36,18 @@ def test_every_strategy_meets_every_value_and_a_curve_is_drawn_at_the_first() ->
     }  # fmt: skip
 
 
+def test_help_names_the_strategies_and_what_they_do_to_the_learning_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ",".join(sorted(STRATEGIES)) == ",".join(
+        sorted(said.partition("a list of ")[2].partition(";")[0].split(","))
+    )
+    factors = {name: factor for name, (_, factor) in STRATEGIES.items() if factor != 1}
+    assert factors == {"full": 0.1, "prefix": 100.0}
+    assert "full takes a tenth of its train.lr, prefix a hundred times as much" in said
+
+
 def test_a_grid_alone_and_a_grid_of_two_keys() -> None:
     assert names([], ["train.lr=1e-4,2e-4"], [], 1.0) == ["lr=1e-4", "lr=2e-4"]
     assert len(names([], ["train.lr=1,2", "lora.rank=4,8,16"], [], 1.0)) == 6

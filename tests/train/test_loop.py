@@ -539,6 +539,18 @@ def test_where_the_state_lies_may_change(make_config: MakeConfig, quiet: Quiet) 
     assert told.endswith(" of the optimizer's state is in the host's memory anyway, where there is no GPU")
 
 
+@pytest.mark.parametrize(("epochs", "packed"), [(1.0, [0]), (2.0, [0, 1]), (1.5, [0, 1])])
+def test_rows_are_packed_for_the_epochs_that_there_are(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, epochs: float, packed: list[int]
+) -> None:
+    asked, pack_rows = list[int](), setup.epoch_rows
+    monkeypatch.setattr(setup, "epoch_rows", lambda *args, mix: asked.append(args[3]) or pack_rows(*args, mix=mix))
+    lengths = [20, 30, 40, 10] * 5
+    rows = setup.rows_of_epochs(lengths, make_config(train__epochs=epochs), None)
+    assert asked == packed
+    assert 0 < rows <= epochs * len(lengths)
+
+
 def on_batch(monkeypatch: pytest.MonkeyPatch, then: Callable[[int, PackedBatch], None]) -> None:
     """Call `then` with the number, from 1, of each micro-batch, and with it."""
     make_batch, numbers = loop.make_batch, count(1)
