@@ -10,15 +10,24 @@ all runs in one launch of FlashAttention (https://arxiv.org/abs/2307.08691), as 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import inf, prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from minilora.backend import product_dtype, whole_shapes
+from minilora.compiled import compilable, compiles
+from minilora.scratch import scratch
 
 QUERIES = 256  # of a piece: with more, more keys are masked away; with fewer, the products are small
 SHORT = 64  # tokens of a run that is not worth a piece of its own
 TOGETHER = 128  # tokens of short runs that share a piece, at most
+SCORE_BYTES = 5 << 20  # of 16-bit scores in work at a time, at most, unless these are of few queries:
+LEAST = 128
+WORTH = 1 << 19  # scores of a piece, on average, for whose backward products of one's own pay
 WIDENED = 256  # keys of a piece, at most, whose backward is slower in 16 bits than in float32, and less exact
 
 
@@ -255,8 +264,83 @@ def _pieces_back(
         if one:
             return tuple(g.to(dtype).transpose(1, 2).reshape(shape) for g, shape in zip(made, shapes, strict=True))
         for whole, where, part in zip(_parts(sees, *grads), (at, seen, seen), made, strict=True):
-            whole[:, :, where] += part
+            whole[:, :, where].add_(part)
     return tuple(grad.to(dtype) for grad in grads)
+
+
+def _pays_in_products(q: Tensor, sees: Pieces) -> bool:
+    """Whether `_products_back` is faster: in 16 bits that this CPU multiplies, compiled, and not in small pieces."""
+    scores = (
+        sees.rows * q.shape[2] * sum((piece.stop - piece.start) * (piece.stop - piece.first) for piece in sees.pieces)
+    )
+    fits = compiles(q.device) and q.dtype.itemsize == 2 and product_dtype(q) == q.dtype
+    return fits and scores >= WORTH * len(sees.pieces)
+
+
+@torch.no_grad()
+def _products_back(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: tuple[Tensor, ...], sees: Pieces
+) -> tuple[Tensor, ...]:
+    """`_pieces_back` in 16-bit products, of some queries with all the keys that they may see at a time:
+
+    P = exp(s Q K^T - logsumexp)     dP = dY V^T     dS = s P (dP - sum(dY Y))
+    dQ = dS K                        dK = dS^T Q     dV = P^T dY
+    """
+    heads, group, scale = sees.rows * k.shape[2], q.shape[2] // k.shape[2], q.shape[3] ** -0.5
+    grads = [torch.zeros_like(q), *(torch.zeros(x.shape) for x in (k, v))]
+    means = torch.linalg.vecdot(dy.float(), y.float())[..., None]
+    (q, dy, means, k, v), (dq, dk, dv) = _parts(sees, q, dy, means, k, v), _parts(sees, *grads)
+    for piece, of_piece in zip(sees.pieces, sums, strict=True):
+        n = piece.stop - piece.start
+        most = min(max(SCORE_BYTES // (2 * heads * group * (piece.stop - piece.first)), LEAST), QUERIES)
+        n_queries = whole_shapes(-(-n // -(-n // most)), q.dtype)  # in as few parts as there must be, of even size
+        for start in range(piece.start, piece.stop, n_queries):
+            stop = min(start + n_queries, piece.stop)
+            at, seen = slice(start, stop), slice(piece.first, stop if piece.mask is None else piece.stop)
+            of_q, of_dy, of_k, of_v = (
+                _whole(x[:, :, where]).reshape(heads, -1, x.shape[3])
+                for x, where in ((q, at), (dy, at), (k, seen), (v, seen))
+            )
+            p, ds = (x.unflatten(1, (group, -1)) for x in (_scores("p", of_q, of_k), _scores("ds", of_dy, of_v)))
+            if piece.mask is None:
+                p[..., -p.shape[2] :].add_(_causal_mask(p.shape[2], p.dtype))
+            else:
+                p[:, :, : stop - start, : seen.stop - seen.start].add_(
+                    piece.mask[start - piece.start : stop - piece.start]
+                )
+            total = _whole(of_piece[:, :, start - piece.start : stop - piece.start, None], inf)  # where P is 0
+            total, mean = (x.reshape(*p.shape[:3], 1) for x in (total, _whole(means[:, :, at])))
+            _softmax_back(p, ds, total, mean, scale)
+            p, ds = p.flatten(1, 2), ds.flatten(1, 2)
+            for to, where, made in ((dq, at, ds @ of_k), (dk, seen, ds.mT @ of_q), (dv, seen, p.mT @ of_dy)):
+                to[:, :, where].add_(made.view(*to.shape[:2], -1, to.shape[3])[:, :, : where.stop - where.start])
+    return tuple(grad.to(q.dtype) for grad in grads)
+
+
+def _whole(x: Tensor, value: float = 0.0) -> Tensor:
+    """x (rows, heads, n, Dh), with more numbers behind the n, for products of few sizes (`backend.whole_shapes`)."""
+    n = x.shape[2]
+    return pad(x, (0, 0, 0, whole_shapes(n, torch.bfloat16) - n), value=value)
+
+
+def _scores(purpose: str, a: Tensor, b: Tensor) -> Tensor:
+    """a b^T (heads, group * queries, keys) in memory that is used again."""
+    shape = *a.shape[:2], b.shape[1]
+    return torch.bmm(a, b.mT, out=scratch(purpose, prod(shape), a.dtype, a.device).view(shape))
+
+
+@compilable
+def _softmax_back(scores: Tensor, d_p: Tensor, logsumexp: Tensor, means: Tensor, scale: float) -> None:
+    """Q K^T, masked, and dP (..., queries, keys) become P and dS."""
+    p = (scores.float() * scale - logsumexp).exp()
+    d_p.copy_((d_p.float() - means) * p * scale)
+    scores.copy_(p)
+
+
+@lru_cache(maxsize=4)
+def _causal_mask(n: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of n queries and their own keys."""
+    return torch.full((n, n), float("-inf"), dtype=dtype).triu_(1)
 
 
 def copies_for_threads(rows: int, n_q_heads: int, n_k_heads: int) -> int:
@@ -300,7 +384,7 @@ def attend_back(
         output, *inputs = rest
         return torch.autograd.grad(output, inputs, dy)
     if isinstance(sees, Pieces):
-        return _pieces_back(dy, q, k, v, y, rest, sees)
+        return (_products_back if _pays_in_products(q, sees) else _pieces_back)(dy, q, k, v, y, rest, sees)
     dy, *heads = (x.flatten(0, 1) for x in (dy, q, k, v, y))
     grads = torch.ops.aten._flash_attention_backward(dy, *heads, rest[0], *sees._limits, *rest[1:], **sees._sides)
     return tuple(grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))

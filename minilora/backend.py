@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from minilora.compiled import compiles
 from minilora.errors import UserError
 
 
@@ -58,8 +59,8 @@ def backend_for(device: torch.device) -> Backend:
 
 def told(device: torch.device) -> str:
     """The device, and what computes there, in one line."""
-    backend = backend_for(device)
-    return f"device: {abilities(device)}; computed by {backend.name}: {backend.reason}"
+    backend, compiled = backend_for(device), ", what is elementwise compiled to C++" if compiles(device) else ""
+    return f"device: {abilities(device)}; computed by {backend.name}{compiled}: {backend.reason}"
 
 
 def pick_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
@@ -85,6 +86,14 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     reaches 180. A product in float32 of numbers rounded to 16 bits is the same product, summed more exactly.
     """
     return _cpu_product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+
+
+def whole_shapes(n: int, dtype: torch.dtype) -> int:
+    """n rows, or on a CPU so many that products of numbers of them in `dtype` have few sizes.
+
+    In 16 bits oneDNN makes machine code for each size that it meets, one to two MB each, and keeps a thousand.
+    """
+    return n if dtype.itemsize > 2 else -(-n // 32) * 32
 
 
 @cache

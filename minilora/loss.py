@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from minilora.backend import backend_for, product_dtype
+from minilora.backend import backend_for, product_dtype, whole_shapes
+from minilora.compiled import compilable
 
 IGNORE = -100  # the label of a row that is no target
 ROWS = 512  # of a tile, at most: the more, the less often W is read
@@ -73,6 +75,22 @@ def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
     return losses[:, 0]
 
 
+@compilable
+def _exponentials(
+    z: Tensor, at: Tensor, largest: Tensor, sums: Tensor, label_logit: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """exp(z - m) of a tile's logits z (n, columns), which may be overwritten, in `dtype`; what was summed before it
+    shrinks by; and, with this tile, m, the sums and the labels' logits, all (n, 1) float32.
+
+    at: (n, 1) int64, the labels as columns of the tile, if they are in it
+    """
+    inside, z = (at >= 0) & (at < z.shape[1]), z.float()
+    label_logit = torch.where(inside, z.gather(1, at.clamp(0, z.shape[1] - 1)), label_logit)
+    before, largest = largest, torch.maximum(largest, z.amax(-1, keepdim=True))
+    p, shrink = z.sub_(largest).exp_(), (before - largest).exp_()
+    return p.to(dtype), shrink, largest, (sums * shrink).add_(p.sum(-1, keepdim=True)), label_logit
+
+
 def _gradient_(logits: Tensor, labels: Tensor) -> Tensor:
     """`softmax_gradient_` where the logits lie."""
     if backend_for(logits.device).name != "triton":
@@ -92,29 +110,30 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         n_rows, n_columns = tile(len(hidden), len(head), grad_head is not None)
-        buffer = hidden.new_empty(n_rows * n_columns, dtype=dtype)  # one for all tiles: new memory is slow
+        buffer = hidden.new_empty(
+            whole_shapes(n_rows, dtype) * n_columns, dtype=dtype
+        )  # one for all tiles: new memory is slow
         for start in range(0, len(hidden), n_rows):
-            h, y = hidden[start : start + n_rows].to(dtype), labels[start : start + n_rows, None]
+            n = min(n_rows, len(hidden) - start)
+            more = (0, 0, 0, whole_shapes(n, dtype) - n)  # rows of zeros, whose loss and gradient nobody reads
+            h, y = pad(hidden[start : start + n].to(dtype), more), pad(labels[start : start + n, None], more)
             largest, sums, label_logit = (torch.full((len(h), 1), at, device=h.device) for at in (-inf, 0.0, -inf))
             grad = torch.zeros(h.shape, device=h.device)
             for column in range(0, len(head), n_columns):
                 w = head[column : column + n_columns].to(dtype)
-                z = torch.mm(h, w.T, out=buffer[: len(h) * len(w)].view(len(h), len(w))).float()
-                at = y - column
-                label_logit = torch.where((at >= 0) & (at < len(w)), z.gather(1, at.clamp(0, len(w) - 1)), label_logit)
-                before, largest = largest, torch.maximum(largest, z.amax(-1, keepdim=True))
-                p, shrink = z.sub_(largest).exp_(), (before - largest).exp_()
-                sums.mul_(shrink).add_(p.sum(-1, keepdim=True))
+                z = torch.mm(h, w.T, out=buffer[: len(h) * len(w)].view(len(h), len(w)))
+                wide = dtype if grad_head is None else torch.float32
+                p, shrink, largest, sums, label_logit = _exponentials(z, y - column, largest, sums, label_logit, wide)
                 if grad_hidden is not None:
                     _add_product(grad.mul_(shrink), p.to(dtype), w)
                 if grad_head is not None:  # one tile, so `sums` is whole
                     p.scatter_add_(1, y, -sums)
                     _add_product(grad_head, p.to(dtype).T, (h / sums).to(dtype))
                 del z, p  # before the next tile is made
-            total += (largest + sums.log() - label_logit).sum()
+            total += (largest + sums.log() - label_logit)[:n].sum()
             of_label = head.index_select(0, y[:, 0])  # an error where there is no such label, without gradients too
             if grad_hidden is not None:
-                grad_hidden[start : start + n_rows] = grad.div_(sums).sub_(of_label)
+                grad_hidden[start : start + n] = grad.div_(sums).sub_(of_label)[:n]
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         return total

@@ -28,6 +28,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from minilora.compiled import compilable, compiles
 from minilora.errors import UserError
 from minilora.scratch import scratch
 
@@ -184,6 +185,10 @@ class NF4Tensor:
         start: a multiple of the block size
         """
         device, size = self.packed.device, self.block_size
+        if compiles(device) and len(out) % size == 0:
+            absmax = self.block_absmax(start // size, stop // size)
+            _decode_blocks(self.packed[start // 2 : stop // 2], absmax, levels(device), out.view(-1, size))
+            return
         pairs, chunk = _level_pairs(device), chunk_of(device)
         index = scratch("index", min(chunk, stop - start + 1) // 2, torch.int32, device)
         decoded = scratch("pairs", len(index), torch.int64, device)
@@ -201,6 +206,13 @@ class NF4Tensor:
                 torch.mul(values[whole:], scales[-1], out=product[whole:])
             if product is not into:
                 into.copy_(product)
+
+
+@compilable
+def _decode_blocks(packed: Tensor, absmax: Tensor, levels: Tensor, out: Tensor) -> None:
+    """The definition, of whole blocks: compiled it is faster than any detour, else slower."""
+    pairs = torch.stack([levels[(packed >> 4).int()], levels[(packed & 15).int()]], dim=1)
+    out.copy_(pairs.view(out.shape) * absmax[:, None])
 
 
 def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = True) -> NF4Tensor:

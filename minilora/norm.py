@@ -9,6 +9,7 @@ r = 1 / sqrt(mean(x^2) + eps) and u = dy weight, the gradient is dx = r u - r^3 
 import torch
 from torch import Tensor, nn
 
+from minilora.compiled import compilable
 from minilora.dispatch import kernel_on_gpu
 
 
@@ -27,6 +28,7 @@ class RMSNorm(nn.Module):
 
 
 @kernel_on_gpu
+@compilable
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, inverse: Tensor | None = None, room: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -38,6 +40,7 @@ def rms_norm(
 
 
 @kernel_on_gpu
+@compilable
 def add_rms_norm(
     residual: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, room: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +65,7 @@ def _normalized(
 
 
 @kernel_on_gpu
+@compilable
 def rms_norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None = None
 ) -> Tensor:

@@ -12,6 +12,7 @@ key at q depends on p - q alone. Two ways to choose the pairs are in use, and di
 import torch
 from torch import Tensor
 
+from minilora.compiled import compilable
 from minilora.dispatch import kernel_on_gpu
 
 
@@ -30,14 +31,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @kernel_on_gpu
+@compilable
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     """`apply_rope` of x (N, H, Dh) by cos, sin (N, Dh/2), in new memory; `back` turns the other way: its gradient."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (a, b), (c, d) = (t.unflatten(-1, (2, -1)).unbind(-2) for t in (x, y))
+    a, b = x.unflatten(-1, (2, -1)).unbind(-2)
     cos, sin = cos[:, None], -sin[:, None] if back else sin[:, None]
-    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=d).addcmul_(a, sin)
-    return y
+    return torch.cat([(a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)], dim=-1)
 
 
 def interleaved_to_half_split(rows: Tensor, n_heads: int) -> Tensor:

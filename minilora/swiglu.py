@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from minilora.compiled import compilable
 from minilora.dispatch import kernel_on_gpu
 
 
 @kernel_on_gpu
+@compilable
 def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
     """h (N, F) from gate and up (N, F).
 
@@ -28,6 +30,7 @@ def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
 
 
 @kernel_on_gpu
+@compilable
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h, d_gate and d_up, each (N, F). d_gate takes the memory of dh."""
     gated = silu(gate)

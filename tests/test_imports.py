@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "scratch", "paging", "patterns", "config", "recipes", "nf4", "kv_cache"),
+    ("errors", "compiled", "scratch", "paging", "patterns", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
     ("norm", "rope", "swiglu", "attention", "loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
@@ -40,7 +40,7 @@ OF_EXTRAS = {  # imported where they are used
     "minilora.data.files": {"pyarrow"},
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
 }
-MAX_LINES = 9_700
+MAX_LINES = 9_850
 # What the README calls what trains, from config.py to lora.py and train/, "some 2,900 lines".
 READING_PATH = {
     *("config", "nf4", "norm", "rope", "swiglu", "attention", "kv_cache"),

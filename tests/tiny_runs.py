@@ -1,6 +1,8 @@
 """A tiny random Mistral with the demo's tokenizer, small files of chats and text, and a short run's configuration."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,3 +62,15 @@ class Quiet:
 
     def end(self) -> None:
         self.ended = True
+
+
+def stop_after(step: int, quiet: Quiet, signum: int = signal.SIGTERM) -> Quiet:
+    report = quiet.step
+
+    def and_then(metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        report(metrics, timing)
+        if metrics["step"] == step:
+            os.kill(os.getpid(), signum)
+
+    quiet.step = and_then  # type: ignore[method-assign]
+    return quiet

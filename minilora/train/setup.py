@@ -11,6 +11,7 @@ from minilora.adamw import FlatAdamW
 from minilora.backend import pick_device, pick_dtype, told
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
+from minilora.compiled import compile_loops
 from minilora.config import RunConfig, to_dict
 from minilora.data.check import load_data
 from minilora.data.encode import Sample
@@ -104,6 +105,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         dtype, why = torch.float32, "weights of the base learn"
     if checkpoint.nf4 and config.quantize is None:
         checkpoint.refuse_nf4(f'train.strategy "{config.train.strategy}"')
+    compile_loops(config.train.compile and device == CPU)
     reporter.say(told(device))
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
     lengths = [s.length for s in learnt]

@@ -15,7 +15,7 @@ from weakref import ref
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
+from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, chat, stop_after, tiny_model, write_jsonl
 
 from minilora.checkpoint.adapter import load_adapter
 from minilora.checkpoint.load import load_model
@@ -477,18 +477,6 @@ def test_a_failed_start_leaves_nothing_in_the_way(make_config: MakeConfig, quiet
 
 
 # --- Resuming within this process (tests/train/test_resume.py kills real ones) --------------------------------------
-
-
-def stop_after(step: int, quiet: Quiet, signum: int = signal.SIGTERM) -> Quiet:
-    report = quiet.step
-
-    def and_then(metrics: dict[str, Any], timing: dict[str, Any]) -> None:
-        report(metrics, timing)
-        if metrics["step"] == step:
-            os.kill(os.getpid(), signum)
-
-    quiet.step = and_then  # type: ignore[method-assign]
-    return quiet
 
 
 def test_a_signal_saves_and_puts_the_old_handlers_back(make_config: MakeConfig, quiet: Quiet) -> None:

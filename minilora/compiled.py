@@ -1,0 +1,65 @@
+"""Definitions as single loops: on a CPU torch's compiler makes C++ of them, where it is asked for (`train.compile`).
+
+Eager torch goes through memory once for each operation, and rounds what lies between two of them where that is in 16
+bits. Compiled, what is elementwise is one pass, rounded at its end. On a GPU the kernels are that already.
+
+The first call with new dtypes, or with the second of a dimension's sizes, waits a second or so for the C++ compiler.
+What it made is kept on disk for later runs.
+"""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from minilora.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MANY = 64  # compiled forms of a definition, by dtypes and whether sizes vary; torch's own limit is 8
+
+_compiling = False
+
+
+def compile_loops(on: bool) -> None:
+    """From now on run `compilable` functions compiled, or as they stand. Raises UserError if torch cannot compile."""
+    global _compiling
+    if on and not _compiling:
+        import torch._dynamo
+        import torch._inductor.config
+
+        torch._dynamo.config.recompile_limit = MANY
+        torch._inductor.config.compile_threads = 1  # else processes wait for work that is there once
+        try:
+            _compiled(torch.neg)(torch.zeros(2))
+        except (RuntimeError, OSError) as error:
+            why = " ".join(str(error).split("\n")[:2])
+            raise UserError(f"train.compile: torch cannot compile ({why}); install g++, or set it to false") from None
+    _compiling = on
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether loops over tensors there are compiled."""
+    return _compiling and device.type == "cpu"
+
+
+def compilable(definition: Callable[P, R]) -> Callable[P, R]:
+    """`definition`, of a tensor first, or what is compiled of it; autograd does not see into that."""
+
+    @wraps(definition)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, torch.Tensor)
+        if not compiles(first.device):
+            return definition(*args, **kwargs)
+        bare: Any = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        made: R = _compiled(definition)(*bare, **kwargs)
+        return made
+
+    return chosen
+
+
+@cache
+def _compiled(definition: Callable[P, R]) -> Callable[P, R]:
+    return torch.compile(definition, fullgraph=True)

@@ -1,0 +1,204 @@
+"""Compiled loops against the definitions they are made of, and a run with them. Where bits may differ, both are held to
+float64."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from elementwise import assert_no_worse, random
+from test_fused import SHAPES, adapted, distance, gradients
+from tiny_runs import MakeConfig, Quiet, stop_after
+from torch import Tensor
+
+from minilora import attention, norm, rope, swiglu
+from minilora.attention import Pieces, attend_back, attend_kept
+from minilora.backend import product_dtype, told
+from minilora.compiled import compile_loops, compiles
+from minilora.errors import UserError
+from minilora.fused import fuse
+from minilora.loss import _exponentials
+from minilora.nf4 import CPU, quantize_nf4
+from minilora.train.loop import Stopped, fine_tune
+from minilora.train.run_folder import config_toml
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
+N, D, HEADS, HEAD_DIM = 24, 96, 3, 32
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def as_they_stand() -> Iterator[None]:
+    yield
+    compile_loops(False)
+
+
+def both(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """What `call` gives compiled, and as it stands."""
+    compile_loops(True)
+    compiled = call()
+    compile_loops(False)
+    return compiled, call()
+
+
+def tensors(dtype: torch.dtype) -> dict[str, Tensor]:
+    wide = {name: random(N, D, seed=i, dtype=dtype) for i, name in enumerate("abc")}
+    angles = random(N, HEAD_DIM // 2, seed=5)
+    return wide | {
+        "weight": random(D, seed=3), "inverse": random(N, 1, seed=4).abs(),
+        "x": random(N, HEADS, HEAD_DIM, dtype=dtype), "cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype),
+    }  # fmt: skip
+
+
+Call = Callable[..., Any]
+CALLS: dict[str, Call] = {
+    "rms_norm": lambda a, weight, **_: norm.rms_norm(a, weight.to(a.dtype), 1e-5, a.dtype),
+    "rms_norm, made again": lambda a, weight, inverse, **_: norm.rms_norm(a, weight, 1e-5, a.dtype, inverse)[0],
+    "add_rms_norm": lambda a, b, weight, **_: norm.add_rms_norm(a, b, weight, 1e-5, a.dtype),
+    "rms_norm_backward": lambda a, b, c, weight, inverse, **_: norm.rms_norm_backward(a, b, weight, inverse, c),
+    "rotate": lambda x, cos, sin, **_: rope.rotate(x, cos, sin),
+    "rotate back": lambda x, cos, sin, **_: rope.rotate(x, cos, sin, back=True),
+    "swiglu": lambda a, b, **_: swiglu.swiglu(a, b),
+    "swiglu_backward": lambda a, b, c, **_: swiglu.swiglu_backward(a, b, c),
+}  # fmt: skip
+
+
+def as_tuple(made: Any) -> tuple[Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_loop_errs_no_more_than_its_definition(name: str) -> None:
+    """In 16 bits, which are rounded once, at the end. The model's gradients, below, hold float32."""
+    given = tensors(torch.bfloat16)
+
+    def call() -> Any:
+        return CALLS[name](**{name: tensor.clone() for name, tensor in given.items()})
+
+    exact = CALLS[name](**{name: tensor.double() for name, tensor in given.items()})
+    for ours, plain, want in zip(*map(as_tuple, (*both(call), exact)), strict=True):
+        assert_no_worse(ours, plain, exact=want.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_become_exponentials_tile_by_tile(dtype: torch.dtype) -> None:
+    z, at = random(N, D, dtype=dtype), torch.arange(N)[:, None] * 8 - 20  # labels before, in and behind the tile
+    largest, sums, label = random(N, 1, seed=1) + 2, random(N, 1, seed=2).exp(), random(N, 1, seed=3)
+
+    def call() -> tuple[Tensor, ...]:
+        return _exponentials(z.clone(), at, largest.clone(), sums.clone(), label.clone(), dtype)
+
+    compiled, plain = both(call)
+    assert compiled[0].dtype == dtype
+    for ours, other in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, other, rtol=2 * torch.finfo(ours.dtype).eps + 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(48, 64), (6, 96), (3, 27)])
+def test_decoded_weights_have_the_same_bits(shape: tuple[int, int], double_quant: bool, dtype: torch.dtype) -> None:
+    """Rows of whole blocks, blocks across rows, and a short last block, which is decoded as it stands."""
+    weight = quantize_nf4(random(*shape), double_quant=double_quant)
+    compiled, plain = both(lambda: weight.dequantize(dtype))
+    assert compiled.equal(plain)
+    part = 2 * 64
+    if weight.n > 2 * part:
+
+        def some() -> Tensor:
+            out = torch.empty(part, dtype=dtype)
+            weight.decode(part, 2 * part, out)
+            return out
+
+        assert all(out.equal(plain.flatten()[part : 2 * part]) for out in both(some))
+
+
+@pytest.mark.skipif(
+    product_dtype(torch.empty(0, dtype=torch.bfloat16)) != torch.bfloat16, reason="no 16-bit products on this CPU"
+)
+@pytest.mark.parametrize(
+    ("runs", "window"), [((300,), None), ((140, 140), None), ((90, 3, 5, 20), None), ((300, 41), 100)]
+)
+def test_attention_by_products_errs_as_products_in_16_bits_do(
+    runs: tuple[int, ...], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, one part of queries after another; twice what the mask's way has in 16 bits."""
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+    monkeypatch.setattr(attention, "WORTH", 1)
+    sees, n, dtype = Pieces.of(runs, window), sum(runs), torch.bfloat16
+    assert len(sees.pieces) > 1 or n > attention.LEAST
+    q, k, v, dy = (random(1, n, heads, 16, seed=i, dtype=dtype) for i, heads in enumerate((4, 2, 2, 4)))
+    places = torch.cat([torch.arange(run) for run in runs])[None]
+    mask = attention.visible(
+        places, places, window, *[torch.repeat_interleave(torch.arange(len(runs)), torch.tensor(runs))[None]] * 2
+    )
+
+    def gradients_of(who: Pieces | Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        heads = [x.to(dtype) for x in (q, k, v)]
+        y, rest = attend_kept(*heads, who)
+        return attend_back(dy.to(dtype), *heads, y, rest, who)
+
+    exact, by_mask = gradients_of(mask, torch.float64), gradients_of(mask, dtype)
+    compile_loops(True)
+    for ours, plain, want in zip(gradients_of(sees, dtype), by_mask, exact, strict=True):
+        assert ours.dtype == dtype
+        assert 0 < (ours - want).norm() <= 2 * (plain - want).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_with_compiled_loops_has_the_plain_blocks_gradients(dtype: torch.dtype) -> None:
+    plain = adapted(SHAPES[1], nf4=dtype == torch.float32).to(dtype)
+    exact = gradients(copy.deepcopy(plain).double(), packed=True)[1] if dtype != torch.float32 else None
+    fast = copy.deepcopy(plain)
+    assert fuse(fast)
+    compile_loops(True)
+    ours = gradients(fast, packed=True)[1]
+    compile_loops(False)
+    theirs = gradients(plain, packed=True)[1]
+    if exact is None:
+        assert distance(ours, theirs) < 1e-5
+    else:
+        assert 0 < distance(ours, exact) <= 2 * distance(theirs, exact)
+
+
+def test_a_run_compiles_what_it_is_asked_to_and_resumes_exactly(make_config: MakeConfig, tmp_path: Path) -> None:
+    def config(folder: str, on: bool = True) -> Any:
+        return make_config(eval__answers=0, eval__samples=0, train__compile=on, train__output=str(tmp_path / folder))
+
+    said = Quiet()
+    straight = fine_tune(config("straight"), said).folder.path
+    assert compiles(CPU)
+    assert told(CPU) in said.said
+    assert "compiled to C++" in told(CPU)
+    with pytest.raises(Stopped):
+        fine_tune(config("cut"), stop_after(2, Quiet()))
+    cut = fine_tune(config("cut"), Quiet(), resume=True).folder.path
+    for file in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (cut / file).read_bytes() == (straight / file).read_bytes(), file
+    with pytest.raises(UserError, match=r"train\.compile"):
+        fine_tune(config("cut", on=False), Quiet(), resume=True)
+    fine_tune(config("plain", on=False), Quiet())
+    assert not compiles(CPU)
+
+
+def test_without_a_compiler_a_run_is_refused_in_one_line(make_config: MakeConfig, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(config_toml(make_config(train__compile=True)))
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "minilora", "train", str(file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "train.compile: torch cannot compile (" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert "no-such-compiler" in done.stderr
