@@ -7,7 +7,7 @@ before it compares anything.
 """
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
 
@@ -20,20 +20,22 @@ from benchmarks.shapes import shape
 from minilora.attention import Pieces, attend_back, attend_kept
 from minilora.backend import product_dtype
 from minilora.checkpoint.load import load_model
+from minilora.compiled import compile_loops
 from minilora.config import PROJECTIONS, BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.linear import multiply, multiply_back
 from minilora.scratch import keep_freed_memory
 from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, train_step
+from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 HEAD_ROWS = 2048  # of the head in a product
 
 
-def ours(base: str, dtype: str, feed: Feed, checkpointing: bool) -> Step:
-    """minilora's own pieces, put together as `minilora train` does it."""
+def ours(base: str, dtype: str, feed: Feed, checkpointing: bool, compiled: bool = False) -> Step:
+    """minilora's own pieces, put together as `minilora train` does it. compiled: by `train.compile`"""
+    compile_loops(compiled)
     model = load_model(base, quantize="nf4", dtype=getattr(torch, dtype), device="cpu")
     batches, tokens, turns = packed_batches(feed), tokens_of_steps(feed), count()
     rows, length = batches[0].tokens.shape
@@ -46,6 +48,9 @@ def ours(base: str, dtype: str, feed: Feed, checkpointing: bool) -> Step:
     same_adapters(weights.items())
     optimizer = optimizer_for(weights, run)
     loss_scale = LossScale(False)
+    if compiled:
+        backward = backward_of(model, optimizer)
+        _compile_all(lambda batch: backward(batch, 1.0), batches)
 
     def step() -> dict[str, Any]:
         turn = next(turns) % len(batches)
@@ -65,11 +70,13 @@ def peer(
     checkpointing: bool,
     prepared: bool,
     compute: str | None = None,
+    compiled: bool = False,
 ) -> Step:
     """The usual stack, in train mode (in eval mode bitsandbytes would repack the weights for inference).
 
     attention: "sdpa" or "eager"; prepared: by `prepare_model_for_kbit_training`, which makes norms, embedding and head
-    float32; form: see `peer_batches`; compute: what the 4-bit layers compute in, `dtype` if None
+    float32; form: see `peer_batches`; compute: what the 4-bit layers compute in, `dtype` if None; compiled: each
+    decoder layer by torch.compile
     """
     import transformers
 
@@ -91,6 +98,10 @@ def peer(
     same_adapters(weights)
     optimizer = adamw(p for _, p in weights)
     batches, tokens, turns = peer_batches(feed, form), tokens_of_steps(feed), count()
+    if compiled:
+        for layer in model.base_model.model.model.layers:
+            layer.compile()
+        _compile_all(lambda batch: model(**batch, use_cache=False).loss.backward(), batches)
 
     def step() -> dict[str, Any]:
         turn = next(turns) % len(batches)
@@ -103,6 +114,12 @@ def peer(
 
     gc.collect()
     return step
+
+
+def _compile_all(backward: Callable[[Any], Any], batches: Iterable[Any]) -> None:
+    """Forward and backward of each batch, so that what is compiled for its sizes is there before the first step."""
+    for batch in batches:
+        backward(batch)
 
 
 def peft_model(model: Any, checkpointing: bool, prepared: bool) -> Any:

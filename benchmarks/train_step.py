@@ -1,9 +1,10 @@
 """A whole QLoRA step against transformers + peft + bitsandbytes: python -m benchmarks.train_step
 
 Each cell is a batch and a dtype. First every variant of both sides is screened alone: a warm-up and two steps. Then the
-fastest of each run in turns, which gives the speed; the peer's leanest and ours with the same checkpointing give the
-memory. A peer whose first loss is not ours did other work and is out of the comparison. For random tokens a third runs
-in turn, which does only what every step has to do, with torch's products and attention: the most that a ratio could be.
+fastest of each run in turns, which gives the speed, and with them the fastest of each that torch's compiler has not
+touched; the peer's leanest and ours with the same checkpointing give the memory. A peer whose first loss is not ours
+did other work and is out of the comparison. For random tokens one more runs in turn, which does only what every step
+has to do, with torch's products and attention: the most that a ratio could be.
 
     4x256, 1x1024    random tokens, each of them a target
     instructions     real samples of unlike lengths: ours in packed rows, the peer's padding-free or padded, the same
@@ -50,6 +51,7 @@ RTOL = {"float32": 1e-4, "bfloat16": 5e-3}  # of the losses of both sides
 SLOW_S = 20.0  # a first step that takes longer needs no second one to be screened
 STEP_CAP_S = 3600.0
 HOPELESS = 10.0  # times the fastest step so far, and a minute at least: no screening waits longer for one
+COMPILED = ", compiled"  # in the name of what torch's compiler has touched
 N_ROWS = 6  # packed rows of the instruction set that the steps go round
 
 
@@ -88,11 +90,13 @@ QUICK = {
 
 
 def our_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
-    """minilora with and without activation checkpointing."""
+    """minilora with and without activation checkpointing; and compiled, for speed."""
     found = {}
-    for checkpointing in (False,) if cell.quick else (False, True):
-        name = "minilora" + ", checkpointing" * checkpointing
-        arguments = {"base": base, "dtype": cell.dtype, "feed": feed, "checkpointing": checkpointing}
+    for checkpointing, compiled in ((False, False),) if cell.quick else ((False, False), (True, False), (False, True)):
+        name = "minilora" + ", checkpointing" * checkpointing + COMPILED * compiled
+        arguments = {
+            "base": base, "dtype": cell.dtype, "feed": feed, "checkpointing": checkpointing, "compiled": compiled,
+        }  # fmt: skip
         found[name] = Contestant(name, "benchmarks.contestants:ours", arguments)
     return found
 
@@ -101,7 +105,7 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
     """{sdpa, eager} x {checkpointing off, on} x {plain, prepared}; real samples flat, and padded (sdpa).
 
     In bf16 cells also with float32 as the compute dtype of the 4-bit layers: a user whose CPU has no bf16 instructions
-    would set it.
+    would set it. And, for speed, each layer compiled: sdpa without checkpointing.
     """
     forms = ("flat", "padded") if cell.samples else ("rows",)
     ways = [
@@ -109,15 +113,18 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
         for form, attention, checkpointing, prepared in product(forms, ("sdpa", "eager"), (False, True), (False, True))
         if not (form == "padded" and attention == "eager")
     ]
+    fast = [way for way in ways if way["attention"] == "sdpa" and way["form"] != "padded" and not way["checkpointing"]]
+    first = [way | {"compiled": True} for way in fast]
     if cell.dtype != "float32":
         wide = [way | {"compute": "float32"} for way in ways if way["attention"] == "sdpa" and way["prepared"]]
-        ways = wide + ways  # first, as all others are measured by their speed where bf16 is slow
+        first = wide + first  # before all others, which are measured by their speed where bf16 is slow
     found = {}
-    for way in ways[:1] if cell.quick else ways:
+    for way in ways[:1] if cell.quick else first + ways:
         name = f"peft, {way['attention']}"
         name += ", checkpointing" if way["checkpointing"] else ""
         name += ", prepared" if way["prepared"] else ""
         name += ", computes in float32" if "compute" in way else ""
+        name += COMPILED if "compiled" in way else ""
         name += f", {way['form']}" if cell.samples else ""
         arguments = {"base": base, "dtype": cell.dtype, "feed": feed, **way}
         found[name] = Contestant(name, "benchmarks.contestants:peer", arguments)
@@ -176,14 +183,16 @@ def _race_of_the_fastest(
     rounds: int,
     deadline: float,
 ) -> list[Record]:
-    """The fastest of ours and of the peers that do the same work, and what they share, in turns; none where there are
-    no such two."""
+    """The fastest of ours and of the peers that do the same work, what they share, and the fastest that are not
+    compiled, in turns; none where there are no such two."""
     agree = _agreeing(cell, records, ours, peers)
     if not agree:
         return []
     pair = [ours[_fastest(records, ours)], peers[_fastest(records, agree)]]
+    plain = [side[_fastest(records, filter(_is_plain, names))] for side, names in ((ours, ours), (peers, agree))]
     is_slow = any(records[contestant.name].seconds > SLOW_S for contestant in pair)
-    with started([*pair, *_shared(cell, feed)]) as entrants:
+    rest = [contestant for contestant in plain if contestant not in pair]
+    with started([*pair, *_shared(cell, feed), *rest]) as entrants:
         left = max(0.0, deadline - time.monotonic())
         return race(entrants, rounds, 0 if is_slow else 2, left, STEP_CAP_S)
 
@@ -237,6 +246,10 @@ def _first_loss(records: Sequence[Record]) -> float | None:
     return next((float(record.first.result["loss"]) for record in records if record.first), None)
 
 
+def _is_plain(name: str) -> bool:
+    return COMPILED not in name
+
+
 def _fastest(records: Mapping[str, Record], names: Iterable[str]) -> str:
     return min(names, key=lambda name: records[name].seconds if records[name].steps else inf)
 
@@ -268,7 +281,9 @@ def _report(
     if len(fastest) < 2 or not all(record.steps for record in fastest[:2]) or not agree:
         failed = [f"{record.name}: {record.error}" for record in fastest if record.error]
         return report | {"error": "; ".join(failed) or "no pair of equal losses to compare"}
-    report["speed"] = _speed(cell, *fastest)
+    mine, peer, *others = fastest
+    shared = others.pop(0) if others and not cell.samples else None
+    report["speed"] = _speed(cell, mine, peer, shared) | {"not_compiled": _not_compiled([mine, peer, *others], ours)}
     report["memory"] = _memory(records, ours, agree)
     report["rows"] = _rows(cell, report["speed"], report["memory"])
     return report
@@ -281,15 +296,28 @@ def _speed(cell: Cell, ours: Record, peer: Record, shared: Record | None = None)
     elif shared:
         rate = cell.rows * cell.length / shared.seconds
         speed["shared_work"] = {"ratio": ratio(shared, peer), "tok_per_s": rate, **shared.figures()}
-    for side, record in (("ours", ours), ("peer", peer)):
-        rate = median(step.result["tokens"] / step.seconds for step in record.steps)
-        speed[side] = {"variant": record.name, "tok_per_s": rate, **record.figures()}
+    speed |= {side: _rate(record) for side, record in (("ours", ours), ("peer", peer))}
     if not cell.samples:
         gflop = qlora_step_flops(shape(cell.shape), cell.rows, cell.length) / 1e9
         speed["model_gflop_per_step"] = gflop
         for side, record in (("ours", ours), ("peer", peer)):
             speed[side]["model_gflop_per_s"] = gflop / record.seconds
     return speed
+
+
+def _not_compiled(fastest: Sequence[Record], ours: Sequence[str]) -> dict[str, Any]:
+    """Ours and the peer's fastest that torch's compiler has not touched; and against that peer our fastest of all."""
+    plain = [record for record in fastest if record.steps and _is_plain(record.name)]
+    mine, peer = (next((record for record in plain if (record.name in ours) == own), None) for own in (True, False))
+    if mine is None or peer is None:
+        return {"error": "one of the two did not run"}
+    found: dict[str, Any] = {"ratio": ratio(mine, peer), "ratio_of_our_fastest": ratio(fastest[0], peer)}
+    return found | {"ours": _rate(mine), "peer": _rate(peer)}
+
+
+def _rate(record: Record) -> dict[str, Any]:
+    rate = median(step.result["tokens"] / step.seconds for step in record.steps)
+    return {"variant": record.name, "tok_per_s": rate, **record.figures()}
 
 
 def _losses_agree(ours: Record, peer: Record) -> dict[str, Any]:
@@ -324,6 +352,10 @@ def _rows(cell: Cell, speed: Mapping[str, Any], memory: Mapping[str, Any]) -> li
         row(what, **rates, ratio=ratio_text(speed["ratio"])),
         row(f"{what}: peak memory", **peaks, ratio=f"{memory['ratio']:.2f}"),
     ]
+    plain = speed["not_compiled"]
+    if "error" not in plain and any(plain[side]["variant"] != speed[side]["variant"] for side in ("ours", "peer")):
+        told = {side: f"{plain[side]['tok_per_s']:.0f} tokens/s" for side in ("ours", "peer")}
+        rows.append(row(f"{what}: neither compiled", **told, ratio=ratio_text(plain["ratio"])))
     if "ratio" in (shared := speed.get("shared_work", {})):
         rates["ours"] = f"{shared['tok_per_s']:.0f} tokens/s"
         rows.append(

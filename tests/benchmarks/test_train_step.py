@@ -13,7 +13,7 @@ from benchmarks.feeds import load_samples, packed_batches, peer_batches, save_sa
 from benchmarks.harness import Measured, Record
 from benchmarks.instructions import distribution, instruction_samples
 from benchmarks.shapes import block_linear_parameters, shape
-from benchmarks.train_step import QUICK, cells, peer_variants
+from benchmarks.train_step import QUICK, cells, our_variants, peer_variants
 from minilora.data.encode import Sample
 from minilora.loss import IGNORE
 
@@ -67,9 +67,12 @@ def test_a_random_batch_has_a_target_at_every_token() -> None:
 
 def test_the_peer_is_taken_in_all_its_variants() -> None:
     assert set(cells()) == {f"{c}-{d}" for c in ("4x256", "1x1024", "instructions") for d in ("fp32", "bf16")}
-    assert len(peer_variants(cells()["4x256-fp32"], "", {})) == 8
-    assert len(peer_variants(cells()["instructions-fp32"], "", {})) == 12
-    assert len(peer_variants(cells()["1x1024-bf16"], "", {})) == 10
+    assert len(peer_variants(cells()["4x256-fp32"], "", {})) == 10
+    assert len(peer_variants(cells()["instructions-fp32"], "", {})) == 14
+    assert len(peer_variants(cells()["1x1024-bf16"], "", {})) == 12
+    for variants in (our_variants(cells()["4x256-fp32"], "", {}), peer_variants(cells()["4x256-fp32"], "", {})):
+        for name, contestant in variants.items():
+            assert contestant.arguments.get("compiled", False) == ("compiled" in name)
 
 
 def test_who_computes_another_loss_is_out_of_the_comparison() -> None:
@@ -98,6 +101,14 @@ def test_who_computes_another_loss_is_out_of_the_comparison() -> None:
     with_shared = train_step._report(QUICK["quick"], records, ours, peers, [*pair, record("shared", 1.0, 1, 0.0)])
     assert with_shared["speed"]["ratio"] == report["speed"]["ratio"]
     assert with_shared["rows"][-1]["ratio"] == "4.00 (4.00 to 4.00)"
+    assert with_shared["speed"]["not_compiled"]["ratio"] == report["speed"]["ratio"]
+    fast = [record("minilora, compiled", 1.0, 250, 10.0), record("slow, compiled", 2.5, 500, 10.0)]
+    every = records | {one.name: one for one in fast}
+    names = [*ours, fast[0].name], [*peers, fast[1].name]
+    compiled = train_step._report(QUICK["quick"], every, *names, [*fast, record("shared", 1.0, 1, 0.0), *pair])
+    assert compiled["speed"]["ratio"]["of_medians"] == 2.5
+    assert compiled["speed"]["not_compiled"]["ratio_of_our_fastest"]["of_medians"] == 4.0
+    assert [line["ratio"].split()[0] for line in compiled["rows"]] == ["2.50", "3.00", "2.00", "2.50"]
     failed = train_step._report(QUICK["quick"], records, ours, peers, [*pair, Record("shared", error="it broke")])
     assert (failed["rows"], failed["speed"]["shared_work"]) == (report["rows"], {"error": "it broke"})
 
