@@ -25,17 +25,8 @@ _compiling = False
 def compile_loops(on: bool) -> None:
     """From now on run `compilable` functions compiled, or as they stand. Raises UserError if torch cannot compile."""
     global _compiling
-    if on and not _compiling:
-        import torch._dynamo
-        import torch._inductor.config
-
-        torch._dynamo.config.recompile_limit = MANY
-        torch._inductor.config.compile_threads = 1  # else processes wait for work that is there once
-        try:
-            _compiled(torch.neg)(torch.zeros(2))
-        except (RuntimeError, OSError) as error:
-            why = " ".join(str(error).split("\n")[:2])
-            raise UserError(f"train.compile: torch cannot compile ({why}); install g++, or set it to false") from None
+    if on:
+        _compiled(torch.neg)(torch.zeros(2))
     _compiling = on
 
 
@@ -62,4 +53,20 @@ def compilable(definition: Callable[P, R]) -> Callable[P, R]:
 
 @cache
 def _compiled(definition: Callable[P, R]) -> Callable[P, R]:
-    return torch.compile(definition, fullgraph=True)
+    """What torch's compiler makes of it, for each kind of arguments at the first call. Raises UserError if it fails."""
+    import torch._inductor.config
+    from torch._dynamo.exc import TorchDynamoException
+
+    torch._dynamo.config.recompile_limit = MANY
+    torch._inductor.config.compile_threads = 1  # else processes wait for work that is there once
+    compiled = torch.compile(definition, fullgraph=True)
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            made: R = compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            why = " ".join(str(error).split("\n")[:2])
+            raise UserError(f"train.compile: torch cannot compile ({why}); install g++, or set it to false") from None
+        return made
+
+    return run

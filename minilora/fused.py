@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.attention import Sees, attend_back, attend_kept
+from minilora.attention import attend_back, attend_kept
 from minilora.backend import product_dtype
 from minilora.lora import LoRALinear
 from minilora.model import Block, Context, Mistral
@@ -30,6 +30,7 @@ from minilora.norm import RMSNorm, add_rms_norm, rms_norm, rms_norm_backward
 from minilora.projections import Gradients, Projections
 from minilora.rope import rotate
 from minilora.swiglu import swiglu, swiglu_backward
+from minilora.visible import Sees
 
 
 class Keep(IntEnum):

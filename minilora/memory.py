@@ -117,8 +117,8 @@ class StepPlan:
 
     adapter: None where weights of the base learn: those of `learned`, or all if that is None
     rows, length: of a micro-batch; targets: how many of its tokens are, None: all
-    sees: a row falls into causal runs, or a mask says who sees whom (`attention.causal_runs`)
-    masks: bytes of those that a CPU's pieces have (`attention.Pieces`)
+    sees: a row falls into causal runs, or a mask says who sees whom (`visible.causal_runs`)
+    masks: bytes of those that a CPU's pieces have (`visible.Pieces`)
     paged: the optimizer's state is in the host's memory but for two pages
     keep: of each fast block; none: all of them everything or, with checkpointing, their input
     """

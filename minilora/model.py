@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from minilora.attention import Pieces, Runs, Sees, attend, causal_runs, visible
+from minilora.attention import attend
 from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
 from minilora.neftune import with_noise
 from minilora.norm import RMSNorm
 from minilora.prefix import Prefix
 from minilora.rope import apply_rope, rope_cos_sin
+from minilora.visible import Pieces, Runs, Sees, causal_runs, visible
 
 
 class Context:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minilora import attention
-from minilora.attention import QUERIES, Pieces, Runs, attend, attend_back, attend_kept, causal_runs, visible
+from minilora.attention import attend, attend_back, attend_kept
+from minilora.visible import QUERIES, Pieces, Runs, causal_runs, visible
 
 
 def sees(q: int, k: int, window: int | None, same_segment: bool) -> bool:

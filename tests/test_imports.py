@@ -20,7 +20,21 @@ LAYERS = (
     ("errors", "compiled", "scratch", "paging", "patterns", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
-    ("norm", "rope", "swiglu", "attention", "loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
+    (
+        "norm",
+        "rope",
+        "swiglu",
+        "visible",
+        "attention",
+        "attention_products",
+        "loss",
+        "adamw",
+        "linear",
+        "lora",
+        "projections",
+        "neftune",
+        "prefix",
+    ),
     ("model", "fused"),
     ("base", "hub", "memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report"),
@@ -43,7 +57,7 @@ OF_EXTRAS = {  # imported where they are used
 MAX_LINES = 9_850
 # What the README calls what trains, from config.py to lora.py and train/, "some 2,900 lines".
 READING_PATH = {
-    *("config", "nf4", "norm", "rope", "swiglu", "attention", "kv_cache"),
+    *("config", "nf4", "norm", "rope", "swiglu", "visible", "attention", "kv_cache"),
     *("model", "loss", "adamw", "linear", "lora", "train"),
 }
 MAX_PATH_LINES = 3_000

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minilora.attention import Runs
 from minilora.data.encode import Sample
 from minilora.errors import UserError
 from minilora.loss import IGNORE
+from minilora.visible import Runs
 
 WINDOW = 1024  # samples packed together: enough to fill rows, few enough that every epoch mixes them anew
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from minilora.adamw import FlatAdamW
-from minilora.attention import Runs
 from minilora.data.pack import PackedBatch
 from minilora.fused import FusedBlock
 from minilora.lora import TrainedCopy
 from minilora.model import Mistral
 from minilora.train.step import Backward, backward_of
+from minilora.visible import Runs
 
 MOST_GRAPHS = 6  # each holds its launches in the GPU's memory; the oldest goes first
 

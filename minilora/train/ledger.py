@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 
 from minilora.adamw import state_bytes
-from minilora.attention import Pieces, Runs, causal_runs
 from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, PrefixConfig, RunConfig
 from minilora.data.encode import Sample
@@ -22,6 +21,7 @@ from minilora.fused import Keep
 from minilora.memory import DenseDtype, Learned, StepPlan, as_text, free_bytes, private_bytes
 from minilora.nf4 import CPU
 from minilora.train.strategies import learned_names
+from minilora.visible import Pieces, Runs, causal_runs
 
 LEAST_LENGTH = 64  # shorter rows are not advised
 

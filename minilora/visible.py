@@ -1,0 +1,164 @@
+"""Who sees whom: token i sees token j iff 0 <= i - j < window, and both are of one segment.
+
+Positions start again with each segment of a packed row, so the rule on positions holds there. What is known of the
+tokens may be said as a mask of all queries and keys, as runs of tokens, each of which is causal, or, for a CPU, as the
+pieces that such runs are gone through by.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUERIES = 256  # of a piece: with more, more keys are masked away; with fewer, the products are small
+SHORT = 64  # tokens of a run that is not worth a piece of its own
+TOGETHER = 128  # tokens of short runs that share a piece, at most
+
+
+def visible(
+    q_positions: Tensor,
+    k_positions: Tensor,
+    window: int | None,
+    q_segments: Tensor | None = None,
+    k_segments: Tensor | None = None,
+) -> Tensor:
+    """Which key each query sees: bool (B, 1, Tq, Tk), from positions (B, Tq), (B, Tk) and segments of the same shapes.
+
+    Keys at negative positions are padding: nobody sees them but themselves (a row that saw nothing would be NaN).
+    """
+    distance = q_positions[:, :, None] - k_positions[:, None, :]  # (B, Tq, Tk)
+    mask = (distance >= 0) & ((k_positions >= 0)[:, None, :] | (distance == 0))
+    if window is not None:
+        mask &= distance < window
+    if q_segments is not None and k_segments is not None:
+        mask &= q_segments[:, :, None] == k_segments[:, None, :]
+    return mask[:, None]
+
+
+def causal_runs(positions: Tensor, segments: Tensor | None = None) -> tuple[int, ...] | None:
+    """Lengths of the runs that the tokens (B, T), row after row, fall into, if `visible` says no more than this:
+    a token sees the tokens before it in its run, within the window, and itself. None where it says something else.
+
+    A run ends where a row or segment does, and its positions count up by one. None, too, where looking would make a
+    GPU wait, and for a step of generation.
+    """
+    n_rows, n_columns = positions.shape
+    if positions.device.type != "cpu" or n_columns < 2:
+        return None
+    follows = positions[:, 1:] == positions[:, :-1] + 1
+    same = follows if segments is None else segments[:, 1:] == segments[:, :-1]
+    if not bool((follows | ~same).all()) or int(positions.min()) < 0 or (segments is None and not bool(same.all())):
+        return None
+    ends = torch.ones(n_rows, n_columns, dtype=torch.bool)
+    ends[:, :-1] = ~same
+    stops = ends.view(-1).nonzero().view(-1) + 1
+    return tuple(torch.diff(stops, prepend=torch.zeros(1, dtype=stops.dtype)).tolist())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries start..stop, which see of the keys first..stop what the mask says, or all up to themselves.
+
+    mask: (stop - start, stop - first) float32, 0 or -inf; None: start is first
+    """
+
+    start: int
+    stop: int
+    first: int
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Tokens, row after row, in runs: one sees those before it in its run, within a window, and itself; on a CPU.
+
+    rows: so many runs of the same length side by side, each in these pieces; else 1
+    """
+
+    rows: int
+    pieces: tuple[Piece, ...]
+
+    @staticmethod
+    def of(runs: Sequence[int], window: int | None = None) -> "Pieces":
+        """From the runs' lengths."""
+        rows = len(runs) if len(set(runs)) == 1 else 1
+        return Pieces(rows, tuple(_pieces(runs[: len(runs) // rows], window)))
+
+    def parts(self, *tensors: Tensor) -> list[Tensor]:
+        """Each (B, T, H, Dh) as (rows, H, n, Dh)."""
+        return [x.reshape(self.rows, -1, *x.shape[2:]).transpose(1, 2) for x in tensors]
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of the masks; those of a window are views of one."""
+        storages = [piece.mask.untyped_storage() for piece in self.pieces if piece.mask is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _pieces(runs: Sequence[int], window: int | None) -> Iterator[Piece]:
+    """A run that the window holds is one piece, a longer one several; neighbours that are short share one."""
+    begin, i, band = 0, 0, None
+    while i < len(runs):
+        end, n = begin + runs[i], 1
+        while runs[i] <= SHORT and i + n < len(runs) and runs[i + n] <= SHORT and end + runs[i + n] - begin <= TOGETHER:
+            end, n = end + runs[i + n], n + 1
+        if n > 1:
+            together = torch.tensor(runs[i : i + n])
+            run = torch.repeat_interleave(torch.arange(n), together)[None]
+            yield Piece(begin, end, begin, _as_added(*(torch.arange(end - begin)[None],) * 2, window, run))
+        elif window is None or end - begin <= window:
+            yield Piece(begin, end, begin)
+        else:
+            keys = torch.arange(window - 1 + QUERIES)[None]
+            band = _as_added(keys[:, window - 1 :], keys, window) if band is None else band
+            for start in range(begin, end, QUERIES):
+                stop, earliest = min(start + QUERIES, end), start - window + 1
+                first = max(begin, earliest)
+                yield Piece(start, stop, first, band[: stop - start, first - earliest : stop - earliest])
+        begin, i = end, i + n
+
+
+def _as_added(q_positions: Tensor, k_positions: Tensor, window: int | None, run: Tensor | None = None) -> Tensor:
+    """`visible` of one row, (Tq, Tk) float32: what is added to the scores."""
+    sees = visible(q_positions, k_positions, window, run, run)[0, 0]
+    return torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Tokens, row after row, in runs: one sees those before it in its run, within `window`, and itself; on a GPU.
+
+    stops: (K + 1,) int32, where each run begins, and the last one ends; runs may be empty
+    longest: no run is longer; the host must know it, so that a GPU need not be waited for
+    """
+
+    stops: Tensor
+    longest: int
+    window: int | None = None
+
+    @staticmethod
+    def serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether torch's FlashAttention takes such heads there."""
+        return (
+            device.type == "cuda"
+            and dtype in (torch.bfloat16, torch.float16)
+            and head_dim % 8 == 0
+            and head_dim <= 256
+            and torch.cuda.get_device_capability(device) >= (8, 0)
+            and torch.backends.cuda.is_flash_attention_available()
+        )
+
+    @property
+    def limits(self) -> tuple[Any, ...]:
+        """What torch's FlashAttention is told of the runs, by place,"""
+        return self.stops, self.stops, self.longest, self.longest, 0.0, self.window is None
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """and of the window, by name."""
+        return {"window_size_left": -1 if self.window is None else self.window - 1, "window_size_right": 0}
+
+
+Sees = Tensor | Pieces | Runs
