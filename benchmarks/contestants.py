@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.feeds import Feed, packed_batches, peer_batches, tokens_of_steps
 from benchmarks.harness import Step
 from benchmarks.shapes import shape
-from minilora.attention import Pieces, attend_back, attend_kept
+from minilora.attention import attend_back, attend_kept
 from minilora.backend import product_dtype
 from minilora.checkpoint.load import load_model
 from minilora.compiled import compile_loops
@@ -28,6 +28,7 @@ from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
+from minilora.visible import Pieces
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 HEAD_ROWS = 2048  # of the head in a product

@@ -6,7 +6,7 @@ So everything is executed, and each launch is seen as it happens: torch's operat
 memory are none), Triton's by a hook around the interpreter.
 
 What a CPU does not have is computed otherwise, and counted as what it stands for. FlashAttention over runs is the CPU's
-attention (`attention.Pieces`); it counts as torch's launches on a GPU, one forward, three back and two that add up the
+attention (`visible.Pieces`); it counts as torch's launches on a GPU, one forward, three back and two that add up the
 query heads of a key head, and moves the bytes that its definition reads and writes. A product of 16 bits added to
 float32 is one launch, as it is on a GPU. No batch is small: weights are decoded for every product.
 """
@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.watch import being_called
 from minilora import attention, backend, linear
-from minilora.attention import Pieces, Runs, attend_back, attend_kept
+from minilora.attention import attend_back, attend_kept
+from minilora.visible import Pieces, Runs
 
 GPU = torch.device("cuda", 0)
 CAPABILITY = (9, 0)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.attention import Runs
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
+from minilora.visible import Runs
 
 Feed = Mapping[str, Any]
 

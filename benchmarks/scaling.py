@@ -32,12 +32,13 @@ from benchmarks.harness import RESULTS, ROOT, Contestant, Step, Worker, machine,
 from benchmarks.ledger import ENVIRONMENT, STEP_CAP_S, Cell, _private_now, random_model, run_config
 from benchmarks.shapes import shape
 from minilora import scratch
-from minilora.attention import Pieces, attend, visible
+from minilora.attention import attend
 from minilora.memory import PeakMemory
 from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
+from minilora.visible import Pieces, visible
 
 FIGURE = ROOT / "docs" / "scaling.png"
 WHOLE = {"shape": "135m", "n_layers": 4, "rows": [1, 2, 4, 8], "length": 512, "shortest": 256, "window": 256}

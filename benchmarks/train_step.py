@@ -114,12 +114,13 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
         if not (form == "padded" and attention == "eager")
     ]
     fast = [way for way in ways if way["attention"] == "sdpa" and way["form"] != "padded" and not way["checkpointing"]]
-    first = [way | {"compiled": True} for way in fast]
+    first = fast + [way | {"compiled": True} for way in fast]
     if cell.dtype != "float32":
         wide = [way | {"compute": "float32"} for way in ways if way["attention"] == "sdpa" and way["prepared"]]
         first = wide + first  # before all others, which are measured by their speed where bf16 is slow
+    ways = ways[:1] if cell.quick else first + [way for way in ways if way not in fast]
     found = {}
-    for way in ways[:1] if cell.quick else first + ways:
+    for way in ways:
         name = f"peft, {way['attention']}"
         name += ", checkpointing" if way["checkpointing"] else ""
         name += ", prepared" if way["prepared"] else ""
@@ -189,7 +190,8 @@ def _race_of_the_fastest(
     if not agree:
         return []
     pair = [ours[_fastest(records, ours)], peers[_fastest(records, agree)]]
-    plain = [side[_fastest(records, filter(_is_plain, names))] for side, names in ((ours, ours), (peers, agree))]
+    sides = (ours, list(ours)), (peers, [name for name in agree if records[name].steps])
+    plain = [side[_fastest(records, some)] for side, names in sides if (some := list(filter(_is_plain, names)))]
     is_slow = any(records[contestant.name].seconds > SLOW_S for contestant in pair)
     rest = [contestant for contestant in plain if contestant not in pair]
     with started([*pair, *_shared(cell, feed), *rest]) as entrants:
