@@ -41,11 +41,11 @@ WRITES = {  # of Triton's kernels: what they write, and of that what they read t
     "normalize_back_kernel": ("dx",),
     "rotate_kernel": ("out",),
     "swiglu_kernel": ("h",),
-    "swiglu_back_kernel": ("h", "d_up", "dh"),
+    "swiglu_back_kernel": ("gate", "dh", "up"),
     "softmax_gradient_kernel": ("logits", "losses"),
     "adamw_kernel": ("p", "m", "v"),
 }
-READ_TOO = {"dh", "logits", "p", "m", "v"}
+READ_TOO = {"gate", "dh", "up", "logits", "p", "m", "v"}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 Each side is a process with its model on the device (`gpu_models`); they step in turns. Ours and the peer, plain and
 prepared for k-bit training, each keep all activations or checkpoint them; ours can keep the decoded weights as well,
 and races alone then, right after the others. A ratio is against the fastest of the peer's that does the same, and of
-all that the peer has. Who has another first loss did other work and is out. Last, when those processes have gone, our
-memory for one row of LONGEST tokens, checkpointed: what a card of 24 GB should hold.
+all that the peer has. Who has another first loss did other work and is out.
+
+Then our memory: of each policy what the ledger predicts, what was allocated at most in a step that ran as it came, and
+what was reserved when steps are replayed, from the recorded one on; and last, when those processes have gone, for one
+row of LONGEST tokens, checkpointed: what a card of 24 GB should hold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +24,8 @@ from minilora.fused import Keep
 
 SHAPE, LENGTHS = "mistral-7b-v0.3", (512, 1024, 2048)
 DRY_SHAPE, DRY_LENGTHS = "tiny", (16,)
-POLICIES = {"kept": Keep.ALL, "kept with the decoded weights": Keep.WEIGHTS, "checkpointed": Keep.INPUT}
+# The decoded weights last: what the others hold of memory is least then.
+POLICIES = {"kept": Keep.ALL, "checkpointed": Keep.INPUT, "kept with the decoded weights": Keep.WEIGHTS}
 LONGEST, DRY_LONGEST = 43_008, 32
 ROUNDS, CAP_S, STEP_CAP_S = 7, 12.0, 60.0
 RTOL = 5e-3  # of the first losses: 16 bits on both sides
@@ -41,25 +45,31 @@ def measure(device: torch.device) -> dict[str, Any]:
     ]
     ceiling = matmul_tflop_per_s(device)
     cases: dict[str, Any] = {}
-    with started(contestants) as entrants:
+    with started(contestants, at_once=not is_dry) as entrants:
         for length in lengths:
             records = dict[str, list[Record]]()
             for policy, keep in POLICIES.items():
                 racers = entrants[:1] if keep == Keep.WEIGHTS else entrants
                 records[policy] = _race(racers, 1 if is_dry else ROUNDS, length=length, keep=keep)
             cases |= _cases(name, length, records, ceiling)
-    return cases | _longest(contestants[0], name, DRY_LONGEST if is_dry else LONGEST, ceiling)
+        for keep in Keep:
+            cases |= _memory(entrants[:1], name, lengths[-1], keep, 2)
+    with started(contestants[:1]) as entrants:
+        return cases | _memory(entrants, name, DRY_LONGEST if is_dry else LONGEST, Keep.INPUT, 0)
 
 
-def _longest(ours: Contestant, name: str, length: int, ceiling: float) -> dict[str, Any]:
-    """A step alone, in a process of its own."""
-    with started([ours]) as entrants:
-        [record] = _race(entrants, 1, 0, length=length, keep=Keep.INPUT)
-    figures = _figures(record, length, qlora_step_flops(shape(name), 1, length), ceiling)
-    what, rows = f"QLoRA step, {name}, 1 x {length} tokens, activations checkpointed", list[dict[str, str]]()
-    if "peak_reserved_bytes" in figures:
-        rows = [row(f"{what}: peak memory", f"{figures['peak_reserved_bytes'] / 1e9:.2f} GB", "", "")]
-    return {what: {"sides": {record.name: figures}, "rows": rows}}
+def _memory(ours: Sequence[Entrant], name: str, length: int, keep: Keep, warm_ups: int) -> dict[str, Any]:
+    """A step alone, after so many; its first is the one that runs as it comes."""
+    [record] = _race(ours, 1, warm_ups, length=length, keep=keep)
+    what = f"memory of a QLoRA step, {name}, 1 x {length} tokens, keeping {keep.name.lower()}"
+    if not record.first or not record.steps:
+        return {what: {"error": record.error or "no step", "rows": []}}
+    first, last = record.first.result, record.steps[-1].result
+    found = {"predicted": first["predicted_bytes"]}
+    if "peak_allocated_bytes" in first:
+        found |= {"allocated": first["peak_allocated_bytes"], "reserved": last["peak_reserved_bytes"]}
+    said = ", ".join(f"{n / 1e9:.2f} GB {which}" for which, n in found.items())
+    return {what: {**found, "rows": [row(what, said, "", "")] if len(found) > 1 else []}}
 
 
 def _race(entrants: Sequence[Entrant], rounds: int, warm_ups: int = 2, *, length: int, keep: Keep) -> list[Record]:

@@ -311,18 +311,12 @@ def rotate_kernel(sixteen: str) -> Kernel:
 def swiglu_kernels(sixteen: str) -> list[Kernel]:
     from minilora.kernels.swiglu import BLOCK, WARPS
 
-    module, wide = "minilora.kernels.swiglu", dict.fromkeys(("gate", "up", "h"), sixteen)
+    module, wide = "minilora.kernels.swiglu", dict.fromkeys(("gate", "up"), sixteen)
+    integers, own = {"f": "i32", "pitch": "i32"}, {"dh": sixteen, "n": "i32"}
     shape: dict[str, Any] = {"weights": BLOCK / (32 * WARPS), "warps": WARPS, "fusion": True}
     return [
-        Kernel("swiglu", module, "swiglu_kernel", wide | {"f": "i32", "pitch": "i32"}, {"BLOCK": BLOCK}, **shape),
-        Kernel(
-            "swiglu_backward",
-            module,
-            "swiglu_back_kernel",
-            wide | {"dh": sixteen, "d_up": sixteen, "n": "i32"},
-            {"BLOCK": BLOCK},
-            **shape,
-        ),
+        Kernel("swiglu", module, "swiglu_kernel", wide | {"h": sixteen} | integers, {"BLOCK": BLOCK}, **shape),
+        Kernel("swiglu_backward", module, "swiglu_back_kernel", wide | own, {"BLOCK": BLOCK}, **shape),
     ]
 
 

@@ -1,8 +1,8 @@
 """h = silu(gate) * up and its backward, number by number.
 
 A thread takes eight neighbours of each tensor, 16 bytes in 16 bits. Backward makes h again while gate and up are at
-hand, and puts d_gate where dh was: a number is read before it is written, by the same thread, and (N, F) is the widest
-tensor of a step.
+hand, and puts its three results where gate, dh and up were: a number is read before it is written, by the same thread,
+and (N, F) is the widest tensor of a step.
 
 Bytes moved a number of 16 bits: 4 read, 2 written; backward 6 and 6. In float32, rounded once.
 """
@@ -33,13 +33,13 @@ def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `swiglu.swiglu_backward` does, with the same arguments. Raises ValueError as `fitting` and `on` do."""
     dh, gate, up = _alike(dh=dh, gate=gate, up=up)
-    h, d_up = torch.empty_like(gate), torch.empty_like(gate)
     with on(gate.device):
-        swiglu_back_kernel[(triton.cdiv(h.numel(), BLOCK),)](
-            dh, gate, up, h, d_up, h.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+        swiglu_back_kernel[(triton.cdiv(dh.numel(), BLOCK),)](
+            dh, gate, up, dh.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
         )
-    torch.autograd.graph.increment_version(dh)  # a kernel writes behind autograd's back
-    return h, dh, d_up
+    for written in (gate, dh, up):
+        torch.autograd.graph.increment_version(written)  # a kernel writes behind autograd's back
+    return gate, dh, up
 
 
 def _alike(**tensors: Tensor) -> list[Tensor]:
@@ -61,8 +61,8 @@ def swiglu_kernel(gate, up, h, f, pitch, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_back_kernel(dh, gate, up, h, d_up, n, BLOCK: tl.constexpr):
-    """dh, gate, up, h, d_up (n,). dh becomes d_gate."""
+def swiglu_back_kernel(dh, gate, up, n, BLOCK: tl.constexpr):
+    """dh, gate and up (n,) become d_gate, h and d_up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
@@ -70,6 +70,6 @@ def swiglu_back_kernel(dh, gate, up, h, d_up, n, BLOCK: tl.constexpr):
     d = tl.load(dh + at, mask=inside, other=0).to(tl.float32)
     s = tl.sigmoid(g)
     silu = g * s
-    tl.store(h + at, (silu * u).to(h.dtype.element_ty), mask=inside)
-    tl.store(d_up + at, (d * silu).to(d_up.dtype.element_ty), mask=inside)
+    tl.store(gate + at, (silu * u).to(gate.dtype.element_ty), mask=inside)
+    tl.store(up + at, (d * silu).to(up.dtype.element_ty), mask=inside)
     tl.store(dh + at, (d * u * (s + silu * (1 - s))).to(dh.dtype.element_ty), mask=inside)

@@ -263,9 +263,10 @@ class StepPlan:
             of_weight = 4 * self.config.dim * self.config.hidden_dim if self.base else 0  # a gradient not yet added
             return (d + f) * stored + max(f * stored, of_weight) + decoded
         gates = 2 * f if self.cast or makes_gates else 0  # in the products' dtype
-        down = (3 * f + gates + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
-        wide = (2 * f + 2 * d) * computed  # d_gate, d_up; norm(x) and its gradient
-        norm = 4 * d * (1 + (computed != 4) + (stored != 4))  # what it multiplies, and in float32
+        own = 3 * f if self.on_cpu else f  # silu(g) u, silu(g), dh; a GPU puts all but dh where gate and up were
+        down = (own + gates + (d if self.cast else 0)) * computed + decoded  # and dy
+        wide = ((2 * f if self.on_cpu or makes_gates else f) + 2 * d) * computed  # d_gate, d_up; norm(x), its gradient
+        norm = 4 * d * (1 + (computed != 4) + (stored != 4)) if self.on_cpu else 0  # what it multiplies, and in float32
         return d * stored + max(down, wide + max(decoded, norm))
 
     def forward(self, new: int | None = None) -> dict[str, int]:
@@ -318,7 +319,9 @@ class StepPlan:
         size = n_out * n_in
         if self.adapter is None or _DENSE_BYTES.get(storage) == self.computed:
             return 0
-        in_work = size // ceil(size * self.computed / SLICE_BYTES) if self.on_cpu else size
+        if not self.on_cpu:  # whole, and by a kernel
+            return size * self.computed
+        in_work = size // ceil(size * self.computed / SLICE_BYTES)
         decoding = 6 * min(nf4.chunk_of(self.device), in_work) + 4 * size // BLOCK_SIZE
         return in_work * self.computed + (0 if storage in _DENSE_BYTES else decoding)
 

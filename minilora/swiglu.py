@@ -32,7 +32,7 @@ def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
 @kernel_on_gpu
 @compilable
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """h, d_gate and d_up, each (N, F). d_gate takes the memory of dh."""
+    """h, d_gate and d_up, each (N, F). d_gate takes the memory of dh; h and d_up may take that of gate and up."""
     gated = silu(gate)
     h = gated * up
     d_up = gated.mul_(dh)

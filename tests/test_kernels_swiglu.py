@@ -24,7 +24,8 @@ def test_any_shape_and_backward(shape: tuple[int, int], scale: float, dtype: tor
     exact.backward(dh.double())
     plain.backward(dh)
     assert_no_worse(swiglu(gate, up), defined(gate, up), plain.detach(), exact=exact.detach())
-    ours, theirs = swiglu_backward(dh.clone(), gate, up), defined_backward(dh.clone(), gate, up)
+    theirs = defined_backward(dh.clone(), gate, up)
+    ours = swiglu_backward(dh.clone(), gate.clone(), up.clone())
     assert torch.equal(ours[0], swiglu(gate, up))
     for mine, other, leaf, precise in zip(ours[1:], theirs[1:], own, wide, strict=True):
         assert precise.grad is not None
@@ -45,17 +46,24 @@ def test_room_behind_h_changes_nothing_else(n: int, f: int, room: int, dtype: to
 
 
 def test_where_the_results_lie() -> None:
-    """d_gate in the memory of dh, the rest in new memory: as the definition has it."""
-    for function in (swiglu_backward, defined_backward):
+    """d_gate in the memory of dh; the kernel's others in that of gate and up, the definition's in new memory."""
+    for function, in_place in ((swiglu_backward, True), (defined_backward, False)):
         given = [random(3, 100, seed=seed) for seed in range(3)]
         dh, gate, up = (tensor.clone() for tensor in given)
-        version = dh._version
+        versions = [tensor._version for tensor in (dh, gate, up)]
         h, d_gate, d_up = function(dh, gate, up)
         assert d_gate.data_ptr() == dh.data_ptr()
-        assert dh._version > version
-        assert len({t.data_ptr() for t in (h, d_gate, d_up, gate, up)}) == 5
-        assert torch.equal(gate, given[1])
-        assert torch.equal(up, given[2])
+        assert [t._version > version for t, version in zip((dh, gate, up), versions, strict=True)] == [
+            True,
+            in_place,
+            in_place,
+        ]
+        if in_place:
+            assert (h.data_ptr(), d_up.data_ptr()) == (gate.data_ptr(), up.data_ptr())
+        else:
+            assert len({t.data_ptr() for t in (h, d_gate, d_up, gate, up)}) == 5
+            assert torch.equal(gate, given[1])
+            assert torch.equal(up, given[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,7 +72,7 @@ def test_the_ends_of_the_numbers(dtype: torch.dtype) -> None:
     gate = torch.tensor([[-6e4, -200.0, 0.0, 200.0, 6e4]], device=DEVICE, dtype=dtype)
     ones = torch.ones_like(gate)
     with np.errstate(over="ignore"):  # the interpreter is numpy, which warns
-        h, d_gate, d_up = swiglu_backward(ones.clone(), gate, ones)
+        h, d_gate, d_up = swiglu_backward(ones.clone(), gate.clone(), ones.clone())
         assert torch.equal(swiglu(gate, ones), h)
     assert torch.equal(h, gate.clamp_min(0))
     assert torch.equal(d_up, h)
@@ -76,8 +84,8 @@ def test_any_layout_in_memory() -> None:
     assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
     assert torch.equal(swiglu(torch._neg_view(gate), up), swiglu(-gate, up))
     strided = random(64, 6, seed=2).T
-    expected = swiglu_backward(strided.clone(memory_format=torch.contiguous_format), gate, up)
-    for ours, same in zip(swiglu_backward(strided, gate, up), expected, strict=True):
+    expected = swiglu_backward(strided.clone(memory_format=torch.contiguous_format), gate.clone(), up.clone())
+    for ours, same in zip(swiglu_backward(strided, gate.clone(), up.clone()), expected, strict=True):
         assert torch.equal(ours, same)
 
 
