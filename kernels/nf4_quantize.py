@@ -7,8 +7,13 @@ second launch: their offset is a mean over all of them, so the first must have e
 
 Bytes moved a weight, from a 16-bit dtype: 2 read, 1/2 + 4/64 written.
 
+Whether NF4 can hold the numbers is asked last and once, when all is launched: there the CPU waits for the GPU, nowhere
+before. The mean of the absmax is finite only if every weight is.
+
 Equal bit for bit to `nf4.quantize_nf4`: a true division for the reciprocal, float32 products, no fused multiply-add.
 """
+
+from math import isfinite
 
 import torch
 import triton
@@ -56,14 +61,18 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
             enable_fp_fusion=False,
         )
     tensor = NF4Tensor(packed, absmax, tuple(weight.shape), weight.dtype, block_size)
-    refuse_not_finite(tensor, flat)
-    return double_quantize(tensor) if double_quant else tensor
+    made = double_quantize(tensor, absmax.mean()) if double_quant else tensor
+    # One number tells of all: the mean or, which cannot overflow, the largest.
+    told = absmax.max() if made.nested_offset is None else made.nested_offset
+    if not isfinite(told.item()):
+        refuse_not_finite(tensor, flat)
+        mean_absmax(absmax)  # refuses a sum that overflows
+    return made
 
 
-def double_quantize(tensor: NF4Tensor) -> NF4Tensor:
-    """The same weight with its absmax in 8 bits, as `nf4.double_quantize` has it."""
+def double_quantize(tensor: NF4Tensor, offset: Tensor) -> NF4Tensor:
+    """The same weight with its absmax in 8 bits, as `nf4.double_quantize` has it. offset: (), their mean"""
     absmax, device = tensor.absmax, tensor.absmax.device
-    offset = mean_absmax(absmax)
     codes = torch.empty(len(absmax), dtype=torch.uint8, device=device)
     nested_absmax = torch.empty(triton.cdiv(len(absmax), NESTED_BLOCK_SIZE), dtype=torch.float32, device=device)
     blocks = NESTED_TILE // NESTED_BLOCK_SIZE
@@ -104,9 +113,9 @@ def quantize_kernel(
         largest = tl.max(magnitudes, axis=1).to(tl.float32, bitcast=True)
         tl.store(absmax + block, largest, mask=block * block_size < n)
         scaled = values * tl.div_rn(1.0, divisor(largest))[:, None]
-        high, low = tl.split(tl.reshape(code(thresholds, scaled), (blocks, block_size // 2, 2)))
-        byte = block[:, None] * (block_size // 2) + tl.arange(0, block_size // 2)[None, :]
-        tl.store(packed + byte, ((high << 4) | low).to(tl.uint8), mask=byte < n_bytes)
+        byte = (tl.program_id(0).to(tl.int64) * TILES + tile) * (blocks * block_size // 2)
+        byte += tl.arange(0, blocks * block_size // 2)
+        tl.store(packed + byte, pack(thresholds, scaled), mask=byte < n_bytes)
 
 
 @triton.jit
@@ -135,6 +144,32 @@ def divisor(largest):
     """largest (blocks,), but at least 1e-38: below, the reciprocal would be infinite. A block of zeros stays zeros."""
     # A literal below 2^-126 is a float64 to Triton.
     return tl.maximum(largest, tl.full(largest.shape, 1e-38, tl.float32))
+
+
+@triton.jit
+def pack(thresholds, values):
+    """values (blocks, block_size) -> their codes, packed, (blocks * block_size / 2,) uint8.
+
+    Eight neighbours, which a thread holds, become eight tensors of one dimension, one number a thread. So what is
+    looked up for them comes into the thread that wants it, by Triton 3.6, too.
+    """
+    eights = tl.reshape(values, (values.shape[0] * values.shape[1] // 8, 2, 2, 2))
+    high, low = tl.split(eights)
+    high_even, high_odd = tl.split(high)
+    low_even, low_odd = tl.split(low)
+    h0, h2 = tl.split(high_even)
+    h1, h3 = tl.split(high_odd)
+    l0, l2 = tl.split(low_even)
+    l1, l3 = tl.split(low_odd)
+    even = tl.join(byte_of(thresholds, h0, l0), byte_of(thresholds, h2, l2))
+    odd = tl.join(byte_of(thresholds, h1, l1), byte_of(thresholds, h3, l3))
+    return tl.reshape(tl.join(even, odd), (values.shape[0] * values.shape[1] // 2,))
+
+
+@triton.jit
+def byte_of(thresholds, high, low):
+    """The codes of two numbers."""
+    return ((code(thresholds, high) << 4) | code(thresholds, low)).to(tl.uint8)
 
 
 @triton.jit

@@ -73,7 +73,8 @@ def test_a_negated_view() -> None:
 
 def test_absmax_whose_sum_overflows() -> None:
     for make in (quantize_nf4, nf4.quantize_nf4):
-        with pytest.raises(UserError, match="too large for double quantization"):
+        # The interpreter is numpy, which warns of inf / inf.
+        with np.errstate(invalid="ignore"), pytest.raises(UserError, match="too large for double quantization"):
             make(torch.full((128,), 3e38, device=DEVICE))
 
 
@@ -85,12 +86,21 @@ def test_strides() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 100, 4999])
-def test_what_is_no_number_is_refused_by_its_place(at: int, bad: float) -> None:
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_what_is_no_number_is_refused_by_its_place(at: int, bad: float, double_quant: bool) -> None:
     values = weight(5000)
     values[at] = bad
     # The interpreter is numpy, which warns of inf * 0.
     with np.errstate(invalid="ignore"), pytest.raises(UserError, match=rf"element {at} \(counted flat\) is {bad}"):
-        quantize_nf4(values)
+        quantize_nf4(values, double_quant=double_quant)
+
+
+def test_what_is_no_number_is_told_before_a_sum_that_overflows() -> None:
+    values = torch.full((256,), 3e38, device=DEVICE)
+    values[70] = float("nan")
+    for make in (quantize_nf4, nf4.quantize_nf4):
+        with np.errstate(invalid="ignore", over="ignore"), pytest.raises(UserError, match="element 70 "):
+            make(values)
 
 
 @pytest.mark.parametrize(
