@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> Tensor:
     """q (B, Tq, Hq, Dh), k and v (B, Tk, Hkv, Dh) -> (B, Tq, Hq, Dh).
 
     sees: a mask (B, 1, Tq, Tk), or the `Pieces` of causal runs, or, on a GPU, `Runs`. Query head h uses key head
-    h // (Hq / Hkv).
+    h // (Hq / Hkv). A single query's mask may be `as_added`, and have a row for each query head of a key head.
     """
     if isinstance(sees, Runs):
         return _flash(q, k, v, sees)[0].view(q.shape)
@@ -31,6 +31,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> Tensor:
 
 def _softmax_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Over (B, T, H, Dh), under `mask`."""
+    if q.shape[1] == 1:  # a key head's query heads are the queries of one product: it reads k and v once, as they lie
+        heads = q.unflatten(2, (k.shape[2], -1))[:, 0]  # (B, Hkv, Hq / Hkv, Dh)
+        y = scaled_dot_product_attention(heads, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return y.reshape(q.shape)
     groups = q.shape[2] // k.shape[2]
     if groups > 1 and q.device.type != "cpu":  # a GPU's fast kernels take a mask or fewer k and v
         k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1

@@ -4,8 +4,11 @@ Position p lies in slot p mod S, where S is the smaller of W and the longest seq
 the tokens a b c d e:
 
     after a b c    slots [a b c]    positions [0 1 2]
-    after d        slots [d b c]    positions [3 1 2]    d overwrote a, which no later token sees
+    after d        slots [d b c]    positions [3 1 2]    d overwrote a, which neither d nor a later token sees
     after e        slots [d e c]    positions [3 4 2]
+
+The slot of p was last written at p - S or an earlier position, or never. Where S is W, that is out of p's window; where
+S is the longest sequence, it is below 0. So a single token is stored first, and then sees the slots as they lie.
 
 The order of the slots does not matter: attention masks by the positions kept beside them, and keys are rotated before
 they are stored. A prompt shorter than its batch is filled from the left with negative positions, which no one sees.
@@ -38,17 +41,25 @@ class KVCache:
         }
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, Hkv, Dh); return those of before joined with them, (B, S+T, Hkv, Dh).
+        """Store k, v (B, T, Hkv, Dh); return what the tokens may see, at the positions of `seen`.
 
-        What was there before is joined first: a chunk longer than the window overwrites slots that its own first
-        tokens still see.
+        A single token may see the slots, (B, S, Hkv, Dh). A longer chunk overwrites some that its own first tokens
+        still see, so for it those of before are joined with its own, (B, S+T, Hkv, Dh).
         """
-        joined = torch.cat([self.keys[layer], k], dim=1), torch.cat([self.values[layer], v], dim=1)
-        size = self.keys[layer].shape[1]
+        keys, values = self.keys[layer], self.values[layer]
+        single, size = k.shape[1] == 1, keys.shape[1]
+        seen = (keys, values) if single else (torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1))
         slots = (positions[:, -size:] % size)[..., None, None].expand(-1, -1, *k.shape[2:])
-        self.keys[layer].scatter_(1, slots, k[:, -size:])
-        self.values[layer].scatter_(1, slots, v[:, -size:])
-        return joined
+        keys.scatter_(1, slots, k[:, -size:])
+        values.scatter_(1, slots, v[:, -size:])
+        return seen
+
+    def seen(self, window: int | None, positions: Tensor) -> Tensor:
+        """Of what `append` returns for tokens at positions (B, T), in a layer of that window: (B, S) or (B, S+T)."""
+        held = self.positions[window]
+        if positions.shape[1] == 1:
+            return held.scatter(1, positions % held.shape[1], positions)
+        return torch.cat([held, positions], dim=1)
 
     def advance(self, positions: Tensor) -> None:
         """Note the positions (B, T) of a chunk, once every layer has stored it."""

@@ -23,7 +23,7 @@ from minilora.neftune import with_noise
 from minilora.norm import RMSNorm
 from minilora.prefix import Prefix
 from minilora.rope import apply_rope, rope_cos_sin
-from minilora.visible import Pieces, Runs, Sees, causal_runs, visible
+from minilora.visible import Pieces, Runs, Sees, as_added, causal_runs, visible
 
 
 class Context:
@@ -48,6 +48,7 @@ class Context:
         self.prefix = prefix.by_layer(dtype) if prefix is not None and prefix.enabled else ()
         n_before = len(self.prefix[0]) if self.prefix else 0
         self.cos, self.sin = rope_cos_sin(positions + n_before, config.head_dim, config.rope_theta, dtype)
+        self._groups = config.n_heads // config.n_kv_heads
         self._sees = {window: self._who_sees(window, segments, n_before) for window in set(self.windows)}
 
     def _who_sees(self, window: int | None, segments: Tensor | None, n_before: int) -> Sees:
@@ -57,12 +58,14 @@ class Context:
             return replace(self.runs, window=window if window and window < self.runs.longest else None)
         if cache is None and not self.prefix and (lengths := causal_runs(positions, segments)):
             return Pieces.of(lengths, window)
-        k_positions = positions if cache is None else torch.cat([cache.positions[window], positions], dim=1)
+        k_positions = positions if cache is None else cache.seen(window, positions)
         mask = visible(positions, k_positions, window, segments, segments)
-        if not self.prefix:
+        if self.prefix:
+            before = torch.arange(n_before, device=positions.device).expand(len(positions), -1)
+            mask = torch.cat([visible(positions + n_before, before, window), mask], dim=-1)
+        if cache is None or positions.shape[1] > 1:
             return mask
-        before = torch.arange(n_before, device=positions.device).expand(len(positions), -1)
-        return torch.cat([visible(positions + n_before, before, window), mask], dim=-1)
+        return as_added(mask.expand(-1, -1, self._groups, -1), self.cos.dtype)  # once, where torch would in every layer
 
     def sees(self, layer: int) -> Sees:
         """Who sees whom in that layer: `attend`'s argument."""

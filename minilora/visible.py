@@ -37,6 +37,11 @@ def visible(
     return mask[:, None]
 
 
+def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores where the mask is true, 0, and where it is not, -inf."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
 def causal_runs(positions: Tensor, segments: Tensor | None = None) -> tuple[int, ...] | None:
     """Lengths of the runs that the tokens (B, T), row after row, fall into, if `visible` says no more than this:
     a token sees the tokens before it in its run, within the window, and itself. None where it says something else.
@@ -107,12 +112,12 @@ def _pieces(runs: Sequence[int], window: int | None) -> Iterator[Piece]:
         if n > 1:
             together = torch.tensor(runs[i : i + n])
             run = torch.repeat_interleave(torch.arange(n), together)[None]
-            yield Piece(begin, end, begin, _as_added(*(torch.arange(end - begin)[None],) * 2, window, run))
+            yield Piece(begin, end, begin, _of_one_row(*(torch.arange(end - begin)[None],) * 2, window, run))
         elif window is None or end - begin <= window:
             yield Piece(begin, end, begin)
         else:
             keys = torch.arange(window - 1 + QUERIES)[None]
-            band = _as_added(keys[:, window - 1 :], keys, window) if band is None else band
+            band = _of_one_row(keys[:, window - 1 :], keys, window) if band is None else band
             for start in range(begin, end, QUERIES):
                 stop, earliest = min(start + QUERIES, end), start - window + 1
                 first = max(begin, earliest)
@@ -120,10 +125,9 @@ def _pieces(runs: Sequence[int], window: int | None) -> Iterator[Piece]:
         begin, i = end, i + n
 
 
-def _as_added(q_positions: Tensor, k_positions: Tensor, window: int | None, run: Tensor | None = None) -> Tensor:
-    """`visible` of one row, (Tq, Tk) float32: what is added to the scores."""
-    sees = visible(q_positions, k_positions, window, run, run)[0, 0]
-    return torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))
+def _of_one_row(q_positions: Tensor, k_positions: Tensor, window: int | None, run: Tensor | None = None) -> Tensor:
+    """`visible` of one row, (Tq, Tk) float32, `as_added`."""
+    return as_added(visible(q_positions, k_positions, window, run, run)[0, 0], torch.float32)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,11 @@ def test_slots_of_the_worked_example() -> None:
     for start, stop in ((0, 3), (3, 4), (4, 5)):
         positions = torch.arange(start, stop)[None]
         k = positions[..., None, None].float().expand(1, -1, 1, 16)
-        cache.append(0, k, k, positions)
+        keys, _ = cache.append(0, k, k, positions)
+        assert keys[0, :, 0, 0].int().tolist() == (
+            [0, 0, 0, 0, 1, 2] if start == 0 else cache.keys[0][0, :, 0, 0].tolist()
+        )
+        assert cache.seen(3, positions)[0, -3:].tolist() == keys[0, -3:, 0, 0].tolist()
         cache.advance(positions)
         seen.append((cache.keys[0][0, :, 0, 0].int().tolist(), cache.positions[3][0].tolist()))
     assert seen == [([0, 1, 2], [0, 1, 2]), ([3, 1, 2], [3, 1, 2]), ([3, 4, 2], [3, 4, 2])]
