@@ -9,7 +9,8 @@ A product x W'^T with few rows of x costs the reading of W, with many the multip
 `TABLE` says up to which M each is taken, by the architecture of the GPU. `python -m benchmarks.calibrate` measures it;
 where no GPU was to be had it is an estimate by counted instructions (`benchmarks/sass.py`), and says so.
 
-What is elementwise (`norm`, `rope`, `swiglu`) has one way on a GPU, the kernel of its name: `kernel_on_gpu`.
+What is elementwise (`norm`, `rope`, `swiglu`) has one way on a GPU, the kernel of its name: `kernel_on_gpu`. The plain
+block takes it, too, where nothing is differentiated: `undifferentiated_on_gpu`.
 """
 
 import json
@@ -192,6 +193,11 @@ def kernel_on_gpu(definition: Callable[P, R]) -> Callable[P, R]:
         return (launcher(definition) if on_gpu else definition)(*args, **kwargs)
 
     return chosen
+
+
+def undifferentiated_on_gpu(x: Tensor) -> bool:
+    """Whether kernels, which autograd does not see into, may take the place of what torch would do to x in steps."""
+    return not torch.is_grad_enabled() and x.itemsize <= 4 and backend_for(x.device).name == "triton"
 
 
 def launcher(definition: Callable[P, R]) -> Callable[P, R]:

@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from minilora.attention import attend
@@ -23,6 +22,7 @@ from minilora.neftune import with_noise
 from minilora.norm import RMSNorm
 from minilora.prefix import Prefix
 from minilora.rope import apply_rope, rope_cos_sin
+from minilora.swiglu import gated
 from minilora.visible import Pieces, Runs, Sees, as_added, causal_runs, visible
 
 
@@ -113,7 +113,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
         return y
 
 

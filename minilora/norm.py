@@ -2,15 +2,16 @@
 
 The norm is computed in float32 and cast back to x's dtype before the weight is applied, as Mistral does it.
 
-The functions are what the fast block (`fused.py`) does of it, by a kernel on a GPU: all in float32, rounded once. With
-r = 1 / sqrt(mean(x^2) + eps) and u = dy weight, the gradient is dx = r u - r^3 x mean(u x).
+The functions are what the fast block (`fused.py`) does of it, by a kernel on a GPU, where without gradients the plain
+one takes it, too: all in float32, rounded once. With r = 1 / sqrt(mean(x^2) + eps) and u = dy weight, the gradient is
+dx = r u - r^3 x mean(u x).
 """
 
 import torch
 from torch import Tensor, nn
 
 from minilora.compiled import compilable
-from minilora.dispatch import kernel_on_gpu
+from minilora.dispatch import kernel_on_gpu, undifferentiated_on_gpu
 
 
 class RMSNorm(nn.Module):
@@ -22,6 +23,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if undifferentiated_on_gpu(x):
+            return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, x.dtype)[0].view(x.shape)
         x32 = x.float()
         unit = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * unit.to(x.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minilora.compiled import compilable
-from minilora.dispatch import kernel_on_gpu
+from minilora.dispatch import kernel_on_gpu, undifferentiated_on_gpu
 
 
 def rope_cos_sin(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,8 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the half-split pairs of x (B, T, H, Dh) by cos, sin (B, T, Dh/2)."""
+    if undifferentiated_on_gpu(x):
+        return rotate(x.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1)).view(x.shape)
     cos, sin = cos[:, :, None], sin[:, :, None]  # (B, T, 1, Dh/2)
     a, b = x.unflatten(-1, (2, -1)).unbind(-2)  # not chunk: its backward fills two tensors of x's size with zeros
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

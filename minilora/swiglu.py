@@ -2,8 +2,8 @@
 
     d_up = dh silu(gate)        d_gate = dh up s (1 + gate (1 - s))
 
-`model.MLP` says the whole; these are what the fast block (`fused.py`) does of it, by a kernel on a GPU. Backward makes
-h again on its way, since the gradient of down_proj's adapter needs it.
+`model.MLP` says the whole, with `gated`; the others are what the fast block (`fused.py`) does of it, by a kernel on a
+GPU. Backward makes h again on its way, since the gradient of down_proj's adapter needs it.
 """
 
 import torch
@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from minilora.compiled import compilable
-from minilora.dispatch import kernel_on_gpu
+from minilora.dispatch import kernel_on_gpu, undifferentiated_on_gpu
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """h (..., F) from gate and up (..., F)."""
+    if undifferentiated_on_gpu(gate):
+        return swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+    return silu(gate) * up
 
 
 @kernel_on_gpu
