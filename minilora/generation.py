@@ -1,4 +1,5 @@
-"""Text from the model, token by token: prefill the prompt into the KV cache, then feed each choice back.
+"""Text from the model, token by token: prefill the prompt into the KV cache, then feed each choice back
+(`decode_graph.py`).
 
     p(next) = softmax(logits / temperature), cut to the top_k likeliest and to the smallest set that holds top_p of it
 
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from minilora.decode_graph import Steps
 from minilora.errors import UserError
 from minilora.kv_cache import KVCache
 from minilora.model import Mistral, evaluating
@@ -71,18 +73,22 @@ def stream(
     positions = torch.arange(T, device=model.device).expand(B, T)
     if n_padding is not None:
         positions = positions - n_padding.to(model.device)[:, None]
-    cache = KVCache(model.config, B, T + max_new_tokens, model.dtype, model.device)
-    ended = torch.zeros(B, dtype=torch.bool, device=model.device)
-    for _ in range(max_new_tokens):
-        hidden = model.hidden(tokens, positions, cache=cache)
-        following = choose(model.lm_head(hidden[:, -1]), temperature, top_k, top_p, generator)
-        if eos_id is not None:
-            following = following.where(~ended, eos_id)
-            ended |= following == eos_id
-        yield following
-        if eos_id is not None and bool(ended.all()):
-            return
-        tokens, positions = following[:, None], positions[:, -1:] + 1
+    max_len = -(-(T + max_new_tokens) // 8) * 8  # a GPU's attention takes masks whose rows are whole 16 bytes
+    cache = KVCache(model.config, B, max_len, model.dtype, model.device)
+    ended, following = torch.zeros(B, dtype=torch.bool, device=model.device), tokens[:, -1]
+    step = Steps(model, cache, positions[:, -1:], max_new_tokens - 1)
+    try:
+        for n in range(max_new_tokens):
+            logits = step(following) if n else model.lm_head(model.hidden(tokens, positions, cache=cache)[:, -1])
+            following = choose(logits, temperature, top_k, top_p, generator)
+            if eos_id is not None:
+                following = following.where(~ended, eos_id)
+                ended |= following == eos_id
+            yield following
+            if eos_id is not None and bool(ended.all()):
+                return
+    finally:
+        step.release()
 
 
 def generate(

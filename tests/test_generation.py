@@ -1,16 +1,28 @@
 """Generation: the cache against a full forward pass, company against solitude, and the odds of every draw."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import TINY, tiny_model
 from torch import Tensor
 
+from benchmarks.count_gpu import PretendedGPU
+from minilora import decode_graph
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.save import save_hf
+from minilora.config import LoraConfig
+from minilora.decode_graph import FEWEST, Steps
 from minilora.generation import answer, choose, generate, stream
+from minilora.kv_cache import KVCache
+from minilora.lora import LoRALinear, add_lora
 from minilora.model import Mistral
 
 EOS = 2
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended by Triton's interpreter")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +127,177 @@ def test_no_new_tokens_is_the_prompt(model: Mistral) -> None:
 def test_arguments_out_of_range(model: Mistral, bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be"):
         generate(model, **({"tokens": prompt(2), "max_new_tokens": 2} | bad))  # type: ignore[arg-type]
+
+
+# --- Steps ----------------------------------------------------------------------------------------------------------
+
+LENGTHS, LONGEST, NEW = (3, 17, 1, 8), 17, 30
+
+
+def texts() -> Tensor:
+    """One for each of LENGTHS, (4, LONGEST + NEW), of which so many tokens are the prompt."""
+    return torch.cat([prompt(LONGEST + NEW, seed) for seed in range(len(LENGTHS))])
+
+
+def prefilled(model: Mistral) -> tuple[KVCache, Tensor]:
+    """A cache that holds the prompts, filled from the left, and the position (4, 1) of each row's last token."""
+    rows, device = texts(), model.device
+    padded = torch.stack([row[:LONGEST].roll(LONGEST - n) for row, n in zip(rows, LENGTHS, strict=True)])
+    positions = torch.arange(LONGEST) - LONGEST + torch.tensor(LENGTHS)[:, None]
+    cache = KVCache(model.config, len(rows), LONGEST + NEW, model.dtype, device)
+    model.hidden(padded.to(device), positions.to(device), cache=cache)
+    return cache, positions[:, -1:].to(device)
+
+
+def by_steps(model: Mistral, call: Callable[[Steps, Tensor], Tensor] = Steps.__call__) -> Tensor:
+    """The logits (4, NEW, V) of what follows each token behind the prompts."""
+    cache, last = prefilled(model)
+    steps = Steps(model, cache, last, NEW)
+    found = []
+    for i in range(NEW):
+        tokens = torch.stack([row[n + i] for row, n in zip(texts(), LENGTHS, strict=True)])
+        found.append(call(steps, tokens.to(model.device)).clone())
+    steps.release()
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 12, 16, 40])
+@torch.no_grad()
+def test_a_step_over_memory_that_stays_is_the_full_pass(window: int | None) -> None:
+    """What a graph records, without one: nothing but the numbers in its memory may tell one step from another."""
+    model = tiny_model(config=dataclasses.replace(TINY, sliding_window=window))
+    places = set()
+
+    def step(steps: Steps, tokens: Tensor) -> Tensor:
+        cache = steps._cache
+        memory = [steps._tokens, steps._positions, *cache.keys, *cache.values, *cache.positions.values()]
+        places.add(tuple(tensor.data_ptr() for tensor in memory))
+        steps._tokens.copy_(tokens[:, None])
+        return steps.step()
+
+    got = by_steps(model, step)
+    assert len(places) == 1
+    for row, text, n in zip(got, texts(), LENGTHS, strict=True):
+        full = model(text[None, : n + NEW])[0, n:]
+        torch.testing.assert_close(row, full, rtol=1e-5, atol=1e-4)  # logits of some 100
+    assert not Steps.serve(model.device)
+    assert by_steps(model).equal(got)
+
+
+@pytest.mark.parametrize(("new", "expected"), [(FEWEST, []), (FEWEST + 1, ["record", *["replay"] * (FEWEST - 1)])])
+def test_the_second_of_enough_steps_is_recorded(
+    model: Mistral, new: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token is the prefill's. The recording is stood in for by the step itself."""
+    done = list[str]()
+
+    class Recorded:
+        def __init__(self, steps: Steps) -> None:
+            self.steps = steps
+            done.append("record")
+
+        def replay(self) -> None:
+            self.steps._logits = self.steps.step()
+            done.append("replay")
+
+    monkeypatch.setattr(Steps, "serve", staticmethod(lambda _: True))
+    monkeypatch.setattr(Steps, "_record", lambda steps: setattr(steps, "_graph", Recorded(steps)))
+    assert generate(model, prompt(5), new).equal(naive(model, prompt(5), new))
+    assert done == expected
+
+
+@interpreted
+@torch.no_grad()
+def test_on_a_gpu_a_step_takes_the_elementwise_kernels() -> None:
+    model = tiny_model()
+    cache, last = prefilled(model)
+    again, _ = prefilled(model)
+    tokens = torch.tensor([20, 30, 40, 50])[:, None]
+    plain = model(tokens, last + 1, cache=cache)
+    with PretendedGPU() as gpu:
+        by_kernels = model(tokens, last + 1, cache=again)
+    torch.testing.assert_close(by_kernels, plain, rtol=1e-5, atol=1e-4)
+    names = [launch.name for launch in gpu.launches]
+    n_layers = model.config.n_layers
+    launches = {"normalize_kernel": 2 * n_layers + 1, "rotate_kernel": 2 * n_layers, "swiglu_kernel": n_layers}
+    assert {name: names.count(name) for name in launches} == launches
+    assert not {"repeat_interleave", "silu", "rsqrt"} & {*names}
+    with PretendedGPU() as gpu, torch.enable_grad():
+        model(prompt(3))
+    assert not {*launches} & {launch.name for launch in gpu.launches}, "autograd does not see into them"
+
+
+def test_a_stream_gives_its_memory_back_also_if_it_is_left(model: Mistral, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = list[Steps]()
+    monkeypatch.setattr(Steps, "release", lambda steps: released.append(steps))
+    generate(model, prompt(3), 4)
+    assert len(released) == 1
+    left = stream(model, prompt(3), 4)
+    next(left)
+    assert len(released) == 1
+    left.close()  # type: ignore[attr-defined]
+    assert len(released) == 2
+
+
+@pytest.fixture(params=["dense float32", "nf4 bfloat16", "nf4 bfloat16 with adapters"])
+def on_gpu(request: pytest.FixtureRequest, tmp_path: Path) -> Mistral:
+    config = dataclasses.replace(TINY, n_layers=3, dim=64, hidden_dim=192)
+    save_hf(tiny_model(config=config), tmp_path / "m", dtype=torch.float32)
+    if request.param == "dense float32":
+        return load_model(tmp_path / "m", dtype=torch.float32, device="cuda").eval()
+    model = load_model(tmp_path / "m", quantize="nf4", dtype=torch.bfloat16, device="cuda")
+    if request.param.endswith("adapters"):
+        torch.manual_seed(0)
+        for module in add_lora(model, LoraConfig(rank=4)).modules():
+            if isinstance(module, LoRALinear):
+                torch.nn.init.normal_(module.lora_B, std=0.02)
+    return model.eval()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@torch.inference_mode()
+def test_a_replayed_step_is_the_step(on_gpu: Mistral, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of unlike lengths, beyond the window; the same kernels on the same numbers."""
+    recorded = list[Steps]()
+    record = Steps._record
+    monkeypatch.setattr(Steps, "_record", lambda steps: (record(steps), recorded.append(steps)))
+    by_graph = by_steps(on_gpu)
+    assert len(recorded) == 1
+    assert recorded[0]._graph is None, "released"
+    monkeypatch.setattr(decode_graph, "FEWEST", NEW + 1)
+    as_it_comes = by_steps(on_gpu)
+    assert len(recorded) == 1
+    largest = float(as_it_comes.abs().max())
+    torch.testing.assert_close(by_graph, as_it_comes, rtol=0, atol=2**-7 * largest)
+    if on_gpu.dtype == torch.float32:
+        for row, text, n in zip(by_graph, texts().cuda(), LENGTHS, strict=True):
+            torch.testing.assert_close(row, on_gpu(text[None, : n + NEW])[0, n:], rtol=0, atol=2**-10 * largest)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_texts_by_graphs_are_the_texts(
+    on_gpu: Mistral, rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, n_padding = texts()[:rows, :LONGEST], torch.tensor([0, 4, 16, 9])[:rows]
+
+    def text() -> list[list[int]]:
+        return torch.stack(
+            list(stream(on_gpu, tokens, NEW, temperature=temperature, seed=1, n_padding=n_padding)), dim=1
+        ).tolist()
+
+    by_graph = text()
+    assert text() == by_graph, "memory of a stream before is not read"
+    left = stream(on_gpu, tokens, NEW)
+    for _ in range(5):
+        next(left)
+    assert text() == by_graph, "two streams at a time"
+    left.close()  # type: ignore[attr-defined]
+    monkeypatch.setattr(decode_graph, "FEWEST", NEW)
+    assert text() == by_graph
 
 
 # --- Draws ----------------------------------------------------------------------------------------------------------

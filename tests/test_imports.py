@@ -25,7 +25,7 @@ LAYERS = (
         *("loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
     ),
     ("model", "fused"),
-    ("base", "hub", "memory", "generation", "conversation", "tokenizer", "checkpoint", "data"),
+    ("base", "hub", "memory", "decode_graph", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report"),
     ("train",),
     ("serve", "demo"),

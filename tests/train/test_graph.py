@@ -14,6 +14,7 @@ from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig, RunConfig, TrainConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
+from minilora.generation import generate
 from minilora.model import Mistral
 from minilora.train.graph import MOST_GRAPHS, StepGraphs
 from minilora.train.setup import optimizer_for
@@ -93,6 +94,7 @@ def test_a_run_by_graphs_is_the_run_without(adapted: Callable[[], Mistral], chec
 @pytest.mark.gpu
 @needs_gpu
 def test_after_a_release_graphs_are_recorded_anew(adapted: Callable[[], Mistral]) -> None:
+    """Also where texts are generated in between, whose steps are recorded too, in inference mode."""
     model = adapted()
     optimizer = optimizer_for(trainable(model), RunConfig())
     backward, [batch] = StepGraphs(model, optimizer), batches(1)
@@ -100,5 +102,7 @@ def test_after_a_release_graphs_are_recorded_anew(adapted: Callable[[], Mistral]
     for turn in range(6):
         if turn == 3:
             backward.release()
+        if turn in (0, 2, 3):
+            generate(model, torch.full((1, 5), 20), 20)
         losses.append(train_step(model, optimizer, [batch], 0.0, 0.0, LossScale(False), backward).loss)
     assert losses == pytest.approx([losses[0]] * 6, rel=2**-7)

@@ -1,0 +1,73 @@
+"""A token's way through the model as a CUDA graph: launched once, by the host, instead of a thousand times.
+
+A 7B's token is over on a fast GPU long before its host has made all launches. With a KV cache every step of one token
+has the same shapes, so its launches are those of the step before: they are recorded once and replayed, on other
+numbers in the same memory.
+
+    first step     runs as it comes: kernels are compiled, libraries choose theirs
+    second         recorded, and replayed
+    all others     the token is copied to where the recorded kernels read, and replayed
+
+Positions count up within the step. Which token follows is chosen outside of it, where the host may wait for the GPU.
+(`train/graph.py` does the same for a step of training.)
+"""
+
+import torch
+from torch import Tensor
+
+from minilora.backend import backend_for
+from minilora.kv_cache import KVCache
+from minilora.model import Mistral
+
+FEWEST = 8  # steps that are worth a recording, which takes the host about as long as a step does
+
+
+class Steps:
+    """Calls the model with one token after the other, by a graph where that pays.
+
+    Meanwhile the model must stay as it is: its weights where they are, its adapters on or off.
+    """
+
+    def __init__(self, model: Mistral, cache: KVCache, last: Tensor, n_steps: int) -> None:
+        """last: (B, 1) int64, the position of each row's last token in the cache; n_steps: how many come, at most"""
+        self._model, self._cache = model, cache
+        self._tokens, self._positions = torch.zeros_like(last), last.clone()
+        self._records, self._n_done = n_steps >= FEWEST and self.serve(model.device), 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits = torch.empty(0)  # the graph's
+
+    @staticmethod
+    def serve(device: torch.device) -> bool:
+        """Whether a step can be recorded: where the kernels run, which never wait, on the GPU that torch records."""
+        return backend_for(device).name == "triton" and device.index == torch.cuda.current_device()
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of what follows `tokens` (B,), the next ones of each row; valid until the next call."""
+        self._tokens.copy_(tokens[:, None])
+        self._n_done += 1
+        if self._records and self._n_done == 2:
+            self._record()
+        if self._graph is None:
+            return self.step()
+        self._graph.replay()
+        return self._logits
+
+    def step(self) -> Tensor:
+        """What is recorded: it finds tokens, positions and cache in the same memory every time. Logits (B, V)."""
+        self._positions += 1
+        hidden = self._model.hidden(self._tokens, self._positions, cache=self._cache)
+        logits: Tensor = self._model.lm_head(hidden[:, -1])
+        return logits
+
+    def _record(self) -> None:
+        """Only the host works meanwhile: positions and cache stay what they are."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self.step()
+        self._graph = graph
+
+    def release(self) -> None:
+        """Give the recorded memory back: before work that has memory of its own."""
+        if self._graph is not None:
+            self._graph, self._logits = None, torch.empty(0)
+            torch.cuda.empty_cache()
