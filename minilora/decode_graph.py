@@ -5,12 +5,15 @@ has the same shapes, so its launches are those of the step before: they are reco
 numbers in the same memory.
 
     first step     runs as it comes: kernels are compiled, libraries choose theirs
-    second         recorded, and replayed
+    second         recorded and replayed, and held against the same step as it comes
     all others     the token is copied to where the recorded kernels read, and replayed
 
-Positions count up within the step. Which token follows is chosen outside of it, where the host may wait for the GPU.
+Where recording fails, or says something else, a warning does, and steps go on as they come. Positions count up within
+the step. Which token follows is chosen outside of it, where the host may wait for the GPU.
 (`train/graph.py` does the same for a step of training.)
 """
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -19,7 +22,8 @@ from minilora.backend import backend_for
 from minilora.kv_cache import KVCache
 from minilora.model import Mistral
 
-FEWEST = 8  # steps that are worth a recording, which takes the host about as long as a step does
+FEWEST = 8  # steps that are worth a recording, which takes the host about as long as two steps do
+LARGEST_ERROR = 2**-4  # of logits in 16 bits, whose products another algorithm may sum in another order
 
 
 class Steps:
@@ -46,7 +50,7 @@ class Steps:
         self._tokens.copy_(tokens[:, None])
         self._n_done += 1
         if self._records and self._n_done == 2:
-            self._record()
+            return self._begin()
         if self._graph is None:
             return self.step()
         self._graph.replay()
@@ -59,12 +63,27 @@ class Steps:
         logits: Tensor = self._model.lm_head(hidden[:, -1])
         return logits
 
-    def _record(self) -> None:
+    def _begin(self) -> Tensor:
+        """The second step: as it comes, and whether its recording says the same."""
+        try:
+            self._graph, self._logits = self._recorded()
+            self._graph.replay()
+            self._positions -= 1  # the same step again stores the same, where it was stored
+            replayed, why = self._logits, "which says something else"
+        except RuntimeError as error:
+            replayed, why = None, f"which fails ({str(error).splitlines()[0]:.200})"
+        logits = self.step()
+        if replayed is None or not (replayed - logits).norm() <= LARGEST_ERROR * logits.norm():
+            self.release()
+            warnings.warn(f"decoding goes on without a CUDA graph, {why}; it is slower so", stacklevel=2)
+        return logits
+
+    def _recorded(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Only the host works meanwhile: positions and cache stay what they are."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._logits = self.step()
-        self._graph = graph
+            logits = self.step()
+        return graph, logits
 
     def release(self) -> None:
         """Give the recorded memory back: before work that has memory of its own."""

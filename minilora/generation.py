@@ -29,8 +29,7 @@ def choose(
     if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits.float()
-    if not bool(logits.isfinite().all()):
-        raise UserError("the model's logits are not finite: its weights, or its adapter's, are damaged")
+    check_finite(logits)
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # no overflow, however cold
     ranked, tokens = probabilities.sort(-1, descending=True)
     ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps every token that begins below top_p, so always the first
@@ -38,6 +37,12 @@ def choose(
         ranked[:, top_k:] = 0
     drawn = torch.multinomial(ranked, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise UserError where some are not, which the likeliest would not show."""
+    if not bool(logits.isfinite().all()):
+        raise UserError("the model's logits are not finite: its weights, or its adapter's, are damaged")
 
 
 @torch.inference_mode()
@@ -80,6 +85,8 @@ def stream(
     try:
         for n in range(max_new_tokens):
             logits = step(following) if n else model.lm_head(model.hidden(tokens, positions, cache=cache)[:, -1])
+            if not n:
+                check_finite(logits)
             following = choose(logits, temperature, top_k, top_p, generator)
             if eos_id is not None:
                 following = following.where(~ended, eos_id)

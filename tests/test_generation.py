@@ -15,6 +15,7 @@ from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig
 from minilora.decode_graph import FEWEST, Steps
+from minilora.errors import UserError
 from minilora.generation import answer, choose, generate, stream
 from minilora.kv_cache import KVCache
 from minilora.lora import LoRALinear, add_lora
@@ -68,6 +69,14 @@ def test_padding_at_the_left_is_never_seen(model: Mistral) -> None:
             padded[row, 17 - n :] = prompt(n, n)
         steps = torch.stack(list(stream(model, padded, 20, n_padding=n_padding)), dim=1)
         assert steps.tolist() == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_damaged_model_says_so(temperature: float) -> None:
+    model = tiny_model()
+    model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(model, prompt(3), 2, temperature)
 
 
 def test_answers_in_batches_are_answers_one_by_one(model: Mistral) -> None:
@@ -201,9 +210,28 @@ def test_the_second_of_enough_steps_is_recorded(
             done.append("replay")
 
     monkeypatch.setattr(Steps, "serve", staticmethod(lambda _: True))
-    monkeypatch.setattr(Steps, "_record", lambda steps: setattr(steps, "_graph", Recorded(steps)))
+    monkeypatch.setattr(Steps, "_recorded", lambda steps: (Recorded(steps), torch.empty(0)))
     assert generate(model, prompt(5), new).equal(naive(model, prompt(5), new))
     assert done == expected
+
+
+@pytest.mark.parametrize("wrong", ["other", "nan", "fails"])
+def test_a_recording_that_is_not_the_step_is_told_and_left(
+    model: Mistral, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    class Recorded:
+        def __init__(self, steps: Steps) -> None:
+            self.steps = steps
+
+        def replay(self) -> None:
+            if wrong == "fails":
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            self.steps._logits = self.steps.step().roll(1, -1) * (1 if wrong == "other" else torch.nan)
+
+    monkeypatch.setattr(Steps, "serve", staticmethod(lambda _: True))
+    monkeypatch.setattr(Steps, "_recorded", lambda steps: (Recorded(steps), torch.empty(0)))
+    with pytest.warns(UserWarning, match="without a CUDA graph, which " + ("fails" if wrong == "fails" else "says")):
+        assert generate(model, prompt(5), FEWEST + 3).equal(naive(model, prompt(5), FEWEST + 3))
 
 
 @interpreted
@@ -260,8 +288,8 @@ def on_gpu(request: pytest.FixtureRequest, tmp_path: Path) -> Mistral:
 def test_a_replayed_step_is_the_step(on_gpu: Mistral, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of unlike lengths, beyond the window; the same kernels on the same numbers."""
     recorded = list[Steps]()
-    record = Steps._record
-    monkeypatch.setattr(Steps, "_record", lambda steps: (record(steps), recorded.append(steps)))
+    record = Steps._recorded
+    monkeypatch.setattr(Steps, "_recorded", lambda steps: (recorded.append(steps), record(steps))[1])
     by_graph = by_steps(on_gpu)
     assert len(recorded) == 1
     assert recorded[0]._graph is None, "released"
