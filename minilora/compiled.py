@@ -36,7 +36,7 @@ def compiles(device: torch.device) -> bool:
 
 
 def compilable(definition: Callable[P, R]) -> Callable[P, R]:
-    """`definition`, of a tensor first, or what is compiled of it; autograd does not see into that."""
+    """`definition`, whose first argument is a tensor, or its compiled form, which autograd cannot see through."""
 
     @wraps(definition)
     def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -58,7 +58,9 @@ def _compiled(definition: Callable[P, R]) -> Callable[P, R]:
     from torch._dynamo.exc import TorchDynamoException
 
     torch._dynamo.config.recompile_limit = MANY
-    torch._inductor.config.compile_threads = 1  # else processes wait for work that is there once
+    config = torch._inductor.config
+    config.compile_threads = 1  # else processes wait for work that is there once
+    config.realize_opcount_threshold, config.realize_reads_threshold = 256, 16  # else a long loop becomes two
     compiled = torch.compile(definition, fullgraph=True)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

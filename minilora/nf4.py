@@ -40,6 +40,7 @@ _CODE_OF_ZERO = 7
 # three; on a GPU a chunk only has to be worth its launches.
 _CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 24
+_TWO = {torch.float32: torch.int64, torch.bfloat16: torch.int32}  # what holds two numbers, the first in its low half
 
 CPU = torch.device("cpu")
 
@@ -185,9 +186,12 @@ class NF4Tensor:
         start: a multiple of the block size
         """
         device, size = self.packed.device, self.block_size
-        if compiles(device) and len(out) % size == 0:
-            absmax = self.block_absmax(start // size, stop // size)
-            _decode_blocks(self.packed[start // 2 : stop // 2], absmax, levels(device), out.view(-1, size))
+        if compiles(device) and len(out) % size == 0 and out.dtype in _TWO and out.storage_offset() % 2 == 0:
+            bytes_ = self.packed[start // 2 : stop // 2].view(-1, size // 2)
+            into, absmax = out.view(_TWO[out.dtype]).view(-1, size // 2), self.absmax[start // size : stop // size]
+            before = start // size % NESTED_BLOCK_SIZE
+            nested = None if self.nested_absmax is None else self.nested_absmax[start // size // NESTED_BLOCK_SIZE :]
+            _decode_pairs(bytes_, absmax, into, dynamic_map(device), nested, self.nested_offset, before)
             return
         pairs, chunk = _level_pairs(device), chunk_of(device)
         index = scratch("index", min(chunk, stop - start + 1) // 2, torch.int32, device)
@@ -209,10 +213,39 @@ class NF4Tensor:
 
 
 @compilable
-def _decode_blocks(packed: Tensor, absmax: Tensor, levels: Tensor, out: Tensor) -> None:
-    """The definition, of whole blocks: compiled it is faster than any detour, else slower."""
-    pairs = torch.stack([levels[(packed >> 4).int()], levels[(packed & 15).int()]], dim=1)
-    out.copy_(pairs.view(out.shape) * absmax[:, None])
+def _decode_pairs(
+    packed: Tensor,
+    absmax: Tensor,
+    out: Tensor,
+    table: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    before: int,
+) -> None:
+    """Both numbers of each byte of packed (blocks, bytes) into out (blocks, bytes), `_TWO` in one integer.
+
+    before: blocks before these, of those that share the first of `nested`
+
+    Compiled it is one loop of wide instructions, which no look-up in a table of bytes is; else it is slow.
+    """
+    if nested is not None and offset is not None:
+        group = (torch.arange(len(absmax), device=absmax.device) + before) // NESTED_BLOCK_SIZE
+        absmax = table[absmax.int()] * nested[group] + offset
+    codes, scale = packed.int(), absmax[:, None]
+    first, second = ((_level(code) * scale).view(torch.int32) for code in (codes >> 4, codes & 15))
+    if out.dtype == torch.int64:
+        out.copy_((first.long() & 0xFFFFFFFF) | (second.long() << 32))
+    else:  # to the nearest bfloat16, of two to the even one
+        first, second = (bits + 0x7FFF + ((bits >> 16) & 1) for bits in (first, second))
+        out.copy_(((first >> 16) & 0xFFFF) | (second & ~0xFFFF))
+
+
+def _level(code: Tensor, bit: int = 8, lowest: int = 0) -> Tensor:
+    """The level of each code, int32, by its bits from `bit` down: fifteen choices between two."""
+    if bit == 1:
+        return torch.where((code & 1) != 0, LEVELS[lowest + 1], LEVELS[lowest])
+    zero, one = (_level(code, bit // 2, first) for first in (lowest, lowest + bit))
+    return torch.where((code & bit) != 0, one, zero)
 
 
 def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = True) -> NF4Tensor:
