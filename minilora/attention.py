@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from minilora.attention_products import pays, products_back
 from minilora.visible import Piece, Pieces, Runs, Sees
 
 WIDENED = 256  # keys of a piece, at most, whose backward is slower in 16 bits than in float32, and less exact
@@ -61,7 +60,7 @@ class _InPieces(torch.autograd.Function):
 _in_pieces: Callable[[Tensor, Tensor, Tensor, Pieces], Tensor] = _InPieces.apply
 
 
-def _told(piece: Piece, dtype: torch.dtype) -> tuple[slice, slice, dict[str, Any]]:
+def _flash_arguments(piece: Piece, dtype: torch.dtype) -> tuple[slice, slice, dict[str, Any]]:
     """Where its queries and its keys are, and what torch's kernel, the CPU's FlashAttention, is told of them."""
     mask = None if piece.mask is None else piece.mask.to(dtype)[None, None]
     at, seen = slice(piece.start, piece.stop), slice(piece.first, piece.stop)
@@ -74,7 +73,7 @@ def _pieces_forward(q: Tensor, k: Tensor, v: Tensor, sees: Pieces) -> tuple[Tens
     whole, sums = torch.empty(q.shape if len(sees.pieces) > 1 else 0, dtype=q.dtype), list[Tensor]()
     shape, (q, k, v) = q.shape, sees.parts(q, k, v)
     for piece in sees.pieces:
-        at, seen, told = _told(piece, q.dtype)
+        at, seen, told = _flash_arguments(piece, q.dtype)
         y, of_piece = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[:, :, at], k[:, :, seen], v[:, :, seen], **told
         )
@@ -98,7 +97,7 @@ def _pieces_back(
         k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
     for piece, of_piece in zip(sees.pieces, sums, strict=True):
         within = wide if piece.stop - piece.first <= WIDENED else dtype
-        at, seen, told = _told(piece, within)
+        at, seen, told = _flash_arguments(piece, within)
         parts = dy[:, :, at], q[:, :, at], k[:, :, seen], v[:, :, seen], y[:, :, at]
         made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(part.to(within) for part in parts), of_piece, **told
@@ -154,7 +153,7 @@ def attend_back(
         output, *inputs = rest
         return torch.autograd.grad(output, inputs, dy)
     if isinstance(sees, Pieces):
-        return (products_back if pays(q, sees) else _pieces_back)(dy, q, k, v, y, rest, sees)
+        return _pieces_back(dy, q, k, v, y, rest, sees)
     dy, *heads = (x.flatten(0, 1) for x in (dy, q, k, v, y))
     grads = torch.ops.aten._flash_attention_backward(dy, *heads, rest[0], *sees.limits, *rest[1:], **sees.sides)
     return tuple(grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))

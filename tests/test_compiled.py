@@ -17,9 +17,8 @@ from test_fused import SHAPES, adapted, distance, gradients
 from tiny_runs import MakeConfig, Quiet, stop_after
 from torch import Tensor
 
-from minilora import attention_products, norm, rope, swiglu
-from minilora.attention import attend_back, attend_kept
-from minilora.backend import product_dtype, told
+from minilora import norm, rope, swiglu
+from minilora.backend import told
 from minilora.compiled import compile_loops, compiles
 from minilora.errors import UserError
 from minilora.fused import fuse
@@ -27,14 +26,10 @@ from minilora.loss import _exponentials
 from minilora.nf4 import CPU, quantize_nf4
 from minilora.train.loop import Stopped, fine_tune
 from minilora.train.run_folder import config_toml
-from minilora.visible import Pieces, visible
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
 N, D, HEADS, HEAD_DIM = 24, 96, 3, 32
 DTYPES = [torch.float32, torch.bfloat16]
-in_16_bits = pytest.mark.skipif(
-    product_dtype(torch.empty(0, dtype=torch.bfloat16)) != torch.bfloat16, reason="this CPU has no products in 16 bits"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -121,49 +116,6 @@ def test_decoded_weights_have_the_same_bits(shape: tuple[int, int], double_quant
             return out
 
         assert all(out.equal(plain.flatten()[part : 2 * part]) for out in both(some))
-
-
-@in_16_bits
-@pytest.mark.parametrize(
-    ("runs", "window"), [((300,), None), ((140, 140), None), ((90, 3, 5, 20), None), ((300, 41), 100)]
-)
-def test_attention_by_products_errs_as_products_in_16_bits_do(
-    runs: tuple[int, ...], window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against float64, one part of queries after another; twice what the mask's way has in 16 bits."""
-    monkeypatch.setattr(attention_products, "SCORE_BYTES", 1)
-    monkeypatch.setattr(attention_products, "WORTH", 1)
-    sees, n, dtype = Pieces.of(runs, window), sum(runs), torch.bfloat16
-    assert len(sees.pieces) > 1 or n > attention_products.LEAST
-    q, k, v, dy = (random(1, n, heads, 16, seed=i, dtype=dtype) for i, heads in enumerate((4, 2, 2, 4)))
-    places = torch.cat([torch.arange(run) for run in runs])[None]
-    mask = visible(
-        places, places, window, *[torch.repeat_interleave(torch.arange(len(runs)), torch.tensor(runs))[None]] * 2
-    )
-
-    def gradients_of(who: Pieces | Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        heads = [x.to(dtype) for x in (q, k, v)]
-        y, rest = attend_kept(*heads, who)
-        return attend_back(dy.to(dtype), *heads, y, rest, who)
-
-    exact, by_mask = gradients_of(mask, torch.float64), gradients_of(mask, dtype)
-    compile_loops(True)
-    for ours, plain, want in zip(gradients_of(sees, dtype), by_mask, exact, strict=True):
-        assert ours.dtype == dtype
-        assert 0 < (ours - want).norm() <= 2 * (plain - want).norm()
-
-
-@in_16_bits
-def test_attention_by_products_bears_scores_far_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are -576, so exp of what is no score would be infinite. All keys that are seen weigh the same."""
-    monkeypatch.setattr(attention_products, "WORTH", 1)
-    sees = Pieces.of((20, 15))  # two runs share a piece, whose size is rounded up
-    q, k, v, dy = (torch.full((1, 35, heads, 16), 12.0).bfloat16() for heads in (4, 2, 2, 4))
-    compile_loops(True)
-    y, rest = attend_kept(q, -k, v, sees)
-    for ours in attend_back(dy, q, -k, v, y, rest, sees):
-        assert ours.isfinite().all()
-    torch.testing.assert_close(y, v.repeat(1, 1, 2, 1), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

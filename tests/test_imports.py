@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels",),
     ("backend", "dispatch"),
     (
-        *("norm", "rope", "swiglu", "visible", "attention", "attention_products"),
+        *("norm", "rope", "swiglu", "visible", "attention"),
         *("loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
     ),
     ("model", "fused"),
@@ -33,7 +33,7 @@ LAYERS = (
     ("__main__",),
 )
 LAYER_OF = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
-NEEDED_ANYWHERE = {"torch", "numpy", "safetensors", "sentencepiece"}
+NEEDED_ANYWHERE = {"torch", "numpy", "sentencepiece"}
 FOR_OUTPUT = {"rich", "matplotlib", "jsonargparse"}
 MAY_OUTPUT = ("minilora.cli", "minilora.report", "minilora.train.progress")
 ORACLES = {"transformers", "peft", "bitsandbytes", "accelerate", "mistral_common"}
@@ -44,12 +44,13 @@ OF_EXTRAS = {  # imported where they are used
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
 }
 MAX_LINES = 9_910
-# What the README calls what trains, from config.py to lora.py and train/, "some 2,900 lines".
+# What the README calls what trains, "some 3,600 lines".
 READING_PATH = {
-    *("config", "nf4", "norm", "rope", "swiglu", "visible", "attention", "kv_cache"),
-    *("model", "loss", "adamw", "linear", "lora", "train"),
+    *("config", "nf4", "backend", "dispatch", "compiled", "scratch", "paging", "kv_cache"),
+    *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
+    *("model", "projections", "fused", "train"),
 }
-MAX_PATH_LINES = 3_000
+MAX_PATH_LINES = 3_700
 
 
 def modules() -> dict[str, Path]:
