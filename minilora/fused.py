@@ -85,7 +85,7 @@ class _Tape(SimpleNamespace):
     mid: Tensor  # (B, T, D)
     o_reduced: Tensor | None
     mid_inverse: Tensor
-    gate: Tensor  # (N, F), as is
+    gate: Tensor  # (N, F), in x's dtype
     up: Tensor
     wide_reduced: Tensor | None
     down_reduced: Tensor | None
@@ -129,7 +129,8 @@ def _fill_mlp(tape: _Tape, layers: _Layers) -> None:
     if "gate" not in tape:
         if normed is None:
             normed, tape.mid_inverse = rms_norm(_rows(tape.mid), norm.weight, norm.eps, dtype, room=room)
-        (tape.gate, tape.up), tape.wide_reduced = layers.wide.forward(normed)
+        gates, tape.wide_reduced = layers.wide.forward(normed)
+        tape.gate, tape.up = (y.to(tape.x.dtype) for y in gates)  # as they are kept, whether they are or not
 
 
 def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, Gradients]:
@@ -182,14 +183,13 @@ class _Block(torch.autograd.Function):
         tape = _Tape(x=x)
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
-        h, mid = swiglu(tape.gate, tape.up, layers.down.room), tape.mid
-        if keep >= Keep.ALL:
-            tape.gate, tape.up = tape.gate.to(x.dtype), tape.up.to(x.dtype)
+        gate, up = (y.to(product_dtype(x)) for y in (tape.gate, tape.up))
+        h, mid = swiglu(gate, up, layers.down.room), tape.mid
         if keep >= (Keep.HEADS if isinstance(layers.sees, Tensor) else Keep.ATTENTION):  # a mask's holds q, k and v
             ctx.rest = tape.rest
         ctx.layers, ctx.names = layers, [name for names in _KEPT[: keep + 1] for name in names]
         kept = [getattr(tape, name) for name in ctx.names]
-        del tape  # so what is not kept makes room for the last product
+        del tape, gate, up  # so what is not kept makes room for the last product
         (y,), down_reduced = layers.down.forward(h)
         ctx.save_for_backward(down_reduced, *kept)
         return mid + y.view(x.shape).to(x.dtype)

@@ -109,12 +109,20 @@ def test_loss_and_every_gradient_equal_the_plain_blocks(config: ModelConfig, pac
 @pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize(
+    ("dtype", "product"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=["float32", "bfloat16", "bfloat16, multiplied in float32"],
+)
 def test_what_is_not_kept_is_made_again_to_the_same_bits(
-    keep: Keep, packed: bool, monkeypatch: pytest.MonkeyPatch
+    keep: Keep, packed: bool, dtype: torch.dtype, product: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many slices a weight is decoded in."""
+    """However many slices a weight is decoded in, and also where a CPU has no products in 16 bits."""
     monkeypatch.setattr(linear, "SLICE_BYTES", 4096)
+    monkeypatch.setattr(backend, "_cpu_product_dtype", lambda _: product)
     model = adapted(SHAPES[2])
+    for p in model.parameters():
+        p.data = p.data.to(p.dtype if p.requires_grad else dtype)
     assert fuse(model)
     again = copy.deepcopy(model)
     for block in again.layers:
