@@ -54,7 +54,8 @@ def causal_runs(positions: Tensor, segments: Tensor | None = None) -> tuple[int,
         return None
     follows = positions[:, 1:] == positions[:, :-1] + 1
     same = follows if segments is None else segments[:, 1:] == segments[:, :-1]
-    if not bool((follows | ~same).all()) or int(positions.min()) < 0 or (segments is None and not bool(same.all())):
+    rises = same if segments is None else segments[:, 1:] >= segments[:, :-1]  # so no segment comes back
+    if not bool((follows | ~same).all()) or int(positions.min()) < 0 or not bool(rises.all()):
         return None
     ends = torch.ones(n_rows, n_columns, dtype=torch.bool)
     ends[:, :-1] = ~same
@@ -156,12 +157,12 @@ class Runs:
 
     @property
     def limits(self) -> tuple[Any, ...]:
-        """What torch's FlashAttention is told of the runs, by place,"""
+        """Positional arguments of torch's FlashAttention."""
         return self.stops, self.stops, self.longest, self.longest, 0.0, self.window is None
 
     @property
     def sides(self) -> dict[str, int]:
-        """and of the window, by name."""
+        """Its keyword arguments: the window."""
         return {"window_size_left": -1 if self.window is None else self.window - 1, "window_size_right": 0}
 
 

@@ -193,6 +193,7 @@ def test_runs_are_refused_where_the_mask_says_something_else() -> None:
     positions, segments = rows_of([5, 7])
     assert causal_runs(positions, segments) == (5, 7)
     assert causal_runs(positions) is None  # one segment that sees its first tokens twice
+    assert causal_runs(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 0]])) is None  # a segment that comes back
     assert causal_runs(torch.tensor([[-1, 0, 1, 2]])) is None  # padded
     gap = torch.tensor([[0, 1, 5, 6]])
     assert causal_runs(gap, torch.zeros_like(gap)) is None
