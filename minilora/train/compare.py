@@ -76,7 +76,7 @@ def combinations(
             for share in [None, *(shares if n == 0 else [])]:
                 varied = dict(values_of) | ({} if share is None else {SHARE: share})
                 name = [strategy, *(f"{key.split('.')[-1]}={value}" for key, value in varied.items())]
-                yield "-".join(part for part in name if part) or "run", own | sets | varied
+                yield "-".join(part for part in name if part).replace("/", "_") or "run", own | sets | varied
 
 
 def compare(

@@ -52,6 +52,7 @@ def test_a_grid_alone_and_a_grid_of_two_keys() -> None:
     assert names([], ["train.lr=1e-4,2e-4"], [], 1.0) == ["lr=1e-4", "lr=2e-4"]
     assert len(names([], ["train.lr=1,2", "lora.rank=4,8,16"], [], 1.0)) == 6
     assert names([], [], [], 1.0) == ["run"]
+    assert names([], ["model.path=a/b,c/b"], [], 1.0) == ["path=a_b", "path=c_b"]  # each is a folder
 
 
 def test_a_value_of_the_grid_goes_before_the_strategy_s_own() -> None:
