@@ -65,7 +65,7 @@ class Projections:
 
     @property
     def room(self) -> int:
-        """Columns that x had better be followed by."""
+        """Spare columns to allocate behind x."""
         return max((len(a.lora_A) for a, joins in self._joining() if a and joins), default=0)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -111,30 +111,20 @@ class Projections:
         return dx if d_reduced is None else dx.addmm_(d_reduced, self._every_a(dx.dtype))
 
     def learn(self, dys: Sequence[Tensor], d_reduced: Tensor | None, x: Tensor, reduced: Tensor | None) -> Gradients:
-        """The float32 gradients of what is `learned`, x and reduced as in `forward`; None where they have been added.
-
-        That is on a GPU, which multiplies 16 bits into float32: there each is one product onto what `.grad` holds.
-        """
+        """The float32 gradients of what is `learned`, x and reduced as in `forward`; None where they have been added to
+        the `.grad` that each has."""
         if d_reduced is None or reduced is None:
             return []
-        adapted = self._adapted(dys, reduced)
-        if (of_downs := self._gradients_in_place(x)) is not None:
-            for adapter, dy, part in adapted:
-                _add_scaled_product(adapter.lora_B.grad, dy.T, part, adapter.scale)
-            _add_scaled_product(of_downs, d_reduced.T, x, 1.0)
-            return [None] * len(self.learned)
-        # Thin products are faster with the thin side as their rows: (P^T dy)^T, not dy^T P.
-        d_ups = [torch.mm(part.T, dy).mul_(adapter.scale).float().T for adapter, dy, part in adapted]
-        d_downs = torch.mm(d_reduced.T, x).split_with_sizes(self._ranks)
-        pairs = zip(d_downs, d_ups, strict=True)
-        return [grad for d_down, d_up in pairs for grad in (d_down.to(torch.float32, copy=True), d_up)]
-
-    def _gradients_in_place(self, x: Tensor) -> Tensor | None:
-        """Those of every A, one below the other, if they lie so and can be added to; then each B's can, too."""
-        if x.device.type != "cuda" or x.dtype == torch.float32 or any(p.grad is None for p in self.learned):
-            return None
-        downs = [adapter.lora_A.grad for adapter in self.adapters if adapter and adapter.lora_A.grad is not None]
-        return _as_one(downs)
+        in_place = all(p.grad is not None for p in self.learned)
+        grads = [torch.zeros_like(p) if p.grad is None or not in_place else p.grad for p in self.learned]
+        for grad, (adapter, dy, part) in zip(grads[1::2], self._adapted(dys, reduced), strict=True):
+            _add_scaled_product(grad, dy.T, part, adapter.scale)
+        if (of_every_a := _as_one(grads[::2])) is not None:
+            _add_scaled_product(of_every_a, d_reduced.T, x, 1.0)
+        else:
+            for grad, made in zip(grads[::2], torch.mm(d_reduced.T, x).split_with_sizes(self._ranks), strict=True):
+                grad.add_(made)
+        return [None if in_place else grad for grad in grads]
 
     @cached_property
     def _ranks(self) -> list[int]:
@@ -181,6 +171,9 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
 
 
-def _add_scaled_product(to: Tensor | None, a: Tensor, b: Tensor, scale: float) -> None:
-    """to (M, N), float32, += scale * a (M, K) b (K, N), in 16 bits."""
-    torch.ops.aten.addmm.dtype_out(to, a, b, torch.float32, beta=1, alpha=scale, out=to)
+def _add_scaled_product(to: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """to (M, N), float32, += scale * a (M, K) b (K, N)."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:  # which multiplies 16 bits into float32
+        torch.ops.aten.addmm.dtype_out(to, a, b, torch.float32, beta=1, alpha=scale, out=to)
+    else:  # thin products are faster with the thin side as their rows
+        to.add_(torch.mm(a, b) if to.shape[0] < to.shape[1] else torch.mm(b.T, a.T).T, alpha=scale)
