@@ -144,9 +144,9 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for key in ("targets", "modules_to_save"):
-            value = getattr(self, key)
-            object.__setattr__(self, key, value if isinstance(value, str) else tuple(value))
+        targets, saved = (getattr(self, key) for key in ("targets", "modules_to_save"))
+        object.__setattr__(self, "targets", targets if isinstance(targets, str) else tuple(targets))
+        object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
         for key in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
             value = getattr(self, key)
             fits = isinstance(value, str) or (len(value) <= MAX_NAMES and sum(map(len, value)) <= 100 * MAX_NAMES)
@@ -161,11 +161,6 @@ class LoraConfig:
         _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
         if isinstance(self.targets, str):
             check_pattern(self.targets, "lora.targets")
-
-    @property
-    def scale(self) -> float:
-        """What B A x is multiplied by, where no pattern says otherwise."""
-        return self.scale_of("")
 
     def scale_of(self, name: str) -> float:
         """What B A x is multiplied by in the layer of that name."""

@@ -142,6 +142,8 @@ def test_good_values_pass() -> None:
     TrainConfig(max_steps=None, warmup_steps=0, min_lr_ratio=1.0, clip_norm=0.0, beta1=0.0)
     EvalConfig(patience=0, samples=0)
     assert LoraConfig().targets == PROJECTIONS
+    one: Any = "lm_head"
+    assert LoraConfig(modules_to_save=one).modules_to_save == ("lm_head",)
 
 
 def test_an_error_is_one_line() -> None:

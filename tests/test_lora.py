@@ -169,9 +169,9 @@ def test_dropout_rests_in_evaluation_and_spares_the_base() -> None:
 
 
 def test_scale() -> None:
-    assert LoraConfig(rank=16, alpha=32).scale == 2
-    assert LoraConfig(rank=16, alpha=32, rslora=True).scale == 8
-    assert LoraConfig(rank=3, alpha=1).scale == pytest.approx(1 / 3)
+    assert LoraConfig(rank=16, alpha=32).scale_of("") == 2
+    assert LoraConfig(rank=16, alpha=32, rslora=True).scale_of("") == 8
+    assert LoraConfig(rank=3, alpha=1).scale_of("") == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -359,7 +359,7 @@ def _check_adapter(path: Path, adapter: Adapter) -> None:
             _equal(name, getattr(adapter.config, name), values.get(name) or {})
     elif (path / "params.json").is_file():
         scaling = json.loads((path / "params.json").read_text("utf-8"))["lora"]["scaling"]
-        _require(abs(adapter.config.scale - scaling) <= 1e-6 * abs(scaling), "the scale is another one")
+        _require(abs(adapter.config.scale_of("") - scaling) <= 1e-6 * abs(scaling), "the scale is another one")
 
 
 def _origin(path: Path) -> list[str]:

@@ -161,16 +161,14 @@ def make_batch(
 class RowSampler:
     """Hands out rows, epoch after epoch; its state is the epoch and the number of its rows already handed out."""
 
-    def __init__(
-        self, lengths: Sequence[int], max_seq_len: int, seed: int, shuffle: bool = True, mix: Mix | None = None
-    ) -> None:
-        self._settings = lengths, max_seq_len, seed, shuffle, mix
+    def __init__(self, lengths: Sequence[int], max_seq_len: int, seed: int, mix: Mix | None = None) -> None:
+        self._settings = lengths, max_seq_len, seed, mix
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
-        lengths, max_seq_len, seed, shuffle, mix = self._settings
+        lengths, max_seq_len, seed, mix = self._settings
         self.epoch, self.row = epoch, 0
-        self.rows = epoch_rows(lengths, max_seq_len, seed, epoch, shuffle, mix)
+        self.rows = epoch_rows(lengths, max_seq_len, seed, epoch, mix=mix)
 
     def take(self, n: int) -> list[list[int]]:
         """The next n rows; where an epoch ends, the next begins."""

@@ -121,7 +121,7 @@ def test_we_load_mistral_finetunes(originals: Path, folder: Path, base: str) -> 
         assert (merged - plain).abs().max() > 0.1
         assert model.lora_config is not None
         assert (model.lora_config.rank, model.lora_config.dropout) == (3, 0.1)
-        assert model.lora_config.scale == pytest.approx(expected, rel=1e-12)
+        assert model.lora_config.scale_of("") == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_scale_must_be_said_by_someone(originals: Path, folder: Path) -> None:
