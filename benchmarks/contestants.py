@@ -2,8 +2,8 @@
 
 Both: NF4 with double quantization, rank 16, alpha 32 on all seven projections, no dropout, mean loss of the target
 tokens, backward, AdamW without weight decay (the peer's is torch's, fused), no clipping. The same files, the same
-adapters to begin with, the same tokens; so the losses of step after step must be equal, which `train_step` checks
-before it compares anything.
+adapters to begin with, the same tokens; so the losses of step after step must be equal, and `train_step` leaves out
+whose are not.
 """
 
 import gc

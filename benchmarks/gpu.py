@@ -6,7 +6,7 @@
     train       a QLoRA step of the 7B beside transformers + peft + bitsandbytes
     decode      generating with the 7B beside transformers + bitsandbytes
 
-A part that fails is told and the next one runs. Needs torch, triton, numpy and safetensors, and takes the peers where
+A part that fails is told and the next one runs. Needs torch, triton and numpy, and takes the peers where
 they are installed; no network. `--dry` runs all of it on a CPU on small data, to see that it runs.
 """
 

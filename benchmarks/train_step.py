@@ -2,7 +2,7 @@
 
 Each cell is a batch and a dtype. First every variant of both sides is screened alone: a warm-up and two steps. Then the
 fastest of each run in turns, which gives the speed, and with them the fastest of each that torch's compiler has not
-touched; the peer's leanest and ours with the same checkpointing give the memory. A peer whose first loss is not ours
+touched; the peer's leanest and ours with the same checkpointing give the memory. A peer whose losses are not ours
 did other work and is out of the comparison. For random tokens one more runs in turn, which does only what every step
 has to do, with torch's products and attention: the most that a ratio could be.
 
@@ -230,22 +230,21 @@ def _ceilings(console: Console) -> dict[str, Any]:
 def _agreeing(
     cell: Cell, records: Mapping[str, Record], ours: Mapping[str, Any], peers: Mapping[str, Any]
 ) -> list[str]:
-    """The peers that can be compared: they ran, and their first loss is ours."""
-    loss = _first_loss([records[name] for name in ours])
-    return [
-        name
-        for name in peers
-        if records[name].steps and loss is not None and _is_equal(cell, loss, _first_loss([records[name]]))
-    ]
+    """The peers that can be compared: they ran, and their losses, step by step, are ours."""
+    of_ours = next((losses for name in ours if (losses := _losses(records[name]))), [])
+    return [name for name in peers if _are_equal(cell, of_ours, _losses(records[name]))]
 
 
-def _is_equal(cell: Cell, a: float, b: float | None) -> bool:
-    return b is not None and isclose(a, b, rel_tol=RTOL[cell.dtype])
+def _are_equal(cell: Cell, ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Of the steps that both have, one at least."""
+    pairs = list(zip(ours, theirs, strict=False))
+    return bool(pairs) and all(isclose(a, b, rel_tol=RTOL[cell.dtype]) for a, b in pairs)
 
 
-def _first_loss(records: Sequence[Record]) -> float | None:
-    """The loss of the first step of the first record that has one."""
-    return next((float(record.first.result["loss"]) for record in records if record.first), None)
+def _losses(record: Record) -> list[float]:
+    """Of all its steps, the warm-ups' first one too; none if no step counts."""
+    steps = [step for step in record.steps if step is not record.first]
+    return [float(step.result["loss"]) for step in (record.first, *steps) if step and record.steps]
 
 
 def _is_plain(name: str) -> bool:
