@@ -89,9 +89,9 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def whole_shapes(n: int, dtype: torch.dtype) -> int:
-    """n rows, or on a CPU so many that products of numbers of them in `dtype` have few sizes.
+    """n, for 16-bit dtypes rounded up to a multiple of 32, so that oneDNN meets few sizes of products on a CPU.
 
-    In 16 bits oneDNN makes machine code for each size that it meets, one to two MB each, and keeps a thousand.
+    It makes machine code for each of them, one to two MB, and keeps a thousand.
     """
     return n if dtype.itemsize > 2 else -(-n // 32) * 32
 

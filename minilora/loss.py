@@ -79,8 +79,8 @@ def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
 def _exponentials(
     z: Tensor, at: Tensor, largest: Tensor, sums: Tensor, label_logit: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """exp(z - m) of a tile's logits z (n, columns), which may be overwritten, in `dtype`; what was summed before it
-    shrinks by; and, with this tile, m, the sums and the labels' logits, all (n, 1) float32.
+    """Of a tile's logits z (n, columns), which may be overwritten: exp(z - m) in `dtype`; the factor for earlier sums;
+    and m, the sums and the labels' logits with this tile, all (n, 1) float32.
 
     at: (n, 1) int64, the labels as columns of the tile, if they are in it
     """

@@ -22,6 +22,8 @@ def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ())
     """Make the model of a run from its base, in place. What is added is drawn from torch's global random state.
 
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
+
+    What a CPU's heap keeps depends on the same, so the process is told that, too (`keep_freed_memory`).
     """
     train = config.train
     keep_freed_memory(Keep.WEIGHTS in keep, train.activation_checkpointing or min(keep, default=Keep.ALL) < Keep.ALL)
