@@ -25,11 +25,15 @@ Gradients = list[Tensor | None]
 
 @dataclass(frozen=True)
 class LowRank:
-    """A (rank, in) and B (out, rank), float32, whose product is added `scale` times."""
+    """A (rank, in) and B (out, rank), float32, whose product is added `scale` times.
+
+    joins: B becomes further columns of the weight
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     scale: float
+    joins: bool
 
 
 @dataclass(frozen=True)
@@ -38,24 +42,24 @@ class Projections:
 
     weights: tuple[NF4Tensor | Tensor, ...]
     adapters: tuple[LowRank | None, ...]
-    joins: tuple[bool, ...]  # whether its adapter's B becomes further columns of a weight
 
     @staticmethod
     def of(*layers: nn.Module) -> "Projections":
         """What each `nn.Linear`, `NF4Linear` or `LoRALinear` computes."""
         weights, adapters = list[NF4Tensor | Tensor](), list[LowRank | None]()
         for layer in layers:
-            base, adapter = layer, None
-            if isinstance(layer, LoRALinear):
-                base, adapter = layer.base, LowRank(layer.lora_A, layer.lora_B, layer.scale) if layer.enabled else None
+            base = layer.base if isinstance(layer, LoRALinear) else layer
             assert isinstance(base, nn.Linear | NF4Linear)
             weights.append(base.weight)
-            adapters.append(adapter)
-        return Projections(tuple(weights), tuple(adapters), tuple(map(_joins, weights, adapters)))
+            adapters.append(None)
+            if isinstance(layer, LoRALinear) and layer.enabled:
+                joins = _joins(base.weight, len(layer.lora_A))
+                adapters[-1] = LowRank(layer.lora_A, layer.lora_B, layer.scale, joins)
+        return Projections(tuple(weights), tuple(adapters))
 
     def decoded(self, dtype: torch.dtype) -> "Projections":
         """The same, whose weights need not be decoded again."""
-        columns = [_cast(a.lora_B, dtype) if a and joins else None for a, joins in self._joining()]
+        columns = [_cast(a.lora_B, dtype) if a and a.joins else None for a in self.adapters]
         return replace(self, weights=tuple(decoded(w, dtype, c) for w, c in zip(self.weights, columns, strict=True)))
 
     @property
@@ -66,7 +70,7 @@ class Projections:
     @property
     def room(self) -> int:
         """Spare columns to allocate behind x."""
-        return max((len(a.lora_A) for a, joins in self._joining() if a and joins), default=0)
+        return max((len(a.lora_A) for a in self.adapters if a and a.joins), default=0)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """x (N, in), or (N, in + room) with room to write in, -> y (N, out) of each, and x A^T (N, sum of ranks) for
@@ -80,12 +84,12 @@ class Projections:
             x = x.new_empty(len(x), n_in + self.room)
             x[:, :n_in] = bare
         ys, parts = list[Tensor](), iter(reduced.split_with_sizes(self._ranks, dim=1))
-        for weight, (adapter, joins) in zip(self.weights, self._joining(), strict=True):
+        for weight, adapter in zip(self.weights, self.adapters, strict=True):
             if adapter is None:
                 ys.append(multiply(bare, weight))
                 continue
             part, up = next(parts), _cast(adapter.lora_B, x.dtype)
-            if joins:
+            if adapter.joins:
                 wide = x[:, : n_in + part.shape[1]]
                 torch.mul(part, adapter.scale, out=wide[:, n_in:])
                 ys.append(multiply(wide, weight, up))
@@ -130,9 +134,6 @@ class Projections:
     def _ranks(self) -> list[int]:
         return [adapter.lora_A.shape[0] for adapter in self.adapters if adapter]
 
-    def _joining(self) -> Iterator[tuple[LowRank | None, bool]]:
-        return zip(self.adapters, self.joins, strict=True)
-
     def _every_a(self, dtype: torch.dtype) -> Tensor:
         """Every A, one below the other: (sum of ranks, in). They read x once."""
         downs = [_cast(adapter.lora_A, dtype) for adapter in self.adapters if adapter]
@@ -146,12 +147,11 @@ class Projections:
             yield adapter, y, part
 
 
-def _joins(weight: NF4Tensor | Tensor, adapter: LowRank | None) -> bool:
+def _joins(weight: NF4Tensor | Tensor, rank: int) -> bool:
     """Where there is room for columns, since it is decoded; where rows of so many more still begin at 16 bytes, else
     products are slow; and on a GPU, which waits for memory: on a CPU the longer sums take the time that is saved."""
-    if adapter is None or not isinstance(weight, NF4Tensor) or backend_for(weight.packed.device).name != "triton":
-        return False
-    return adapter.lora_A.shape[0] % 8 == 0
+    on_gpu = isinstance(weight, NF4Tensor) and backend_for(weight.packed.device).name == "triton"
+    return on_gpu and rank % 8 == 0
 
 
 def _cast(p: Tensor, dtype: torch.dtype) -> Tensor:

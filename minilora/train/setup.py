@@ -13,7 +13,7 @@ from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.compiled import compile_loops
 from minilora.config import RunConfig, to_dict
-from minilora.data.check import load_data
+from minilora.data.check import Data, load_data
 from minilora.data.encode import Sample
 from minilora.data.pack import Mix, RowSampler, epoch_rows
 from minilora.data.records import as_jsonl, data_fingerprint
@@ -85,8 +85,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if config.train.tensorboard:
         need_library("tensorboard", "tensorboard", "train.tensorboard")
     config, checkpoint = settled(config)
-    base = checkpoint.folder
-    tokenizer = load_tokenizer(config.model.tokenizer or base, old_hf_spaces=config.model.old_hf_spaces)
+    tokenizer = load_tokenizer(config.model.tokenizer or checkpoint.folder, old_hf_spaces=config.model.old_hf_spaces)
     if not config.data.train:
         raise UserError("data.train is empty; name a JSONL file of messages or text")
     probes = read_probes(config.eval.probes, tokenizer) if config.eval.samples else []
@@ -94,29 +93,20 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     data.refuse_faults()
     for warning in data.warnings():
         reporter.say(warning)
-    learnt = data.learnt
 
     device = pick_device(config.model.device)
-    dtype, why = pick_dtype(device, config.model.dtype)
-    if config.train.base_learns:
-        if config.model.dtype not in ("auto", "float32"):
-            named = f'train.strategy "{config.train.strategy}"'
-            raise UserError(f"{named} trains float32 weights; model.dtype {config.model.dtype!r} is not one")
-        dtype, why = torch.float32, "weights of the base learn"
-    if checkpoint.nf4 and config.quantize is None:
-        checkpoint.refuse_nf4(f'train.strategy "{config.train.strategy}"')
+    dtype, why = _pick_dtype(config, checkpoint, device)
     compile_loops(config.train.compile and device == CPU)
     reporter.say(told(device))
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
-    lengths = [s.length for s in learnt]
-    sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed, mix=data.mix)
-    ledger = Ledger.of(config, checkpoint.config, device, [*learnt, *probes], sampler).fitted()
+    sampler = RowSampler([s.length for s in data.learnt], config.data.max_seq_len, config.train.seed, mix=data.mix)
+    ledger = Ledger.of(config, checkpoint.config, device, [*data.learnt, *probes], sampler).fitted()
     predicted = ledger.check()
     reporter.say(one_line(predicted))
     if kept := ledger.kept():
         reporter.say(kept)
     model = load_model(
-        base, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
+        checkpoint.folder, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
     forgetting = Forgetting(config, tokenizer, data.samples["general"], probes).ask_base(model)
     torch.manual_seed(config.train.seed)
@@ -124,27 +114,9 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if device == CPU and 1.25 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to
         keep_freed_memory(short=True)
 
-    weights = trainable(model)
-    origin = {
-        "config": _what_must_stay(config), "base": model.base_fingerprint,
-        "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.template},
-        "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
-        "device": device.type, "dtype": str(dtype)[6:],
-    }  # fmt: skip
-    train = config.train
-    n_rows = train.batch_size * train.accumulate
-    n_steps = train.max_steps or ceil(rows_of_epochs(lengths, config, data.mix) / n_rows)
-    reporter.say(
-        f"{train.strategy}: {sum(p.numel() for p in weights.values()):,} weights learn, the base has "
-        f"{model.config.n_parameters:,}; "
-        f"{len(learnt):,} samples in {len(sampler.rows):,} rows of {config.data.max_seq_len}, "
-        f"{n_steps:,} steps of {n_rows} rows"
-    )
-    if n_steps < train.warmup_steps:
-        told_of = f"warning: warm-up takes {train.warmup_steps} steps, the run has {n_steps}"
-        reporter.say(f"{told_of}: train.lr is never reached; lower train.warmup_steps, or train longer")
+    weights, n_steps = trainable(model), _n_steps(config, data, model, sampler, reporter)
     memory, optimizer = PeakMemory(device), optimizer_for(weights, config)
-    if train.paged:
+    if config.train.paged:
         n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
         where = "in the host's memory" if optimizer.paged else "is in the host's memory anyway, where there is no GPU"
         reporter.say(f"paged: {n_bytes} of the optimizer's state {where}")
@@ -152,12 +124,54 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if StepGraphs.serve(model):
         backward = StepGraphs(model, optimizer)
         reporter.say("steps are replayed as CUDA graphs")
+    state = RunState(
+        weights, optimizer, sampler, LossScale(dtype == torch.float16), _origin(config, model, tokenizer, device, dtype)
+    )
     return Run(
-        config, folder, model, tokenizer, learnt, data.samples["validation"], data.samples["test"],
-        RunState(weights, optimizer, sampler, LossScale(dtype == torch.float16), origin),
+        config, folder, model, tokenizer, data.learnt, data.samples["validation"], data.samples["test"], state,
         n_steps, reporter, memory, backward, predicted, forgetting,
         as_jsonl(data.records["validation"]) if config.data.validation_share else "",
     )  # fmt: skip
+
+
+def _pick_dtype(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> tuple[torch.dtype, str]:
+    """What is computed in, and why. Raises UserError where the strategy cannot train in it, or on such a base."""
+    named = f'train.strategy "{config.train.strategy}"'
+    if checkpoint.nf4 and config.quantize is None:
+        checkpoint.refuse_nf4(named)
+    if not config.train.base_learns:
+        return pick_dtype(device, config.model.dtype)
+    if config.model.dtype not in ("auto", "float32"):
+        raise UserError(f"{named} trains float32 weights; model.dtype {config.model.dtype!r} is not one")
+    return torch.float32, "weights of the base learn"
+
+
+def _n_steps(config: RunConfig, data: Data, model: Mistral, sampler: RowSampler, reporter: Reporter) -> int:
+    """How many steps the run has; told, with what they are made of."""
+    train, lengths = config.train, [s.length for s in data.learnt]
+    n_rows = train.batch_size * train.accumulate
+    n_steps = train.max_steps or ceil(rows_of_epochs(lengths, config, data.mix) / n_rows)
+    reporter.say(
+        f"{train.strategy}: {sum(p.numel() for p in trainable(model).values()):,} weights learn, the base has "
+        f"{model.config.n_parameters:,}; {len(lengths):,} samples in {len(sampler.rows):,} rows of "
+        f"{config.data.max_seq_len}, {n_steps:,} steps of {n_rows} rows"
+    )
+    if n_steps < train.warmup_steps:
+        told_of = f"warning: warm-up takes {train.warmup_steps} steps, the run has {n_steps}"
+        reporter.say(f"{told_of}: train.lr is never reached; lower train.warmup_steps, or train longer")
+    return n_steps
+
+
+def _origin(
+    config: RunConfig, model: Mistral, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a saved state belongs to: a run may go on from it where this is the same."""
+    return {
+        "config": _what_must_stay(config), "base": model.base_fingerprint,
+        "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.template},
+        "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
+        "device": device.type, "dtype": str(dtype)[6:],
+    }  # fmt: skip
 
 
 def dtypes(config: RunConfig, dtype: torch.dtype) -> str:
