@@ -263,10 +263,14 @@ class StepPlan:
             of_weight = 4 * self.config.dim * self.config.hidden_dim if self.base else 0  # a gradient not yet added
             return (d + f) * stored + max(f * stored, of_weight) + decoded
         gates = 2 * f if self.cast or makes_gates else 0  # in the products' dtype
-        own = 3 * f if self.on_cpu else f  # silu(g) u, silu(g), dh; a GPU puts all but dh where gate and up were
-        down = (own + gates + (d if self.cast else 0)) * computed + decoded  # and dy
-        wide = ((2 * f if self.on_cpu or makes_gates else f) + 2 * d) * computed  # d_gate, d_up; norm(x), its gradient
-        norm = 4 * d * (1 + (computed != 4) + (stored != 4)) if self.on_cpu else 0  # what it multiplies, and in float32
+        if (
+            not self.on_cpu
+        ):  # dh, and the rest where gate and up were; then d_gate, d_up, and norm(x) after its gradient
+            wide = (gates or f) * computed + d * computed + max(decoded, d * computed)
+            return d * stored + max((f + gates) * computed + decoded, wide)
+        down = (3 * f + gates + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
+        wide = (2 * f + 2 * d) * computed  # d_gate, d_up; norm(x) and its gradient
+        norm = 4 * d * (1 + (computed != 4) + (stored != 4))  # what it multiplies, and in float32
         return d * stored + max(down, wide + max(decoded, norm))
 
     def forward(self, new: int | None = None) -> dict[str, int]:

@@ -123,6 +123,20 @@ def test_a_gpu_s_loss_by_hand() -> None:
     assert plan.loss()["logits"] == max((64 << 20) + 512 * 4096 * 4, 4 * v + 4 * h) + 4 * v + 4 * h
 
 
+def test_a_gpu_s_mlp_by_hand() -> None:
+    """dh and the decoded weight beside gate and up, which are kept, or made again; what else backward has of them lies
+    where they were. Two gradients of x, and norm(x) after the first."""
+    config = ModelConfig(
+        dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=32768
+    )
+    plan = StepPlan(
+        config, "nf4 double-quantized", "bfloat16", LoraConfig(rank=16), 1, 2048, device=torch.device("cuda")
+    )
+    x, gate, weight = 2 * 2048 * 4096, 2 * 2048 * 14336, 2 * 4096 * 14336
+    assert plan.scratch(makes_gates=False) == x + max(gate + weight, gate + x + weight)
+    assert plan.scratch(makes_gates=True) == x + max(3 * gate + weight, 2 * gate + x + weight)
+
+
 def test_peak_memory_keeps_the_largest_note() -> None:
     peak = PeakMemory(torch.device("cpu"))
     peak.start()
