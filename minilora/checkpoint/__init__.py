@@ -13,7 +13,8 @@ write             crash-safe files and folders: temporary name, fsync, rename
 save              a model as a folder, in both layouts
 quantize          a folder to a folder in NF4, tensor by tensor
 export            a folder to a folder in another program's format, reopened and compared
-gguf_file         llama.cpp's one file, written and compared
+gguf_header       what llama.cpp's one file says before its tensors, read within limits
+gguf_file         that file, written and compared
 chat_template     the chat template as Jinja, for programs that render a conversation
 card              README.md of a model
 merge             base plus adapter as plain weights, tensor by tensor

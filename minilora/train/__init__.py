@@ -8,6 +8,7 @@ data_check.py   what is wrong with the data, what they come to, what an epoch co
 ledger.py       does the run fit, and what would make it fit
 strategies.py   which weights learn
 step.py         one optimizer step: losses of the micro-batches, guard, clip, update
+graph.py        that step's losses and gradients as one CUDA graph
 schedule.py     the learning rate
 state.py        all that a run needs to go on, saved and loaded in one place
 run_folder.py   the files of a run, and who may write them
