@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora.kernels.nf4_dequantize import check_nf4, is_whole, levels_and_absmax, load_absmax
-from minilora.kernels.nf4_table import decode, decode_kernel, on, table
+from minilora.kernels.nf4_table import apart, decode, decode_kernel, on, table
 from minilora.nf4 import NF4Tensor, levels
 
 ROWS, WORDS, WARPS = 32, 32, 4  # of a tile: eight rows a thread, which share what x costs
@@ -218,11 +218,5 @@ def vectors(x, column, inside):
     at = tl.reshape(column, (column.shape[1], 1)) * 8 + tl.arange(0, 8)[None, :]
     mask = tl.broadcast_to(tl.reshape(inside, (column.shape[1], 1)), at.shape)
     values = tl.load(x + at, mask=mask, other=0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, (column.shape[1], 2, 2, 2)))
-    v04, v26 = tl.split(even)
-    v15, v37 = tl.split(odd)
-    v0, v4 = tl.split(v04)
-    v2, v6 = tl.split(v26)
-    v1, v5 = tl.split(v15)
-    v3, v7 = tl.split(v37)
+    v0, v1, v2, v3, v4, v5, v6, v7 = apart(tl.reshape(values, (column.shape[1], 2, 2, 2)))
     return v0[None, :], v1[None, :], v2[None, :], v3[None, :], v4[None, :], v5[None, :], v6[None, :], v7[None, :]

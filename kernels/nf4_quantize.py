@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.kernels.nf4_table import on
+from minilora.kernels.nf4_table import apart, on
 from minilora.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -154,15 +154,9 @@ def pack(thresholds, values):
     looked up for them comes into the thread that wants it, by Triton 3.6, too.
     """
     eights = tl.reshape(values, (values.shape[0] * values.shape[1] // 8, 2, 2, 2))
-    high, low = tl.split(eights)
-    high_even, high_odd = tl.split(high)
-    low_even, low_odd = tl.split(low)
-    h0, h2 = tl.split(high_even)
-    h1, h3 = tl.split(high_odd)
-    l0, l2 = tl.split(low_even)
-    l1, l3 = tl.split(low_odd)
-    even = tl.join(byte_of(thresholds, h0, l0), byte_of(thresholds, h2, l2))
-    odd = tl.join(byte_of(thresholds, h1, l1), byte_of(thresholds, h3, l3))
+    v0, v1, v2, v3, v4, v5, v6, v7 = apart(eights)
+    even = tl.join(byte_of(thresholds, v0, v1), byte_of(thresholds, v4, v5))
+    odd = tl.join(byte_of(thresholds, v2, v3), byte_of(thresholds, v6, v7))
     return tl.reshape(tl.join(even, odd), (values.shape[0] * values.shape[1] // 2,))
 
 

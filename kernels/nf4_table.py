@@ -109,6 +109,19 @@ def decode(entries, word, SHUFFLE: tl.constexpr):
 
 
 @triton.jit
+def apart(v):
+    """(..., 2, 2, 2) -> its eight tensors (...), in order: what `joined` takes."""
+    even, odd = tl.split(v)
+    v04, v26 = tl.split(even)
+    v15, v37 = tl.split(odd)
+    v0, v4 = tl.split(v04)
+    v2, v6 = tl.split(v26)
+    v1, v5 = tl.split(v15)
+    v3, v7 = tl.split(v37)
+    return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
 def joined(v):
     """Eight tensors of one shape (...), in order, -> (..., 2, 2, 2)."""
     # A join adds a last dimension of two, so the parts joined first differ in the highest bit of the weight's number.
