@@ -224,6 +224,7 @@ def _decode_pairs(
 ) -> None:
     """Both numbers of each byte of packed (blocks, bytes) into out (blocks, bytes), `_TWO` in one integer.
 
+    absmax: (blocks,) float32; with `nested`, codes uint8 of `table` (256,), times nested (groups,), plus offset ()
     before: blocks before these, of those that share the first of `nested`
 
     Compiled it is one loop of wide instructions, which no look-up in a table of bytes is; else it is slow.

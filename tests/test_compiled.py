@@ -119,6 +119,21 @@ def test_decoded_weights_have_the_same_bits(shape: tuple[int, int], double_quant
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_of_two_groups_of_absmax_have_the_same_bits(dtype: torch.dtype) -> None:
+    """256 blocks share a nested absmax; from within the first to within the third."""
+    weight, size = quantize_nf4(random(600, 64)), 64
+    out = torch.empty((520 - 250) * size, dtype=dtype)
+
+    def some() -> Tensor:
+        weight.decode(250 * size, 520 * size, out)
+        return out.clone()
+
+    compiled, plain = both(some)
+    assert compiled.equal(plain)
+    assert plain.equal(weight.dequantize(dtype).flatten()[250 * size : 520 * size])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_model_with_compiled_loops_has_the_plain_blocks_gradients(dtype: torch.dtype) -> None:
     plain = adapted(SHAPES[1], nf4=dtype == torch.float32).to(dtype)
     exact = gradients(copy.deepcopy(plain).double(), packed=True)[1] if dtype != torch.float32 else None
