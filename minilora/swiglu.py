@@ -40,7 +40,7 @@ def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
 @compilable
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h, d_gate and d_up, each (N, F). d_gate takes the memory of dh; h and d_up may take that of gate and up."""
-    gated = silu(gate)
-    h = gated * up
-    d_up = gated.mul_(dh)
+    silu_gate = silu(gate)
+    h = silu_gate * up
+    d_up = silu_gate.mul_(dh)
     return h, torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh), d_up

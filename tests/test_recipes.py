@@ -68,9 +68,5 @@ def test_published_figures() -> None:
     paper = config_of("qlora-paper")
     assert (paper.lora.rank, paper.lora.alpha, paper.lora.dropout, paper.train.max_steps) == (64, 16, 0.1, 1875)
     theirs = config_of("mistral-finetune")
-    assert (theirs.lora.scale_of(""), theirs.train.lr, theirs.train.beta2, theirs.data.max_seq_len) == (
-        2.0,
-        6e-5,
-        0.95,
-        32768,
-    )
+    assert (theirs.lora.scale_of(""), theirs.train.lr, theirs.train.beta2) == (2.0, 6e-5, 0.95)
+    assert theirs.data.max_seq_len == 32768
