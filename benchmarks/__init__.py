@@ -7,5 +7,5 @@ python -m benchmarks.demo_base.pretrain OUT_DIR   how that base was made
 python -m benchmarks.profile_step   where the seconds of our step go
 python -m benchmarks.make_checkpoint --shape mistral-7b-v0.3 --layout hf OUT
 python -m benchmarks.merge          memory and time of merging a 7B, audit included
-python -m benchmarks.table          the README's "Measured" from results/*.json
+python -m benchmarks.table          docs/measured.md and the README's "Measured" from results/*.json
 """

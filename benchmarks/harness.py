@@ -410,7 +410,7 @@ def ratio(ours: Record, peer: Record) -> dict[str, Any]:
 
 
 def row(what: str, ours: str, peer: str, ratio: str) -> dict[str, str]:
-    """A line of the README's table. Results hold such lines under "rows"; `benchmarks.table` collects them."""
+    """A line of docs/measured.md. Results hold such lines under "rows"; `benchmarks.table` collects them."""
     return {"what": what, "ours": ours, "peer": peer, "ratio": ratio}
 
 
@@ -471,7 +471,7 @@ def _rounded(value: Any) -> Any:
 
 
 def rows_of(result: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], Mapping[str, Any]]]:
-    """The README's lines in a result, each with the stamped object (machine, command) that it comes from."""
+    """The table's lines in a result, each with the stamped object (machine, command) that it comes from."""
     for part in (result, *result.get("parts", {}).values()):
         yield from ((line, part) for line in part.get("rows", []))
 

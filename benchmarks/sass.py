@@ -420,7 +420,7 @@ def _cases(archs: Sequence[int], names: Sequence[str], only_ours: bool) -> list[
 
 
 def _rows(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """For the README: Hopper, absmax in 8 bits where there are both, what stands beside a peer."""
+    """For the table: Hopper, absmax in 8 bits where there are both, what stands beside a peer."""
     names = {case["kernel"] for case in cases}
     found = []
     for case in cases:

@@ -8,7 +8,7 @@ has to do, with torch's products and attention: the most that a ratio could be.
 
     4x256, 1x1024    random tokens, each of them a target
     instructions     real samples of unlike lengths: ours in packed rows, the peer's padding-free or padded, the same
-                     samples in the same step; only real tokens count
+                     samples in the same step; only real tokens count; the peer's fastest padding-free one runs, too
 """
 
 import argparse
@@ -105,7 +105,7 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
     """{sdpa, eager} x {checkpointing off, on} x {plain, prepared}; real samples flat, and padded (sdpa).
 
     In bf16 cells also with float32 as the compute dtype of the 4-bit layers: a user whose CPU has no bf16 instructions
-    would set it. And, for speed, each layer compiled: sdpa without checkpointing.
+    would set it. And, for speed, each layer compiled: sdpa without checkpointing. What may be fastest comes first.
     """
     forms = ("flat", "padded") if cell.samples else ("rows",)
     ways = [
@@ -113,7 +113,7 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
         for form, attention, checkpointing, prepared in product(forms, ("sdpa", "eager"), (False, True), (False, True))
         if not (form == "padded" and attention == "eager")
     ]
-    fast = [way for way in ways if way["attention"] == "sdpa" and way["form"] != "padded" and not way["checkpointing"]]
+    fast = [way for way in ways if way["attention"] == "sdpa" and not way["checkpointing"]]
     first = fast + [way | {"compiled": True} for way in fast]
     if cell.dtype != "float32":
         wide = [way | {"compute": "float32"} for way in ways if way["attention"] == "sdpa" and way["prepared"]]
@@ -184,17 +184,19 @@ def _race_of_the_fastest(
     rounds: int,
     deadline: float,
 ) -> list[Record]:
-    """The fastest of ours and of the peers that do the same work, what they share, and the fastest that are not
-    compiled, in turns; none where there are no such two."""
+    """The fastest of ours and of the peers that do the same work, what they share, the fastest that are not compiled,
+    and of the peers the fastest without padding, in turns; none where there are no such two."""
     agree = _agreeing(cell, records, ours, peers)
     if not agree:
         return []
     pair = [ours[_fastest(records, ours)], peers[_fastest(records, agree)]]
     sides = (ours, list(ours)), (peers, [name for name in agree if records[name].steps])
     plain = [side[_fastest(records, some)] for side, names in sides if (some := list(filter(_is_plain, names)))]
+    flat = list(filter(_is_flat, agree))
+    rest = {contestant.name: contestant for contestant in plain}
+    rest |= {name: peers[name] for name in ([_fastest(records, flat)] if flat else [])}
     is_slow = any(records[contestant.name].seconds > SLOW_S for contestant in pair)
-    rest = [contestant for contestant in plain if contestant not in pair]
-    with started([*pair, *_shared(cell, feed), *rest]) as entrants:
+    with started([*pair, *_shared(cell, feed), *(c for c in rest.values() if c not in pair)]) as entrants:
         left = max(0.0, deadline - time.monotonic())
         return race(entrants, rounds, 0 if is_slow else 2, left, STEP_CAP_S)
 
@@ -251,6 +253,10 @@ def _is_plain(name: str) -> bool:
     return COMPILED not in name
 
 
+def _is_flat(name: str) -> bool:
+    return name.endswith(", flat")
+
+
 def _fastest(records: Mapping[str, Record], names: Iterable[str]) -> str:
     return min(names, key=lambda name: records[name].seconds if records[name].steps else inf)
 
@@ -285,6 +291,9 @@ def _report(
     mine, peer, *others = fastest
     shared = others.pop(0) if others and not cell.samples else None
     report["speed"] = _speed(cell, mine, peer, shared) | {"not_compiled": _not_compiled([mine, peer, *others], ours)}
+    if flat := [record for record in (peer, *others) if record.steps and _is_flat(record.name)]:
+        unpadded = min(flat, key=lambda record: record.seconds)
+        report["speed"]["padding_free"] = {"ratio": ratio(mine, unpadded), "peer": _rate(unpadded)}
     report["memory"] = _memory(records, ours, agree)
     report["rows"] = _rows(cell, report["speed"], report["memory"])
     return report
@@ -357,6 +366,9 @@ def _rows(cell: Cell, speed: Mapping[str, Any], memory: Mapping[str, Any]) -> li
     if "error" not in plain and any(plain[side]["variant"] != speed[side]["variant"] for side in ("ours", "peer")):
         told = {side: f"{plain[side]['tok_per_s']:.0f} tokens/s" for side in ("ours", "peer")}
         rows.append(row(f"{what}: neither compiled", **told, ratio=ratio_text(plain["ratio"])))
+    if (flat := speed.get("padding_free")) and flat["peer"]["variant"] != speed["peer"]["variant"]:
+        told = {"ours": rates["ours"], "peer": f"{flat['peer']['tok_per_s']:.0f} tokens/s"}
+        rows.append(row(f"{what}: the peer without padding", **told, ratio=ratio_text(flat["ratio"])))
     if "ratio" in (shared := speed.get("shared_work", {})):
         rates["ours"] = f"{shared['tok_per_s']:.0f} tokens/s"
         rows.append(

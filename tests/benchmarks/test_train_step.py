@@ -68,7 +68,7 @@ def test_a_random_batch_has_a_target_at_every_token() -> None:
 def test_the_peer_is_taken_in_all_its_variants() -> None:
     assert set(cells()) == {f"{c}-{d}" for c in ("4x256", "1x1024", "instructions") for d in ("fp32", "bf16")}
     assert len(peer_variants(cells()["4x256-fp32"], "", {})) == 10
-    assert len(peer_variants(cells()["instructions-fp32"], "", {})) == 14
+    assert len(peer_variants(cells()["instructions-fp32"], "", {})) == 16
     assert len(peer_variants(cells()["1x1024-bf16"], "", {})) == 12
     for variants in (our_variants(cells()["4x256-fp32"], "", {}), peer_variants(cells()["4x256-fp32"], "", {})):
         for name, contestant in variants.items():
@@ -109,6 +109,11 @@ def test_who_computes_another_loss_is_out_of_the_comparison() -> None:
     assert compiled["speed"]["ratio"]["of_medians"] == 2.5
     assert compiled["speed"]["not_compiled"]["ratio_of_our_fastest"]["of_medians"] == 4.0
     assert [line["ratio"].split()[0] for line in compiled["rows"]] == ["2.50", "3.00", "2.00", "2.50"]
+    real, flat = QUICK["quick-instructions"], [record("slow, compiled, flat", 5.0, 500, 10.0)]
+    unpadded = train_step._report(real, records | {flat[0].name: flat[0]}, ours, [*peers, flat[0].name], [*pair, *flat])
+    assert unpadded["speed"]["ratio"]["of_medians"] == 2.0
+    assert unpadded["speed"]["padding_free"]["ratio"]["of_medians"] == 2.5
+    assert unpadded["rows"][-1]["what"].endswith(": the peer without padding")
     failed = train_step._report(QUICK["quick"], records, ours, peers, [*pair, Record("shared", error="it broke")])
     assert (failed["rows"], failed["speed"]["shared_work"]) == (report["rows"], {"error": "it broke"})
 
@@ -144,9 +149,9 @@ def test_wrong_usage() -> None:
 
 @pytest.mark.slow
 def test_both_sides_train_alike_on_real_samples(tmp_path: Path) -> None:
-    """Equal losses after updates, samples packed here and padding-free there: the work is the same."""
+    """Equal losses after updates, samples packed here and padding-free there: the work is the same. In processes."""
     out = tmp_path / "out.json"
-    assert train_step.main(["--only", "quick", "quick-instructions", "--rounds", "3", "--out", str(out)]) == 0
+    assert train_step.main(["--only", "quick-instructions", "--rounds", "3", "--out", str(out)]) == 0
     part = json.loads(out.read_text())["parts"]["quick-instructions"]
     assert part["speed"]["same_losses"]["largest_relative_difference"] < 1e-4
     assert part["speed"]["ratio"]["n_pairs"] == 3
@@ -155,7 +160,20 @@ def test_both_sides_train_alike_on_real_samples(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
 
 
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.filterwarnings("ignore")
+def test_random_tokens_are_raced_beside_what_both_sides_share(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert train_step.main(["--only", "quick", "--rounds", "2", "--out", str(out)]) == 0
+    part = json.loads(out.read_text())["parts"]["quick"]
+    assert part["speed"]["same_losses"]["largest_relative_difference"] < 1e-4
+    assert part["speed"]["shared_work"]["ratio"]["n_pairs"] == 2
+    assert len(part["rows"]) == 3
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.filterwarnings("ignore")
 def test_nf4_is_compared_after_it_is_found_equal(tmp_path: Path) -> None:
     out = tmp_path / "nf4.json"
     assert nf4_cpu.main(["--quick", "--rounds", "2", "--out", str(out)]) == 0
