@@ -25,10 +25,10 @@ from minilora.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
     NF4Tensor,
+    check_absmax,
     check_weight,
     dynamic_thresholds,
     mean_absmax,
-    refuse_not_finite,
     thresholds,
 )
 
@@ -65,7 +65,7 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
     # One number tells of all: the mean or, which cannot overflow, the largest.
     told = absmax.max() if made.nested_offset is None else made.nested_offset
     if not isfinite(told.item()):
-        refuse_not_finite(tensor, flat)
+        check_absmax(tensor, flat)
         mean_absmax(absmax)  # refuses a sum that overflows
     return made
 

@@ -1,4 +1,4 @@
-"""What a device can do, as pure functions: which one is used, and what it computes in."""
+"""What a device can do: which one is used, and what it computes in."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +12,10 @@ from minilora.errors import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device; "auto" is the first GPU if there is one, else the CPU. Raises UserError if it is not there."""
+    """The named device; "auto" is the first GPU if there is one, else the CPU. Raises UserError if it is not there.
+
+    A GPU that is named by its number becomes torch's current one: kernels are launched and numbers drawn there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,6 +25,8 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"model.device {name!r} cannot be used: {str(error).partition('. ')[0]}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -77,6 +82,11 @@ def pick_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, s
     if major >= 8:
         return torch.bfloat16, f"compute capability {major}.{minor} multiplies in bfloat16"
     return torch.float16, f"compute capability {major}.{minor} has no bfloat16 product; the loss is scaled"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files and tables have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:

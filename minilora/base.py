@@ -1,23 +1,27 @@
 """A base to be used: what the command line names, with an adapter or without, found and checked before it is loaded."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 
 from minilora.backend import pick_device, pick_dtype
-from minilora.checkpoint.adapter import CONFIG, read_adapter, read_adapter_config
+from minilora.checkpoint.adapter import CONFIG, adapter_folder, read_adapter, read_adapter_config
+from minilora.checkpoint.adapter_parts import Adapter
+from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.mistral_adapter import is_mistral
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
-from minilora.checkpoint.provenance import check_origin, read_provenance, recipe
+from minilora.checkpoint.provenance import check_origin, quantization, read_provenance, template_of
 from minilora.config import BaseConfig, LoraConfig, PrefixConfig
-from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
-from minilora.memory import DenseDtype, StepPlan, as_text, free_bytes, predict, private_bytes
+from minilora.memory import StepPlan, as_text, free_bytes, predict, private_bytes, storage_of
 from minilora.model import Mistral
 from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
+from minilora.visible import Runs
 
 UNNAMED = ""  # a path: the adapter names its base, and without an adapter it is "demo"
 
@@ -26,6 +30,7 @@ UNNAMED = ""  # a path: the adapter names its base, and without an adapter it is
 class Base:
     """A checkpoint and its tokenizer, and how its weights are to be loaded.
 
+    double_quant: whether the absmax of weights that are in NF4, or would be, are in 8 bits; adapter: its folder
     scaling: of an adapter of mistral-finetune; added: what the adapter configures; warnings: what is to be said of it
     """
 
@@ -46,11 +51,15 @@ class Base:
     ) -> "Base":
         """What the config says, and where it leaves something open, what the adapter was trained on.
 
+        adapter: its folder, or the file of its tensors
+
         Raises UserError for what is not there or not to be read, and unless `force` is given, for another base,
         tokenizer or template than the adapter's, and for files of it that were altered.
         """
-        if adapter is not None and not (Path(adapter) / CONFIG).is_file() and not is_mistral(Path(adapter)):
-            raise UserError(f"{adapter}: holds no {CONFIG}; name the folder of an adapter, such as RUN/adapter")
+        if adapter is not None:
+            adapter = str(adapter_folder(adapter))
+            if not os.path.isfile(Path(adapter) / CONFIG) and not is_mistral(Path(adapter)):
+                raise UserError(f"{adapter}: holds no {CONFIG}; name the folder of an adapter, such as RUN/adapter")
         made_on = read_provenance(adapter) if adapter is not None else {}
         quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
         if (trained_on := made_on.get("quantization")) and config.quantize == "auto":
@@ -64,20 +73,19 @@ class Base:
         checkpoint = open_checkpoint("demo" if config.path == UNNAMED else config.path)
         if config.quantize == "none":
             checkpoint.refuse_nf4('model.quantize "none"')
-        file = config.tokenizer or made_on.get("tokenizer_path") or checkpoint.folder
-        old_hf_spaces = config.old_hf_spaces or (made_on.get("tokenizer") or {}).get("template") == OLD_HF
-        tokenizer = load_tokenizer(file, old_hf_spaces=old_hf_spaces)
+        tokenizer = tokenizer_for(config, checkpoint, made_on)
         if mismatch := tokenizer.mismatch(checkpoint.config.vocab_size):
             raise UserError(mismatch)
         device = pick_device(config.device)
         dtype, _ = pick_dtype(device, config.dtype)
-        base = Base(checkpoint, tokenizer, quantize, config.double_quant, dtype, device, adapter, scaling)
+        double_quant = checkpoint.double_quant if checkpoint.nf4 else config.double_quant
+        base = Base(checkpoint, tokenizer, quantize, double_quant, dtype, device, adapter, scaling)
         if adapter is None:
             return base
         here = {
             "base_fingerprint": checkpoint.fingerprint(),
-            "quantization": recipe(base.nf4_double_quant, dtype),
-            "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.template},
+            "quantization": quantization(base.nf4_double_quant, dtype),
+            "tokenizer": {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template},
         }
         said = check_origin(Path(adapter), made_on, here, force)
         added = read_adapter_config(adapter, checkpoint.config, scaling=scaling)
@@ -85,17 +93,15 @@ class Base:
 
     @property
     def nf4_double_quant(self) -> bool | None:
-        """Of weights that are or will be in NF4, whether their absmax are in 8 bits; None of plain ones."""
-        if self.checkpoint.nf4:
-            return self.checkpoint.double_quant
-        return self.double_quant if self.quantize is not None else None
+        """`double_quant` of weights that are or will be in NF4; None of plain ones."""
+        return self.double_quant if self.checkpoint.nf4 or self.quantize is not None else None
 
     def predict(self, rows: int, length: int, new: int | None = None) -> dict[str, int]:
         """Bytes by owner while `rows` texts of `length` tokens are continued by `new`, or scored if that is None."""
-        dense = cast(DenseDtype, str(self.dtype).removeprefix("torch."))
-        double_quant, sizes = self.nf4_double_quant, self.checkpoint.config
-        storage = dense if double_quant is None else "nf4 double-quantized" if double_quant else "nf4"
-        plan = StepPlan(sizes, storage, dense, self.added, rows, length, sees="mask", device=self.device)
+        sizes, (storage, dense) = self.checkpoint.config, storage_of(self.dtype, self.nf4_double_quant)
+        in_runs = self.device.type == "cpu" or Runs.serve(self.device, self.dtype, sizes.head_dim)
+        sees: Literal["runs", "mask"] = "runs" if in_runs and not isinstance(self.added, PrefixConfig) else "mask"
+        plan = StepPlan(sizes, storage, dense, self.added, rows, length, sees=sees, device=self.device)
         at_rest = predict(sizes, storage, dense, self.added)
         learning = ("gradients", "optimizer")
         process = {"process": private_bytes()} if self.device.type == "cpu" else {}
@@ -122,5 +128,22 @@ class Base:
             device=self.device,
         )
         if self.adapter is not None:
-            read_adapter(self.adapter, model.config, scaling=self.scaling).attach(model)
+            self.read_adapter().attach(model)
         return model.eval()
+
+    def read_adapter(self) -> Adapter:
+        """The adapter. Raises UserError where there is none."""
+        if self.adapter is None:
+            raise UserError("no adapter is named; name its folder")
+        return read_adapter(self.adapter, self.checkpoint.config, scaling=self.scaling)
+
+
+def tokenizer_for(config: BaseConfig, checkpoint: Checkpoint, made_on: Mapping[str, Any] | None = None) -> Tokenizer:
+    """The one that the config names, else the adapter's, else the base's own; its template is what they learnt.
+
+    made_on: the adapter's provenance
+    """
+    made_on = made_on or {}
+    template = template_of(made_on) or template_of(read_provenance(checkpoint.folder))
+    file = config.tokenizer or made_on.get("tokenizer_path") or checkpoint.folder
+    return load_tokenizer(file, old_hf_spaces=config.old_hf_spaces or template == OLD_HF)

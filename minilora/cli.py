@@ -1,37 +1,35 @@
-"""The command line: `minilora VERB`. Thin: each verb reads its arguments, calls one function, prints what it gives.
+"""The command line: `minilora VERB`. Thin: each verb is told what to do, has it done, and prints what comes of it.
 
 Exit status: 0 done, 1 failed with one line that says what to mend, 2 wrong usage, 130 or 143 stopped by a signal.
 Heavy modules are imported inside the verbs, so that help and usage errors come at once.
 """
 
 import os
-import re
 import shlex
 import sys
-import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
-from rich.console import Console
+from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from minilora.config import METRICS, MISTRAL_7B, BaseConfig, EvalConfig, Route, RunConfig, to_dict
+from minilora import arguments
+from minilora.arguments import Verb
+from minilora.config import MISTRAL_7B, BaseConfig, EvalConfig, Route, RunConfig, to_dict
 from minilora.errors import UserError, is_out_of_memory
-from minilora.recipes import recipe_file, recipe_names, summary
+from minilora.recipes import recipe_names, summary
+from minilora.report.console import Console
 
 if TYPE_CHECKING:
     from minilora.base import Base
-
-_Share = restricted_number_type("_Share", float, [(">", 0), ("<=", 1)])
-_Seed = restricted_number_type("_Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
+    from minilora.model import Mistral
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +78,7 @@ def exit_status(name: str, work: Callable[[], object]) -> int:
             said = f"{error}; name what it should lead to"
         elif isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-    print(f"{name}: {said}", file=sys.stderr)
+    print(f"{name}: {UserError(said)}", file=sys.stderr)  # what a file has named commands no terminal
     return status
 
 
@@ -89,73 +87,9 @@ def _overview() -> str:
     return "\n".join(["usage: minilora VERB ...   (minilora VERB --help explains each)", "", *lines])
 
 
-def _parser(verb: Callable[[list[str]], None]) -> ArgumentParser:
-    prog = f"minilora {verb.__name__}"
-    return ArgumentParser(
-        prog=prog, description=verb.__doc__, exit_on_error=False, parser_mode="toml", print_config=None
-    )
-
-
-def _parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    """The parsed arguments; what is wrong with them is one line on stderr and exit status 2."""
-    try:
-        parsed: Namespace = parser.instantiate(parser.parse_args(_quoted(args)))
-        return parsed
-    except (ArgumentError, OverflowError) as error:
-        said = re.sub(
-            r"Expected a <class '(tuple|list)'>", "Expected a list, such as [a,b]", " ".join(str(error).split())
-        )
-        print(f"{parser.prog}: {said}; see {parser.prog} --help", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _quoted(args: Sequence[str]) -> list[str]:
-    """With the words of a list in quotes, as TOML has them: --section.key [q_proj,v_proj] needs none."""
-    word, quoted = r"\s*[A-Za-z_][\w.*-]*\s*", list[str]()
-    for before, arg in zip(["", *args], args, strict=False):
-        option, given, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
-        if re.fullmatch(r"--\w+\.[\w.]+", option) and re.fullmatch(rf"\[{word}(,{word})*\]", value):
-            value = re.sub(r"[\w.*-]+(?=\s*[\],])", r'"\g<0>"', value)
-            arg = f"{option}={value}" if given else value
-        quoted.append(arg)
-    return quoted
-
-
-def _run_parser(verb: Callable[[list[str]], None]) -> ArgumentParser:
-    """Of a verb that takes a configuration: a recipe, a TOML file and --section.key, the later over the earlier."""
-    parser = _parser(verb)
-    parser.add_argument(
-        "--config", action="config", help="a TOML file; the first word of train and compare is the same"
-    )
-    parser.add_argument("--recipe", metavar="NAME", help="begin with one of `minilora train --list-recipes`")
-    parser.add_class_arguments(RunConfig, as_group=False)
-    return parser
-
-
-def _parse_run(parser: ArgumentParser, args: Sequence[str], file_first: bool = True) -> tuple[RunConfig, Namespace]:
-    """The configuration, and all that was parsed. Raises UserError for what is wrong in a file.
-
-    file_first: the first word is a TOML file, unless it is an option
-    """
-    named: dict[str, list[str]] = {"--recipe": [], "--config": []}
-    rest, words = list[str](), iter(args)
-    for arg in words:
-        option, given, value = arg.partition("=")
-        if option in named and (given or (value := next(words, ""))):
-            named[option].append(value)
-        else:
-            rest.append(arg)
-    first = [rest.pop(0)] if file_first and rest and not rest[0].startswith("-") else []
-    files = [*(str(recipe_file(name)) for name in named["--recipe"]), *first, *named["--config"]]
-    for file in files:
-        _check_toml(file)
-    parsed = _parse(parser, [*(f"--config={file}" for file in files), *rest])
-    return RunConfig(**{f.name: getattr(parsed, f.name) for f in fields(RunConfig)}), parsed
-
-
 def train(args: list[str]) -> None:
     """Fine-tune a model as a TOML file says: minilora train CONFIG.toml [--section.key value ...]"""
-    parser = _run_parser(train)
+    parser = arguments.run_parser(train)
     parser.usage = "minilora train [CONFIG.toml] [--section.key value ...] [--resume | --overwrite] [--dry-run]"
     parser.add_argument("--list-recipes", action="store_true", help="show the recipes, with the memory each needs")
     parser.add_argument("--print-config", action="store_true", help="print the complete TOML file and exit")
@@ -164,7 +98,7 @@ def train(args: list[str]) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="config, data, shapes, one step, save, reload, generate; keeps nothing"
     )
-    config, parsed = _parse_run(parser, args)
+    config, parsed = arguments.parse_run(parser, args)
     if parsed.list_recipes:
         _list_recipes()
     elif parsed.print_config:
@@ -172,7 +106,7 @@ def train(args: list[str]) -> None:
 
         print(config_toml(config), end="")
     elif parsed.dry_run:
-        _dry_run(config)
+        _dry_run(config, parsed.resume, parsed.overwrite)
     else:
         _train(config, parsed.resume, parsed.overwrite)
 
@@ -182,24 +116,9 @@ def _list_recipes() -> None:
     from minilora.train.ledger import on_gpu
 
     for name in recipe_names():
-        config, _ = _parse_run(_run_parser(train), ["--recipe", name])
+        config, _ = arguments.parse_run(arguments.run_parser(train), ["--recipe", name])
         predicted = as_text(sum(on_gpu(config, MISTRAL_7B).values()))
         print(f"{name:18} {predicted:>8} predicted for a 7B  {summary(name)}")
-
-
-def _check_toml(path: str) -> None:
-    """Read the file alone first, so that what is wrong in it is said with its name. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; `minilora train --print-config > {path}` writes one to start from")
-    parser = ArgumentParser(exit_on_error=False, parser_mode="toml")
-    parser.add_class_arguments(RunConfig, as_group=False)
-    try:
-        for name, section in tomllib.loads(Path(path).read_text("utf-8")).items():
-            if not isinstance(section, dict):
-                raise UserError(f"{name} = {section!r:.40} stands in no section; put it below one, such as [train]")
-        parser.instantiate(parser.parse_path(path))
-    except (ArgumentError, OverflowError, RecursionError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
@@ -211,45 +130,39 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     console = _console()
     run = fine_tune(config, ConsoleReporter(console), resume, overwrite)
     report = write_report(run.folder.path)
-    summary = run.folder.read_json("summary.json")
+    measured = run.folder.read_json("summary.json")
     for name in ("before", "after", "test"):
-        if summary[name]:
-            console.print(f"{name:7}{figures_of(summary[name])}", highlight=False, soft_wrap=True)
+        if measured[name]:
+            console.print(f"{name:7}{figures_of(measured[name])}", highlight=False, soft_wrap=True)
     console.print(f"done: {run.stopped_because}; report in {report}", highlight=False, soft_wrap=True)
 
 
-def _dry_run(config: RunConfig) -> None:
+def _dry_run(config: RunConfig, resume: bool, overwrite: bool) -> None:
     from minilora.train.dry_run import dry_run
     from minilora.train.progress import ConsoleReporter
 
-    dry_run(config, ConsoleReporter(_console()))
+    dry_run(config, ConsoleReporter(_console()), resume, overwrite)
     print("dry run: config, data, shapes, one step, save, reload and generate all work; nothing was kept")
 
 
-def _base_arguments(parser: ArgumentParser) -> None:
-    _model_arguments(parser)
-    parser.add_argument("--adapter", help="folder of an adapter; unless --model.path is given, it names its base")
-    _adapter_arguments(parser)
+def _find(parsed: Namespace, adapter: str | None) -> "Base":
+    from minilora.base import Base
+
+    return Base.find(parsed.model, adapter, scaling=parsed.adapter_scaling, force=parsed.force)
 
 
-def _adapter_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--adapter_scaling", type=PositiveFloat, help="of mistral-finetune, if no params.json says it")
-    parser.add_argument("--force", action="store_true", help="take it for another base or tokenizer, or if altered")
-
-
-def _model_arguments(parser: ArgumentParser) -> None:
-    parser.add_class_arguments(BaseConfig, "model")
-    parser.set_defaults({"model.path": ""})  # base.UNNAMED
-
-
-def _tell(base: "Base", predicted: dict[str, int]) -> None:
-    """Beside the output: what was overridden, device, ledger. Once all is well, so that an error is one line."""
+def _loaded(base: "Base", *works: tuple[int, int, int | None]) -> "Mistral":
+    """The model, if there is memory for it and these works, see `Base.check`. Told beside the output: what was
+    overridden, device, ledger; once all is well, so that an error is one line."""
     from minilora.backend import told
     from minilora.memory import one_line
 
+    predicted = base.check(*works)
+    model = base.load()
     _warn(base.warnings)
     print(told(base.device), file=sys.stderr)
     print(one_line(predicted), file=sys.stderr)
+    return model
 
 
 def _console() -> Console:
@@ -264,14 +177,14 @@ def _warn(warnings: Sequence[str]) -> None:
 
 def data(args: list[str]) -> None:
     """Check data line by line and show what of them is trained on: minilora data check FILE... [--fix OUT.jsonl]"""
-    parser = _run_parser(data)
+    parser = arguments.run_parser(data)
     parser.usage = "minilora data check [FILE ...] [--section.key value ...] [--fix OUT.jsonl] [--html OUT.html]"
     parser.add_argument("what", choices=["check"])
     parser.add_argument("files", metavar="FILE", nargs="*", help="training data; by default data.train")
     parser.add_argument("--fix", metavar="OUT.jsonl", help="write the training data without what is wrong in them")
     parser.add_argument("--html", metavar="OUT.html", help="write what is shown as a page, too")
     parser.add_argument("--show", type=NonNegativeInt, default=3, help="samples to show")
-    config, parsed = _parse_run(parser, args, file_first=False)
+    config, parsed = arguments.parse_run(parser, args, file_first=False)
     if parsed.files:
         config = replace(config, data=replace(config.data, train=tuple(parsed.files)))
     for out in (parsed.fix, parsed.html):
@@ -295,90 +208,76 @@ def _check_new(out: str | None) -> None:
 
 
 def evaluate(args: list[str]) -> None:
-    """Perplexity and task metrics on a JSONL file: minilora evaluate FILE [--adapter FOLDER] [--model.path FOLDER]"""
-    parser = _parser(evaluate)
-    parser.add_argument("file", help="JSONL of messages or text")
-    parser.add_argument(
-        "--eval.answers", type=NonNegativeInt, default=64, help="conversations to answer and compare; 0 for none"
-    )
-    parser.add_argument(
-        "--eval.metrics", type=tuple[str, ...], default=EvalConfig.metrics, help=f"of {', '.join(METRICS)}"
-    )
+    """Perplexity and task metrics on held-out data: minilora evaluate FILE [--adapter FOLDER] [--model.path FOLDER]"""
+    parser = arguments.verb_parser(evaluate)
+    parser.add_argument("file", help="messages or text, as JSONL, CSV, Parquet or plain text")
+    parser.add_class_arguments(EvalConfig, "eval", skip={"every", "patience", "samples", "general_tokens", "probes"})
     parser.add_argument("--out", help="also write each answer to this new file, a line of JSON each")
-    parser.add_argument("--data.max_seq_len", type=PositiveInt, default=2048)
-    parser.add_argument("--eval.max_new_tokens", type=PositiveInt, default=128)
-    parser.add_argument("--eval.batch_size", type=PositiveInt, default=8)
-    _base_arguments(parser)
-    parsed = _parse(parser, args)
+    arguments.add_length(parser, "fail")
+    arguments.add_base(parser)
+    parsed = arguments.parse(parser, args)
 
-    from minilora.base import Base
-    from minilora.checkpoint.write import atomic_write
+    from minilora.checkpoint.files import sha256_of
+    from minilora.checkpoint.json_file import to_json
+    from minilora.checkpoint.write import atomic_jsonl
     from minilora.data.encode import encode_records
-    from minilora.data.records import data_fingerprint, read_records
-    from minilora.evaluate.answers import answer_samples, has_prompt
+    from minilora.data.records import read_records
+    from minilora.evaluate.measure import longest_prompt, measure
     from minilora.evaluate.metrics import check_libraries, score
-    from minilora.evaluate.perplexity import mean_loss, perplexity
     from minilora.report.page import write_report
-    from minilora.train.looks import note_look, run_tested_on
-    from minilora.train.run_folder import to_json
+    from minilora.train.looks import check_notable, note_look, run_tested_on
 
-    metrics = EvalConfig(metrics=parsed.eval.metrics).metrics  # which checks their names
-    check_libraries(metrics)
+    limits, max_seq_len = replace(parsed.eval, samples=0), parsed.data.max_seq_len  # samples are for runs
+    check_libraries(limits.metrics)
     _check_new(parsed.out)
-    base = Base.find(parsed.model, parsed.adapter, scaling=parsed.adapter_scaling, force=parsed.force)
-    tokenizer, batch_size = base.tokenizer, parsed.eval.batch_size
-    samples = encode_records(read_records(parsed.file), tokenizer, parsed.data.max_seq_len)
-    lengths = [sample.length for sample in samples]
-    works: list[tuple[int, int, int | None]] = [(batch_size, min(parsed.data.max_seq_len, sum(lengths)), None)]
-    if parsed.eval.answers:
-        works.append((batch_size, max(lengths), parsed.eval.max_new_tokens))
-    predicted = base.check(*works)
-    model = base.load()
-    _tell(base, predicted)
-    loss, n_targets = mean_loss(model, samples, parsed.data.max_seq_len, parsed.eval.batch_size)
-    result: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "target_tokens": n_targets}
-    chats = [s for s in samples if has_prompt(s)][: parsed.eval.answers]
-    answers = answer_samples(model, tokenizer, chats, parsed.eval.max_new_tokens, parsed.eval.batch_size)
-    figures, each = score(answers, metrics)
-    result |= figures | ({"answers": len(answers)} if answers else {})
-    if run := run_tested_on(parsed.file, parsed.adapter or parsed.model.path):
-        warning = note_look(run, shlex.join(["evaluate", *args]), data_fingerprint(parsed.file), result)
-        write_report(run)
-        if warning:
-            print(f"warning: {warning}", file=sys.stderr)
+    base = _find(parsed, parsed.adapter)
+    samples = encode_records(read_records(parsed.file), base.tokenizer, max_seq_len, parsed.data.too_long)
+    if run := run_tested_on(parsed.file, base.adapter or parsed.model.path):
+        check_notable(run)
+    row = min(max_seq_len, sum(sample.length for sample in samples))
+    works: list[tuple[int, int, int | None]] = [(limits.batch_size, row, None)]
+    if prompt := longest_prompt(samples, limits):
+        works.append((limits.batch_size, prompt, limits.max_new_tokens))
+    model = _loaded(base, *works)
+    result, answers = measure(model, base.tokenizer, samples, max_seq_len, limits)
+    result["target_tokens"] = sum(sample.n_targets for sample in samples)
+    result |= {"answers": len(answers)} if answers else {}
+    if run and (warning := note_look(run, shlex.join(["evaluate", *args]), sha256_of(parsed.file), result)):
+        _warn([warning])
     print(to_json(result, indent=1), flush=True)
     if parsed.out:
-        lines = [to_json(vars(answer) | row) + "\n" for answer, row in zip(answers, each, strict=True)]
-        atomic_write(parsed.out, "".join(lines))
+        _, each = score(answers, limits.metrics)
+        atomic_jsonl(parsed.out, [vars(answer) | figures for answer, figures in zip(answers, each, strict=True)])
+    if run:
+        write_report(run)
 
 
 def generate(args: list[str]) -> None:
     """Answer a prompt: minilora generate PROMPT [--adapter FOLDER] [--model.path FOLDER]"""
-    parser = _parser(generate)
+    parser = arguments.verb_parser(generate)
     parser.add_argument("prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
     parser.add_argument("--max_new_tokens", type=PositiveInt, default=128)
     parser.add_argument("--temperature", type=NonNegativeFloat, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=PositiveInt, help="draw among the k likeliest tokens only")
-    parser.add_argument("--top_p", type=_Share, default=1.0, help="draw among the smallest set that holds this share")
-    parser.add_argument("--seed", type=_Seed, help="of the draws")
-    _base_arguments(parser)
-    parsed = _parse(parser, args)
+    parser.add_argument(
+        "--top_p", type=arguments.Share, default=1.0, help="draw among the smallest set that holds this share"
+    )
+    parser.add_argument("--seed", type=arguments.Seed, help="of the draws")
+    arguments.add_base(parser)
+    parsed = arguments.parse(parser, args)
 
     import torch
 
-    from minilora.base import Base
     from minilora.generation import stream
     from minilora.tokenizer import TextStream
 
-    base = Base.find(parsed.model, parsed.adapter, scaling=parsed.adapter_scaling, force=parsed.force)
+    base = _find(parsed, parsed.adapter)
     tokenizer = base.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(parsed.prompt)]
     if not parsed.raw:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": parsed.prompt}])
-    predicted = base.check((1, len(ids), parsed.max_new_tokens))
-    model = base.load()
-    _tell(base, predicted)
+    model = _loaded(base, (1, len(ids), parsed.max_new_tokens))
     text = TextStream(tokenizer)
     options = {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
     for token in stream(model, torch.tensor([ids]), parsed.max_new_tokens, eos_id=tokenizer.eos_id, **options):
@@ -390,7 +289,7 @@ def generate(args: list[str]) -> None:
 
 def merge(args: list[str]) -> None:
     """Write base plus adapter as one model, once an audit passed: minilora merge ADAPTER [OUT] --text FILE"""
-    parser = _parser(merge)
+    parser = arguments.verb_parser(merge)
     parser.add_argument("adapter_folder", metavar="ADAPTER")
     parser.add_argument("out", metavar="OUT", nargs="?", help="the new folder; without it every way is only measured")
     parser.add_argument(
@@ -400,101 +299,109 @@ def merge(args: list[str]) -> None:
         help="what B A is added to: the weights it was trained beside (NF4, dequantized), the original ones, or "
         "requantized: as trained, and the sum in NF4 again",
     )
-    parser.add_argument("--text", help="held-out JSONL to compare on; by default the run's own validation file")
+    parser.add_argument("--text", help="held-out data to compare on; by default the run's own validation file")
     parser.add_argument("--audit_tokens", type=PositiveInt, default=4096, help="target tokens of it to compare on")
-    parser.add_argument("--data.max_seq_len", type=PositiveInt, default=2048)
+    arguments.add_length(parser, "truncate")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    _model_arguments(parser)
-    _adapter_arguments(parser)
-    parsed = _parse(parser, args)
+    arguments.add_model(parser)
+    arguments.add_adapter(parser)
+    parsed = arguments.parse(parser, args)
+    if parsed.out is None:
+        _refuse_idle(parsed, {"onto": "trained", "overwrite": False}, "without OUT")
 
-    from minilora.base import Base
-    from minilora.checkpoint.adapter import read_adapter
-    from minilora.data.encode import encode_records
-    from minilora.data.records import read_records
-    from minilora.evaluate.distance import first_tokens
-    from minilora.evaluate.merge_audit import audit_routes, merge_with_audit
+    from minilora.evaluate.merge_audit import audit_routes, held_out, merge_with_audit
     from minilora.report.console import table
 
-    base = Base.find(parsed.model, parsed.adapter_folder, scaling=parsed.adapter_scaling, force=parsed.force)
-    adapter = read_adapter(parsed.adapter_folder, base.checkpoint.config, scaling=parsed.adapter_scaling)
-    text = parsed.text or adapter.provenance.get("validation_path")
-    if not text:
-        raise UserError(f"{parsed.adapter_folder}: names no validation file; give held-out text with --text")
-    samples = encode_records(read_records(text), base.tokenizer, parsed.data.max_seq_len)
-    samples = first_tokens(samples, parsed.audit_tokens)
+    base, max_seq_len = _find(parsed, parsed.adapter_folder), parsed.data.max_seq_len
+    adapter = base.read_adapter()
+    samples = held_out(base, adapter, parsed.text, max_seq_len, parsed.data.too_long, parsed.audit_tokens)
     with _weights_bar(parsed.out or parsed.adapter_folder) as bar:
         if parsed.out is None:
-            audit = audit_routes(base, adapter, samples, parsed.data.max_seq_len, bar)
+            audit = audit_routes(base, adapter, samples, max_seq_len, bar)
         else:
             audit = merge_with_audit(
-                base, adapter, Path(parsed.out), samples, parsed.data.max_seq_len, route=parsed.onto,
-                overwrite=parsed.overwrite, force=parsed.force, progress=bar,
+                base, adapter, Path(parsed.out), samples, max_seq_len, route=parsed.onto, overwrite=parsed.overwrite,
+                force=parsed.force, progress=bar,
             )  # fmt: skip
     _warn(base.warnings)
     print(f"against the trained model, on {audit.base.n_tokens:,} target tokens; KL in nats a token:")
     _console().print(table(audit.COLUMNS, audit.rows()))
     if parsed.out is not None:
         if not audit.passed(parsed.onto):
-            print(f"warning: --force overrode the audit: {audit.text(parsed.onto)}", file=sys.stderr)
+            _warn([f"--force overrode the audit: {audit.text(parsed.onto)}"])
         print(f"written to {parsed.out}")
+
+
+def _refuse_idle(parsed: Namespace, defaults: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for an option that was given though it does nothing there."""
+    for name, default in defaults.items():
+        if parsed[name] != default:
+            raise UserError(f"--{name} does nothing {where}; leave it out")
 
 
 def quantize(args: list[str]) -> None:
     """Write a checkpoint in NF4, which transformers and bitsandbytes load, too: minilora quantize MODEL OUT"""
-    parser = _parser(quantize)
+    parser = arguments.verb_parser(quantize)
     parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face's layout or Mistral's own, or demo")
     parser.add_argument("out", metavar="OUT", help="the new folder, in Hugging Face's layout")
     parser.add_argument("--double_quant", type=bool, default=True, help="also store each block's absmax in 8 bits")
-    _dtype_argument(parser, "of embeddings, norms and head, and what the rest is dequantized to; auto is MODEL's own")
+    arguments.add_dtype(
+        parser, "of embeddings, norms and head, and what the rest is dequantized to; auto is MODEL's own"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    parsed = _parse(parser, args)
+    parsed = arguments.parse(parser, args)
 
     from minilora.checkpoint.quantize import quantize_checkpoint
+    from minilora.hub import local_folder
 
-    options = {name: getattr(parsed, name) for name in ("double_quant", "overwrite")}
+    local_folder(parsed.model)  # what the hub has is fetched here, where a signal stops it at once
     with _weights_bar(parsed.out) as progress:
-        quantize_checkpoint(parsed.model, parsed.out, dtype=_dtype(parsed.dtype), progress=progress, **options)
+        quantize_checkpoint(
+            parsed.model, parsed.out, double_quant=parsed.double_quant, dtype=_dtype(parsed.dtype),
+            overwrite=parsed.overwrite, progress=progress,
+        )  # fmt: skip
     print(f"written to {parsed.out}")
 
 
 def export(args: list[str]) -> None:
     """Write a model or adapter in another format, reopened and compared: minilora export FROM OUT --to FORMAT"""
     of_model, of_adapter = ("hf", "mistral", "bnb-4bit", "gguf-f16", "gguf-q8_0"), ("peft", "mistral-finetune")
-    parser = _parser(export)
+    parser = arguments.verb_parser(export)
     parser.add_argument("source", metavar="FROM", help="a model's folder in either layout, plain or in NF4, or demo")
     parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument("--to", required=True, choices=of_model + of_adapter, help="the last two: FROM is an adapter")
-    _dtype_argument(parser, "of the weights, for hf and mistral, and as in quantize for bnb-4bit; auto is FROM's own")
-    parser.add_argument("--tokenizer", help="file or folder of the tokenizer, where it does not lie with FROM")
+    arguments.add_dtype(
+        parser, "of the weights, for hf and mistral, and as in quantize for bnb-4bit; auto is FROM's own"
+    )
+    parser.add_argument("--model.tokenizer", help="file or folder of the tokenizer, where it does not lie with FROM")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--model.path", default="", help="of an adapter that does not say where its base lies")
-    _adapter_arguments(parser)
-    parsed = _parse(parser, args)
+    arguments.add_adapter(parser)
+    parsed = arguments.parse(parser, args)
     of_the_other = {"model.path": "", "adapter_scaling": None, "force": False}
     if parsed.to in of_adapter:
-        of_the_other = {"dtype": "auto", "tokenizer": None}
-    for name, default in of_the_other.items():
-        if parsed[name] != default:
-            raise UserError(f"--{name} does nothing with --to {parsed.to}; leave it out")
+        of_the_other = {"dtype": "auto", "model.tokenizer": None}
+    _refuse_idle(parsed, of_the_other, f"with --to {parsed.to}")
     if parsed.to in of_adapter:
         _export_adapter(parsed)
         return
 
     from minilora.checkpoint.export import export_checkpoint
+    from minilora.hub import local_folder
 
-    options = {name: getattr(parsed, name) for name in ("tokenizer", "overwrite")}
+    local_folder(parsed.source)  # as in quantize
     with _weights_bar(parsed.out) as progress:
         compared, notes = export_checkpoint(
-            parsed.source, parsed.out, parsed.to, dtype=_dtype(parsed.dtype), progress=progress, **options
-        )
+            parsed.source, parsed.out, parsed.to, dtype=_dtype(parsed.dtype), tokenizer=parsed.model.tokenizer,
+            overwrite=parsed.overwrite, progress=progress,
+        )  # fmt: skip
     _warn(notes)
     print(f"{compared}\nwritten to {parsed.out}")
 
 
 def _export_adapter(parsed: Namespace) -> None:
     from minilora.base import Base
-    from minilora.checkpoint.adapter import read_adapter, save_peft_adapter
+    from minilora.checkpoint.adapter import save_peft_adapter
     from minilora.checkpoint.mistral_adapter import save_mistral_adapter
     from minilora.checkpoint.write import check_target
 
@@ -503,15 +410,10 @@ def _export_adapter(parsed: Namespace) -> None:
     sizes = base.checkpoint.config
     check_target(parsed.out, parsed.overwrite, [parsed.source, base.checkpoint.folder])
     save = save_peft_adapter if parsed.to == "peft" else save_mistral_adapter
-    adapter = read_adapter(parsed.source, sizes, scaling=parsed.adapter_scaling)
+    adapter = base.read_adapter()
     save(adapter, sizes, parsed.out, overwrite=parsed.overwrite)
     _warn(base.warnings)
     print(f"{len(adapter.tensors)} tensors reopened and compared: all equal\nwritten to {parsed.out}")
-
-
-def _dtype_argument(parser: ArgumentParser, what: str) -> None:
-    kinds = Literal["auto", "bfloat16", "float16", "float32"]
-    parser.add_argument("--dtype", type=kinds, default="auto", help=what)
 
 
 def _dtype(name: str) -> Any:
@@ -537,16 +439,16 @@ def _weights_bar(out: str) -> Iterator[Callable[[int, int], None]]:
 
 def inspect(args: list[str]) -> None:
     """What a model, adapter, run, GGUF file or tokenizer is, and whether it would load: minilora inspect PATH"""
-    parser = _parser(inspect)
+    parser = arguments.verb_parser(inspect)
     parser.add_argument("path", metavar="PATH", help="a folder or a file, or demo")
     parser.add_argument("--checksum", action="store_true", help="sha256 of every file, held against manifest.json")
     parser.add_argument("--model.path", default="", help="of an adapter that does not say where its base lies")
     parser.add_argument("--json", action="store_true", help="print one object of JSON")
-    parsed = _parse(parser, args)
+    parsed = arguments.parse(parser, args)
 
+    from minilora.checkpoint.json_file import to_json
     from minilora.report.facts import gather
     from minilora.report.inspect import show_facts
-    from minilora.train.run_folder import to_json
 
     facts = gather(parsed.path, base=parsed.model.path, checksum=parsed.checksum)
     if parsed.json:
@@ -559,67 +461,48 @@ def inspect(args: list[str]) -> None:
 
 def explain(args: list[str]) -> None:
     """One block of weights through NF4 and one layer through QLoRA, in numbers, by the code that trains."""
-    parser = _parser(explain)
+    parser = arguments.verb_parser(explain)
     parser.add_argument("--weights", type=list[float], help="the numbers of the block, such as [0.1,-0.2]")
     parser.add_argument("--tensor", help="take the block from this tensor of --model.path, such as model.norm.weight")
     parser.add_argument("--block", type=int, default=0, help="which block of the tensor")
-    parser.add_argument("--seed", type=_Seed, default=0, help="of the random block, where neither of them is given")
+    parser.add_argument(
+        "--seed", type=arguments.Seed, default=0, help="of the random block, where neither of them is given"
+    )
     parser.add_argument("--model.path", default="demo")
-    parsed = _parse(parser, args)
+    parsed = arguments.parse(parser, args)
 
-    import torch
-
-    from minilora.checkpoint.open import open_checkpoint
     from minilora.report.explain import explain as show
+    from minilora.report.explain import weight_of
 
-    weight, name = None, "random"
-    if parsed.weights is not None and parsed.tensor is not None:
-        raise UserError("--weights and --tensor both name the block; give one of them")
-    if parsed.weights is not None:
-        if not parsed.weights:
-            raise UserError("--weights is empty; give numbers, such as [0.1,-0.2]")
-        weight, name = torch.tensor(parsed.weights), "given"
-    elif parsed.tensor is not None:
-        checkpoint = open_checkpoint(parsed.model.path)
-        specs = {spec.name: spec for spec in checkpoint.tensors()}
-        name = parsed.tensor.removeprefix("model.")
-        if name not in specs:
-            raise UserError(f"{checkpoint.folder}: no tensor {name!r}; there is {next(iter(specs))}, and others")
-        weight = checkpoint.read(specs[name])
+    weight, name = weight_of(parsed.weights, parsed.tensor, parsed.model.path)
     show(weight, name=name, block=parsed.block, seed=parsed.seed, console=_console())
 
 
 def verify(args: list[str]) -> None:
     """Hold this machine's kernels against their definitions and against float64: minilora verify kernels"""
-    parser = _parser(verify)
+    parser = arguments.verb_parser(verify)
     parser.add_argument("what", choices=["kernels"])
     parser.add_argument("--model.device", default="auto", help="auto, cpu or cuda")
-    parsed = _parse(parser, args)
+    parsed = arguments.parse(parser, args)
 
     if find_spec("triton") is None:
         raise UserError("Triton is not installed; there are no kernels to verify")
 
     from minilora.backend import pick_device
-    from minilora.evaluate.kernel_check import check_kernels
+    from minilora.evaluate.kernel_check import check_kernels, refuse_failed
     from minilora.report.kernel_table import error_table, print_ways
 
     console, device = _console(), pick_device(parsed.model.device)
     print_ways(device, console)
     checks = list(check_kernels(device))
     console.print(error_table(checks))
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        first = failed[0]
-        raise UserError(
-            f"{len(failed)} of {len(checks)} checks failed, the first: {first.operation} in {first.dtype}, "
-            f"{first.case}: {first.error:.2g} where {first.allowed:.2g} is allowed; do not train with them, report it"
-        )
+    refuse_failed(checks)
     print(f"{len(checks)} checks passed")
 
 
 def compare(args: list[str]) -> None:
     """Strategies, or any keys, on the same data and seed, ranked on validation: minilora compare [CONFIG.toml]"""
-    parser = _run_parser(compare)
+    parser = arguments.run_parser(compare)
     parser.usage = "minilora compare [CONFIG.toml] [--section.key value ...] [--strategies ...] [--grid KEY=A,B ...]"
     parser.add_argument(
         "--strategies",
@@ -632,37 +515,30 @@ def compare(args: list[str]) -> None:
     parser.add_argument("--output", default="runs/compare", help="a folder with a run folder for each")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are finished, go on with the others")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a comparison")
-    config, parsed = _parse_run(parser, args)
-
-    from minilora.checkpoint.write import atomic_write
-    from minilora.report.comparison import comparison_figure, comparison_table, figures_of
-    from minilora.train.compare import STRATEGIES, Variant, combinations
-    from minilora.train.compare import compare as run_all
-
-    console, grid, shares = _console(), parsed.grid, parsed.shares
-    if not config.data.train:  # the embedded base
+    embedded = not arguments.names_data(parser, args)
+    if embedded:
         from minilora.demo.story import comparison_config
 
         parser.set_defaults(
             {f"{section}.{key}": v for section, keys in to_dict(comparison_config()).items() for key, v in keys.items()}
         )
-        grid, shares = grid or ["data.replay=0,0.2"], shares or "0.25,0.5"
-    strategies = parsed.strategies or ("" if parsed.grid else ",".join(STRATEGIES))
-    lr, variants = _parse_run(parser, args)[0].train.lr, list[Variant]()
-    for name, changes in combinations(_words(strategies), grid, _words(shares), lr):
-        changed, _ = _parse_run(parser, [*args, *(f"--{key}={value}" for key, value in changes.items())])
-        variants.append(Variant(name, changes, changed))
-    if twin := next((v.name for i, v in enumerate(variants) if v.name in {w.name for w in variants[:i]}), None):
-        raise UserError(f"two of the runs are {twin}; name each strategy and value once")
-    output = Path(parsed.output)
+    _, parsed = arguments.parse_run(parser, args)
+
+    from minilora.report.comparison import show
+    from minilora.train.compare import STRATEGIES, all_variants
+    from minilora.train.compare import compare as run_all
+
+    def configured(changes: Mapping[str, str]) -> RunConfig:
+        return arguments.parse_run(parser, [*args, *(f"--{key}={value}" for key, value in changes.items())])[0]
+
+    console, output = _console(), Path(parsed.output)
+    strategies = _words(parsed.strategies or ("" if parsed.grid else ",".join(STRATEGIES)))
+    grid = parsed.grid or (["data.replay=0,0.2"] if embedded else [])
+    shares = _words(parsed.shares or ("0.25,0.5" if embedded else ""))
+    variants = all_variants(strategies, grid, shares, configured)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     result = run_all(variants, output, say, parsed.rank_by, parsed.resume, parsed.overwrite)
-    atomic_write(output / "compare.png", comparison_figure(result))
-    console.print(comparison_table(result))
-    say(f"best on validation by {parsed.rank_by}: {result['winner']}")
-    if result["test"]:
-        say(f"its test, opened once: {figures_of(result['test'])}")
-    say(f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}")
+    show(result, output, console)
     if failed := [row for row in result["rows"] if "failed" in row]:
         first = f"{failed[0]['name']}: {failed[0]['failed']}"
         raise UserError(f"{len(failed)} of {len(variants)} runs failed, the first, {first}")
@@ -674,17 +550,17 @@ def _words(text: str) -> list[str]:
 
 def demo(args: list[str]) -> None:
     """The whole story with nothing downloaded: base, QLoRA, before and after, forgetting, report, merge check."""
-    parser = _parser(demo)
+    parser = arguments.verb_parser(demo)
     parser.add_argument("--output", default="runs/demo", help="the run folder; an old demo there is replaced")
-    parser.add_argument("--seed", type=_Seed, default=0)
-    parsed = _parse(parser, args)
+    parser.add_argument("--seed", type=arguments.Seed, default=0)
+    parsed = arguments.parse(parser, args)
 
     from minilora.demo.story import tell
 
     tell(Path(parsed.output), parsed.seed, _console())
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
+VERBS: dict[str, Verb] = {
     f.__name__: f
     for f in (demo, train, data, compare, evaluate, generate, quantize, merge, export, inspect, explain, verify)
 }

@@ -5,9 +5,12 @@
 Nothing here imports torch, so the command line can print help and check a file at once.
 """
 
+import os
 import re
-from dataclasses import dataclass, field, fields
-from math import inf, isfinite
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 Optimizer = Literal["adamw", "adamw_8bit"]
 Route = Literal["trained", "original", "requantized"]  # of a merge (checkpoint/merge.py)
+TooLong = Literal["fail", "skip", "truncate"]  # of a conversation (data/encode.py)
 MAX_NAMES = 1024  # in a list of layers
 ALL_LINEAR = "all-linear"
 METRICS = ("exact_match", "f1", "bleu", "rouge")
@@ -28,6 +32,12 @@ METRICS = ("exact_match", "f1", "bleu", "rouge")
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise UserError(message)
+
+
+def _each(config: Any, section: str, names: str, ok: Callable[[Any], bool], must: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        _check(ok(value), f"{section}{name} is {value!r}, but must {must}")
 
 
 @dataclass(frozen=True)
@@ -52,15 +62,10 @@ class ModelConfig:
     max_seq_len: int = 32_768
 
     def __post_init__(self) -> None:
-        sizes = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-                raise UserError(f"{name} is {value!r}, but must be a whole number from 1 to 2^31 - 1")
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not (isfinite(value) and value > 0):
-                raise UserError(f"{name} is {value!r}, but must be a positive finite number")
+        sizes = "dim n_layers head_dim hidden_dim n_heads n_kv_heads vocab_size max_seq_len"
+        _each(self, "", sizes, lambda n: type(n) is int and 0 < n < 2**31, "be a whole number from 1 to 2^31 - 1")
+        is_positive = "be a positive finite number"
+        _each(self, "", "norm_eps rope_theta", lambda x: type(x) in (int, float) and 0 < x < inf, is_positive)
         for window in self.windows:
             fits = window is None or (type(window) is int and 0 < window < 2**31)
             _check(fits, f"sliding_window is {window!r}, but must be a whole number above 0, or null for none")
@@ -157,7 +162,7 @@ class LoraConfig:
                 name = f"lora.{key}_pattern {pattern}" if pattern else f"lora.{key}"
                 _check(0 < value < limit, f"{name} is {value}, but must be above 0 and below {top}")
                 ways = check_pattern(rf".*\.({pattern})", f"lora.{key}_pattern", ways)
-        _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}, but must be at least 0 and below 1")
+        _each(self, "lora.", "dropout", lambda share: 0 <= share < 1, "be at least 0 and below 1")
         _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
         if isinstance(self.targets, str):
             check_pattern(self.targets, "lora.targets")
@@ -201,11 +206,12 @@ class DataConfig:
     """What is trained on and measured on: one file or several, JSONL, CSV, Parquet or plain text.
 
     A source of training data may have a weight, PATH:WEIGHT: the share of an epoch's samples that it gives, beside the
-    weights of the others (1 unless given). Without any weight each sample is seen once.
+    weights of the others (1 unless given), as in --data.train "[a.jsonl:2, b.csv]". Without any weight each sample is
+    seen once.
 
     Args:
         train: what is learnt
-        validation: what is watched while training; without it nothing is
+        validation: what is watched while training
         test: what is measured once, at the end
         general: text that the base should still predict afterwards: what is forgotten is measured on it
         validation_share: share of the training records that is split off as validation, instead of naming a file
@@ -232,27 +238,27 @@ class DataConfig:
     replay: float = 0.0
     replay_from: Sources | None = None
     max_seq_len: int = 2048
-    too_long: Literal["fail", "skip", "truncate"] = "fail"
+    too_long: TooLong = "fail"
     bad_lines: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test", "replay_from"):
             value = getattr(self, name)
-            if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":  # --data.train "[a.jsonl:2, b.csv]"
+            if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":  # of the command line
                 value = tuple(part.strip() for part in value[1:-1].split(","))
                 object.__setattr__(self, name, value)
             _check(not isinstance(value, tuple) or all(value), f"data.{name} holds an empty name; name a file")
-        _check(1 < self.max_seq_len <= 2**24, f"data.max_seq_len is {self.max_seq_len}, but must be from 2 to 2^24")
-        _check(self.split_seed >= 0, f"data.split_seed is {self.split_seed}, but must not be negative")
+        each = partial(_each, self, "data.")
+        each("max_seq_len", lambda n: 1 < n <= 2**24, "be from 2 to 2^24")
+        each("split_seed", lambda seed: seed >= 0, "not be negative")
+        each("validation_share test_share", lambda share: 0 <= share < 1, "be at least 0 and below 1")
+        each("replay", lambda share: 0 <= share <= 0.99, "be from 0 to 0.99")
+        each("share", lambda share: 0 < share <= 1, "be above 0 and at most 1")
         for name in ("validation", "test"):
-            share = getattr(self, f"{name}_share")
-            _check(0 <= share < 1, f"data.{name}_share is {share}, but must be at least 0 and below 1")
             twice = f"data.{name} and data.{name}_share both say where it comes from; give one of them"
-            _check(not (share and getattr(self, name)), twice)
+            _check(not (getattr(self, f"{name}_share") and getattr(self, name)), twice)
         _check(self.validation_share + self.test_share < 1, "the shares split off leave no data.train")
-        _check(0 <= self.replay <= 0.99, f"data.replay is {self.replay}, but must be from 0 to 0.99")
         _check(not self.replay or bool(self.replay_from), "data.replay is a share of what? name data.replay_from")
-        _check(0 < self.share <= 1, f"data.share is {self.share}, but must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -267,7 +273,7 @@ class TrainConfig:
         parameters: of "partial": names of parameters or of what holds them, such as lm_head or layers.3.mlp.*
         reinit: weights that begin as random numbers of `seed`, not as the base's: "none", "top:N" for those of the N
             layers at the top, "all"; of "full", and top:N of "partial", too
-        prefix_tokens: length of the prefix, in tokens; a prefix wants a far higher lr than adapters, such as 0.03
+        prefix_tokens: length of the prefix, in tokens; a prefix wants a far higher lr than adapters, such as 0.02
         lora_plus_ratio: LoRA+, learning rate of B as a multiple of A's; 1 is off (https://arxiv.org/abs/2402.12354)
         neftune_alpha: strength of NEFTune's noise on the embeddings; 0 is off (https://arxiv.org/abs/2310.05914)
         seed: of new adapters, dropout and the order of the data
@@ -325,27 +331,20 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        above_0 = ("batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "max_bad_steps", "prefix_tokens")
-        for name in above_0:
-            _check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, but must be above 0")
-        steps = self.max_steps
-        _check(steps is None or steps > 0, f"train.max_steps is {steps}, but must be above 0")
-        _check(self.layers is None or self.layers > 0, f"train.layers is {self.layers}, but must be above 0")
-        ratio, alpha, known = self.lora_plus_ratio, self.neftune_alpha, "none|all|top:0*[1-9][0-9]{0,8}"
-        is_known = re.fullmatch(known, self.reinit) is not None
+        is_known = re.fullmatch("none|all|top:0*[1-9][0-9]{0,8}", self.reinit) is not None
         _check(is_known, f'train.reinit is {self.reinit!r}, but must be "none", "all", or "top:N" with N above 0')
-        _check(1 <= ratio <= 1e4, f"train.lora_plus_ratio is {ratio}, but must be from 1 to 10,000")
-        _check(0 <= alpha <= 1e4, f"train.neftune_alpha is {alpha}, but must be from 0 to 10,000")
-        _check(0 < self.epochs <= 10_000, f"train.epochs is {self.epochs}, but must be above 0 and at most 10,000")
-        _check(0 < self.lr <= 1e4, f"train.lr is {self.lr}, but must be above 0 and at most 10,000")
-        _check(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}, but must not be negative")
-        _check(0 <= self.min_lr_ratio <= 1, f"train.min_lr_ratio is {self.min_lr_ratio}, but must be from 0 to 1")
-        _check(0 <= self.weight_decay < inf, f"train.weight_decay is {self.weight_decay}, but must not be negative")
-        _check(self.clip_norm >= 0, f"train.clip_norm is {self.clip_norm}, but must not be negative")
-        _check(0 <= self.seed < 2**63, f"train.seed is {self.seed}, but must be from 0 to 2^63 - 1")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            _check(0 <= value < 1, f"train.{name} is {value}, but must be at least 0 and below 1")
+        each = partial(_each, self, "train.")
+        each("batch_size accumulate checkpoint_every keep_checkpoints", lambda n: n > 0, "be above 0")
+        each("max_bad_steps prefix_tokens", lambda n: n > 0, "be above 0")
+        each("max_steps layers", lambda n: n is None or n > 0, "be above 0")
+        each("lora_plus_ratio", lambda ratio: 1 <= ratio <= 1e4, "be from 1 to 10,000")
+        each("neftune_alpha", lambda alpha: 0 <= alpha <= 1e4, "be from 0 to 10,000")
+        each("epochs lr", lambda x: 0 < x <= 1e4, "be above 0 and at most 10,000")
+        each("min_lr_ratio", lambda share: 0 <= share <= 1, "be from 0 to 1")
+        each("warmup_steps weight_decay", lambda x: 0 <= x < inf, "not be negative")
+        each("clip_norm", lambda norm: norm >= 0, "not be negative")
+        each("seed", lambda seed: 0 <= seed < 2**63, "be from 0 to 2^63 - 1")
+        each("beta1 beta2", lambda beta: 0 <= beta < 1, "be at least 0 and below 1")
 
     @property
     def base_learns(self) -> bool:
@@ -389,10 +388,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for metric in self.metrics:
             _check(metric in METRICS, f"eval.metrics names {metric!r}; there are {', '.join(METRICS)}")
-        for name in ("every", "batch_size", "max_new_tokens", "general_tokens"):
-            _check(getattr(self, name) > 0, f"eval.{name} is {getattr(self, name)}, but must be above 0")
-        for name in ("patience", "answers", "samples"):
-            _check(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}, but must not be negative")
+        _each(self, "eval.", "every batch_size max_new_tokens general_tokens", lambda n: n > 0, "be above 0")
+        _each(self, "eval.", "patience answers samples", lambda n: n >= 0, "not be negative")
 
 
 @dataclass(frozen=True)
@@ -431,19 +428,17 @@ class RunConfig:
 
 def base_folder(path: str | Path) -> Path:
     """The folder of a base; "demo" is the tiny Mistral in the package."""
-    return Path(__file__).parent / "demo" / "base" if path == "demo" else Path(path).expanduser()
+    return Path(__file__).parent / "demo" / "base" if path == "demo" else Path(os.path.expanduser(path))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A (nested) dataclass as plain TOML values: None is left out, a tuple becomes a list."""
-    out: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if hasattr(value, "__dataclass_fields__"):
-            out[f.name] = to_dict(value)
-        elif value is not None:
-            out[f.name] = list(value) if isinstance(value, tuple) else value
-    return out
+
+    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs if value is not None}
+
+    made: dict[str, Any] = asdict(config, dict_factory=plain)
+    return made
 
 
 def _peft_name(name: str) -> str:

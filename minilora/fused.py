@@ -262,11 +262,9 @@ def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
         plain = all(m.dropout == 0 and m.lora_magnitude_vector is None for m in adapted)
         if not (plain and learn <= {id(p) for m in adapted for p in (m.lora_A, m.lora_B)}):
             return False
-    for i, block in enumerate(model.layers):
-        if not isinstance(block, FusedBlock):
-            assert isinstance(block, Block)
-            model.layers[i] = FusedBlock(block)
-    for block, what in zip(model.layers, keep, strict=False):
-        assert isinstance(block, FusedBlock)
-        block.keep = what
+    for i, what in enumerate(keep or [None] * len(model.layers)):
+        block = model.layers[i]
+        assert isinstance(block, Block)
+        model.layers[i] = fast = block if isinstance(block, FusedBlock) else FusedBlock(block)
+        fast.keep = what
     return True

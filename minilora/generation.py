@@ -75,13 +75,14 @@ def stream(
     B, T = tokens.shape
     tokens = tokens.to(model.device)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    positions = torch.arange(T, device=model.device).expand(B, T)
-    if n_padding is not None:
-        positions = positions - n_padding.to(model.device)[:, None]
+    positions, last = None, torch.full((B, 1), T - 1, device=model.device)
+    if n_padding is not None and bool(n_padding.any()):
+        positions = torch.arange(T, device=model.device) - n_padding.to(model.device)[:, None]
+        last = positions[:, -1:]
     max_len = -(-(T + max_new_tokens) // 8) * 8  # a GPU's attention takes masks whose rows are whole 16 bytes
     cache = KVCache(model.config, B, max_len, model.dtype, model.device)
     ended, following = torch.zeros(B, dtype=torch.bool, device=model.device), tokens[:, -1]
-    step = Steps(model, cache, positions[:, -1:], max_new_tokens - 1)
+    step = Steps(model, cache, last, max_new_tokens - 1)
     try:
         for n in range(max_new_tokens):
             logits = step(following) if n else model.lm_head(model.hidden(tokens, positions, cache=cache)[:, -1])
@@ -131,7 +132,8 @@ def answer(
             longest = len(prompts[batch[-1]])
             n_padding = torch.tensor([longest - len(prompts[i]) for i in batch])
             tokens = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
-            steps = list(stream(model, tokens, max_new_tokens, eos_id=eos_id, n_padding=n_padding))
+            padding = n_padding if n_padding.any() else None  # without it prompts need no mask
+            steps = list(stream(model, tokens, max_new_tokens, eos_id=eos_id, n_padding=padding))
             for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
                 answers[i] = row[: row.index(eos_id)] if eos_id in row else row
     return answers

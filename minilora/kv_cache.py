@@ -33,6 +33,7 @@ class KVCache:
     ) -> None:
         slots = [n_slots(window, max_len) for window in config.windows] * (config.n_layers // len(config.windows))
         shapes = [(batch_size, n, config.n_kv_heads, config.head_dim) for n in slots]
+        self.is_empty = True
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.positions = {
@@ -44,25 +45,27 @@ class KVCache:
         """Store k, v (B, T, Hkv, Dh); return what the tokens may see, at the positions of `seen`.
 
         A single token may see the slots, (B, S, Hkv, Dh). A longer chunk overwrites some that its own first tokens
-        still see, so for it those of before are joined with its own, (B, S+T, Hkv, Dh).
+        still see, so for it those of before, if there are any, are joined with its own, (B, S+T, Hkv, Dh).
         """
         keys, values = self.keys[layer], self.values[layer]
-        single, size = k.shape[1] == 1, keys.shape[1]
-        seen = (keys, values) if single else (torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1))
+        size, seen = keys.shape[1], (keys, values)
+        if k.shape[1] > 1:
+            seen = (k, v) if self.is_empty else (torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1))
         slots = (positions[:, -size:] % size)[..., None, None].expand(-1, -1, *k.shape[2:])
         keys.scatter_(1, slots, k[:, -size:])
         values.scatter_(1, slots, v[:, -size:])
         return seen
 
     def seen(self, window: int | None, positions: Tensor) -> Tensor:
-        """Of what `append` returns for tokens at positions (B, T), in a layer of that window: (B, S) or (B, S+T)."""
+        """Of what `append` returns for tokens at positions (B, T), in a layer of that window: (B, S) or (B, [S+]T)."""
         held = self.positions[window]
         if positions.shape[1] == 1:
             return held.scatter(1, positions % held.shape[1], positions)
-        return torch.cat([held, positions], dim=1)
+        return positions if self.is_empty else torch.cat([held, positions], dim=1)
 
     def advance(self, positions: Tensor) -> None:
         """Note the positions (B, T) of a chunk, once every layer has stored it."""
+        self.is_empty = False
         for held in self.positions.values():
             last = positions[:, -held.shape[1] :]
             held.scatter_(1, last % held.shape[1], last)

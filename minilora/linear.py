@@ -50,6 +50,14 @@ def multiply_back(dy: Tensor, weight: NF4Tensor | Tensor, onto: Tensor | None = 
     return dx
 
 
+def add_product_(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """to (M, N), a float32 gradient, += scale * a (M, K) b (K, N)."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:  # which multiplies 16 bits into float32
+        torch.ops.aten.addmm.dtype_out(to, a, b, torch.float32, beta=1, alpha=scale, out=to)
+    else:  # thin products are faster with the thin side as their rows
+        to.add_(torch.mm(a, b) if to.shape[0] < to.shape[1] else torch.mm(b.T, a.T).T, alpha=scale)
+
+
 def _parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """x (N, K) and what becomes its product, y (N, M), in as many parts as it needs for all threads to work on it.
 
@@ -141,22 +149,15 @@ class NF4Linear(nn.Module):
         super().__init__()
         if len(weight.shape) != 2:
             raise ValueError(f"a linear weight has two dimensions, not shape {weight.shape}")
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = self.shape = weight.shape
         self.weight_dtype, self.block_size = weight.dtype, weight.block_size
         for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
             self.register_buffer(name, getattr(weight, name))
 
     @property
     def weight(self) -> NF4Tensor:
-        return NF4Tensor(
-            self.packed,
-            self.absmax,
-            (self.out_features, self.in_features),
-            self.weight_dtype,
-            self.block_size,
-            self.nested_absmax,
-            self.nested_offset,
-        )
+        nested = self.nested_absmax, self.nested_offset
+        return NF4Tensor(self.packed, self.absmax, self.shape, self.weight_dtype, self.block_size, *nested)
 
     def forward(self, x: Tensor) -> Tensor:
         return _nf4_product(x, self.weight)

@@ -9,7 +9,7 @@ DoRA (https://arxiv.org/abs/2402.09353) learns the length m of each row apart fr
 
     y = m / n * (W x + scale * B A x)        n = ||W + scale * B A||, row by row; a constant to the gradient
 
-m (out,) starts at the row lengths of W. n is made without decoding W, for W A^T is what W makes of A's rows:
+m (out,) starts at the row lengths of W. n needs no W + scale * B A, for W A^T is what W makes of A's rows:
 
     n^2 = ||w||^2 + 2 scale b . (W A^T) + scale^2 b . (A A^T b)
 
@@ -199,7 +199,7 @@ def _is_linear(name: str, module: nn.Module) -> bool:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """While entered, the model is its base."""
-    layers = [module for module in model.modules() if isinstance(module, Added)]
+    layers = [module for module in model.modules() if isinstance(module, Added) and module.enabled]
     for layer in layers:
         layer.enabled = False
     try:

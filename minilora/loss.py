@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from minilora.backend import backend_for, product_dtype, whole_shapes
 from minilora.compiled import compilable
+from minilora.linear import add_product_
 
 IGNORE = -100  # the label of a row that is no target
 ROWS = 512  # of a tile, at most: the more, the less often W is read
@@ -166,7 +167,7 @@ class _WholeRowCrossEntropy(_TiledCrossEntropy):
             if grad_hidden is not None:
                 torch.mm(z, w, out=grad_hidden[start : start + n_rows])
             if grad_head is not None:  # in rows without a target h may be anything, and 0 * NaN is NaN
-                _add_product(grad_head, z.T, h.masked_fill((y == IGNORE)[:, None], 0.0))
+                add_product_(grad_head, z.T, h.masked_fill((y == IGNORE)[:, None], 0.0))
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         return total

@@ -20,16 +20,16 @@ from dataclasses import dataclass, replace
 from itertools import dropwhile
 from math import ceil, inf, prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from minilora import nf4
 from minilora.adamw import PAGE, FlatAdamW, state_bytes
-from minilora.backend import product_dtype
+from minilora.backend import dtype_name, product_dtype
 from minilora.checkpoint.adapter_parts import expected_shapes
-from minilora.checkpoint.names import tensor_specs
+from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import LoraConfig, ModelConfig, Optimizer, PrefixConfig
 from minilora.fused import Keep
 from minilora.kv_cache import n_slots
@@ -48,6 +48,15 @@ CGROUPS = (  # what a container may have, has, and has of files: version 2 and 1
 
 
 # -- predicted ---------------------------------------------------------------------------------------------------------
+
+
+def storage_of(dtype: torch.dtype, double_quant: bool | None) -> tuple[Storage, DenseDtype]:
+    """How the blocks' linear layers are stored where `dtype` is computed in, and how the rest is.
+
+    double_quant: of NF4, whether absmax are in 8 bits; None of plain weights
+    """
+    dense = cast(DenseDtype, dtype_name(dtype))
+    return dense if double_quant is None else "nf4 double-quantized" if double_quant else "nf4", dense
 
 
 def predict(
@@ -71,9 +80,8 @@ def predict(
         return owners
     shapes_added = expected_shapes(adapter, config)
     learned = sum(map(prod, shapes_added.values()))  # numbers
-    fixed = sum(
-        n for name, (n, *_) in shapes_added.items() if name.endswith("magnitude_vector")
-    )  # of each row, as of m
+    # DoRA has a number of each row that is fixed, beside the one that learns.
+    fixed = sum(n for name, (n, *_) in shapes_added.items() if name.endswith("magnitude_vector"))
     return owners | {"adapters": 4 * (learned + fixed), "gradients": 4 * learned, "optimizer": 8 * learned}
 
 
@@ -100,7 +108,10 @@ class Learned:
     @staticmethod
     def _of(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> "Learned":
         of = {name: prod(shape) for name, shape in shapes.items()}
-        blocks = [sum(n for name, n in of.items() if name.startswith(f"layers.{i}.")) for i in range(config.n_layers)]
+        blocks = [0] * config.n_layers
+        for name, n in of.items():
+            if name.startswith("layers."):
+                blocks[int(name.split(".")[1])] += n
         head = of.get("embed_tokens.weight" if config.tied_embeddings else "lm_head.weight", 0)
         embedding, norm = of.get("embed_tokens.weight", 0), of.get("norm.weight", 0)
         return Learned(sum(of.values()), tuple(blocks), embedding, norm, head)
@@ -121,6 +132,15 @@ class StepPlan:
     masks: bytes of those that a CPU's pieces have (`visible.Pieces`)
     paged: the optimizer's state is in the host's memory but for two pages
     keep: of each fast block; none: all of them everything or, with checkpointing, their input
+
+    What follows of them:
+
+    d, f, q, kv: how many numbers all tokens' x, gate, q and k are; mask: and a T x T mask of all rows
+    lora, before: the adapters, the prefix's tokens; block_norms: norms of blocks learn
+    adapted: each block's layers with an adapter, by name; block_weights: numbers in the linear layers of a block
+    base, learns: what of the base learns, what at all; None: nothing of it, a prefix
+    stored, computed: bytes of a number, in the residual stream and in products; cast: they differ
+    fused: the fast block serves; keeps: `keep`, or what stands for none
     """
 
     config: ModelConfig
@@ -141,19 +161,21 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         config, self.tokens = self.config, self.rows * self.length
-        self.d, self.f = self.tokens * config.dim, self.tokens * config.hidden_dim  # numbers of all tokens' x, gate,
-        self.q, self.kv = (self.tokens * n * config.head_dim for n in (config.n_heads, config.n_kv_heads))  # q and k
+        self.d, self.f = self.tokens * config.dim, self.tokens * config.hidden_dim
+        self.q, self.kv = (self.tokens * n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
         self.lora = self.adapter if isinstance(self.adapter, LoraConfig) else None
         self.before = self.adapter.n_tokens if isinstance(self.adapter, PrefixConfig) else 0
         self.base = None if self.adapter else self.learned or Learned.of(config)
         self.learns = Learned.of_lora(config, self.lora) if self.lora else self.base
-        lora = self.lora
-        self.adapted = [
-            spec for spec in tensor_specs(config) if lora and spec.is_projection and lora.adapts(spec.module)
-        ]
-        self.block_norms = any(spec.layer >= 0 and lora and lora.saves(spec.module) for spec in tensor_specs(config))
+        lora, of_blocks = self.lora, [spec for spec in tensor_specs(config) if spec.layer >= 0]
+        self.block_weights = sum(prod(spec.shape) for spec in of_blocks if spec.is_projection) // config.n_layers
+        self.adapted: list[dict[str, TensorSpec]] = [{} for _ in range(config.n_layers)]
+        for spec in of_blocks:
+            if lora and spec.is_projection and lora.adapts(spec.module):
+                self.adapted[spec.layer][spec.module.rpartition(".")[2]] = spec
+        self.block_norms = any(lora.saves(spec.module) for spec in of_blocks) if lora else False
         self.fused = lora is not None and lora.dropout == 0 and not lora.dora and not self.block_norms
-        self.on_cpu, self.stored = self.device.type == "cpu", _DENSE_BYTES[self.dtype]  # of the residual stream
+        self.on_cpu, self.stored = self.device.type == "cpu", _DENSE_BYTES[self.dtype]
         product = product_dtype(torch.empty(0, dtype=getattr(torch, self.dtype))).itemsize
         self.computed = product if self.on_cpu else self.stored
         self.cast = self.stored != self.computed
@@ -181,7 +203,8 @@ class StepPlan:
         masks = self.masks + len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
         head = 4 * learns.head if learns and config.tied_embeddings else 0
-        casts = self.stored * learns.n if learns and self.fused and self.stored != 4 else 0  # of what learns (adamw.py)
+        # Copies of what learns, in the products' dtype (adamw.py).
+        casts = self.computed * learns.n if learns and self.fused and self.computed != 4 else 0
         moments: list[dict[str, int]] = [
             add_up(shared, blocks, self.loss(), {"scratch": casts}),
             add_up(shared, blocks, of_last, {"scratch": head + casts}),
@@ -213,7 +236,7 @@ class StepPlan:
             return kept
         if self.block_norms:
             kept["norms"] = 4 * self.d * 4
-        here = {s.module.rpartition(".")[2]: s for s in self.adapted if s.layer == layer}
+        here = self.adapted[layer]
         outs, ins = ({t: spec.shape[i] for t, spec in here.items()} for i in (0, 1))
         let_through = sum(ins.values()) if lora.dropout else 0
         kept_of_dora = 0
@@ -227,8 +250,7 @@ class StepPlan:
         """What of a `whole` block stays from its forward to its backward: see `fused.Keep`, or its input alone."""
         keep, x = self.keeps[layer], self.d * self.stored
         if keep == Keep.WEIGHTS and self.fused and _DENSE_BYTES.get(self.storage) != self.computed:
-            n_weights = sum(prod(s.shape) for s in tensor_specs(self.config) if s.layer == layer and s.is_projection)
-            return whole | {"decoded weights": n_weights * self.computed}
+            return whole | {"decoded weights": self.block_weights * self.computed}
         if keep >= Keep.ALL:
             return whole
         if not self.fused:
@@ -238,7 +260,7 @@ class StepPlan:
         attention = (0, self.q * number + logsumexp, whole["attention"])[keep]
         here = ("down_proj", "o_proj", "q_proj", "k_proj", "v_proj")[: (1, 2, 5)[keep]]
         assert self.lora is not None
-        specs = [s for s in self.adapted if s.layer == layer and s.module.rpartition(".")[2] in here]
+        specs = [spec for name, spec in self.adapted[layer].items() if name in here]
         reduced = self.tokens * number * sum(self.lora.rank_of(spec.module) for spec in specs)
         return {
             "residual stream": x * (1 if keep == Keep.INPUT else 2),
@@ -263,9 +285,8 @@ class StepPlan:
             of_weight = 4 * self.config.dim * self.config.hidden_dim if self.base else 0  # a gradient not yet added
             return (d + f) * stored + max(f * stored, of_weight) + decoded
         gates = 2 * f if self.cast or makes_gates else 0  # in the products' dtype
-        if (
-            not self.on_cpu
-        ):  # dh, and the rest where gate and up were; then d_gate, d_up, and norm(x) after its gradient
+        if not self.on_cpu:
+            # dh, and the rest where gate and up were; then d_gate, d_up, and norm(x) after its gradient
             wide = (gates or f) * computed + d * computed + max(decoded, d * computed)
             return d * stored + max((f + gates) * computed + decoded, wide)
         down = (3 * f + gates + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
@@ -280,14 +301,15 @@ class StepPlan:
         """
         config, stored = self.config, self.stored
         slots = [0 if new is None else n_slots(window, self.length + new) for window in config.windows]
-        keys, cast = self.rows * (self.length + max(slots) + self.before), self.computed if self.cast else 0
-        mask = self.mask if new is None else keys * self.length
+        keys, cast = self.rows * (max(self.length, *slots) + self.before), self.computed if self.cast else 0
+        padded = new is not None and self.rows > 1  # prompts of unlike lengths
+        mask = self.tokens * (self.length + self.before) if padded else self.mask
         lora = replace(self.lora or LoraConfig(), modules_to_save=())  # without gradients a head that learns has none
         frozen = replace(self, adapter=lora if self.lora or self.adapter is None else self.adapter)
         decoded = frozen.decoded(config.dim, config.hidden_dim, self.storage)
         mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + decoded
         repeated = 0 if self.on_cpu else config.n_heads
-        heads = 2 * (config.n_kv_heads + repeated) * config.head_dim  # joined with the cache, then repeated
+        heads = 2 * (config.n_kv_heads + repeated) * config.head_dim  # k and v, and repeated
         attention = (2 * self.d + 3 * self.q + keys * heads + mask) * stored + self.q * cast
         last = frozen.loss() if new is None else {"logits": self.rows * config.vocab_size * 4}
         of_slot = 2 * config.n_layers // len(slots) * self.rows * config.n_kv_heads * config.head_dim * stored
@@ -309,8 +331,8 @@ class StepPlan:
         else:
             targets, rows, hidden = self.tokens, whole_rows(self.tokens, columns, self.stored), self.d * self.stored
             in_work = rows * columns * self.stored
-            if head:  # a tile's h where it is a target; the head in h's dtype, and what a tile adds to its gradient
-                in_work += rows * dim * self.stored + (2 * head * self.stored if self.stored != 4 else 0)
+            if head:  # a tile's h where it is a target; the head in h's dtype
+                in_work += rows * dim * self.stored + (head * self.stored if self.stored != 4 else 0)
         hidden += 4 * self.d if norm else 0  # x / rms
         back = targets * dim * self.stored  # h's gradient: backward makes it and the head's anew, scaled
         logits = max(in_work, 4 * head + (0 if self.on_cpu else back)) + 4 * head + back
@@ -397,14 +419,14 @@ def named_storages(model: nn.Module, optimizer: FlatAdamW | None = None) -> dict
 
 def private_bytes() -> int:
     """Memory that is this process's own (RssAnon): without mapped files, which the system can take back at any time."""
-    return _status_bytes("RssAnon") or max_rss_bytes()
+    return _status_bytes().get("RssAnon") or max_rss_bytes()
 
 
-def _status_bytes(*names: str) -> int:
-    """The sum of these lines of /proc/self/status; 0 where there is none."""
+def _status_bytes() -> dict[str, int]:
+    """What /proc/self/status says of memory; nothing where there is none."""
     status = Path("/proc/self/status")
     lines = (line.split() for line in status.read_text().splitlines()) if status.exists() else ()
-    return 1024 * sum(int(words[1]) for words in lines if words and words[0][:-1] in names)
+    return {name[:-1]: 1024 * int(rest[0]) for name, *rest in lines if rest[1:] == ["kB"]}
 
 
 def max_rss_bytes() -> int:
@@ -435,8 +457,9 @@ class PeakMemory:
             self._counts_anew = Path("/proc/self/clear_refs").write_text("5") == 1
 
     def note(self) -> None:
-        resident = _status_bytes("VmHWM") - _status_bytes("RssFile", "RssShmem") if self._counts_anew else 0
-        self.private = max(self.private, private_bytes(), resident)
+        status = _status_bytes()
+        resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"] if self._counts_anew else 0
+        self.private = max(self.private, status.get("RssAnon") or max_rss_bytes(), resident)
         if self.device.type == "cuda":
             self.device_allocated = max(self.device_allocated, torch.cuda.max_memory_allocated(self.device))
             self.device_reserved = max(self.device_reserved, torch.cuda.max_memory_reserved(self.device))

@@ -54,12 +54,13 @@ class Context:
     def _who_sees(self, window: int | None, segments: Tensor | None, n_before: int) -> Sees:
         """Under that window, `attend`'s argument."""
         positions, cache = self.positions, self.cache
-        if cache is None and not self.prefix and self.runs is not None:
+        alone = not self.prefix and (cache is None or (cache.is_empty and positions.shape[1] > 1))
+        if alone and self.runs is not None:
             return replace(self.runs, window=window if window and window < self.runs.longest else None)
-        if cache is None and not self.prefix and (lengths := causal_runs(positions, segments)):
+        if alone and (lengths := causal_runs(positions, segments)):
             return Pieces.of(lengths, window)
         k_positions = positions if cache is None else cache.seen(window, positions)
-        mask = visible(positions, k_positions, window, segments, segments)
+        mask = visible(positions, k_positions, window, segments)
         if self.prefix:
             before = torch.arange(n_before, device=positions.device).expand(len(positions), -1)
             mask = torch.cat([visible(positions + n_before, before, window), mask], dim=-1)
@@ -193,15 +194,17 @@ class Mistral(nn.Module):
     ) -> Tensor:
         """The normalised last hidden state, (B, T, D): what the head turns into logits.
 
-        positions: (B, T) int64, 0, 1, 2, ... if None; negative ones are padding
+        positions: (B, T) int64; None is 0, 1, 2, ... and not for a cache that holds tokens; negative ones are padding
         segments: (B, T), the sample that each token of a packed row belongs to
         cache: what was seen before; the new tokens are added to it
         runs: the same as positions and segments say, in the form in which a GPU takes it
 
-        Raises ValueError where there is no token.
+        Raises ValueError where there is no token, or nothing says which positions they have.
         """
         if tokens.numel() == 0:
             raise ValueError(f"tokens must be (B, T) with at least one, not {tuple(tokens.shape)}")
+        if positions is None and cache is not None and not cache.is_empty:
+            raise ValueError("tokens that follow others in a cache need positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
             if segments is None:
@@ -213,7 +216,7 @@ class Mistral(nn.Module):
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         context = Context(self.config, positions, segments, cache, x.dtype, self.prefix, runs, checkpointing)
         for block in self.layers:
-            if checkpointing and not block.makes_again:
+            if checkpointing and not (block.makes_again and not context.prefix):
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)

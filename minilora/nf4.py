@@ -141,10 +141,14 @@ class NF4Tensor:
         return prod(self.shape)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all that is stored."""
+    def parts(self) -> list[Tensor]:
+        """All that is stored."""
         parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
-        return sum(p.nbytes for p in parts if p is not None)
+        return [part for part in parts if part is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
     def codes(self) -> Tensor:
         """The 4-bit codes one by one, (n,) uint8."""
@@ -265,7 +269,7 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
         packed[start // 2 : (start + chunk) // 2] = pack(codes)
         absmax[start // block_size : (start + chunk) // block_size] = block_absmax
     tensor = NF4Tensor(packed, absmax, tuple(weight.shape), weight.dtype, block_size)
-    refuse_not_finite(tensor, flat)
+    check_absmax(tensor, flat)
     return double_quantize(tensor) if double_quant else tensor
 
 
@@ -283,7 +287,7 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size is {block_size}, but must be a power of two from 32 to 4096")
 
 
-def refuse_not_finite(tensor: NF4Tensor, flat: Tensor) -> None:
+def check_absmax(tensor: NF4Tensor, flat: Tensor) -> None:
     """Raise UserError if a number of `flat` (n,) is NaN or infinite: it shows in the absmax of its block."""
     bad = (~tensor.absmax.isfinite()).nonzero()
     if len(bad):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.backend import backend_for
-from minilora.linear import NF4Linear, decoded, multiply, multiply_back
+from minilora.linear import NF4Linear, add_product_, decoded, multiply, multiply_back
 from minilora.lora import LoRALinear
 from minilora.nf4 import NF4Tensor
 
@@ -122,9 +122,9 @@ class Projections:
         in_place = all(p.grad is not None for p in self.learned)
         grads = [torch.zeros_like(p) if p.grad is None or not in_place else p.grad for p in self.learned]
         for grad, (adapter, dy, part) in zip(grads[1::2], self._adapted(dys, reduced), strict=True):
-            _add_scaled_product(grad, dy.T, part, adapter.scale)
+            add_product_(grad, dy.T, part, adapter.scale)
         if (of_every_a := _as_one(grads[::2])) is not None:
-            _add_scaled_product(of_every_a, d_reduced.T, x, 1.0)
+            add_product_(of_every_a, d_reduced.T, x)
         else:
             for grad, made in zip(grads[::2], torch.mm(d_reduced.T, x).split_with_sizes(self._ranks), strict=True):
                 grad.add_(made)
@@ -169,11 +169,3 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
             return None
         at += part.numel()
     return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
-
-
-def _add_scaled_product(to: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """to (M, N), float32, += scale * a (M, K) b (K, N)."""
-    if a.device.type == "cuda" and a.dtype != torch.float32:  # which multiplies 16 bits into float32
-        torch.ops.aten.addmm.dtype_out(to, a, b, torch.float32, beta=1, alpha=scale, out=to)
-    else:  # thin products are faster with the thin side as their rows
-        to.add_(torch.mm(a, b) if to.shape[0] < to.shape[1] else torch.mm(b.T, a.T).T, alpha=scale)

@@ -25,6 +25,7 @@ these are.
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -56,7 +57,6 @@ class Tokenizer:
         self._model = model
         self.path = path
         self.version = version
-        self.old_hf_spaces = old_hf_spaces
         self.template = OLD_HF if old_hf_spaces else version
         self.vocab_size: int = model.vocab_size()
         self.bos_id: int = model.bos_id()
@@ -144,7 +144,7 @@ class Tokenizer:
             raise UserError("a v1 tokenizer has no tools; take a model with a v3 one, such as Mistral-7B v0.3")
         if turn.role == "user":
             return self.encode(f"[INST] {turn.text} [/INST]")
-        before = "☺" if self.old_hf_spaces else ""  # takes the space, and no piece joins it with what follows
+        before = "☺" if self.template == OLD_HF else ""  # takes the space, and no piece joins it with what follows
         return self.encode(before + turn.text)[len(self.encode(before)) :] + [self.eos_id] * (not turn.prefix)
 
     def _encode_turn(self, turn: Turn) -> list[int]:
@@ -200,16 +200,17 @@ class TextStream:
 
 
 def load_tokenizer(path: str | Path, version: str | None = None, old_hf_spaces: bool = False) -> Tokenizer:
-    """Read a sentencepiece model: a file, or the tokenizer.model, tokenizer.model.v3, ... of a folder or of "demo".
+    """Read a sentencepiece model: a file, or the tokenizer.model, tokenizer.model.v3, ... of a folder, of "demo" or of
+    a name on the hub, of which only the tokenizer's files are fetched.
 
     version: "v1", "v2", "v3" or "v7"; None asks the file's name, then its pieces
     old_hf_spaces: v1 answers without a space before them, as Hugging Face's chat template once had it
 
     Raises UserError, which names the file, if there is none, it is damaged, or it cannot serve that version.
     """
-    file = _find_file(local_folder(path))
+    file = _find_file(local_folder(path, tokenizer_only=True))
     try:
-        if not file.is_file() or not 0 < file.stat().st_size <= MAX_BYTES:
+        if not os.path.isfile(file) or not 0 < file.stat().st_size <= MAX_BYTES:
             raise RuntimeError
         model = SentencePieceProcessor(model_proto=file.read_bytes())
         texts = model.id_to_piece(list(range(model.vocab_size())))
@@ -234,14 +235,14 @@ def load_tokenizer(path: str | Path, version: str | None = None, old_hf_spaces: 
 
 
 def _find_file(path: Path) -> Path:
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path}: no such tokenizer file or folder; name one with --model.tokenizer")
     if path.suffix == ".json":
         raise UserError(f"{path}: {_foreign(path.name)}")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     for name in ("tokenizer.model", "tokenizer.model.v3"):
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return path / name
     found = sorted(path.glob("*tokenizer*.model*"))
     if len(found) > 1:

@@ -17,23 +17,20 @@ SHORT = 64  # tokens of a run that is not worth a piece of its own
 TOGETHER = 128  # tokens of short runs that share a piece, at most
 
 
-def visible(
-    q_positions: Tensor,
-    k_positions: Tensor,
-    window: int | None,
-    q_segments: Tensor | None = None,
-    k_segments: Tensor | None = None,
-) -> Tensor:
-    """Which key each query sees: bool (B, 1, Tq, Tk), from positions (B, Tq), (B, Tk) and segments of the same shapes.
+def visible(q_positions: Tensor, k_positions: Tensor, window: int | None, segments: Tensor | None = None) -> Tensor:
+    """Which key each query sees: bool (B, 1, Tq, Tk), from positions (B, Tq), (B, Tk).
 
+    segments: (B, T), of tokens that are both queries and keys
     Keys at negative positions are padding: nobody sees them but themselves (a row that saw nothing would be NaN).
     """
-    distance = q_positions[:, :, None] - k_positions[:, None, :]  # (B, Tq, Tk)
-    mask = (distance >= 0) & ((k_positions >= 0)[:, None, :] | (distance == 0))
+    i, j = q_positions[:, :, None], k_positions[:, None, :]
+    mask = i == j  # and nothing else as large but what is compared: a byte a pair each
+    mask |= j >= 0
+    mask &= i >= j
     if window is not None:
-        mask &= distance < window
-    if q_segments is not None and k_segments is not None:
-        mask &= q_segments[:, :, None] == k_segments[:, None, :]
+        mask &= i - window < j
+    if segments is not None:
+        mask &= segments[:, :, None] == segments[:, None, :]
     return mask[:, None]
 
 
@@ -128,7 +125,7 @@ def _pieces(runs: Sequence[int], window: int | None) -> Iterator[Piece]:
 
 def _of_one_row(q_positions: Tensor, k_positions: Tensor, window: int | None, run: Tensor | None = None) -> Tensor:
     """`visible` of one row, (Tq, Tk) float32, `as_added`."""
-    return as_added(visible(q_positions, k_positions, window, run, run)[0, 0], torch.float32)
+    return as_added(visible(q_positions, k_positions, window, run)[0, 0], torch.float32)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from minilora.checkpoint.merge import merged_weight
 from minilora.checkpoint.names import tensor_specs
 from minilora.data.encode import Sample
-from minilora.data.pack import PackedBatch, epoch_rows, make_batch
+from minilora.data.pack import PackedBatch, batches
 from minilora.evaluate.distance import Distance
 from minilora.lora import LoRALinear, adapters_off
 from minilora.loss import IGNORE
@@ -20,6 +20,16 @@ Predictor = Callable[[PackedBatch], Tensor]  # a batch -> the logits (targets, V
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """The layers with an adapter, by name."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+@torch.no_grad()
+def as_trained(model: Mistral, strength: float = 0.05) -> Mistral:
+    """The model, its adapters no longer as they began: B is not zero, a magnitude not the weight's."""
+    for _, layer in lora_layers(model):
+        layer.lora_B.normal_(0, strength)
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector.mul_(1.1)
+    return model
 
 
 def merged_weights(model: Mistral, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
@@ -53,10 +63,8 @@ def base_predictor(model: Mistral) -> Predictor:
 @torch.no_grad()
 def distance(p: Predictor, q: Predictor, samples: Sequence[Sample], max_seq_len: int, batch_size: int = 1) -> Distance:
     """From p to q, of models in evaluation mode, over all target tokens of the samples."""
-    rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
     total: Distance | None = None
-    for start in range(0, len(rows), batch_size):
-        batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True)
+    for batch in batches(samples, max_seq_len, batch_size, "cpu"):
         logits_p = p(batch)
         found = Distance.of(logits_p, q(batch).to(logits_p.device))
         total = found if total is None else total + found

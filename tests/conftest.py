@@ -1,5 +1,6 @@
 """A tiny base on the disk, small files of chats and text, and the configuration of a short run."""
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -7,24 +8,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported, in this process and in those that tests start: two of them would wait for each other's
+# threads, and tensors this small are faster without.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
-from tiny_runs import TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
+from tiny_runs import TOKENIZER, MakeConfig, Quiet, Run, chat, tiny_model, write_jsonl
 
 from minilora.checkpoint.save import save_hf
+from minilora.cli import main
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.demo import story
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated, so before any of them is imported
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: the last to begin would keep one process waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_libraries() -> None:
+    """Libraries' objects, a million, are there to stay: no search for garbage, a tenth of a second, looks at them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are faster without the threads' hand-shakes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def thawed_in_the_end() -> Iterator[None]:
+    """Else some of the libraries find their objects leaked."""
     yield
-    torch.set_num_threads(n_threads)
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +87,35 @@ def make_config(tiny_base: Path, data_folder: Path, tmp_path: Path) -> MakeConfi
         return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
 
     return make
+
+
+@pytest.fixture
+def little_demo_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The first lines of the demo's files, in a folder from which its story reads."""
+    folder, n_lines = tmp_path / "demo_data", {"chat_train": 200, "heldout": 100, "replay": 100}
+    n_lines |= {"chat_validation": 30, "chat_test": 30}
+    folder.mkdir()
+    for name, n in n_lines.items():
+        lines = (story.DATA / f"{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:n]), "utf-8")
+    monkeypatch.setattr(story, "DATA", folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("train", "x.toml", ...) -> (exit status, stdout, stderr); argparse's own exits count as well."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the oracles have printed is not ours
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as leave:
+            status = int(leave.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from kernel_cases import DEVICE
 from torch import Tensor, nn
 
 from minilora import adamw as adamw_module
@@ -14,7 +15,6 @@ from minilora.config import Optimizer
 from minilora.nf4 import dynamic_map, dynamic_thresholds, encode_dynamic
 
 SHAPES = ((7, 3), (5,), (1,), (40, 33), (16,))
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=["definition", "kernel"])

@@ -3,7 +3,6 @@
 import json
 import shutil
 import tomllib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,37 +10,22 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig
-from tiny_runs import TOKENIZER, MakeConfig, Quiet, tiny_model
+from tiny_runs import TOKENIZER, MakeConfig, Quiet, Run, tiny_model
 
 from minilora.checkpoint.adapter import read_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.mistral_adapter import save_mistral_adapter
 from minilora.checkpoint.save import save_hf
-from minilora.cli import main
 from minilora.config import LoraConfig
 from minilora.evaluate.perplexity import mean_loss
 from minilora.lora import TrainedCopy
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import config_toml
 
-Run = Callable[..., tuple[int, str, str]]
 FEATURES: dict[str, Any] = {
     "targets": r"model\.layers\.\d\.(self_attn|mlp)\.(q|v|up)_proj", "rank_pattern": {"q_proj": 2, r"layers\.1\..*": 5},
     "alpha_pattern": {"up_proj": 3.0}, "modules_to_save": ("lm_head", "model.norm", "embed_tokens"),
 }  # fmt: skip
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("train", "x.toml", ...) -> (exit status, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def test_the_keys_are_flags_and_toml(run: Run, tmp_path: Path, make_config: MakeConfig) -> None:

@@ -41,7 +41,7 @@ def test_visible_equals_a_loop_over_all_pairs(window: int | None) -> None:
     )
     segments = torch.tensor([[0] * 8, [0, 0, 0, 1, 1, 1, 1, 2], [0] * 8])
     expected = loop(positions, positions, window, segments, segments)
-    assert torch.equal(visible(positions, positions, window, segments, segments), expected)
+    assert torch.equal(visible(positions, positions, window, segments), expected)
     assert expected.any(-1).all()  # no row is empty: softmax over nothing is NaN
     one_segment = torch.zeros_like(segments)
     without = loop(positions, positions, window, one_segment, one_segment)
@@ -149,7 +149,7 @@ def both_ways(
     shapes = [(len(rows), sum(rows[0]), heads, 8) for heads in (4, 2, 2, 4)]
     q, k, v, dy = (torch.randn(shape, generator=generator).to(drawn).to(dtype) for shape in shapes)
     results = []
-    for who in (Pieces.of(lengths, window), visible(positions, positions, window, segments, segments)):
+    for who in (Pieces.of(lengths, window), visible(positions, positions, window, segments)):
         inputs = [x.requires_grad_() for x in (q, k, v)]
         y = attend(*inputs, who)  # type: ignore[arg-type]
         results.append([y, *torch.autograd.grad(y, inputs, dy)])
@@ -268,7 +268,7 @@ def test_on_a_gpu_all_runs_at_once_err_no_more_than_the_mask(
     """Against float64, forward and backward; runs without a token change nothing."""
     positions, segments = (x.cuda() for x in rows_of(*rows))
     stops = torch.tensor([0, *(n for row in rows for n in row), *[0] * empty]).cumsum(0).int().cuda()
-    mask = visible(positions, positions, window, segments, segments)
+    mask = visible(positions, positions, window, segments)
     runs = Runs(stops, 256, window)
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(len(rows), 256, heads, 64) for heads in (8, 2, 2, 8)]

@@ -3,15 +3,28 @@
 import pytest
 import torch
 
-from minilora.backend import product_dtype
+from minilora import backend
+from minilora.backend import pick_device, product_dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_16_bit_product_is_widened_only_where_the_cpu_lacks_it(dtype: torch.dtype) -> None:
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    native = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
-    assert product_dtype(torch.empty(1, dtype=dtype)) == (dtype if native else torch.float32)
-    assert product_dtype(torch.empty(1, dtype=dtype, device="meta")) == dtype
+def test_a_gpu_that_is_named_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = list[str]()
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # as if they were there
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    assert [str(pick_device(name)) for name in ("cuda:1", "cuda", "cpu:0")] == ["cuda:1", "cuda", "cpu:0"]
+    assert current == ["cuda:1"]
+
+
+@pytest.mark.parametrize("native", [torch.bfloat16, torch.float16])
+def test_a_16_bit_product_is_widened_only_where_the_cpu_lacks_it(
+    native: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda dtype=dtype: dtype == native)
+    monkeypatch.setattr(backend, "_cpu_product_dtype", backend._cpu_product_dtype.__wrapped__)  # uncached
+    for dtype in (torch.bfloat16, torch.float16):
+        assert product_dtype(torch.empty(1, dtype=dtype)) == (dtype if dtype == native else torch.float32)
+        assert product_dtype(torch.empty(1, dtype=dtype, device="meta")) == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -4,43 +4,29 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TOKENIZER, MakeConfig, chat, tiny_model, write_jsonl
+from tiny_runs import TOKENIZER, MakeConfig, Run, chat, tiny_model, write_jsonl
 from transformers import MistralForCausalLM
 
+from minilora.arguments import quoted
 from minilora.base import Base
+from minilora.checkpoint.adapter import save_adapter
+from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
-from minilora.cli import VERBS, _console, _quoted, main
-from minilora.config import BaseConfig, RunConfig, to_dict
+from minilora.cli import VERBS, _console, exit_status
+from minilora.config import BaseConfig, LoraConfig, RunConfig, base_folder, to_dict
 from minilora.generation import generate
+from minilora.lora import add_lora
 from minilora.train import ledger, loop
 from minilora.train.run_folder import config_toml
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("train", "x.toml", ...) -> (exit status, stdout, stderr); argparse's own exits count as well."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()  # what the oracles have printed is not ours
-        try:
-            status = main([str(arg) for arg in args])
-        except SystemExit as leave:
-            status = int(leave.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def refused(result: tuple[int, str, str], status: int, *words: str) -> None:
@@ -170,7 +156,7 @@ def test_config_as_an_option_is_the_word_after_the_verb(run: Run, toml: Path, ch
 
 
 @pytest.mark.parametrize(
-    ("given", "quoted"),
+    ("given", "expected"),
     [
         (["--lora.targets", "[q_proj, v_proj]"], ["--lora.targets", '["q_proj", "v_proj"]']),
         (["--lora.targets=[q_proj]"], ['--lora.targets=["q_proj"]']),
@@ -181,8 +167,18 @@ def test_config_as_an_option_is_the_word_after_the_verb(run: Run, toml: Path, ch
         (["--model.dtype=float32", "[INST]"], ["--model.dtype=float32", "[INST]"]),
     ],
 )
-def test_a_list_of_words_needs_no_quotes_and_a_prompt_gets_none(given: list[str], quoted: list[str]) -> None:
-    assert _quoted(given) == quoted
+def test_a_list_of_words_needs_no_quotes_and_a_prompt_gets_none(given: list[str], expected: list[str]) -> None:
+    assert quoted(given) == expected
+
+
+def test_the_file_need_not_be_the_first_word(run: Run, toml: Path, tmp_path: Path) -> None:
+    expected = run("train", toml, "--lora.rank", 7, "--print-config")
+    assert run("train", "--print-config", toml, "--lora.rank", 7) == expected
+    assert run("train", "--lora.rank", 7, "--print-config", toml) == expected
+    assert run("train", "--lora.rank=7", "--print-config", toml) == expected
+    refused(run("train", "--resume", toml), 1, "no run to resume here")
+    refused(run("train", "--overwrite", tmp_path / "no.toml"), 1, "no.toml: no such file")
+    refused(run("train", toml, "--dry-run", toml), 2, "unrecognized")
 
 
 def test_every_recipe_that_is_named_counts(run: Run) -> None:
@@ -296,6 +292,28 @@ def test_a_dry_run_goes_the_whole_way_and_keeps_nothing(run: Run, toml: Path, tm
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_output_that_goes_nowhere_does_not_end_training(toml: Path, tmp_path: Path, closed: bool) -> None:
+    """A reader that has gone, as in `minilora train x.toml | head`, or a full disk."""
+    reading, writing = os.pipe() if closed else (os.open("/dev/null", os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
+    os.close(reading)
+    command = [sys.executable, "-m", "minilora", "train", str(toml)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writing)
+    assert (tmp_path / "run" / "adapter" / "manifest.json").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (done.returncode, done.stderr.count("\n")) == ((0, 0) if closed else (1, 1)), done.stderr
+
+
+def test_a_reader_that_goes_away_ends_no_verb_badly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "minilora", "inspect", "demo"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_data_that_cannot_be_trained_on(run: Run, toml: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{oops\n')
@@ -383,6 +401,21 @@ def test_a_validation_that_was_drawn_is_there_for_evaluate_and_merge(
     assert not (folder / "validation.jsonl").exists()
 
 
+def test_records_that_were_too_long_to_train_on(run: Run, make_config: MakeConfig, chats: Path, tmp_path: Path) -> None:
+    """The run's own validation has none; a file that has is taken by merge, and by evaluate where it is told."""
+    with chats.open("a") as file:
+        file.writelines(json.dumps(chat(f"long {n}", "name it " * 2000)) + "\n" for n in range(12))
+    config = make_config(data__train=str(chats), data__validation="", data__validation_share=0.5, data__too_long="skip")
+    (tmp_path / "skip.toml").write_text(config_toml(config))
+    assert run("train", tmp_path / "skip.toml")[0] == 0
+    folder = Path(config.train.output)
+    assert max(map(len, (folder / "validation.jsonl").read_text().splitlines())) < 1000
+    assert run("merge", folder / "adapter")[0] == run("merge", folder / "adapter", "--text", chats)[0] == 0
+    evaluate = ("evaluate", chats, "--adapter", folder / "adapter", "--eval.answers", 0)
+    refused(run(*evaluate), 1, 'set data.too_long to "truncate" or "skip"')
+    assert run(*evaluate, "--data.too_long", "skip")[0] == 0
+
+
 def test_a_prefix_is_used_as_adapters_are_but_not_merged(
     run: Run, toml: Path, tmp_path: Path, data_folder: Path
 ) -> None:
@@ -437,6 +470,11 @@ def test_export_ignores_no_flag(run: Run) -> None:
     refused(run("export", "a", "b", "--to", "peft", "--dtype", "float16"), 1, "--dtype does nothing with --to peft")
     refused(run("export", "a", "b", "--to", "hf", "--model.path", "c"), 1, "--model.path does nothing with --to hf")
     refused(run("export", "a", "b", "--to", "hf", "--force"), 1, "--force does nothing with --to hf")
+
+
+def test_merge_without_a_folder_ignores_no_flag(run: Run) -> None:
+    refused(run("merge", "a", "--overwrite"), 1, "--overwrite does nothing without OUT")
+    refused(run("merge", "a", "--onto", "original"), 1, "--onto does nothing without OUT")
 
 
 # What a careless command must not cost.
@@ -569,6 +607,42 @@ def test_figures_are_shown_also_where_answers_cannot_be_written(run: Run, chats:
     status, out, err = run("evaluate", chats, *given, "--out", chats / "below a file")
     assert (status, json.loads(out)["answers"]) == (1, 1)
     assert "below a file: could not be written: a part of that path is a file" in err
+
+
+def test_a_stranger_s_file_name_commands_no_terminal(
+    capsys: pytest.CaptureFixture[str], tiny_base: Path, tmp_path: Path, run: Run
+) -> None:
+    def work() -> None:
+        raise FileNotFoundError(2, "No such file", "\x1b]0;x\x07\nsecond line")
+
+    assert exit_status("minilora x", work) == 1
+    assert capsys.readouterr().err == "minilora x: \\x1b]0;x\\x07 second line: No such file\n"
+    save_adapter(add_lora(load_model(tiny_base), LoraConfig(rank=2)), tmp_path / "a", provenance={
+        "base_path": str(tiny_base), "tokenizer_path": "\x1b[31m" + "x" * 300,
+    })  # fmt: skip
+    refused(run("generate", "hi", "--adapter", tmp_path / "a"), 1, "\\x1b[31mxxx", "no such tokenizer file or folder")
+
+
+@pytest.mark.parametrize(("verb", "more"), [("quantize", ()), ("export", ("--to", "hf"))])
+def test_what_the_hub_has_is_fetched_before_signals_are_put_off(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, more: tuple[str, ...]
+) -> None:
+    """A fetch tells of no progress at which one could be followed."""
+    handlers, own = list[object](), signal.getsignal(signal.SIGINT)
+
+    def fetch(*_: object) -> Path:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return base_folder("demo")
+
+    monkeypatch.setattr("minilora.hub._fetch", fetch)
+    assert run(verb, "org/tiny", tmp_path / "out", *more)[0] == 0
+    assert handlers[0] == own
+
+
+def test_an_unknown_user_s_home_is_no_crash(run: Run, tmp_path: Path) -> None:
+    nobody = "~nobody-of-this-name/x"
+    refused(run("quantize", nobody, tmp_path / "out"), 1, f"{nobody}: no such folder")
+    refused(run("generate", "hi", "--model.path", nobody), 1, f"{nobody}: no such folder")
 
 
 def test_a_link_to_itself_is_one_line(run: Run, tmp_path: Path) -> None:

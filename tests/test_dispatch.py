@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import DEVICE, random
 
 import minilora.dispatch as dispatch
 from minilora.backend import Backend, backend_for
@@ -20,8 +21,6 @@ from minilora.kernels.nf4_matvec import MAX_VECTORS
 from minilora.linear import NF4Linear
 from minilora.lora import LoRALinear
 from minilora.nf4 import NF4Tensor, quantize_nf4
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
@@ -37,10 +36,6 @@ def table_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     table.cache_clear()
     yield tmp_path / "dispatch.json"
     table.cache_clear()
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def test_the_table_is_whole() -> None:

@@ -8,19 +8,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from minilora.checkpoint.save import save_hf
+from minilora.cli import main
 from minilora.config import ModelConfig, base_folder
 from minilora.errors import UserError
-from minilora.hub import is_hub_id, local_folder
+from minilora.hub import hub_name, local_folder
 from minilora.model import Mistral
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 OLD, NEW = "a" * 40, "b" * 40
 
 
@@ -53,7 +59,7 @@ class Hub:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        Thread(target=self.server.serve_forever, daemon=True).start()
+        Thread(target=self.server.serve_forever, args=[0.02], daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
@@ -117,16 +123,31 @@ def hub() -> Iterator[Hub]:
     made.server.server_close()
 
 
+def settings(hub: Hub, cwd: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(cwd / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def in_a_process(hub: Hub, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    env, command = os.environ | settings(hub, cwd) | {"PYTHONPATH": path}, [sys.executable, "-m", "minilora", *args]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
 def minilora(hub: Hub, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: huggingface_hub reads its settings when it is imported."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cwd / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    settings |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    }
-    command = [sys.executable, "-m", "minilora", *args]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **settings}, capture_output=True, text=True, timeout=120, check=False
-    )
+    """The same here, with a huggingface_hub of its own, which reads its settings when it is imported."""
+    kept, (out, err) = taken_out("huggingface_hub"), (StringIO(), StringIO())
+    try:
+        with patch.dict(os.environ, settings(hub, cwd)), chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+            status = main([*args])
+    finally:
+        taken_out("huggingface_hub")
+        sys.modules |= kept
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def taken_out(library: str) -> dict[str, ModuleType]:
+    """Its modules, which are no longer imported."""
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == library}
 
 
 def files_of(hub: Hub) -> set[str]:
@@ -136,7 +157,7 @@ def files_of(hub: Hub) -> set[str]:
 
 def test_a_name_is_fetched_once_and_found_again_without_a_connection(hub: Hub, tmp_path: Path) -> None:
     args = ("explain", "--model.path", "org/tiny", "--tensor", "norm.weight")
-    done = minilora(hub, tmp_path, *args)
+    done = in_a_process(hub, tmp_path, *args)
     assert done.returncode == 0, done.stderr
     assert files_of(hub) == {
         "README.md",
@@ -178,7 +199,10 @@ def test_a_run_pins_the_revision_and_writes_it_down(hub: Hub, tmp_path: Path) ->
     done = minilora(hub, tmp_path, *args, *quick)
     assert done.returncode == 0, done.stderr
     assert f'path = "org/tiny@{NEW}"' in (tmp_path / "run" / "config.toml").read_text()
-    assert json.loads((tmp_path / "run" / "adapter" / "minilora.json").read_text())["base_path"] == f"org/tiny@{NEW}"
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "minilora.json").read_text())["base_path"] == f"org/tiny@{NEW}"
+    for_peft = json.loads((adapter / "adapter_config.json").read_text())
+    assert (for_peft["base_model_name_or_path"], for_peft["revision"]) == ("org/tiny", NEW)
     hub.names["main"] = OLD  # what main is now is no matter to an adapter that was trained on what it was
     answered = minilora(hub, tmp_path, "generate", "--adapter", "run/adapter", "red", "--max_new_tokens", "2")
     assert answered.returncode == 0, answered.stderr
@@ -197,6 +221,25 @@ def test_a_fetch_that_was_cut_off_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     fetches = [line for line in hub.asked if line.startswith("GET") and "model.safetensors" in line]
     assert [int(line.partition("bytes=")[2].rstrip("-") or 0) > 0 for line in fetches] == [False, True, True], fetches
+
+
+def test_of_a_tokenizer_s_name_the_weights_are_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "red"}\n')
+    given = ["--model.path", str(base_folder("demo")), "--model.tokenizer", "org/tiny", "--eval.answers", "0"]
+    done = minilora(hub, tmp_path, "evaluate", str(text), *given)
+    assert done.returncode == 0, done.stderr
+    assert files_of(hub) == {"tokenizer.model"}
+
+
+def test_what_a_model_learnt_is_known_of_one_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """Its minilora.json comes along: it says which template was trained with."""
+    hub.commits[NEW] = hub.commits[NEW] | {
+        "minilora.json": b'{"format_version": 2, "tokenizer": {"template": "v1-hf"}}'
+    }
+    done = minilora(hub, tmp_path, "generate", "red", "--model.path", "org/tiny", "--max_new_tokens", "1")
+    assert "minilora.json" in files_of(hub)
+    assert "old_hf_spaces is a rule of v1 tokenizers, and this one is v3" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -220,7 +263,9 @@ def test_without_the_library_a_name_is_refused_with_the_remedy(tmp_path: Path, m
 
 def test_what_is_a_name_and_what_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert all(map(is_hub_id, ("org/tiny", "org/tiny@v1", "org/Tiny-7B-v0.3@refs/pr/1")))
+    assert hub_name("org/tiny") == ("org/tiny", None)
+    assert hub_name("org/tiny@v1") == ("org/tiny", "v1")
+    assert hub_name("org/Tiny-7B-v0.3@refs/pr/1") == ("org/Tiny-7B-v0.3", "refs/pr/1")
     folders = (
         "demo",
         "runs",
@@ -236,8 +281,10 @@ def test_what_is_a_name_and_what_is_a_folder(tmp_path: Path, monkeypatch: pytest
         "a/..",
         "a/b@",
         "a b/c",
+        "é/b",  # which the hub has no names like
     )
-    assert not any(map(is_hub_id, folders))
+    assert not any(map(hub_name, folders))
     Path("org/tiny").mkdir(parents=True)
-    assert not is_hub_id("org/tiny")
-    assert not is_hub_id(Path("org/other"))
+    assert not hub_name("org/tiny")
+    assert not hub_name(Path("org/other"))
+    assert hub_name("org/" + "x" * 5000)  # and no error of the file system's

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nf4_products import DEVICE, DTYPES, assert_product, random
+from kernel_cases import DEVICE, DTYPES, assert_product, random
 
 from minilora.kernels import nf4_matmul
 from minilora.kernels.nf4_matmul import matmul, tile

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from nf4_products import DEVICE, DTYPES, assert_product, random
+from kernel_cases import DEVICE, DTYPES, assert_product, random
 
 from minilora.kernels import nf4_matvec
 from minilora.kernels.nf4_matvec import check_product, matvec

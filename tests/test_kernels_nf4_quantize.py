@@ -1,16 +1,17 @@
 """The quantize kernel against the definition, byte for byte: in Triton's interpreter, or on a GPU."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kernel_cases import DEVICE
 
 from minilora import nf4
 from minilora.errors import UserError
 from minilora.kernels.nf4_quantize import quantize_nf4
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE = 4096
 
 
@@ -28,10 +29,13 @@ def assert_same(values: torch.Tensor, block_size: int = 64, double_quant: bool =
     assert (ours.shape, ours.dtype, ours.block_size) == (theirs.shape, theirs.dtype, theirs.block_size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+SHAPES = [(1,), (2,), (7,), (63,), (64,), (65,), (129,), (5, 51), (16, 64), (TILE - 1,), (2 * TILE + 33,)]
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(1,), (2,), (7,), (63,), (64,), (65,), (129,), (5, 51), (16, 64), (TILE - 1,), (2 * TILE + 33,)]
+    ("shape", "dtype"),
+    [*product(SHAPES, [torch.float32]), *product([(5, 51), SHAPES[-1]], [torch.float16, torch.bfloat16])],
 )
 def test_any_shape(shape: tuple[int, ...], double_quant: bool, dtype: torch.dtype) -> None:
     assert_same(weight(*shape, dtype=dtype), double_quant=double_quant)
@@ -84,8 +88,7 @@ def test_strides() -> None:
     assert_same(weight(96)[::2])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("at", [0, 100, 4999])
+@pytest.mark.parametrize(("at", "bad"), [(0, float("nan")), (100, float("inf")), (4999, -float("inf"))])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_what_is_no_number_is_refused_by_its_place(at: int, bad: float, double_quant: bool) -> None:
     values = weight(5000)

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
+from kernel_cases import DEVICE
 
 from minilora.kernels import nf4_table
 from minilora.kernels.nf4_table import LANE_LEVEL, LOOK_UP, decode_kernel, on
 from minilora.nf4 import LEVELS, levels, unpack
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LANES = range(32)
 
 

@@ -4,7 +4,7 @@ from inspect import unwrap
 
 import pytest
 import torch
-from elementwise import DEVICE, DTYPES, assert_no_worse, leaves, random, widened
+from kernel_cases import DEVICE, DTYPES, assert_no_worse, leaves, random, widened
 from torch import Tensor
 from torch.nn.functional import rms_norm as torchs
 

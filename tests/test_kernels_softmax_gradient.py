@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from kernel_cases import DEVICE, DTYPES
 from torch import Tensor
 
 from minilora import loss
 from minilora.kernels.softmax_gradient import BLOCK, softmax_gradient_
 from minilora.loss import IGNORE
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 
 
 def problem(n_rows: int, n_columns: int, dtype: torch.dtype, scale: float = 4.0) -> tuple[Tensor, Tensor]:

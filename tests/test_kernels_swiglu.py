@@ -5,7 +5,7 @@ from inspect import unwrap
 import numpy as np
 import pytest
 import torch
-from elementwise import DEVICE, DTYPES, assert_no_worse, leaves, random, widened
+from kernel_cases import DEVICE, DTYPES, assert_no_worse, leaves, random, widened
 from torch.nn.functional import silu
 
 from minilora import swiglu as definitions

@@ -291,7 +291,9 @@ def test_with_its_adapters_off_a_model_is_its_base() -> None:
     fill(model)
     tuned = model(tokens)
     with adapters_off(model):
-        assert torch.equal(model(tokens), base)
+        with adapters_off(model):
+            assert torch.equal(model(tokens), base)
+        assert torch.equal(model(tokens), base)  # still off
     assert torch.equal(model(tokens), tuned)
     with pytest.raises(IndexError), adapters_off(model):  # whatever happens inside, they are on again after it
         model(tokens + 1000)

@@ -1,6 +1,7 @@
 """The tiled cross entropy against torch's: value, gradients, tiles' borders, ignored rows, and what it allocates."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from minilora import backend
 from minilora import loss as loss_module
+from minilora.kernels import softmax_gradient
 from minilora.loss import IGNORE, cross_entropy_sum
 
 N, D, V = 37, 16, 101
@@ -191,6 +193,12 @@ def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def whole_rows_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     return loss_module._whole_row_cross_entropy(hidden, head, labels)
+
+
+def test_the_kernel_runs_where_it_is_said_to(by: str) -> None:
+    with patch.object(softmax_gradient, "softmax_gradient_", wraps=softmax_gradient.softmax_gradient_) as kernel:
+        value_and_gradients(whole_rows_sum, *problem())
+    assert kernel.called == (by == "kernel")
 
 
 @pytest.mark.usefixtures("by")

@@ -107,8 +107,8 @@ def test_a_7b_by_hand() -> None:
 
 def test_a_gpu_s_loss_by_hand() -> None:
     """64 MiB of logits, of which nothing else is made; the last block's output in float32, the norm's in 16 bits, and
-    h's gradient, which backward makes anew, scaled. A head that learns: its gradient too, and in 16 bits the head, what
-    a tile adds to its gradient, and h without what is no target."""
+    h's gradient, which backward makes anew, scaled. A head that learns: its gradient too, and in 16 bits the head,
+    and h without what is no target."""
     config = ModelConfig(
         dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=32768
     )
@@ -117,7 +117,7 @@ def test_a_gpu_s_loss_by_hand() -> None:
     plan = StepPlan(config, "nf4 double-quantized", "bfloat16", LoraConfig(rank=16), **of)
     assert plan.loss() == {"final hidden": 6 * h, "logits": (64 << 20) + 2 * h}
     plan = StepPlan(config, "nf4 double-quantized", "bfloat16", LoraConfig(rank=16, modules_to_save=("lm_head",)), **of)
-    in_work = (64 << 20) + 1024 * 4096 * 2 + 2 * v + 2 * v
+    in_work = (64 << 20) + 1024 * 4096 * 2 + 2 * v
     assert plan.loss() == {"final hidden": 6 * h, "logits": max(in_work, 4 * v + 2 * h) + 4 * v + 2 * h}
     plan = StepPlan(config, "float32", "float32", None, **of)
     assert plan.loss()["logits"] == max((64 << 20) + 512 * 4096 * 4, 4 * v + 4 * h) + 4 * v + 4 * h

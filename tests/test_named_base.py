@@ -12,15 +12,17 @@ from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, tiny_model
 
 from minilora import base as base_module
 from minilora.base import Base
-from minilora.checkpoint.adapter import save_adapter
+from minilora.checkpoint.adapter import read_adapter, save_adapter
 from minilora.checkpoint.save import save_hf
 from minilora.cli import main
-from minilora.config import BaseConfig, LoraConfig
+from minilora.config import BaseConfig, LoraConfig, PrefixConfig
 from minilora.errors import UserError
+from minilora.evaluate.merge_audit import merge_with_audit
 from minilora.generation import generate
 from minilora.kv_cache import KVCache
 from minilora.lora import add_lora
 from minilora.memory import measure
+from minilora.prefix import add_prefix
 from minilora.train.loop import fine_tune
 
 
@@ -44,6 +46,19 @@ def test_scoring_needs_no_gradient_of_the_head(tiny_base: Path) -> None:
     config = found.checkpoint.config
     beyond = sum(n for owner, n in found.predict(1, 1).items() if owner in ("scratch", "logits", "final hidden"))
     assert 0 < beyond < 4 * config.dim * config.vocab_size
+
+
+def test_scoring_sees_no_mask_of_all_tokens_but_under_a_prefix(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BaseConfig(path=str(tiny_base), quantize="nf4", device="cpu", dtype="float32")
+    length, model = 20_000, add_prefix(Base.find(config).load(), PrefixConfig(2))
+    save_adapter(model, tmp_path / "prefix")
+    monkeypatch.setattr(base_module, "private_bytes", lambda: 0)
+    assert sum(Base.find(config).predict(1, length).values()) < length**2 / 4
+    assert sum(Base.find(config).predict(1, length, 10).values()) < length**2 / 4, "nor does a prompt alone"
+    assert sum(Base.find(config).predict(2, length, 10).values()) > length**2
+    assert sum(Base.find(config, str(tmp_path / "prefix")).predict(1, length).values()) > length**2
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +113,16 @@ def test_an_adapter_brings_its_template(make_config: MakeConfig, tmp_path: Path)
     hello = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hi"}]
     assert found.encode_chat(hello)[0][-2:] == [23809, 2]
     assert Base.find(BaseConfig(path=str(tmp_path / "v1"))).tokenizer.encode_chat(hello)[0][-2:] == [15359, 2]
+
+    base = Base.find(BaseConfig(path="", device="cpu"), str(adapter))
+    read = read_adapter(adapter, base.checkpoint.config)
+    merge_with_audit(base, read, tmp_path / "merged", run.train[:1], 64, force=True)
+    of_all = make_config(config, train__strategy="full", train__output=str(tmp_path / "full"))
+    full = fine_tune(of_all, Quiet()).folder.path / "model"
+    for learnt in (tmp_path / "merged", full):  # what they learnt is in them, and said beside them
+        assert Base.find(BaseConfig(path=str(learnt))).tokenizer.encode_chat(hello)[0][-2:] == [23809, 2]
+        on = make_config(model__path=str(learnt), train__output=str(tmp_path / f"on-{learnt.name}"), train__max_steps=1)
+        assert fine_tune(on, Quiet()).tokenizer.template == "v1-hf"
 
     plain = tmp_path / "plain"
     shutil.copytree(adapter, plain, ignore=shutil.ignore_patterns("manifest.json"))

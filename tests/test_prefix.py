@@ -79,14 +79,16 @@ def test_it_is_switched_off_with_the_adapters() -> None:
 def test_checkpointing_and_the_fast_block_change_nothing() -> None:
     """Under a prefix the fast block is the plain one."""
     gradients = []
-    for way in ("plain", "checkpointing", "fused"):
-        model = with_prefix(4).train()
-        model.activation_checkpointing = way == "checkpointing"
-        assert way != "fused" or (fuse(model) and isinstance(model.layers[0], FusedBlock))
+    for way in ("plain", "checkpointing", "fused", "fused, checkpointing"):
+        model, ran = with_prefix(4).train(), list[int]()
+        model.activation_checkpointing = "checkpointing" in way
+        assert "fused" not in way or (fuse(model) and isinstance(model.layers[0], FusedBlock))
+        model.layers[0].mlp.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
         model(prompt(9)).logsumexp(-1).sum().backward()
         assert model.prefix is not None
         assert model.prefix.prompt_embeddings.grad is not None
         gradients.append(model.prefix.prompt_embeddings.grad)
+        assert len(ran) == (2 if "checkpointing" in way else 1)  # again in backward
     assert gradients[0].abs().min() > 0
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from minilora.cli import main
+from minilora.arguments import parse_run, run_parser
+from minilora.cli import main, train
 from minilora.config import MISTRAL_7B, RunConfig
 from minilora.errors import UserError
 from minilora.recipes import recipe_file, recipe_names, summary
@@ -14,9 +15,7 @@ CARDS = {"t4-16gb": 15 * GIB, "12gb": 12 * GIB, "24gb": 24 * GIB, "80gb": 80 * G
 
 
 def config_of(name: str) -> RunConfig:
-    from minilora.cli import _parse_run, _run_parser, train
-
-    return _parse_run(_run_parser(train), ["--recipe", name])[0]
+    return parse_run(run_parser(train), ["--recipe", name])[0]
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -40,6 +40,7 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 MakeConfig = Callable[..., RunConfig]
+Run = Callable[..., tuple[int, str, str]]
 
 
 class Quiet:

@@ -25,6 +25,7 @@ from benchmarks.fuzz.mutate import Folder, join_safetensors, split_safetensors
 from benchmarks.fuzz.watch import MAX_TEXT, RefusedError, WrongError
 from minilora import cli, dispatch
 from minilora.adamw import FlatAdamW
+from minilora.arguments import parse_run, run_parser
 from minilora.checkpoint.adapter import read_adapter, save_adapter
 from minilora.checkpoint.adapter_parts import Adapter
 from minilora.checkpoint.gguf_file import gguf_keys, read_gguf, write_gguf
@@ -462,7 +463,7 @@ def _toml_corpus() -> dict[str, Folder]:
 
 
 def _read_toml(path: Path) -> RunConfig:
-    return cli._parse_run(cli._run_parser(cli.train), [str(path / "config.toml")])[0]
+    return parse_run(run_parser(cli.train), [str(path / "config.toml")])[0]
 
 
 def _check_toml(path: Path, config: RunConfig) -> None:
@@ -586,7 +587,7 @@ def _read_data(path: Path) -> tuple[list[Any], int]:
     n_rows = len(records) + len(bad)
     for record in records:
         try:
-            samples = encode_record(record, _tokenizer(), 64, "truncate")
+            samples, _ = encode_record(record, _tokenizer(), 64, "truncate")
             _require(all(sample.n_targets and sample.length <= 64 for sample in samples), "a sample too long or empty")
         except UserError as error:
             bad.append(str(error))

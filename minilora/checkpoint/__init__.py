@@ -1,6 +1,7 @@
 """Files to models and back. Nothing is imported here; each module has one idea:
 
-json_file         JSON from strangers, within limits
+files             files of strangers read whole: copies, sha256
+json_file         JSON from strangers, within limits; ours, as the standard has it
 safetensors_file  one .safetensors file: its header checked, its tensors read lazily or streamed out
 layout            which files of a folder are the model: Hugging Face's layout or Mistral's own
 names             the one table of tensor names and shapes in both layouts
@@ -21,5 +22,5 @@ merge             base plus adapter as plain weights, tensor by tensor
 adapter_parts     an adapter in memory: which tensors it has, and how it is put into a model
 adapter           adapters and prefixes in PEFT's layout; reading either layout
 mistral_adapter   LoRA adapters in the layout of mistral-finetune
-provenance        minilora.json beside an adapter, and what of it is checked
+provenance        minilora.json beside an adapter or a model, and what of it is checked
 """

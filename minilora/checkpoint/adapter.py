@@ -10,7 +10,7 @@ exactly what its config says, for exactly this base, or it is refused by name; a
 mistral-finetune's adapters (mistral_adapter.py) are read by the same functions.
 """
 
-import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,20 +22,14 @@ import torch
 from minilora.checkpoint import mistral_adapter
 from minilora.checkpoint.adapter_parts import Adapter, added_tensors, expected_shapes, read_exactly, refuse_other
 from minilora.checkpoint.finite import refuse_not_finite
-from minilora.checkpoint.json_file import read_json, short
+from minilora.checkpoint.json_file import read_json, short, write_json
 from minilora.checkpoint.names import tensor_specs
-from minilora.checkpoint.provenance import (
-    PROVENANCE,
-    PROVENANCE_VERSION,
-    check_origin,
-    read_provenance,
-    recipe_of,
-    versions,
-)
+from minilora.checkpoint.provenance import check_origin, quantization_of, read_provenance, versions, write_provenance
 from minilora.checkpoint.safetensors_file import write_safetensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig, PrefixConfig
 from minilora.errors import UserError
+from minilora.hub import hub_name
 from minilora.lora import refuse_added, refuse_unknown
 from minilora.model import Mistral
 
@@ -59,11 +53,13 @@ _NAMES: dict[str, tuple[str, tuple[type, ...], tuple[type, ...]]] = {  # ours: P
     "modules_to_save": ("modules_to_save", (list,), (str,)),
 }
 _READ = {"peft_type", "bias", "init_lora_weights", *(key for key, _, _ in _NAMES.values())}
-# What PEFT saves of a prefix is the prefix itself, whatever network made it and however it began.
-_READ_OF_PREFIX = {
-    "peft_type", "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
-    "prefix_projection", "encoder_hidden_size", "init_weights",
-}  # fmt: skip
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The folder of an adapter, which the file of its tensors stands for; a file of another name lies alone."""
+    path = Path(path)
+    name = WEIGHTS if os.path.isfile(path.parent / CONFIG) else mistral_adapter.WEIGHTS
+    return path.parent if path.name == name and os.path.isfile(path) else path
 
 
 def save_adapter(
@@ -80,7 +76,7 @@ def save_adapter(
     config = model.lora_config if model.prefix is None else PrefixConfig(model.prefix.n_tokens)
     if config is None or not tensors:
         raise UserError("the model has no adapters to save")
-    ours = {"base_fingerprint": model.base_fingerprint, "quantization": recipe_of(model)}
+    ours = {"base_fingerprint": model.base_fingerprint, "quantization": quantization_of(model)}
     provenance = {"versions": versions(), **(provenance or {}), **ours}
     save_peft_adapter(Adapter(config, tensors, provenance), model.config, folder, overwrite=overwrite)
 
@@ -89,19 +85,21 @@ def save_peft_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Path, 
     """Write an adapter of a base of these sizes, as `save_adapter` does."""
     for name, tensor in adapter.tensors.items():
         refuse_not_finite(tensor, _key(name), "the training has failed")
-    provenance = {**adapter.provenance, "format_version": PROVENANCE_VERSION}
-    config = _peft_config(adapter.config, sizes) | {"base_model_name_or_path": provenance.get("base_path")}
-    with atomic_folder(folder, overwrite=overwrite, manifest={}) as temp:
-        _write_json(temp / CONFIG, config)
-        _write_json(temp / PROVENANCE, provenance)
+    path = adapter.provenance.get("base_path")
+    base = dict(zip(("base_model_name_or_path", "revision"), hub_name(path) or (path, None), strict=True))
+    config = _peft_config(adapter.config, sizes) | base
+    with atomic_folder(folder, overwrite=overwrite) as temp:
+        write_json(temp / CONFIG, config)
+        write_provenance(temp, adapter.provenance)
         lines = [(_key(name), torch.float32, tuple(tensor.shape)) for name, tensor in adapter.tensors.items()]
-        write_safetensors(temp / WEIGHTS, adapter.tensors.values(), lines, {"format": "pt"})
+        write_safetensors(temp / WEIGHTS, adapter.tensors.values(), lines)
         refuse_other(read_adapter(temp, sizes).tensors, adapter.tensors, folder)
 
 
 def load_adapter(model: Mistral, folder: str | Path, *, force: bool = False, scaling: float | None = None) -> Mistral:
     """Add the adapters or the prefix in `folder` to `model`, in place; returns it. They become float32 and trainable.
 
+    folder: or the file of its tensors
     force: warn where the adapter belongs to another base or was altered, instead of refusing it
     scaling: see `read_adapter`
 
@@ -110,8 +108,8 @@ def load_adapter(model: Mistral, folder: str | Path, *, force: bool = False, sca
     """
     refuse_added(model)
     adapter = read_adapter(folder, model.config, scaling=scaling)
-    here = {"base_fingerprint": model.base_fingerprint, "quantization": recipe_of(model)}
-    for text in check_origin(Path(folder), adapter.provenance, here, force):
+    here = {"base_fingerprint": model.base_fingerprint, "quantization": quantization_of(model)}
+    for text in check_origin(adapter_folder(folder), adapter.provenance, here, force):
         warnings.warn(text, stacklevel=2)
     return adapter.attach(model)
 
@@ -119,18 +117,19 @@ def load_adapter(model: Mistral, folder: str | Path, *, force: bool = False, sca
 def read_adapter(folder: str | Path, sizes: ModelConfig, *, scaling: float | None = None) -> Adapter:
     """The adapter in `folder`, PEFT's or mistral-finetune's, for a base of these sizes; no model is needed.
 
+    folder: or the file of its tensors
     scaling: what B A is multiplied by, where the files of mistral-finetune do not say it, or instead of what they say
 
     Raises UserError if a file is missing or corrupt, if the config asks for what we do not have, or if a tensor is
     missing, unknown, misshapen, no float or not finite.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     config = read_adapter_config(folder, sizes, scaling=scaling)
     if mistral_adapter.is_mistral(folder):
         return Adapter(config, mistral_adapter.read_tensors(folder, config, sizes), read_provenance(folder))
     file, shapes = folder / WEIGHTS, expected_shapes(config, sizes)
     pickle = file.with_suffix(".bin")
-    if pickle.exists() and not file.exists():
+    if os.path.exists(pickle) and not os.path.exists(file):
         raise UserError(f"{pickle}: pickle files can run code and are not read; convert it to safetensors")
     tensors = read_exactly(file, {name: _key(name) for name in shapes}, shapes, CONFIG)
     return Adapter(config, tensors, read_provenance(folder))
@@ -140,7 +139,7 @@ def read_adapter_config(
     folder: str | Path, sizes: ModelConfig, *, scaling: float | None = None
 ) -> LoraConfig | PrefixConfig:
     """What the files in `folder` configure, on a base of these sizes. Raises UserError that names the key."""
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     if mistral_adapter.is_mistral(folder):
         return mistral_adapter.read_config(folder, scaling)
     file = folder / CONFIG
@@ -150,18 +149,19 @@ def read_adapter_config(
     kind = values.get("peft_type")
     if kind not in ("LORA", "PREFIX_TUNING"):
         raise UserError(f"{file}: peft_type is {short(kind)}; only LORA and PREFIX_TUNING are supported")
-    for key in sorted(values.keys() - _HARMLESS - (_READ if kind == "LORA" else _READ_OF_PREFIX)):
+    # What PEFT saves of a prefix is the prefix itself, whatever network made it and however it began.
+    read = _READ if kind == "LORA" else {*_prefix_values(1, sizes), "init_weights"}
+    for key in sorted(values.keys() - _HARMLESS - read):
         if values[key] not in (None, False, [], {}):
             raise UserError(f"{file}: {key} is {short(values[key])}, which is not supported")
     if kind == "PREFIX_TUNING":
         return _prefix_config(file, values, sizes)
-    linears, others = (
-        [spec.module for spec in tensor_specs(sizes) if spec.is_projection is projection]
-        for projection in (True, False)
-    )
+    specs = list(tensor_specs(sizes))
+    linears = [spec.module for spec in specs if spec.is_projection]
+    others = {spec.module for spec in specs if not spec.is_projection} | {"lm_head"}
     try:
         config = LoraConfig(**_lora_values(values))
-        refuse_unknown(config, linears, {*others, "lm_head"}, sizes.tied_embeddings)
+        refuse_unknown(config, linears, others, sizes.tied_embeddings)
     except UserError as error:
         in_peft = re.sub(rf"\blora\.({'|'.join(_NAMES)})\b", lambda found: _NAMES[found[1]][0], str(error))
         raise UserError(f"{file}: {in_peft}") from None
@@ -227,7 +227,3 @@ def _key(name: str) -> str:
         return name
     inner = name if name.startswith("lm_head.") else f"model.{name}"
     return f"base_model.model.{inner}" + (".weight" if name.endswith(("lora_A", "lora_B")) else "")
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")

@@ -5,6 +5,7 @@ which no text in it can end, or is made of letters and digits alone.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,20 +13,17 @@ from string import Template
 from typing import Any
 
 from minilora.checkpoint.chat_template import TEMPLATES
-from minilora.checkpoint.provenance import PROVENANCE, PROVENANCE_VERSION
+from minilora.checkpoint.files import reading
+from minilora.checkpoint.provenance import write_provenance
 from minilora.config import ModelConfig, to_dict
+from minilora.hub import hub_name
 
+Facts = Mapping[str, Any]  # what minilora.json tells
 _LIBRARY = {"gguf": "gguf", "mistral": "vllm"}  # of the others: transformers
 
 
 def model_card(
-    name: str,
-    kind: str,
-    config: ModelConfig,
-    facts: Mapping[str, Any],
-    *,
-    tokenizer: str | None = None,
-    notes: Sequence[str] = (),
+    name: str, kind: str, config: ModelConfig, facts: Facts, *, tokenizer: str | None = None, notes: Sequence[str] = ()
 ) -> str:
     """The card of a model that lies in a folder called `name`.
 
@@ -36,7 +34,7 @@ def model_card(
     notes: what limits it, a sentence each, of our own words
     """
     base, (form, _, bits) = str(facts.get("base_path") or ""), kind.partition("-")
-    of_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base, re.ASCII)
+    hub = hub_name(base)
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     known = {key: value for key, value in facts.items() if value}
     of_base = {"base_path": Path(base).name} if base else {}
@@ -45,7 +43,7 @@ def model_card(
         kind=kind,
         license=json.dumps(re.sub(r"[^\w.-]", "", str(facts.get("license") or "unknown"), flags=re.ASCII)),
         library=_LIBRARY.get(form, "transformers"),
-        base_model=f"base_model: {base}\n" if of_hub else "",
+        base_model=f"base_model: {hub[0]}\n" if hub else "",
         n_parameters=f"{config.n_parameters:,}",
         tokenizer=tokenizer or "none",
         sizes=_block(to_dict(config)),
@@ -60,17 +58,21 @@ def model_card(
     )
 
 
-def write_card(folder: Path, name: str, kind: str, config: ModelConfig, facts: Mapping[str, Any], **more: Any) -> None:
+def write_card(
+    folder: Path, name: str, kind: str, config: ModelConfig, facts: Facts, tokenizer: str | None, notes: Sequence[str]
+) -> None:
     """Put README.md into a folder of weights, and minilora.json, which it was made of. Arguments as in `model_card`."""
-    facts = {**facts, "format_version": PROVENANCE_VERSION}
-    (folder / "README.md").write_text(model_card(name, kind, config, facts, **more))
-    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(name, kind, config, facts, tokenizer=tokenizer, notes=notes), "utf-8")
+    write_provenance(folder, facts)
 
 
 def license_of(folder: Path) -> str | None:
-    """As the card in `folder` has it: a line of the block that it begins with."""
+    """As the card in `folder` has it: a line of the block that it begins with. Raises UserError if it is unreadable."""
     card = folder / "README.md"
-    head = card.read_text("utf-8", errors="replace")[:4096] if card.is_file() else ""
+    if not os.path.isfile(card):
+        return None
+    with reading(card) as opened:
+        head = opened.read(4096).decode("utf-8", "replace").replace("\r\n", "\n")
     found = re.match(r"---\n(?:(?!---).*\n)*?license:[ \t]*\"?([\w.-]+)\"?[ \t]*\n", head)
     return found[1] if found else None
 

@@ -7,9 +7,10 @@ and if results that are JSON are objects or lists in Python's spacing, and other
 """
 
 import json
-import shutil
 from pathlib import Path
 
+from minilora.checkpoint.files import copy_file
+from minilora.checkpoint.json_file import write_json
 from minilora.tokenizer import OLD_HF, Tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -31,5 +32,5 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """
     config = json.loads((TEMPLATES / "tokenizer_config.json").read_text("utf-8"))
     config["chat_template"] = chat_template(tokenizer.template)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    write_json(folder / "tokenizer_config.json", config)
+    copy_file(tokenizer.path, folder / "tokenizer.model")

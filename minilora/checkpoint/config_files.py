@@ -56,8 +56,11 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{file}: {error}") from None
 
 
-def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json for `config`, in the keys that every version of transformers reads. dtype: such as "bfloat16".
+def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = None) -> dict[str, Any]:
+    """config.json for `config`, in the keys that every version of transformers reads.
+
+    dtype: of the weights, or what those in NF4 are computed with in, such as "bfloat16"
+    double_quant: of weights in NF4, whether their absmax are in 8 bits; None of plain ones
 
     Raises UserError for windows of several sizes, which it cannot say.
     """
@@ -68,7 +71,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if len(config.windows) > 1:
         kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
         kind, by_layer = "ministral", {"layer_types": kinds * (config.n_layers // len(kinds))}
-    return by_layer | {
+    made = by_layer | {
         "architectures": [_HF_KINDS[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
@@ -89,23 +92,16 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "eos_token_id": 2,
         "torch_dtype": dtype,
     }
-
-
-def says_nf4(folder: Path) -> bool:
-    """Does config.json say that the weights are quantized? Once `read_config` has passed, that is NF4."""
-    return read_json(folder / CONFIG_NAMES["hf"]).get("quantization_config") is not None
-
-
-def quantization_to_hf(double_quant: bool, dtype: str) -> dict[str, Any]:
-    """quantization_config for NF4 weights, as transformers and vLLM read it. dtype: what they compute in."""
-    return {
-        **_NF4_CONFIG,
-        "load_in_8bit": False,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": None,
-    }
+    if double_quant is not None:  # as transformers and vLLM read it
+        made["quantization_config"] = {
+            **_NF4_CONFIG,
+            "load_in_8bit": False,
+            "bnb_4bit_use_double_quant": double_quant,
+            "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": None,
+        }
+    return made
 
 
 def config_to_params(config: ModelConfig) -> dict[str, Any]:

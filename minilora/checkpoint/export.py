@@ -10,7 +10,6 @@ A tensor at a time, so memory holds a few of them. Beside the weights lie the to
 card, and minilora.json: where all of it comes from.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,18 +22,19 @@ from torch import Tensor
 
 from minilora.checkpoint.card import license_of, write_card
 from minilora.checkpoint.chat_template import write_tokenizer
+from minilora.checkpoint.files import copy_file
 from minilora.checkpoint.gguf_file import GGUFKind, compare_gguf, gguf_keys, write_gguf
 from minilora.checkpoint.layout import Layout
-from minilora.checkpoint.load import quantize_weight
+from minilora.checkpoint.load import Progress, quantize_weight, unheard
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
-from minilora.checkpoint.provenance import read_provenance, versions
+from minilora.checkpoint.provenance import read_provenance, template_of, versions
 from minilora.checkpoint.quantize import quantize_checkpoint, tokenizer_files
 from minilora.checkpoint.safetensors_file import DTYPES
 from minilora.checkpoint.save import SPARE_BYTES, write_layout
 from minilora.checkpoint.write import atomic_folder, check_target
 from minilora.errors import UserError, need_library
-from minilora.hub import is_hub_id
+from minilora.hub import hub_name
 from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
 
 
@@ -50,7 +50,7 @@ class _Job:
     tokenizer: Tokenizer | None
     own_files: list[Path]  # the source's tokenizer, unless another was given
     overwrite: bool
-    progress: Callable[[int, int], None]
+    progress: Progress
     done: int = 0
 
     def weights(self) -> Iterator[tuple[TensorSpec, Tensor]]:
@@ -74,7 +74,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda _done, _of: None,
+    progress: Progress = unheard,
 ) -> tuple[str, list[str]]:
     """Write the checkpoint `source`, of either layout or in NF4 or "demo", to the folder `out`; what was compared, and
     what a user of it should know.
@@ -91,15 +91,14 @@ def export_checkpoint(
     home, origin = checkpoint.folder, read_provenance(checkpoint.folder)
     found = None
     if tokenizer or any(home.glob("*tokenizer*.model*")):
-        old_hf_spaces = (origin.get("tokenizer") or {}).get("template") == OLD_HF
-        found = load_tokenizer(tokenizer or home, old_hf_spaces=old_hf_spaces)
+        found = load_tokenizer(tokenizer or home, old_hf_spaces=template_of(origin) == OLD_HF)
         if mismatch := found.mismatch(checkpoint.config.vocab_size):
-            raise UserError(mismatch.replace("--model.tokenizer", "--tokenizer"))
+            raise UserError(mismatch)
     check_target(out, overwrite, [home])
     checkpoint.check_tied_head()
-    name = str(source) if source == "demo" or is_hub_id(source) else home.resolve().name
-    origin = {"license": license_of(home), "versions": versions(), **origin}
-    origin["export"] = {"to": to, "from": name, "fingerprint": checkpoint.fingerprint()}
+    base_path = {"base_path": checkpoint.name} if hub_name(source) else {}
+    origin = {"license": license_of(home), "versions": versions(), **base_path, **origin}
+    origin["export"] = {"to": to, "from": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
     own = [] if tokenizer else tokenizer_files(home)
     job = _Job(checkpoint, origin, Path(out), to, dtype, found, own, overwrite, progress)
     return FORMATS[to](job), _notes(job)
@@ -107,19 +106,16 @@ def export_checkpoint(
 
 def _write_layout(layout: Layout, job: _Job) -> str:
     weights = ((spec.name, weight) for spec, weight in job.weights())
-    options = {"overwrite": job.overwrite, "finish": partial(_compare, job, layout)}
-    write_layout(layout, job.source.config, job.dtypes(), weights, job.out, options)
+    finish = partial(_compare, job, layout)
+    write_layout(layout, job.source.config, job.dtypes(), weights, job.out, overwrite=job.overwrite, finish=finish)
     return f"{len(job.dtypes())} tensors reopened and compared: all equal"
 
 
 def _write_nf4(job: _Job) -> str:
-    def progress(done: int, of: int) -> None:
-        job.progress(done, 2 * of)
-
-    finish = partial(_compare, job, "hf")
     quantize_checkpoint(
-        job.source.folder, job.out, dtype=job.dtype, overwrite=job.overwrite, progress=progress, finish=finish
-    )
+        job.source.folder, job.out, dtype=job.dtype, overwrite=job.overwrite,
+        progress=lambda done, of: job.progress(done, 2 * of), finish=partial(_compare, job, "hf"),
+    )  # fmt: skip
     return f"{len(job.dtypes())} tensors reopened and compared: codes, absmax and all else equal"
 
 
@@ -146,11 +142,12 @@ def _write_gguf(kind: GGUFKind, job: _Job) -> str:
     if job.dtype is not None:
         raise UserError(f"{job.to} says itself which dtype it has; leave --dtype out")
     if job.tokenizer is None:
-        raise UserError(f"{job.source.folder}: holds no tokenizer.model, which GGUF needs; name one with --tokenizer")
+        needs = "holds no tokenizer.model, which GGUF needs; name one with --model.tokenizer"
+        raise UserError(f"{job.source.folder}: {needs}")
     config, name = job.source.config, job.out.resolve().name
     keys = gguf_keys(config, job.tokenizer, kind, name)
     n_bytes = int(config.n_parameters * {"F16": 2, "Q8_0": 34 / 32}[kind]) + SPARE_BYTES
-    with atomic_folder(job.out, overwrite=job.overwrite, manifest={}, needed_bytes=n_bytes) as folder:
+    with atomic_folder(job.out, overwrite=job.overwrite, needed_bytes=n_bytes) as folder:
         write_gguf(folder / f"model-{kind.lower()}.gguf", keys, config, job.weights(), kind)
         compare_gguf(folder / f"model-{kind.lower()}.gguf", keys, config, job.weights(), kind)
         job.source.check_unchanged()
@@ -175,10 +172,10 @@ def _write_beside(job: _Job, layout: Layout | None, folder: Path) -> None:
     for copied in tokenizer_files(folder):  # the source's, which another may have been named for
         copied.unlink()
     if tokenizer and layout == "mistral":  # mistral-common takes the version from the name, and wants one such file
-        shutil.copyfile(tokenizer.path, folder / f"tokenizer.model.{tokenizer.version}")
+        copy_file(tokenizer.path, folder / f"tokenizer.model.{tokenizer.version}")
     elif layout:
         for file in job.own_files:
-            shutil.copyfile(file, folder / file.name)
+            copy_file(file, folder / file.name)
         if tokenizer and not (folder / "tokenizer_config.json").exists():
             write_tokenizer(tokenizer, folder)
 

@@ -2,6 +2,7 @@
 
 from math import isfinite
 
+import torch
 from torch import Tensor
 
 from minilora.errors import UserError
@@ -17,3 +18,11 @@ def refuse_not_finite(tensor: Tensor, name: str, remedy: str) -> None:
     raise UserError(
         f"{name}: holds a number that is not finite, {flat[index].item()} at element {index} (counted flat); {remedy}"
     )
+
+
+def cast_finite(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`weight` in `dtype`. Raises UserError for a number that is not finite, or not any more."""
+    cast = weight.to(dtype)
+    remedy = f"if it is too large for {dtype}, choose another dtype; else its source is damaged, fetch it again"
+    refuse_not_finite(cast, name, remedy)
+    return cast

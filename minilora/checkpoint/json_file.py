@@ -1,7 +1,9 @@
-"""JSON that a stranger wrote: read within limits, and refused in one line that names the file."""
+"""JSON: a stranger's, read within limits and refused in one line that names the file; ours, as the standard has it."""
 
 import json
+import os
 from collections import Counter
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ MAX_BYTES = 2_000_000
 
 def read_json(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object that `file` holds. Raises UserError if it is missing, too large, or no JSON object."""
-    if not file.is_file():  # a pipe or a device would block the reader or never end
+    if not os.path.isfile(file):  # a pipe or a device would block the reader or never end
         raise UserError(f"{file}: no such file")
     try:
         if (size := file.stat().st_size) > max_bytes:
@@ -38,10 +40,28 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write what `to_json` makes, in ASCII: a stranger's text may hold half of a surrogate pair."""
+    file.write_text(to_json(values, indent=2, ascii_only=True) + "\n")
+
+
+def to_json(document: Any, indent: int | None = None, ascii_only: bool = False) -> str:
+    """JSON as its standard has it: a number that is not finite becomes null."""
+    return json.dumps(_finite(document), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+
+
 def short(value: object) -> str:
     """A value from a file as it is put into a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,14 +20,19 @@ from minilora.errors import UserError
 Layout = Literal["hf", "mistral"]
 CONFIG_NAMES: dict[Layout, str] = {"hf": "config.json", "mistral": "params.json"}
 WEIGHTS_NAMES: dict[Layout, str] = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
-_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
+_PICKLED = "pickle files can run code and are not read; convert it to safetensors"
+_NO_CHECKPOINT = {  # what says what a folder without one is, the first first: an adapter may have pickles, too
+    "adapter_config.json": "this is an adapter; merge it first, or give it as --adapter",
+    "*.gguf": "this is for llama.cpp; name what it was made from",
+    **dict.fromkeys(("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl"), _PICKLED),
+}
 
 
 def find_layout(folder: Path) -> Layout:
     """The layout that `folder` is read in. Raises UserError if it holds no complete checkpoint."""
     if not os.path.exists(folder):  # false, where Path.exists would raise, for a name that is too long
         raise UserError(f"{folder}: no such folder; name a local checkpoint folder, or demo")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: not a folder; name the folder that holds the checkpoint")
     weights = [x for x in WEIGHTS_NAMES if _index(folder, x).exists() or (folder / WEIGHTS_NAMES[x]).exists()]
     for layout in weights:
@@ -35,15 +40,9 @@ def find_layout(folder: Path) -> Layout:
             return layout
     if weights:
         raise UserError(f"{folder}: holds {WEIGHTS_NAMES[weights[0]]} but no {CONFIG_NAMES[weights[0]]}")
-    for pattern in _PICKLES:
+    for pattern, why in _NO_CHECKPOINT.items():
         for file in sorted(folder.glob(pattern)):
-            raise UserError(f"{file}: pickle files can run code and are not read; convert it to safetensors")
-    for name, instead in (
-        ("adapter_config.json", "is an adapter; merge it first, or give it as --adapter"),
-        ("*.gguf", "is for llama.cpp; name what it was made from"),
-    ):
-        if any(folder.glob(name)):
-            raise UserError(f"{folder}: {instead}")
+            raise UserError(f"{file}: {why}")
     raise UserError(f"{folder}: no checkpoint here; model.safetensors or consolidated.safetensors was looked for")
 
 
@@ -62,23 +61,17 @@ def read_entries(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
         shards[name].add(key)
     entries: dict[str, TensorEntry] = {}
     for name, keys in sorted(shards.items()):
-        entries |= _shard(_inside(folder, name, index), keys, index)
+        held = read_header(file := _inside(folder, name, index))
+        for key in sorted(keys ^ held.keys()):
+            has, says = ("lacks", "says") if key in keys else ("holds", "does not say")
+            raise UserError(f"{file}: {has} the tensor {short(key)}, which {index.name} {says} is there")
+        entries |= held
     return entries
 
 
 def _is_plain_name(name: str) -> bool:
     plain = name not in ("", ".", "..") and not set(name) & set("/\\")
     return plain and name.isprintable() and len(name.encode()) <= 255
-
-
-def _shard(file: Path, keys: set[str], index: Path) -> dict[str, TensorEntry]:
-    """The tensors of one shard: just the `keys` that the index says lie there."""
-    held = read_header(file)
-    for key in sorted(keys - held.keys()):
-        raise UserError(f"{file}: lacks the tensor {short(key)}, which {index.name} says is there")
-    for key in sorted(held.keys() - keys):
-        raise UserError(f"{file}: holds the tensor {short(key)}, which {index.name} does not say is there")
-    return held
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:

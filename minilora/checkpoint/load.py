@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minilora.checkpoint.finite import refuse_not_finite
+from minilora.checkpoint.finite import cast_finite
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.config import ModelConfig
@@ -24,6 +24,12 @@ from minilora.linear import NF4Linear
 from minilora.model import Mistral
 from minilora.nf4 import NF4Tensor
 
+Progress = Callable[[int, int], None]  # told what is done, and of how much
+
+
+def unheard(_done: int, _of: int) -> None:
+    """The progress that nobody is told."""
+
 
 def load_model(
     path: str | Path,
@@ -32,7 +38,7 @@ def load_model(
     double_quant: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = unheard,
 ) -> Mistral:
     """Load a Mistral for inference: eval mode, no parameter requires a gradient (a training strategy turns them on).
 
@@ -44,7 +50,7 @@ def load_model(
     progress: called after each tensor with the tensors loaded and the tensors in all
 
     All headers are checked first (`open_checkpoint`). Raises UserError for what is wrong with the files, and for a
-    number that NF4 cannot hold, by tensor and index.
+    number that NF4 or `dtype` cannot hold, by tensor and index.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f'quantize is {quantize!r}, but must be "nf4" or None')
@@ -57,8 +63,7 @@ def load_model(
     storage = Storage(quantize is not None, double_quant, dtype, device)
     for done, spec in enumerate(specs, start=1):
         fill(model, checkpoint, spec, storage)
-        if progress:
-            progress(done, len(specs))
+        progress(done, len(specs))
     if checkpoint.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.base_fingerprint = checkpoint.fingerprint()
@@ -91,9 +96,8 @@ def fill(module: nn.Module, checkpoint: Checkpoint, spec: TensorSpec, storage: S
     if storage.nf4 and spec.is_projection and not checkpoint.nf4:
         set_layer(module, spec, NF4Linear(quantize_weight(weight, where, storage.double_quant)))
     else:
-        refuse_not_finite(weight, where, "the file is damaged, fetch it again")
-        weight = nn.Parameter(weight.to(storage.dtype), requires_grad=False)
-        module.get_submodule(spec.module).register_parameter("weight", weight)
+        parameter = nn.Parameter(cast_finite(weight, storage.dtype, where), requires_grad=False)
+        module.get_submodule(spec.module).register_parameter("weight", parameter)
 
 
 def set_layer(module: nn.Module, spec: TensorSpec, layer: nn.Module) -> None:

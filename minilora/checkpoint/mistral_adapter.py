@@ -11,7 +11,7 @@ Source: finetune/checkpointing.py and model/lora.py of github.com/mistralai/mist
 mistral-inference, which looks for all seven layers: one without an adapter is written as zeros.
 """
 
-import json
+import os
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from minilora.checkpoint.adapter_parts import Adapter, expected_shapes, read_exactly, refuse_other
 from minilora.checkpoint.config_files import config_to_params
 from minilora.checkpoint.finite import refuse_not_finite
-from minilora.checkpoint.json_file import read_json, short
+from minilora.checkpoint.json_file import read_json, short, write_json
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.provenance import PROVENANCE
 from minilora.checkpoint.safetensors_file import read_header, write_safetensors
@@ -33,9 +33,8 @@ WEIGHTS, PARAMS = "lora.safetensors", "params.json"
 
 def is_mistral(path: Path) -> bool:
     """Whether it is a file of tensors alone, or a folder with one and without PEFT's config."""
-    return path.suffix == ".safetensors" or (
-        (path / WEIGHTS).is_file() and not (path / "adapter_config.json").is_file()
-    )
+    has_weights, has_config = (os.path.isfile(path / name) for name in (WEIGHTS, "adapter_config.json"))
+    return path.suffix == ".safetensors" or (has_weights and not has_config)
 
 
 def read_config(path: Path, scaling: float | None) -> LoraConfig:
@@ -47,7 +46,7 @@ def read_config(path: Path, scaling: float | None) -> LoraConfig:
     """
     file = _weights(path)
     params = file.with_name(PARAMS)
-    lora = read_json(params).get("lora") or {} if params.is_file() else {}
+    lora = read_json(params).get("lora") or {} if os.path.isfile(params) else {}
     shapes = (entry.shape for key, entry in read_header(file).items() if key.endswith(".lora_A.weight"))
     rank = next((shape[0] for shape in shapes if shape), 0)
     if not isinstance(lora, dict) or lora.get("enable", True) is not True or lora.get("rank", rank) != rank:
@@ -55,8 +54,10 @@ def read_config(path: Path, scaling: float | None) -> LoraConfig:
     scale, dropout = lora.get("scaling") if scaling is None else scaling, lora.get("dropout", 0.0)
     if scale is None:
         raise UserError(f"{file}: no {PARAMS} beside it says its scale; give it with --adapter_scaling")
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (scale, dropout)):
-        raise UserError(f"{params}: scaling and dropout of lora are {short((scale, dropout))}, but must be numbers")
+    # A number may have thousands of digits, which cannot be printed; NaN is refused by the config.
+    if not all(isinstance(x, int | float) and type(x) is not bool and not abs(x) > 1e30 for x in (scale, dropout)):
+        found = short((scale, dropout))
+        raise UserError(f"{params}: scaling and dropout of lora are {found}, but must be numbers up to 1e30")
     try:
         return LoraConfig(rank, scale * max(rank, 1), dropout)
     except UserError as error:
@@ -89,22 +90,19 @@ def save_mistral_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Pat
         if used:
             raise UserError(f"mistral-finetune's layout has no word for {key}; keep PEFT's, or merge the adapter")
     tensors = dict[str, Tensor]()
-    for spec in _projections(sizes):
-        shapes = {"lora_A": (ranks[0], spec.shape[1]), "lora_B": (spec.shape[0], ranks[0])}
-        for part, shape in shapes.items():
-            tensor = adapter.tensors.get(f"{spec.module}.{part}", torch.zeros(shape)).bfloat16()
-            refuse_not_finite(tensor, f"{spec.module}.{part}", "bfloat16 cannot hold it")
-            tensors[f"{spec.module}.{part}"] = tensor
+    for name, shape in expected_shapes(LoraConfig(ranks[0]), sizes).items():  # of all seven layers
+        tensors[name] = adapter.tensors.get(name, torch.zeros(shape)).bfloat16()
+        refuse_not_finite(tensors[name], name, "bfloat16 cannot hold it; keep PEFT's layout")
     lora = {"enable": True, "rank": ranks[0], "dropout": config.dropout, "scaling": scales[0]}
     small = {PARAMS: config_to_params(sizes) | {"lora": lora}, PROVENANCE: adapter.provenance}
-    with atomic_folder(folder, overwrite=overwrite, manifest={}) as temp:
+    with atomic_folder(folder, overwrite=overwrite) as temp:
         for name, values in small.items():
             if values:
-                (temp / name).write_text(json.dumps(values, indent=2) + "\n")
+                write_json(temp / name, values)
         keys, specs = _keys(sizes), {f"{spec.module}.lora_B": spec for spec in _projections(sizes)}
         lines = [(keys[name], torch.bfloat16, tuple(tensor.shape)) for name, tensor in tensors.items()]
         rows = (specs[name].to_layout(t, "mistral") if name in specs else t for name, t in tensors.items())
-        write_safetensors(temp / WEIGHTS, rows, lines, {"format": "pt"})
+        write_safetensors(temp / WEIGHTS, rows, lines)
         refuse_other(read_tensors(temp, read_config(temp, None), sizes), tensors, folder)
 
 

@@ -84,11 +84,6 @@ def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
             yield TensorSpec(ours, theirs, _shape(letters, config))
 
 
-def n_tensors(config: ModelConfig) -> int:
-    """How many `tensor_specs` yields, without going through them."""
-    return len(_FIRST) + len(_BLOCK) * config.n_layers + len(_LAST) - config.tied_embeddings
-
-
 def _shape(letters: str, config: ModelConfig) -> tuple[int, ...]:
     sizes = {
         "V": config.vocab_size,

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.backend import dtype_name
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import parse_object, short
-from minilora.checkpoint.safetensors_file import DTYPES, FLOATS, Line, TensorEntry
+from minilora.checkpoint.safetensors_file import FLOATS, Line, TensorEntry
 from minilora.errors import UserError
 from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
 
@@ -84,15 +85,15 @@ def open_nf4(key: str, shape: tuple[int, ...], held: Mapping[str, TensorEntry]) 
     JSON of NF4 in blocks that we know.
     """
     parts = {part: held[f"{key}.{part}"] for part in PARTS if f"{key}.{part}" in held}
-    packed, nested = held[key], bool(_NESTED & parts.keys()) or _dtype_of(parts.get("absmax")) == torch.uint8
+    packed, nested = held[key], bool(_NESTED & parts.keys()) or ("absmax" in parts and parts["absmax"].dtype == "U8")
     for part in PARTS:
         if part not in parts and (nested or part not in _NESTED):
             raise UserError(f"{packed.file}: lacks {key}.{part}, without which {key} cannot be dequantized")
     state = _read_state(parts[STATE], shape, nested)
     n, block_size = prod(shape), state["blocksize"]
     for part, (dtype, expected) in _part_lines(n, block_size, nested).items():
-        if _dtype_of(entry := parts[part]) != dtype or entry.shape != expected:
-            found, wanted = f"{entry.dtype} {short(entry.shape)}", f"{str(dtype).removeprefix('torch.')} {expected}"
+        if (entry := parts[part]).kind != (dtype, expected):
+            found, wanted = f"{entry.dtype} {short(entry.shape)}", f"{dtype_name(dtype)} {expected}"
             raise UserError(f"{_where(entry)} is {found}; a weight of shape {shape} wants {wanted}")
     if packed.nbytes != (n + 1) // 2:  # of whatever type
         found = f"{packed.nbytes:,} bytes of {packed.dtype}"
@@ -113,7 +114,7 @@ def nf4_tensors(weight: NF4Tensor) -> list[Tensor]:
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": weight.block_size,
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": dtype_name(weight.dtype),
         "shape": list(weight.shape),
     }
     tensors = [weight.packed[:, None], weight.absmax, levels()]
@@ -146,11 +147,10 @@ def _read_state(entry: TensorEntry, shape: tuple[int, ...], nested: bool) -> dic
         state = parse_object(bytes(entry.read_bytes(0, entry.nbytes).numpy()))
     except ValueError as error:
         raise UserError(f"{_where(entry)} is not a readable JSON object: {error}") from None
-    floats = [str(dtype).removeprefix("torch.") for dtype in FLOATS.values()]
     allowed: dict[str, list[Any]] = {
         "quant_type": ["nf4"],
         "blocksize": [2**i for i in range(5, 13)],
-        "dtype": floats,
+        "dtype": [*map(dtype_name, FLOATS.values())],
         "shape": [list(shape)],
     }
     if nested:
@@ -164,10 +164,6 @@ def _read_state(entry: TensorEntry, shape: tuple[int, ...], nested: bool) -> dic
             wanted = " or ".join(map(str, allowed.get(key, ["absent"])))
             raise UserError(f"{_where(entry)}: {key} is {short(state.get(key))}; it must be {wanted}")
     return state
-
-
-def _dtype_of(entry: TensorEntry | None) -> torch.dtype | None:
-    return DTYPES.get(entry.dtype) if entry else None
 
 
 def _where(entry: TensorEntry) -> str:

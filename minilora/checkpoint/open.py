@@ -6,6 +6,7 @@ frequencies that old converters stored.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.checkpoint.config_files import read_config, says_nf4
-from minilora.checkpoint.json_file import short
+from minilora.checkpoint.config_files import read_config
+from minilora.checkpoint.json_file import read_json, short
 from minilora.checkpoint.layout import CONFIG_NAMES, Layout, find_layout, read_entries
-from minilora.checkpoint.names import TensorSpec, n_tensors, tensor_specs
+from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.nf4_file import PARTS, NF4Entry, is_packed, open_nf4
 from minilora.checkpoint.safetensors_file import FLOATS, TensorEntry
 from minilora.config import ModelConfig
 from minilora.errors import UserError
-from minilora.hub import local_folder
+from minilora.hub import hub_name, local_folder
 
 TIED_HEAD = TensorSpec("lm_head", "output", ())  # not needed, but may be stored beside the embedding that it equals
 
@@ -30,6 +31,7 @@ TIED_HEAD = TensorSpec("lm_head", "output", ())  # not needed, but may be stored
 class Checkpoint:
     """What a folder holds: its sizes, and where each tensor lies. Iterate `tensors()`, `read` one at a time."""
 
+    name: str  # for people: the folder's, "demo", or ORG/NAME@COMMIT
     folder: Path
     layout: Layout
     config: ModelConfig
@@ -105,14 +107,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = local_folder(path)
     layout, config = find_layout(folder), read_config(folder)
     held = read_entries(folder, layout)
-    if n_tensors(config) > len(held) + 1000:  # a made-up number of layers must not make us list billions of names
-        counts = f"the files hold {len(held):,} tensors, {CONFIG_NAMES[layout]} expects {n_tensors(config):,}"
+    if config.n_layers > len(held):  # a made-up number of layers must not make us list billions of names
+        counts = f"the files hold {len(held):,} tensors, but {CONFIG_NAMES[layout]} says {config.n_layers:,} layers"
         raise UserError(f"{folder}: {counts}")
     specs = {spec.key(layout): spec for spec in tensor_specs(config)}
     if config.tied_embeddings and (head := TIED_HEAD.key(layout)) in held:
         specs[head] = replace(TIED_HEAD, shape=(config.vocab_size, config.dim))
     _refuse(folder, "missing tensor", [key for key in specs if key not in held])
-    may_pack = layout == "hf" and says_nf4(folder)
+    may_pack = layout == "hf" and read_json(folder / CONFIG_NAMES[layout]).get("quantization_config") is not None
     if layout == "hf" and not may_pack and (key := next((k for k in specs if is_packed(k, held)), None)):
         raise UserError(
             f"{folder}: {key} is in NF4, but config.json lacks quantization_config; fetch config.json again"
@@ -126,7 +128,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if may_pack and not packed:
         raise UserError(f"{folder}: no tensor is in NF4, though config.json has a quantization_config; delete that key")
     nf4 = {specs[key].name: open_nf4(key, specs[key].shape, held) for key in specs if key in packed}
-    return Checkpoint(folder, layout, config, {spec.name: held[key] for key, spec in specs.items()}, nf4)
+    name = "demo" if path == "demo" else os.path.basename(os.path.realpath(folder))  # of the hub's, the commit
+    name = f"{hub[0]}@{name}" if (hub := hub_name(path)) else name
+    return Checkpoint(name, folder, layout, config, {spec.name: held[key] for key, spec in specs.items()}, nf4)
 
 
 def _fault(spec: TensorSpec, entry: TensorEntry) -> str | None:

@@ -1,4 +1,4 @@
-"""minilora.json beside an adapter: where it comes from, checked when it is loaded.
+"""minilora.json beside an adapter or a model: where it comes from; of an adapter checked when it is loaded.
 
     base_fingerprint  base_path  quantization {"type": "nf4" or "none", "double_quant", "block_size", "compute_dtype"}
     tokenizer {"sha256", "template"}  tokenizer_path  validation_path
@@ -8,13 +8,16 @@ Another base, tokenizer or template, or a file that was altered, is refused, or 
 stored otherwise is said: such an adapter works, if not as well. Other programs' adapters have no such file and pass.
 """
 
+import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minilora.checkpoint.json_file import read_json, short
+from minilora.backend import dtype_name
+from minilora.checkpoint.json_file import read_json, short, write_json
 from minilora.checkpoint.write import MANIFEST, verify_manifest
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
@@ -28,9 +31,9 @@ _REMEDIES = {"sha256": "name the right one with --model.tokenizer", "template": 
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
-    """What minilora.json tells of where an adapter comes from; empty if another program wrote the adapter."""
+    """What minilora.json tells of where it comes from that lies there; empty if another program wrote it."""
     file = Path(folder) / PROVENANCE
-    if not file.is_file():
+    if not os.path.isfile(file):
         return {}
     provenance = read_json(file)
     if (written := provenance.get("format_version")) not in (1, PROVENANCE_VERSION):
@@ -42,10 +45,20 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     for key, kind in {**texts, "tokenizer": dict, "quantization": dict}.items():
         if not isinstance(provenance.get(key), kind | None):
             raise UserError(f"{file}: {key} is {short(provenance[key])}, but must be a {kind.__name__}")
-    recipe = provenance.get("quantization") or {}
-    if recipe.get("type", "none") not in ("nf4", "none") or not isinstance(recipe.get("double_quant"), bool | None):
-        raise UserError(f"{file}: quantization is {short(recipe)}; its type must be nf4 or none")
+    stored = provenance.get("quantization") or {}
+    if stored.get("type", "none") not in ("nf4", "none") or not isinstance(stored.get("double_quant"), bool | None):
+        raise UserError(f"{file}: quantization is {short(stored)}; its type must be nf4 or none")
     return provenance
+
+
+def write_provenance(folder: Path, told: Mapping[str, Any]) -> None:
+    """Put minilora.json into a folder that is being written."""
+    write_json(folder / PROVENANCE, {**told, "format_version": PROVENANCE_VERSION})
+
+
+def template_of(provenance: Mapping[str, Any]) -> Any:
+    """The name of the template that was trained with (`Tokenizer.template`), None where that is not told."""
+    return (provenance.get("tokenizer") or {}).get("template")
 
 
 def versions() -> dict[str, Any]:
@@ -53,18 +66,18 @@ def versions() -> dict[str, Any]:
     return {"minilora": version("minilora"), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
-def recipe(double_quant: bool | None, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> dict[str, Any]:
+def quantization(double_quant: bool | None, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> dict[str, Any]:
     """How a base is stored and computed, as minilora.json has it. double_quant: None where it is not in NF4."""
     nf4 = {} if double_quant is None else {"double_quant": double_quant, "block_size": block_size}
-    return {"type": "nf4" if nf4 else "none", **nf4, "compute_dtype": str(dtype).removeprefix("torch.")}
+    return {"type": "nf4" if nf4 else "none", **nf4, "compute_dtype": dtype_name(dtype)}
 
 
-def recipe_of(model: Mistral) -> dict[str, Any]:
-    """The recipe of a model that is loaded."""
+def quantization_of(model: Mistral) -> dict[str, Any]:
+    """That of a model that is loaded."""
     for module in model.modules():
         if isinstance(module, NF4Linear):
-            return recipe(module.nested_absmax is not None, model.dtype, module.block_size)
-    return recipe(None, model.dtype)
+            return quantization(module.nested_absmax is not None, model.dtype, module.block_size)
+    return quantization(None, model.dtype)
 
 
 def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], force: bool) -> list[str]:
@@ -75,7 +88,7 @@ def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], fo
     Raises UserError for another base, tokenizer or template and for altered files, unless `force` is given.
     """
     wrong = list[str]()
-    if (folder / MANIFEST).is_file():
+    if os.path.isfile(folder / MANIFEST):
         try:
             verify_manifest(folder)
         except UserError as error:

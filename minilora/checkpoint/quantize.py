@@ -6,7 +6,8 @@ Each of the three goes on in a thread of its own, so the slowest alone sets the 
 all that memory holds.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
@@ -16,14 +17,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from minilora.checkpoint.config_files import config_to_hf, quantization_to_hf
-from minilora.checkpoint.finite import refuse_not_finite
-from minilora.checkpoint.load import quantize_weight
+from minilora.checkpoint.finite import cast_finite
+from minilora.checkpoint.load import Progress, quantize_weight, unheard
 from minilora.checkpoint.names import TensorSpec
-from minilora.checkpoint.nf4_file import nf4_lines, nf4_tensors
+from minilora.checkpoint.nf4_file import nf4_tensors
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.safetensors_file import DTYPES
-from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
+from minilora.checkpoint.save import MAX_SHARD_BYTES, Finish, plan_hf, write_plan
 from minilora.checkpoint.write import check_target
 from minilora.config import TOKENIZER_FILES
 from minilora.errors import UserError
@@ -39,8 +39,8 @@ def quantize_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    finish: Callable[[Path], None] | None = None,
+    progress: Progress = unheard,
+    finish: Finish | None = None,
 ) -> None:
     """Write the checkpoint `source`, of either layout or "demo", to the folder `out` with its blocks' matrices in NF4.
 
@@ -60,9 +60,7 @@ def quantize_checkpoint(
     checkpoint.check_tied_head()
     specs = list(checkpoint.tensors())
     dtypes = {spec.name: dtype or DTYPES[checkpoint.entries[spec.name].dtype] for spec in specs}
-    main = str(dtypes["embed_tokens.weight"]).removeprefix("torch.")
-    config = config_to_hf(checkpoint.config, main) | {"quantization_config": quantization_to_hf(double_quant, main)}
-    plan = plan_hf(config, [_planned(spec, dtypes[spec.name], double_quant) for spec in specs], max_shard_bytes)
+    plan = plan_hf(checkpoint.config, dtypes, max_shard_bytes, double_quant)
     tokenizers = tokenizer_files(checkpoint.folder)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as quantizer:
         read = _ahead(reader, ((spec, checkpoint.read(spec)) for spec in specs))
@@ -74,41 +72,31 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """The files of all tokenizers in `folder`. Raises UserError for a broken link and what else is no file."""
     found = sorted(f for f in folder.iterdir() if any(map(f.match, TOKENIZER_FILES)))
     for file in found:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UserError(f"{file}: a broken link or no file; put the tokenizer's own file there, or remove it")
     return found
-
-
-def _planned(spec: TensorSpec, dtype: torch.dtype, double_quant: bool) -> PlannedWeight:
-    key = spec.key("hf")
-    return spec.name, nf4_lines(key, spec.shape, double_quant) if spec.is_projection else [(key, dtype, spec.shape)]
 
 
 def _stored(source: Checkpoint, spec: TensorSpec, weight: Tensor, dtype: torch.dtype, nested: bool) -> list[Tensor]:
     """What the weight becomes in the file. Raises UserError for numbers that `dtype` cannot hold."""
     name = f"{source.entries[spec.name].file}: {spec.name}"
-    remedy = f"if it is too large for {dtype}, choose another dtype, else fetch the file again"
     if not spec.is_projection:
-        refuse_not_finite(cast := weight.to(dtype), name, remedy)
-        return [cast]
+        return [cast_finite(weight, dtype, name)]
     nf4 = quantize_weight(weight, name, nested)
     # Each block's largest number is dequantized to its absmax.
-    refuse_not_finite(nf4.block_absmax().to(dtype), f"{name}: absmax of its blocks", remedy)
+    cast_finite(nf4.block_absmax(), dtype, f"{name}: absmax of its blocks")
     return nf4_tensors(replace(nf4, dtype=dtype))
 
 
 def _told(
-    checkpoint: Checkpoint,
-    stored: Iterator[tuple[TensorSpec, list[Tensor]]],
-    progress: Callable[[int, int], None] | None,
+    checkpoint: Checkpoint, stored: Iterator[tuple[TensorSpec, list[Tensor]]], progress: Progress
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """`stored` by name; after each weight progress is told, and at the end the source must be as it was."""
     done = 0
     for spec, tensors in stored:
         yield spec.name, tensors
         done += prod(spec.shape)
-        if progress:
-            progress(done, checkpoint.config.n_parameters)
+        progress(done, checkpoint.config.n_parameters)
     checkpoint.check_unchanged()
 
 

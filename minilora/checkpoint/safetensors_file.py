@@ -11,8 +11,9 @@ known beforehand, so one tensor at a time needs memory.
 
 import json
 import mmap
+import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -87,7 +88,7 @@ class TensorEntry:
 
     def check_unchanged(self) -> None:
         """Raise UserError if the file is not the one whose header was read."""
-        if not self.file.exists() or _stamp(self.file) != self.stamp:
+        if not os.path.exists(self.file) or _stamp(self.file) != self.stamp:
             raise UserError(f"{self.file}: changed while it was read; run this again once nothing writes to it")
 
 
@@ -111,7 +112,7 @@ def _empty(n_bytes: int) -> Tensor:
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """All tensors of `file` by key. Raises UserError "corrupt safetensors: FILE: reason" if the header is not sound."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{file}: no such file; the checkpoint is not complete")
     try:
         stamp = _stamp(file)
@@ -192,14 +193,12 @@ def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
 
 
-def write_safetensors(
-    file: Path, tensors: Iterable[Tensor], lines: Sequence[Line], metadata: Mapping[str, str]
-) -> None:
+def write_safetensors(file: Path, tensors: Iterable[Tensor], lines: Sequence[Line]) -> None:
     """Write `tensors`, one at a time, under the keys of `lines` and in their order.
 
     lines: a tensor that differs from its line raises ValueError, as does one too many or too few
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers reads no file
     end = 0
     for key, dtype, shape in lines:
         begin, end = end, end + prod(shape) * dtype.itemsize

@@ -4,8 +4,7 @@ The weights are an iterator of (name, tensor) in the order of `names.tensor_spec
 makes them on the way writes a model that is nowhere in memory.
 """
 
-import json
-import shutil
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.backend import dtype_name
 from minilora.checkpoint.config_files import config_to_hf, config_to_params
-from minilora.checkpoint.finite import refuse_not_finite
+from minilora.checkpoint.files import copy_file
+from minilora.checkpoint.finite import cast_finite
+from minilora.checkpoint.json_file import write_json
 from minilora.checkpoint.layout import CONFIG_NAMES, WEIGHTS_NAMES, Layout
 from minilora.checkpoint.merge import plain_weight, refuse_prefix
 from minilora.checkpoint.names import tensor_specs
+from minilora.checkpoint.nf4_file import nf4_lines
 from minilora.checkpoint.safetensors_file import Line, write_safetensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import ModelConfig
@@ -30,6 +33,7 @@ from minilora.model import Mistral
 
 Weights = Iterable[tuple[str, Tensor]]
 PlannedWeight = tuple[str, list[Line]]  # our name of a weight, and the lines that it takes in a file
+Finish = Callable[[Path], None]  # writes more into a folder, or looks at what was written, before it has its name
 SPARE_BYTES = 50_000_000  # for headers, the small files and a tokenizer
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -51,6 +55,7 @@ def save_hf(
     weights: Weights | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
+    finish: Finish | None = None,
     layout: Layout = "hf",
 ) -> None:
     """Write `model` as transformers reads it: config.json and model.safetensors, or shards and their index.
@@ -60,13 +65,16 @@ def save_hf(
     weights: (name, tensor) of every tensor in the order of `tensor_specs`; None is `model_weights(model)`
     tokenizer: a file to copy beside the weights
     overwrite: replace what stands in `folder`
+    finish: as in `write_plan`
     layout: "mistral" is `save_mistral`
 
     Raises UserError if the model has adapters, a weight is not finite in `dtype`, or the folder cannot be written; the
     folder is then as it was.
     """
-    options = {"beside": [tokenizer] if tokenizer else [], "overwrite": overwrite}
-    write_layout(layout, model.config, dtype, weights or model_weights(model), folder, options, max_shard_bytes)
+    write_layout(
+        layout, model.config, dtype, weights or model_weights(model), folder, max_shard_bytes=max_shard_bytes,
+        beside=[tokenizer] if tokenizer else [], overwrite=overwrite, finish=finish,
+    )  # fmt: skip
 
 
 # As mistral-inference reads it: params.json and consolidated.safetensors, one file whatever its size.
@@ -92,38 +100,45 @@ def write_layout(
     dtype: torch.dtype | Mapping[str, torch.dtype],
     weights: Weights,
     folder: str | Path,
-    options: Mapping[str, Any],
+    *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    beside: Sequence[str | Path] = (),
+    overwrite: bool = False,
+    finish: Finish | None = None,
 ) -> None:
     """Write plain weights in either layout; Mistral's has one file of them.
 
     dtype: of the files, one or each tensor's own by its name
-    options: of `write_plan`
+    max_shard_bytes: as in `plan_hf`; beside, overwrite, finish: as in `write_plan`
     """
     specs = list(tensor_specs(config))
     dtypes = dtype if isinstance(dtype, Mapping) else {spec.name: dtype for spec in specs}
-    planned = [(spec.name, [(spec.key(layout), dtypes[spec.name], spec.shape)]) for spec in specs]
     if layout == "hf":
-        main = str(dtypes["embed_tokens.weight"]).removeprefix("torch.")
-        plan = plan_hf(config_to_hf(config, main), planned, max_shard_bytes)
+        plan = plan_hf(config, dtypes, max_shard_bytes)
     else:
-        plan = Plan({CONFIG_NAMES[layout]: config_to_params(config)}, {WEIGHTS_NAMES[layout]: planned})
+        small, planned = {CONFIG_NAMES[layout]: config_to_params(config)}, _planned(config, dtypes, layout)
+        plan = Plan(small, {WEIGHTS_NAMES[layout]: planned})
 
     def prepared() -> Iterator[tuple[str, list[Tensor]]]:
         for spec, (name, weight) in zip(specs, weights, strict=True):
-            cast = weight.detach().to(dtypes[name])
-            refuse_not_finite(cast, name, f"save it in another dtype than {cast.dtype}")
-            yield name, [spec.to_layout(cast, layout)]
+            yield name, [spec.to_layout(cast_finite(weight.detach(), dtypes[name], name), layout)]
 
-    write_plan(plan, folder, prepared(), **options)
+    write_plan(plan, folder, prepared(), beside, overwrite, finish)
 
 
-def plan_hf(config: dict[str, Any], weights: Sequence[PlannedWeight], max_shard_bytes: int) -> Plan:
-    """The files of Hugging Face's layout: `config` as config.json, `weights` in one file or in shards and their index.
+def plan_hf(
+    config: ModelConfig,
+    dtypes: Mapping[str, torch.dtype],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    double_quant: bool | None = None,
+) -> Plan:
+    """The files of Hugging Face's layout: config.json, and the weights in one file, or in shards and their index.
 
-    A shard has at most `max_shard_bytes`, but one weight at least.
+    dtypes: of the plain weights, by our names
+    max_shard_bytes: of a shard at most, but it has one weight at least
+    double_quant: store the blocks' matrices in NF4, their absmax in 8 bits or not; None stores all weights plain
     """
-    shards: list[list[PlannedWeight]] = [[]]
+    weights, shards = _planned(config, dtypes, "hf", double_quant), list[list[PlannedWeight]]([[]])
     for weight in weights:
         if shards[-1] and _n_bytes([*shards[-1], weight]) > max_shard_bytes:
             shards.append([])
@@ -132,7 +147,7 @@ def plan_hf(config: dict[str, Any], weights: Sequence[PlannedWeight], max_shard_
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = dict(zip(names if len(shards) > 1 else [single], shards, strict=True))
     small: dict[str, Any] = {
-        CONFIG_NAMES["hf"]: config,
+        CONFIG_NAMES["hf"]: config_to_hf(config, dtype_name(dtypes["embed_tokens.weight"]), double_quant),
         "generation_config.json": {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2},
     }
     if len(shards) > 1:
@@ -141,37 +156,47 @@ def plan_hf(config: dict[str, Any], weights: Sequence[PlannedWeight], max_shard_
     return Plan(small, files)
 
 
+def _planned(
+    config: ModelConfig, dtypes: Mapping[str, torch.dtype], layout: Layout, double_quant: bool | None = None
+) -> list[PlannedWeight]:
+    return [
+        (spec.name, nf4_lines(spec.key(layout), spec.shape, double_quant))
+        if spec.is_projection and double_quant is not None
+        else (spec.name, [(spec.key(layout), dtypes[spec.name], spec.shape)])
+        for spec in tensor_specs(config)
+    ]
+
+
 def write_plan(
     plan: Plan,
     folder: str | Path,
     parts: Iterable[tuple[str, list[Tensor]]],
     beside: Sequence[str | Path] = (),
     overwrite: bool = False,
-    finish: Callable[[Path], None] | None = None,
+    finish: Finish | None = None,
 ) -> None:
     """Write what is planned into `folder`, at once and crash-safe, with a manifest.
 
     parts: each weight's name and the tensors of its lines, in the plan's order; ValueError if they differ from it
     beside: files to copy
-    finish: writes more into the folder, or looks at what was written, before it has its name; where it raises, nothing
-        is left
+    finish: called last of all; where it raises, nothing is left
 
     Raises UserError if a file to copy is missing, the space is short, or the folder stands or cannot be written.
     """
     for file in beside:
-        if not Path(file).is_file():
-            what = "no regular file" if Path(file).exists() else "no such file"
+        if not os.path.isfile(file):
+            what = "no regular file" if os.path.exists(file) else "no such file"
             raise UserError(f"{file}: {what}; the tokenizer is copied beside the weights")
     n_bytes = sum(map(_n_bytes, plan.files.values())) + sum(Path(file).stat().st_size for file in beside)
-    with atomic_folder(folder, overwrite=overwrite, manifest={}, needed_bytes=n_bytes + SPARE_BYTES) as temp:
+    with atomic_folder(folder, overwrite=overwrite, needed_bytes=n_bytes + SPARE_BYTES) as temp:
         for name, values in plan.small.items():
-            (temp / name).write_text(json.dumps(values, indent=2) + "\n")
+            write_json(temp / name, values)
         for file in beside:
-            shutil.copyfile(file, temp / Path(file).name)
+            copy_file(file, temp / Path(file).name)
         stream = iter(parts)
         for name, weights in plan.files.items():
             lines = [line for _, lines in weights for line in lines]
-            write_safetensors(temp / name, _in_order(weights, stream), lines, {"format": "pt"})
+            write_safetensors(temp / name, _in_order(weights, stream), lines)
         if next(stream, None) is not None:
             raise ValueError("there are more weights than the model has tensors")
         if finish:

@@ -9,17 +9,16 @@ limit or a folder that cannot be written to becomes a UserError with the remedy.
 """
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minilora.checkpoint.json_file import read_json, short
+from minilora.checkpoint.files import sha256_of
+from minilora.checkpoint.json_file import read_json, short, to_json, write_json
 from minilora.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -39,10 +38,11 @@ _REMEDIES = {
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write one file, replacing what was there. Raises UserError if it cannot be written."""
     path = Path(os.path.abspath(path))
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is a folder, a pipe or a device; name a file")
-    temp = _beside(path, "tmp")
     with _explained(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: is a folder, a pipe or a device; name a file")
+        sweep_stale(path.parent, path.name)
+        temp = _beside(path, "tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temp.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -54,38 +54,46 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         _fsync(path.parent)
 
 
+def atomic_json(path: str | Path, document: dict[str, Any]) -> None:
+    """Write one file of JSON as `atomic_write` does."""
+    atomic_write(path, to_json(document, indent=1) + "\n")
+
+
+def atomic_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one file of JSON, a line a row, as `atomic_write` does."""
+    atomic_write(path, "".join(to_json(row) + "\n" for row in rows))
+
+
 @contextmanager
-def atomic_folder(
-    path: str | Path, *, overwrite: bool = False, manifest: Mapping[str, Any] | None = None, needed_bytes: int = 0
-) -> Iterator[Path]:
-    """Yield an empty folder to write into, which becomes `path` when the block ends without an error. What killed
-    processes left of an earlier one is swept first.
+def atomic_folder(path: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty folder to write into, which becomes `path` when the block ends without an error, with a
+    manifest.json that has each file's sha256 and size (`verify_manifest`). What killed processes left of an earlier one
+    is swept first.
 
     overwrite: replace what is at `path`; without it, anything but an empty folder there is refused
-    manifest: also write manifest.json with each file's sha256 and size and these keys, see `verify_manifest`
     needed_bytes: checked against the free space beforehand
 
-    Raises UserError if the target stands, the space is short, or writing fails, in the block as well.
+    Raises UserError if the target stands, the space is short, or writing fails, in the block as well. One that the
+    block raises speaks of `path`, not of the folder that is gone by then.
     """
     path = Path(os.path.abspath(path))
     with _explained(path):
         sweep_stale(path.parent, path.name)
-    _refuse_standing(path, overwrite)
-    check_space(path.parent, needed_bytes)
-    temp = _beside(path, "tmp")
-    with _explained(path):
+        _refuse_standing(path, overwrite)
+        check_space(path.parent, needed_bytes)
+        temp = _beside(path, "tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temp, ignore_errors=True)  # of a dead process that had our number
             temp.mkdir()
             yield temp
-            if manifest is not None:
-                _write_manifest(temp, manifest)
+            _write_manifest(temp)
             for file in [*temp.rglob("*"), temp]:
                 _fsync(file)
             _swap(temp, path, overwrite)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temp, ignore_errors=True)
+            if isinstance(error, UserError) and temp.name in str(error):
+                raise UserError(str(error).replace(temp.name, path.name)) from None
             raise
 
 
@@ -101,10 +109,11 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
     for source in map(Path, map(os.path.realpath, sources)):
         if target == source or target in source.parents:
             raise UserError(f"{path}: holds {source}, which it would be made from; choose another folder")
-    _refuse_standing(Path(path), overwrite)
-    if not target.exists():
+    with _explained(Path(path)):
+        _refuse_standing(Path(path), overwrite)
+    if not os.path.exists(target):
         return
-    if (target / MANIFEST).is_file():
+    if os.path.isfile(target / MANIFEST):
         verify_manifest(target)
     if others := not_ours(target):
         raise UserError(f"{path}: holds {others[0]}, which minilora did not write; choose another folder")
@@ -112,13 +121,14 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
 
 def not_ours(folder: Path) -> list[str]:
     """The files in `folder` that its manifest does not list, all where it has none, by their names in it."""
-    listed = {MANIFEST, *read_json(folder / MANIFEST).get("files", ())} if (folder / MANIFEST).is_file() else set()
+    files = read_json(folder / MANIFEST).get("files") if os.path.isfile(folder / MANIFEST) else None
+    listed = {MANIFEST, *files} if isinstance(files, dict) else set[str]()
     return sorted({str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()} - listed)
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Raise UserError if fewer than `needed_bytes` are free where `folder` is or will be."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     if (free := shutil.disk_usage(there).free) < needed_bytes:
         need, have = needed_bytes / 1e9, free / 1e9
         raise UserError(
@@ -126,28 +136,25 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def sweep_stale(folder: str | Path, name: str | None = None) -> list[Path]:
-    """Put right what killed processes left in `folder`; returns the leftovers that were found.
+def sweep_stale(folder: str | Path, name: str | None = None) -> None:
+    """Put right what killed processes left in `folder`.
 
     name: of the one target to look at, where the folder is not ours alone
 
     A .NAME.minilora-tmp-PID is deleted. A .NAME.minilora-old-PID was set aside for a new NAME: it goes back if NAME
-    never came. Leftovers of processes that are alive on this machine stay.
+    never came. Leftovers of other processes that are alive on this machine stay.
     """
-    found = []
-    for leftover in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
+    for leftover in sorted(Path(folder).iterdir()) if os.path.isdir(folder) else []:
         match = _LEFTOVER.fullmatch(leftover.name)
-        if not match or (name is not None and match["name"] != name) or _alive(int(match["pid"])):
+        if not match or (name is not None and match["name"] != name) or _another_lives(int(match["pid"])):
             continue
-        found.append(leftover)
         target = leftover.with_name(match["name"])
-        if match["kind"] == "old" and not target.exists():
+        if match["kind"] == "old" and not os.path.exists(target):
             leftover.rename(target)
         elif leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
-    return found
 
 
 def verify_manifest(folder: str | Path) -> dict[str, Any]:
@@ -173,16 +180,14 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _write_manifest(folder: Path, extra: Mapping[str, Any]) -> None:
+def _write_manifest(folder: Path) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     listed = {file.relative_to(folder).as_posix(): _facts(file) for file in files}
-    manifest = {**extra, "format_version": MANIFEST_VERSION, "files": listed}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(folder / MANIFEST, {"format_version": MANIFEST_VERSION, "files": listed})
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"sha256": hashlib.file_digest(opened, "sha256").hexdigest(), "bytes": file.stat().st_size}
+    return {"sha256": sha256_of(file), "bytes": file.stat().st_size}
 
 
 def _swap(temp: Path, path: Path, overwrite: bool) -> None:
@@ -190,7 +195,6 @@ def _swap(temp: Path, path: Path, overwrite: bool) -> None:
     old = _beside(path, "old")
     replaces = overwrite and path.is_dir() and not path.is_symlink() and not _is_empty_folder(path)
     if replaces:
-        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     try:
         temp.rename(path)  # fails unless nothing or an empty folder is there
@@ -232,23 +236,25 @@ def _beside(path: Path, kind: str) -> Path:
 
 def _refuse_standing(path: Path, overwrite: bool) -> None:
     """Raise UserError if a new folder must not take the place of what is at `path`."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
+    stands = os.path.exists(path)
+    if os.path.islink(path) or (stands and not os.path.isdir(path)):
         raise UserError(f"{path}: is a link or a file; choose another name for the folder")
-    if not overwrite and path.exists() and not _is_empty_folder(path):
+    if not overwrite and stands and not _is_empty_folder(path):
         raise UserError(f"{path}: exists already; choose another name, or add --overwrite")
-    if path.exists() and Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
+    if stands and Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
         raise UserError(f"{path}: the current folder lies in it, and it would be replaced; choose another name")
 
 
 def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+    return os.path.isdir(path) and not os.listdir(path)
 
 
-def _alive(pid: int) -> bool:
+def _another_lives(pid: int) -> bool:
+    """Whether another process has that number. In a container ours is the same each time."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    return pid != os.getpid()

@@ -32,11 +32,13 @@ LEARNT = ("train", "replay_from")
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: what it is one of, such as "duplicate"; text: "file:line: what, and what to do"."""
+    """kind: what it is one of, such as "duplicate"; text: "file:line: what, and what to do"; part: what of FILE_KEYS it
+    stands in."""
 
     kind: str
     text: str
     fault: bool = True
+    part: str = ""
 
     @property
     def where(self) -> str:
@@ -82,7 +84,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: b
 
     mend: of damaged conversations keep what can be kept (see `parse_row`)
 
-    Raises UserError for a file that cannot be read.
+    Raises UserError for a file that cannot be read, and for a weight that would be ignored.
     """
     data, sizes = Data(tokenizer), list[int]()
     if mismatch := tokenizer.mismatch(vocab_size):
@@ -94,11 +96,15 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: b
         data.findings.append(Finding("vocabulary", padded, False))
     parts = [part for part in FILE_KEYS if part != "replay_from" or config.replay]
     named = [(part, source) for part in parts for source in sources(getattr(config, part))]
+    if stray := next((pair for pair in named if pair[0] != "train" and pair[1].weight is not None), None):
+        part, source = stray
+        of_training = "but only the sources of data.train have one; leave it out"
+        raise UserError(f"data.{part}: {source.path} has the weight {source.weight:g}, {of_training}")
     for part, source in named:
         before = len(data.samples[part])
         records, bad = read_source(source.path, mend)
         allowed = max(BAD_LINES_ALLOWED, (len(records) + len(bad)) // 100) if config.bad_lines == "skip" else 0
-        data.findings += [Finding("bad line", text, len(bad) > allowed) for text in bad]
+        data.findings += [Finding("bad line", text, len(bad) > allowed, part) for text in bad]
         for record in records:
             if of := side(record, config) if part == "train" else part:
                 _add(data, of, record, tokenizer, config)
@@ -115,23 +121,27 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: b
 
 
 def _add(data: Data, part: str, record: Record, tokenizer: Tokenizer, config: DataConfig) -> None:
-    where = record.where
-    data.findings += [Finding("template", f"{where}: {text}") for text in _written_template(record, tokenizer)]
+    def note(kind: str, text: str, fault: bool = True) -> None:
+        data.findings.append(Finding(kind, f"{record.where}: {text}", fault, part))
+
+    for text in _written_template(record, tokenizer):
+        note("template", text)
     try:
-        samples = encode_record(record, tokenizer, config.max_seq_len, config.too_long)
+        samples, n_left_out = encode_record(record, tokenizer, config.max_seq_len, config.too_long)
     except UserError as error:
-        data.findings.append(Finding("not encoded", str(error)))
+        data.findings.append(Finding("not encoded", str(error), part=part))
         return
+    for text in (text for sample in samples for text in _sample_faults(sample, tokenizer)):
+        note("tokens", text)
+    lost = {"messages": max((sample.dropped for sample in samples), default=0), "answers": n_left_out}
+    if not samples:
+        note("too long", f"left out, it takes more than data.max_seq_len, {config.max_seq_len} positions", False)
+        return
+    if any(lost.values()):
+        parts = " and ".join(f"{n} {what}" for what, n in lost.items() if n)
+        note("shortened", f"too long, {parts} are left out", False)
     data.records[part].append(record)
     data.samples[part] += samples
-    wrong = (text for sample in samples for text in _sample_faults(sample, tokenizer))
-    data.findings += [Finding("tokens", f"{where}: {text}") for text in wrong]
-    dropped = max((sample.dropped for sample in samples), default=0)
-    if not samples:
-        too_long = f"{where}: left out, it takes more than data.max_seq_len, {config.max_seq_len} positions"
-        data.findings.append(Finding("left out", too_long, False))
-    elif dropped:
-        data.findings.append(Finding("shortened", f"{where}: too long, {dropped} messages are left out", False))
 
 
 def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterator[str]:
@@ -139,13 +149,16 @@ def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterat
     if data.faults:
         return
     if not data.samples["train"]:
-        n, too_long = len(data.records["train"]), f"conversations take more than {config.max_seq_len} positions"
+        n = sum((finding.kind, finding.part) == ("too long", "train") for finding in data.findings)
+        too_long = f"conversations take more than {config.max_seq_len} positions"
         yield f"nothing to train on: {f'all {n} {too_long}' if n else 'data.share and the splits leave no record'}"
     elif 0 in sizes:
         yield "a source of data.train or data.replay_from has no sample left; drop it"
-    for part in ("validation", "test"):
-        if not data.samples[part] and (getattr(config, part) or getattr(config, f"{part}_share")):
-            yield f"data.{part} has no sample; name another file, or a larger data.{part}_share"
+    for part in ("validation", "test", "general"):
+        share = getattr(config, f"{part}_share", None)
+        if not data.samples[part] and (getattr(config, part) or share):
+            larger = "" if share is None else f", or a larger data.{part}_share"
+            yield f"data.{part} has no sample; name another file{larger}"
 
 
 # Templates and tokens
@@ -193,9 +206,9 @@ def _duplicates(data: Data) -> Iterator[Finding]:
 def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, near: str = "") -> Finding:
     (part, record), (other, again) = first, second
     if other == part or (part in LEARNT) == (other in LEARNT):
-        return Finding(f"{near}duplicate", f"{again.where}: {what} {record.where}", False)
+        return Finding(f"{near}duplicate", f"{again.where}: {what} {record.where}", False, other)
     leak = f"{record.where}: {what} {again.where}, which data.{other} measures on; drop it here"
-    return Finding(f"{near}leak", leak, not near)
+    return Finding(f"{near}leak", leak, not near, part)
 
 
 # Mended, counted
@@ -203,8 +216,14 @@ def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, nea
 
 def mended(data: Data) -> tuple[str, Counter[str]]:
     """JSONL of the training records without a fault, each once; and how many were left out, by kind."""
-    wrong = {finding.where: finding.kind for finding in data.findings if finding.fault or finding.kind == "duplicate"}
-    return as_jsonl(r for r in data.records["train"] if r.where not in wrong), Counter(wrong.values())
+    gone = ("bad line", "too long")  # where they are no fault, too
+    of_train = (finding for finding in data.findings if finding.part == "train")
+    wrong = {finding.where: finding.kind for finding in of_train if finding.fault or finding.kind in gone}
+    records = data.records["train"]
+    equal = groups_of_equal(map(normal_form, records))
+    kept = [records[first] for first, *_ in equal if records[first].where not in wrong]
+    copies = [i for _, *others in equal for i in others if records[i].where not in wrong]
+    return as_jsonl(kept), Counter(wrong.values()) + Counter(duplicate=len(copies))
 
 
 def figures(data: Data, max_seq_len: int) -> list[tuple[str, str]]:
@@ -212,7 +231,8 @@ def figures(data: Data, max_seq_len: int) -> list[tuple[str, str]]:
     rows, lengths = [], [sample.length for sample in data.learnt]
     for part, samples in ((part, samples) for part, samples in data.samples.items() if samples):
         n_tokens, n_targets = sum(s.length for s in samples), sum(s.n_targets for s in samples)
-        share = f"{n_targets:,} of them trained on ({n_targets / n_tokens:.1%})"
+        done = "trained" if part in LEARNT else "measured"
+        share = f"{n_targets:,} of them {done} on ({n_targets / n_tokens:.1%})"
         rows.append((part, f"{len(samples):,} samples, {n_tokens:,} tokens, {share}"))
     shares = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
     quantiles = (f"{name} {np.percentile(lengths, at, method='higher'):,}" for name, at in shares.items())
@@ -222,7 +242,7 @@ def figures(data: Data, max_seq_len: int) -> list[tuple[str, str]]:
     return [
         *rows,
         ("lengths", ", ".join(quantiles)),
-        ("too long", f"{kinds['left out']:,} left out, {kinds['shortened']:,} shortened"),
+        ("too long", f"{kinds['too long']:,} left out, {kinds['shortened']:,} shortened"),
         ("packing", f"{len(packed):,} rows of {max_seq_len:,} in an epoch, {filled:.1%} of the slots are tokens"),
     ]
 
@@ -248,7 +268,7 @@ def spans(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
         if i < len(tokens) and not names[begin] and not names[i] and mask[i] == mask[begin]:
             continue
         name, plain, end = names[begin], ("prompt", "target"), ("eos, not trained on", "eos")
-        sort = (end if name == "</s>" else ("control", "control") if name else plain)[mask[begin]]
+        sort = (end if name == "</s>" else ("control", "target") if name else plain)[mask[begin]]
         text = name or tokenizer.decode(tokens[begin:i])
         yield re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text), sort
         begin = i

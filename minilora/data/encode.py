@@ -16,16 +16,15 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minilora.config import TooLong
 from minilora.data.records import ChatRecord, Record
 from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer
-
-TooLong = Literal["fail", "skip", "truncate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +49,33 @@ class Sample:
         return int(self.target_mask.sum())
 
 
-def encode_records(records: Iterable[Record], tokenizer: Tokenizer, max_seq_len: int) -> list[Sample]:
-    """The samples in the order of the file. Raises UserError as `encode_record` does."""
-    return [sample for record in records for sample in encode_record(record, tokenizer, max_seq_len)]
+def encode_records(
+    records: Iterable[Record], tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail"
+) -> list[Sample]:
+    """The samples in the order of the file. Raises UserError as `encode_record` does, and if all are left out."""
+    records = list(records)
+    encoded = (encode_record(record, tokenizer, max_seq_len, too_long) for record in records)
+    samples = [sample for found, _ in encoded for sample in found]
+    if records and not samples:
+        limit = f"data.max_seq_len, {max_seq_len} positions; raise it"
+        raise UserError(f"{records[0].where}: left out, as all that follow: each takes more than {limit}")
+    return samples
 
 
-def encode_record(record: Record, tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail") -> list[Sample]:
-    """The samples of a record; none if it was left out for being too long.
+def encode_record(
+    record: Record, tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail"
+) -> tuple[list[Sample], int]:
+    """The samples of a record, and how many more were left out for being too long.
 
-    too_long: "truncate" drops the oldest exchanges and leaves out what is too long still; "skip" leaves it out
+    too_long: "truncate" drops the oldest exchanges and leaves out what is too long still; "skip" leaves a record out
+        whole of which a sample is too long
 
     Raises UserError with "file:line" for a conversation that the tokenizer refuses or, if too_long is "fail", that
     takes more than max_seq_len positions.
     """
     try:
         if not isinstance(record, ChatRecord):
-            return list(_text_samples(tokenizer.encode_text(record.text), max_seq_len, record.where))
+            return list(_text_samples(tokenizer.encode_text(record.text), max_seq_len, record.where)), 0
         samples = list(_chat_samples(record, tokenizer, max_seq_len if too_long == "truncate" else None))
     except UserError as error:
         raise UserError(f"{record.where}: {error}") from None
@@ -76,7 +86,9 @@ def encode_record(record: Record, tokenizer: Tokenizer, max_seq_len: int, too_lo
             'raise it, shorten the conversation, or set data.too_long to "truncate" or "skip"'
         )
     fits = [sample for sample in samples if sample.length <= max_seq_len and (sample.n_targets or not sample.dropped)]
-    return fits if too_long == "truncate" or len(fits) == len(samples) else []
+    if too_long == "skip" and len(fits) < len(samples):
+        fits = []
+    return fits, len(samples) - len(fits)
 
 
 def _text_samples(ids: Sequence[int], max_seq_len: int, where: str) -> Iterator[Sample]:
@@ -119,11 +131,9 @@ def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _answer_ends(messages: Sequence[Mapping[str, Any]]) -> Iterator[int]:
     """How many messages there are up to each answer that is trained on; those that the tokenizer joins are one."""
-    for end, message in enumerate(messages, 1):
-        if message["role"] != "assistant" or message.get("weight") == 0:
-            continue
-        following = messages[end] if end < len(messages) else {"role": None}
-        if (following["role"], following.get("weight")) != ("assistant", message.get("weight")):
+    for end, (message, following) in enumerate(pairwise([*messages, {"role": ""}]), 1):
+        joined = (following["role"], following.get("weight")) == ("assistant", message.get("weight"))
+        if message["role"] == "assistant" and message.get("weight") != 0 and not joined:
             yield end
 
 

@@ -12,7 +12,7 @@ from two numbers. So is, where sources have weights or other text is replayed, w
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -156,6 +156,16 @@ def make_batch(
     runs = Runs(torch.from_numpy(np.cumsum(lengths, dtype=np.int32)), max(lengths))
     t, n, p, s = map(torch.from_numpy, (tokens, labels, positions, segments))
     return PackedBatch(t, n, p, s, runs)
+
+
+def batches(
+    samples: Sequence[Sample], max_seq_len: int, batch_size: int, device: torch.device | str
+) -> Iterator[PackedBatch]:
+    """All samples, once and as they come, in batches of batch_size rows that are as short as they can be: what is
+    measured on."""
+    rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
+    for start in range(0, len(rows), batch_size):
+        yield make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(device)
 
 
 class RowSampler:

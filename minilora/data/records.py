@@ -14,7 +14,6 @@ alone. Two forms in a row are refused, but for the "text" that Stanford's Alpaca
 A bad row is a UserError "file:line: what is wrong; what to do".
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -94,15 +93,6 @@ def as_row(record: Record) -> dict[str, Any]:
 def as_jsonl(records: Iterable[Record]) -> str:
     """A line of JSON for each record, in its own form."""
     return "".join(json.dumps(as_row(record), ensure_ascii=False) + "\n" for record in records)
-
-
-def data_fingerprint(path: str | Path) -> str:
-    """sha256 of the file's bytes, in hex: a run resumes only on the same data."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _form_of(row: dict[str, Any]) -> tuple[str, ...]:

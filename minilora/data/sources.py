@@ -7,16 +7,17 @@ So equal records always fall on the same side, and lines that are added move nob
 those of the smallest u: a larger share holds all of a smaller one.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
+from minilora.checkpoint.files import sha256_of
 from minilora.config import DataConfig, Sources
 from minilora.data.files import read_rows
-from minilora.data.records import Record, as_row, data_fingerprint, parse_row
+from minilora.data.records import Record, as_row, parse_row
 from minilora.errors import UserError
 
 FILE_KEYS = ("train", "validation", "test", "general", "replay_from")
@@ -37,9 +38,9 @@ def sources(named: Sources | None) -> list[Source]:
 
 
 def _source(text: str) -> Source:
-    text = str(Path(text).expanduser()) if text.startswith("~") else text
+    text = os.path.expanduser(text)
     match = re.fullmatch(r"(.+):([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)", text, re.DOTALL)
-    if not match or Path(text).exists():
+    if not match or os.path.exists(text):
         return Source(text)
     if not 0 < (weight := float(match[2])) < 1e9:
         raise UserError(f"{text}: the weight of a source is {match[2]}, but must be above 0 and below 1e9")
@@ -54,8 +55,8 @@ def fingerprints(config: DataConfig, probes: str | None = None) -> dict[str, Any
 
 def _fingerprint(found: Sequence[Source]) -> Any:
     if len(found) == 1 and found[0].weight is None:
-        return data_fingerprint(found[0].path)
-    each = [{"sha256": data_fingerprint(source.path), "weight": source.weight} for source in found]
+        return sha256_of(found[0].path)
+    each = [{"sha256": sha256_of(source.path), "weight": source.weight} for source in found]
     return {str(n): known for n, known in enumerate(each, 1)}
 
 

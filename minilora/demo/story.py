@@ -8,7 +8,7 @@ can on them when it is asked in its own raw form.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from minilora.data.encode import encode_records
 from minilora.data.records import ChatRecord, read_records
 from minilora.demo.phonemes import DATA, phoneme_errors, raw_prompt
 from minilora.errors import UserError
-from minilora.evaluate.answers import Answer, answer_samples, exact_match
+from minilora.evaluate.answers import Answer, answer_samples
 from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit
 from minilora.generation import answer
 from minilora.memory import DenseDtype, Storage, predict
@@ -47,6 +47,7 @@ from minilora.train.setup import Run
 
 LONGEST_ANSWER = 32  # tokens; the longest word of the test has 22
 BATCH = 100
+Score = dict[str, float]  # "exact_match", the share that is right; "phoneme_error_rate", edits per expected phoneme
 
 
 def demo_config(output: Path, seed: int) -> RunConfig:
@@ -78,14 +79,6 @@ def comparison_config() -> RunConfig:
     )
 
 
-@dataclass(frozen=True)
-class Score:
-    """Answers to the test words: the share that is right, and edits per expected phoneme."""
-
-    exact_match: float
-    phoneme_error_rate: float
-
-
 def tell(output: Path, seed: int, console: Console) -> None:
     """Run the demo into the folder `output`; an old demo there is replaced."""
     refuse_other_run(output)
@@ -106,11 +99,11 @@ def tell(output: Path, seed: int, console: Console) -> None:
     before = score(answer_samples(model, tokenizer, chats, LONGEST_ANSWER, BATCH))
     ceiling = {
         "nf4": score(ask_raw(model, tokenizer)),
-        "bfloat16": score(ask_raw(load_model("demo", dtype=torch.float32), tokenizer)),
+        "unquantized": score(ask_raw(load_model("demo", dtype=torch.float32), tokenizer)),
     }
     console.print(
-        f"Asked in chat, it answers {before.exact_match:.1%} of {len(chats)} test words; asked in its own raw form, "
-        f"{ceiling['nf4'].exact_match:.1%} ({ceiling['bfloat16'].exact_match:.1%} before it was quantized)."
+        f"Asked in chat, it answers {before['exact_match']:.1%} of {len(chats)} test words; asked in its own raw form, "
+        f"{ceiling['nf4']['exact_match']:.1%} ({ceiling['unquantized']['exact_match']:.1%} before it was quantized)."
     )
 
     console.rule("QLoRA")
@@ -151,7 +144,8 @@ def refuse_other_run(output: Path) -> None:
 def score(answers: Sequence[Answer]) -> Score:
     """The score of IPA answers."""
     edits, phonemes = zip(*(phoneme_errors(a.given.strip(), a.expected) for a in answers), strict=True)
-    return Score(exact_match(answers), sum(edits) / sum(phonemes))
+    right = sum(a.exact for a in answers) / len(answers)
+    return {"exact_match": right, "phoneme_error_rate": sum(edits) / sum(phonemes)}
 
 
 def ask_raw(model: Mistral, tokenizer: Tokenizer) -> list[Answer]:
@@ -168,10 +162,9 @@ def write_summary(run: Run, before: Score, after: Score, ceiling: dict[str, Scor
     """Put the demo's figures into the run's summary.json, beside the loop's own."""
     summary = run.folder.read_json("summary.json")
     for when, asked in (("before", before), ("after", after)):
-        summary[when] |= vars(asked) | {"own_text_perplexity": summary["forgetting"][when]["perplexity"]}
-    summary["ceiling"] = {name: vars(value) for name, value in ceiling.items()}
-    summary["share_of_ceiling"] = after.exact_match / ceiling["nf4"].exact_match
-    summary["merge"] = audit.to_dict("trained")
+        summary[when] |= asked | {"own_text_perplexity": summary["forgetting"][when]["perplexity"]}
+    summary["ceiling"], summary["merge"] = ceiling, audit.to_dict("trained")
+    summary["share_of_ceiling"] = after["exact_match"] / ceiling["nf4"]["exact_match"]
     run.folder.write_json("summary.json", summary)
 
 
@@ -196,7 +189,7 @@ def memory_table(small: ModelConfig, lora: LoraConfig) -> Table:
 
 def result_table(summary: dict[str, Any], ceiling: Score) -> Table:
     """Before, after, and the ceiling: the base asked in its raw form."""
-    asked = (summary["before"], summary["after"], vars(ceiling))
+    asked = (summary["before"], summary["after"], ceiling)
     rows = [
         ["exact match, test words", *(f"{figures['exact_match']:.1%}" for figures in asked)],
         ["phoneme error rate", *(f"{figures['phoneme_error_rate']:.1%}" for figures in asked)],

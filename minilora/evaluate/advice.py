@@ -64,22 +64,25 @@ def _validation(train: Points, validation: Points, lr: str) -> str:
     if len(validation) < 4:
         return ""
     at, loss = zip(*validation, strict=True)
-    best, every = int(np.argmin(loss)), at[-1] - at[-2]
+    best, every = int(np.argmin(loss)), max(at[1] - at[0], STEPS // 4)  # the last stretch may be cut short
     rising = best < len(loss) - 2 and loss[-1] - loss[best] > NATS
     since = at[best] if rising else round(at[0] + 2 / 3 * (at[-1] - at[0]))  # what lies between is looked at
     there = float(np.interp(since, at, loss))
     ends = (since, at[-1])
     a, b, error = _compare(*([p for p in train if end - every < p[0] <= end] for end in ends))
-    falls, gain = a - b > error, there - loss[-1]
+    falls, gain = a - b > max(NATS, error), there - loss[-1]
     way = f"from {there:.3f} at step {since} to {loss[-1]:.3f} at step {at[-1]}"
     gap = f"and the gap between them grew from {there - a:.3f} to {loss[-1] - b:.3f}"
     gap = f"while the training loss fell from {a:.3f} to {b:.3f}, {gap}"
+    if error == inf:  # of the training loss nothing is known
+        return ""
     if rising and falls:
         return f"The validation loss rose {way} {gap}: it learns by heart; stop at step {since}, or bring more data."
     if rising:
         return f"The validation loss rose {way}, and the training loss did not fall: {lr} is too high, lower it."
     if gain > max(NATS, STILL * (loss[0] - loss[-1])):
-        return f"The validation loss was still falling, {way}: train longer, in a new run of more train.epochs."
+        longer = "train longer, in a new run of more train.epochs, or train.max_steps"
+        return f"The validation loss was still falling, {way}: {longer}."
     if abs(gain) >= NATS:
         return ""
     advice = (

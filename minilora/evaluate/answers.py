@@ -46,8 +46,3 @@ def answer_samples(
     given = answer(model, prompts, max_new_tokens, tokenizer.eos_id, batch_size)
     texts = (map(tokenizer.decode, ids) for ids in (prompts, expected, given))
     return [Answer(*row) for row in zip(*texts, (s.where for s in samples), strict=True)]
-
-
-def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers that are, but for white space at the ends, what the data says."""
-    return sum(a.exact for a in answers) / len(answers)

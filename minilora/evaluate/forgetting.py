@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minilora.config import RunConfig
 from minilora.data.encode import Sample
-from minilora.data.pack import epoch_rows, make_batch
+from minilora.data.pack import batches
 from minilora.errors import UserError
 from minilora.evaluate.distance import first_tokens
 from minilora.evaluate.perplexity import mean_loss, perplexity
@@ -58,10 +58,7 @@ def log_probabilities(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """ln p(v) of n_tokens targets of the first samples that have so many, or of all, and the targets: (<= ROWS, V)
     float32 and (<= ROWS,) on the CPU at a time, in the order in which they are packed. For a model in eval mode."""
-    samples = first_tokens(samples, n_tokens)
-    rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
-    for start in range(0, len(rows), batch_size):
-        batch = make_batch(samples, rows[start : start + batch_size], max_seq_len, trim=True).to(model.device)
+    for batch in batches(first_tokens(samples, n_tokens), max_seq_len, batch_size, model.device):
         here = batch.labels != IGNORE
         hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)[here][:n_tokens]
         n_tokens -= len(hidden)

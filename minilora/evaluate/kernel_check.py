@@ -24,7 +24,9 @@ from torch.autograd import grad
 from torch.nn import functional
 
 from minilora import adamw, loss
+from minilora.backend import dtype_name
 from minilora.dispatch import entry_for, launcher
+from minilora.errors import UserError
 from minilora.nf4 import NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
 from minilora.norm import add_rms_norm, rms_norm, rms_norm_backward
@@ -46,8 +48,8 @@ ROUNDINGS = 10 * 2**-24
 
 @dataclass(frozen=True)
 class Check:
-    """An operation, on what, and its error: how many numbers differ, or the largest error of a sum over the largest sum
-    of its terms' magnitudes."""
+    """An operation, on what, and its error: how many numbers differ, or the largest error, as a share of the largest
+    number or, of a product, of the largest sum of its terms' magnitudes; with 8 bits that of p and of codes."""
 
     operation: str
     dtype: str
@@ -58,6 +60,16 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.error <= self.allowed  # a NaN is not
+
+
+def refuse_failed(checks: Sequence[Check]) -> None:
+    """Raise UserError if one of them failed."""
+    if failed := [check for check in checks if not check.passed]:
+        first = failed[0]
+        raise UserError(
+            f"{len(failed)} of {len(checks)} checks failed, the first: {first.operation} in {first.dtype}, "
+            f"{first.case}: {first.error:.2g} where {first.allowed:.2g} is allowed; do not train with them, report it"
+        )
 
 
 def check_kernels(device: torch.device) -> Iterator[Check]:
@@ -94,20 +106,15 @@ def _quantized(dense: Tensor, weight: NF4Tensor, case: str) -> Check:
     from minilora.kernels.nf4_quantize import quantize_nf4
 
     ours = quantize_nf4(dense, double_quant=weight.nested_absmax is not None)
-    pairs = zip(_parts(ours), _parts(weight), strict=True)
+    pairs = zip(ours.parts, weight.parts, strict=True)
     return Check("quantize", "float32", case, sum(int((a != b).sum()) for a, b in pairs), 0)
-
-
-def _parts(weight: NF4Tensor) -> list[Tensor]:
-    parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset)
-    return [part for part in parts if part is not None]
 
 
 def _dequantized(weight: NF4Tensor, dtype: torch.dtype, case: str) -> Check:
     from minilora.kernels.nf4_dequantize import dequantize
 
     differ = int((dequantize(weight, dtype) != weight.dequantize(dtype)).sum())
-    return Check("dequantize", _name(dtype), case, differ, 0)
+    return Check("dequantize", dtype_name(dtype), case, differ, 0)
 
 
 def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
@@ -140,11 +147,9 @@ def _softmax(logits: Tensor) -> Iterator[Check]:
     made = [logits.clone(), logits.clone(), logits.double()]
     functions = (softmax_gradient_, loss.softmax_gradient_, loss.softmax_gradient_)
     losses = [function(z, labels, loss.IGNORE) for function, z in zip(functions, made, strict=True)]
-    for name, (ours, plain, exact) in (("softmax", made), ("loss", losses)):
-        largest = max(float(exact.abs().max()), 2.0**-24)
-        error, of_torch = (float((each - exact).abs().max()) / largest for each in (ours, plain))
-        allowed = max(TWICE * of_torch, 64 * 2**-24)  # of an exponential whose argument is 64 at most
-        yield Check(name, _name(logits.dtype), f"{logits.shape[1]} columns", error, allowed)
+    of_exponential = 64 * 2**-24  # whose argument is 64 at most
+    for name, results in (("softmax", made), ("loss", losses)):
+        yield _beside(name, logits.dtype, f"{logits.shape[1]} columns", results, of_exponential)
 
 
 def _adamw(parts: list[Tensor]) -> Iterator[Check]:
@@ -157,8 +162,7 @@ def _adamw(parts: list[Tensor]) -> Iterator[Check]:
     for function, given in zip((adamw_, plain, plain), made, strict=True):
         function(*given, *settings)
     for i, name in ((0, "p"), (2, "m"), (3, "v")):
-        error, of_torch = (float((each[i] - made[2][i]).abs().max() / made[2][i].abs().max()) for each in made[:2])
-        yield Check("adamw", "float32", name, error, max(TWICE * of_torch, 16 * 2**-24))  # of its roundings
+        yield _beside("adamw", torch.float32, name, [each[i] for each in made], 16 * 2**-24)  # of its roundings
     n = len(parts[0]) // 256 * 256
     codes = (torch.arange(n, device=parts[0].device) * 7919 % 256).to(torch.uint8)
     absmax = torch.ones(n // 256, device=codes.device)
@@ -173,10 +177,20 @@ def _adamw(parts: list[Tensor]) -> Iterator[Check]:
 def _compared(operation: str, case: str, y: Tensor, plain: Tensor, a: Tensor, b: Tensor) -> Check:
     """y and plain torch's own against a @ b in float64."""
     a, b = a.double(), b.double()
-    exact, terms = a @ b, float((a.abs() @ b.abs()).max())
-    ours, theirs = (float((product.double() - exact).abs().max()) / terms for product in (y, plain))
+    terms = float((a.abs() @ b.abs()).max())
     in_float32 = a.shape[1] ** 0.5 * 2**-24  # as roundings add up that do not know of each other
-    return Check(operation, _name(y.dtype), case, ours, max(TWICE * theirs, in_float32))
+    return _beside(operation, y.dtype, case, (y, plain, a @ b), in_float32, terms)
+
+
+def _beside(
+    operation: str, dtype: torch.dtype, case: str, results: Sequence[Tensor], floor: float, scale: float | None = None
+) -> Check:
+    """results: ours, plain torch's and the exact one. Allowed is twice plain torch's error, or `floor`, in shares of
+    `scale`, by default the largest exact number."""
+    *approximate, exact = results
+    scale = scale or max(float(exact.abs().max()), 2.0**-24)
+    error, of_torch = (float((each.double() - exact).abs().max()) / scale for each in approximate)
+    return Check(operation, dtype_name(dtype), case, error, max(TWICE * of_torch, floor))
 
 
 def _elementwise(
@@ -217,15 +231,10 @@ def _elementwise(
 
 def _no_worse(definition: Callable[..., Any], given: tuple[Any, ...], exact: Sequence[Tensor], case: str) -> Check:
     """The worst of a kernel's results, each beside the definition's own error."""
-    errors = []
+    made = []
     for function in (launcher(definition), unwrap(definition)):
-        made = function(*(thing.clone() if isinstance(thing, Tensor) else thing for thing in given))
-        results = (made,) if isinstance(made, Tensor) else made
-        errors.append([float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, exact, strict=True)])
-    pairs = [(ours, max(TWICE * plain, ROUNDINGS)) for ours, plain in zip(*errors, strict=True)]
-    error, allowed = max(pairs, key=lambda pair: (pair[0] != pair[0], pair[0] / pair[1]))
-    return Check(definition.__name__, _name(given[0].dtype), case, error, allowed)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        result = function(*(thing.clone() if isinstance(thing, Tensor) else thing for thing in given))
+        made.append((result,) if isinstance(result, Tensor) else result)
+    name, dtype = definition.__name__, given[0].dtype
+    checks = [_beside(name, dtype, case, results, ROUNDINGS) for results in zip(*made, exact, strict=True)]
+    return max(checks, key=lambda check: (not check.passed, check.error / check.allowed))

@@ -3,10 +3,11 @@
 Held-out text goes through the blocks in step: through the base's, through those with their adapters, as they were
 trained, and through each way of merging them (`checkpoint/merge.py`). So a block is read once, and no model is ever
 whole in memory: a 7B is merged and measured within 2.5 GB. The measure: KL(merged, trained) against KL(base, trained).
-Above a tenth of it the merge has lost too much, and nothing is left on the disk unless that is forced.
+Above a tenth of it, and above what rounding to bfloat16 costs, the merge has lost too much, and nothing is left on the
+disk unless that is forced.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -24,20 +25,20 @@ from minilora.base import Base
 from minilora.checkpoint.adapter_parts import Adapter
 from minilora.checkpoint.card import license_of, write_card
 from minilora.checkpoint.chat_template import write_tokenizer
-from minilora.checkpoint.config_files import config_to_hf, quantization_to_hf
 from minilora.checkpoint.finite import refuse_not_finite
-from minilora.checkpoint.load import Storage, fill, set_layer, skeleton
+from minilora.checkpoint.load import Progress, Storage, fill, set_layer, skeleton, unheard
 from minilora.checkpoint.merge import merged_weight, plain_weight, refuse_prefix, requantized_weight
 from minilora.checkpoint.names import TensorSpec
-from minilora.checkpoint.nf4_file import nf4_lines, nf4_tensors
+from minilora.checkpoint.nf4_file import nf4_tensors
 from minilora.checkpoint.open import open_checkpoint
-from minilora.checkpoint.save import MAX_SHARD_BYTES, PlannedWeight, plan_hf, write_plan
+from minilora.checkpoint.save import plan_hf, write_plan
 from minilora.checkpoint.write import check_target
-from minilora.config import Route
-from minilora.data.encode import Sample
-from minilora.data.pack import epoch_rows, make_batch
+from minilora.config import Route, TooLong
+from minilora.data.encode import Sample, encode_records
+from minilora.data.pack import batches
+from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.evaluate.distance import Distance
+from minilora.evaluate.distance import Distance, first_tokens
 from minilora.linear import NF4Linear, multiply
 from minilora.lora import adapters_off
 from minilora.loss import IGNORE
@@ -46,8 +47,9 @@ from minilora.model import Block, Context
 from minilora.nf4 import NF4Tensor
 from minilora.norm import RMSNorm
 
-Progress = Callable[[int, int], None]  # told the weights done, and those in all
 LARGEST_SHARE = 0.1
+# Nats a token that storing in bfloat16 may cost: KL ~ error^2 / 2, where logits are off by 2^-5, a step of it at 8.
+ROUNDING = 2.0**-11
 MERGED = torch.bfloat16  # what merged weights are stored in
 _BASE, _ADAPTED = "(base)", "(adapted)"  # no routes
 _LOGIT_ROWS = 256  # compared at a time: 34 MB of float32 logits a model, where V = 32768
@@ -65,7 +67,7 @@ class MergeAudit:
     n_bytes: dict[Route, int]
 
     def passed(self, route: Route) -> bool:
-        return self.routes[route].mean_kl <= LARGEST_SHARE * self.base.mean_kl
+        return self.routes[route].mean_kl <= max(LARGEST_SHARE * self.base.mean_kl, ROUNDING)
 
     def text(self, route: Route) -> str:
         m, b = self.routes[route], self.base
@@ -78,24 +80,39 @@ class MergeAudit:
     def rows(self) -> list[tuple[str, ...]]:
         """For a table under COLUMNS: a line for each way, and one for the base. KL in nats a token; the share of tokens
         with the same likeliest next; the largest difference of logits."""
-        all_of = [*self.routes.items(), (_BASE, self.base)]
-        return [
-            (
-                who, f"{d.mean_kl:.3g}", f"{d.max_kl:.3g}", f"{d.top1_agreement:.2%}", f"{d.max_logit_difference:.3g}",
-                as_text(self.n_bytes[who]) if who in self.routes else "",
-                "" if who not in self.routes else "passed" if self.passed(who) else "failed",
+
+        def cells(who: str, d: Distance) -> tuple[str, ...]:
+            figures = (
+                f"{d.mean_kl:.3g}",
+                f"{d.max_kl:.3g}",
+                f"{d.top1_agreement:.2%}",
+                f"{d.max_logit_difference:.3g}",
             )
-            for who, d in all_of
-        ]  # fmt: skip
+            return who, *figures
+
+        merged = (
+            (*cells(who, d), as_text(self.n_bytes[who]), "passed" if self.passed(who) else "failed")
+            for who, d in self.routes.items()
+        )
+        return [*merged, (*cells(_BASE, self.base), "", "")]
 
     def to_dict(self, route: Route) -> dict[str, Any]:
         merged = asdict(self.routes[route]) | {"bytes": self.n_bytes[route]}
         return {"route": route, "merged": merged, "base": asdict(self.base)}
 
 
+def held_out(
+    base: Base, adapter: Adapter, text: str | None, max_seq_len: int, too_long: TooLong, n_tokens: int
+) -> list[Sample]:
+    """The first samples of the file `text` that have n_tokens targets; None: of the validation of the adapter's run."""
+    if not (text := text or adapter.provenance.get("validation_path")):
+        raise UserError(f"{base.adapter}: names no validation file; give held-out text with --text")
+    return first_tokens(encode_records(read_records(text), base.tokenizer, max_seq_len, too_long), n_tokens)
+
+
 @torch.no_grad()
 def audit_routes(
-    base: Base, adapter: Adapter, samples: Sequence[Sample], max_seq_len: int, progress: Progress | None = None
+    base: Base, adapter: Adapter, samples: Sequence[Sample], max_seq_len: int, progress: Progress = unheard
 ) -> MergeAudit:
     """What each way of merging that this base allows would lose; nothing is written."""
     run = _Pass(base, adapter, samples, max_seq_len, _possible(base), progress)
@@ -115,7 +132,7 @@ def merge_with_audit(
     route: Route = "trained",
     overwrite: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = unheard,
 ) -> MergeAudit:
     """Write base plus adapter to `out`, in Hugging Face's layout, with a card, if the audit on `samples` passes.
 
@@ -127,11 +144,10 @@ def merge_with_audit(
         why = "in NF4 here; name the one that this was made from" if base.checkpoint.nf4 else "what was trained beside"
         raise UserError(f"{base.checkpoint.folder}: the original base is {why}; merge onto trained")
     check_target(out, overwrite, [base.checkpoint.folder, *([base.adapter] if base.adapter else [])])
-    run, config = _Pass(base, adapter, samples, max_seq_len, (route,), progress), base.checkpoint.config
-    values = config_to_hf(config, "bfloat16")
-    if route == "requantized":
-        values |= {"quantization_config": quantization_to_hf(run.double_quant, "bfloat16")}
-    plan, audits = plan_hf(values, run.plan(route), MAX_SHARD_BYTES), list[MergeAudit]()
+    run, audits = _Pass(base, adapter, samples, max_seq_len, (route,), progress), list[MergeAudit]()
+    dtypes = {spec.name: MERGED for spec in base.checkpoint.tensors()}
+    double_quant = base.double_quant if route == "requantized" else None
+    plan = plan_hf(base.checkpoint.config, dtypes, double_quant=double_quant)
 
     def finish(folder: Path) -> None:
         audits.append(audit := run.audit())
@@ -165,16 +181,14 @@ class _Pass:
         samples: Sequence[Sample],
         max_seq_len: int,
         routes: Sequence[Route],
-        progress: Progress | None,
+        progress: Progress,
     ) -> None:
         refuse_prefix(adapter.config)
         base.checkpoint.check_tied_head()
         self.base, self.adapter, self.routes, self.progress = base, adapter, routes, progress
         self.config, self.skeleton = base.checkpoint.config, skeleton(base.checkpoint.config)
-        self.double_quant = base.checkpoint.double_quant if base.checkpoint.nf4 else base.double_quant
-        self.storage = Storage(base.quantize is not None, self.double_quant, base.dtype, base.device)
-        rows = epoch_rows([s.length for s in samples], max_seq_len, seed=0, epoch=0, shuffle=False)
-        self.batches = [make_batch(samples, [row], max_seq_len, trim=True).to(base.device) for row in rows]
+        self.storage = Storage(base.quantize is not None, base.double_quant, base.dtype, base.device)
+        self.batches = list(batches(samples, max_seq_len, 1, base.device))
         self.contexts = [
             Context(self.config, b.positions, b.segments, None, base.dtype, runs=b.runs) for b in self.batches
         ]
@@ -182,15 +196,6 @@ class _Pass:
         self.heads: dict[str, Tensor] = {}
         self.n_bytes: dict[Route, int] = dict.fromkeys(routes, 0)
         self.sums: dict[str, list[int]] = {}
-
-    def plan(self, route: Route) -> list[PlannedWeight]:
-        """The weights as the files of that route hold them."""
-        return [
-            (spec.name, nf4_lines(spec.key("hf"), spec.shape, self.double_quant))
-            if route == "requantized" and spec.is_projection
-            else (spec.name, [(spec.key("hf"), MERGED, spec.shape)])
-            for spec in self.base.checkpoint.tensors()
-        ]
 
     def weights(self) -> Iterator[tuple[str, dict[Route, list[Tensor]]]]:
         """Each weight's name, and what of it is stored by each route."""
@@ -203,15 +208,19 @@ class _Pass:
                     self.sums[spec.name] = [_checksum(tensor) for tensor in tensors]
                 yield spec.name, stored
                 done += prod(spec.shape)
-                if self.progress:
-                    self.progress(done, self.config.n_parameters)
+                self.progress(done, self.config.n_parameters)
         self.base.checkpoint.check_unchanged()
+
+    def may_stop(self) -> None:
+        """Let `progress` stop the work, all weights done."""
+        self.progress(self.config.n_parameters, self.config.n_parameters)
 
     def audit(self) -> MergeAudit:
         """Once all weights have gone by: the distances from the base and the merged models to the trained one."""
         totals = dict[str, Distance]()
         for batch in range(len(self.batches)):
             for start in range(0, len(self.hidden[_ADAPTED][batch]), _LOGIT_ROWS):
+                self.may_stop()
                 trained = self._logits(_ADAPTED, batch, start)
                 for who in (_BASE, *self.routes):
                     found = Distance.of(self._logits(who, batch, start), trained)
@@ -222,6 +231,7 @@ class _Pass:
         """Read back what was written, by one route. Raises UserError if it is not what was meant to be."""
         written = open_checkpoint(folder)
         for spec in written.tensors():
+            self.may_stop()
             weight = written.nf4[spec.name].read() if spec.name in written.nf4 else written.read(spec)
             if [_checksum(tensor) for tensor in _stored(weight)] != self.sums[spec.name]:
                 raise UserError(f"{folder}: read back, {spec.name} differs; is the disk sound? merge again")
@@ -269,7 +279,7 @@ class _Pass:
     def _merged(self, part: nn.Module, spec: TensorSpec, route: Route) -> Tensor | NF4Tensor:
         layer = part.get_submodule(spec.module)
         if route == "requantized":
-            return requantized_weight(layer, self.double_quant, MERGED)
+            return requantized_weight(layer, self.base.double_quant, MERGED)
         original = self.base.checkpoint.read(spec).to(self.base.device) if route == "original" else None
         merged = merged_weight(layer, original).to(MERGED)
         refuse_not_finite(merged, spec.name, "the adapter's numbers are too large; its training has failed")
@@ -335,8 +345,8 @@ def _checksum(tensor: Tensor) -> int:
 def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapter, audit: MergeAudit) -> None:
     """Put beside the merged weights the tokenizer, the card, and where it all comes from."""
     kind = "bnb-4bit" if route == "requantized" else "hf"
-    made = {"to": kind, "from": base.checkpoint.folder.name, "adapter": Path(base.adapter or "").name, "onto": route}
+    made = {"to": kind, "from": base.checkpoint.name, "adapter": Path(base.adapter or "").name, "onto": route}
     facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance}
     facts |= {"export": made, "audit": audit.to_dict(route)}
-    write_card(folder, name, kind, base.checkpoint.config, facts, tokenizer=base.tokenizer.template)
+    write_card(folder, name, kind, base.checkpoint.config, facts, base.tokenizer.template, [])
     write_tokenizer(base.tokenizer, folder)

@@ -12,6 +12,7 @@ SQuAD would also leave out "a", "an" and "the", which no other language has.
 from collections import Counter
 from collections.abc import Collection, Sequence
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 from unicodedata import category, normalize
 from unicodedata import name as name_of
@@ -85,16 +86,9 @@ def _bleu(answers: Sequence[Answer]) -> tuple[list[float], dict[str, Any]]:
 def _rouge(answers: Sequence[Answer]) -> dict[str, list[float]]:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(list(ROUGE), tokenizer=_Tokens())
+    scorer = RougeScorer(list(ROUGE), tokenizer=SimpleNamespace(tokenize=tokens))
     scores = [scorer.score(a.expected, a.given) for a in answers]
     return {kind: [float(row[kind].fmeasure) for row in scores] for kind in scores[0]}
-
-
-class _Tokens:
-    """`tokens`, in the form that rouge_score asks for."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return tokens(text)
 
 
 def _stands_alone(token: str) -> bool:

@@ -1,14 +1,17 @@
 """A comparison of runs as one table and one figure."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minilora.report.console import Table, table
-from minilora.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE, to_png
+from minilora.checkpoint.write import atomic_write
+from minilora.data.duplicates import groups_of_equal
+from minilora.report.console import Console, Table, table
+from minilora.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE, legend, to_png
 
 Row = Mapping[str, Any]
 SHARE = "data.share"
@@ -57,6 +60,16 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
     return made
 
 
+def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
+    """Print the table, the best run and its test, and draw compare.png into the folder `output`."""
+    atomic_write(output / "compare.png", comparison_figure(result))
+    console.print(comparison_table(result))
+    said = [f"best on validation by {result['ranked_by']}: {result['winner']}"]
+    said += [f"its test, opened once: {figures_of(result['test'])}"] if result["test"] else []
+    for line in (*said, f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}"):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def ranked(result: Mapping[str, Any]) -> list[Row]:
     """The rows, the best on validation first; those that failed last."""
     by = result["ranked_by"]
@@ -67,8 +80,8 @@ def ranked(result: Mapping[str, Any]) -> list[Row]:
 
 def comparison_figure(result: Mapping[str, Any]) -> bytes:
     """What each run took and gave, a panel a measure, and the loss over the share of the data; a PNG file."""
-    rows = [row for row in result["rows"] if "failed" not in row]
-    whole = [row for row in rows if SHARE not in row["changes"]]
+    curves = _curves([row for row in result["rows"] if "failed" not in row])
+    whole = [curve[-1] for curve in curves]
     kinds = list(dict.fromkeys(_kind(row) for row in whole))
     colours = {row["name"]: COLOURS[kinds.index(_kind(row)) % len(COLOURS)] for row in whole}
     with mpl.rc_context(STYLE):
@@ -86,7 +99,7 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
                 axes.set_xscale("log")
             if of == "forgot ×":
                 axes.axvline(1, color=GREY, linewidth=1)
-        _learning_curves(panels[-1], rows, whole, colours)
+        _learning_curves(panels[-1], curves, colours)
         return to_png(figure)
 
 
@@ -97,16 +110,26 @@ def _kind(row: Row) -> str:
     return name if "=" in first else first  # which an exponent has cut
 
 
-def _learning_curves(axes: Axes, rows: Sequence[Row], whole: Sequence[Row], colours: Mapping[str, str]) -> None:
+def _curves(rows: Sequence[Row]) -> list[list[Row]]:
+    """Runs that differ in nothing but their share of the data together, that of the largest share last."""
+
+    def rest(row: Row) -> tuple[tuple[str, str], ...]:
+        return tuple(change for change in row["changes"].items() if change[0] != SHARE)
+
+    return [sorted((rows[i] for i in group), key=_share) for group in groups_of_equal(map(rest, rows))]
+
+
+def _share(row: Row) -> float:
+    return float(row.get("share", row["changes"].get(SHARE, 1)))  # older results have no "share"
+
+
+def _learning_curves(axes: Axes, curves: Sequence[Sequence[Row]], colours: Mapping[str, str]) -> None:
     axes.set_title("Validation loss, by share of data")
-    for row in whole:
-        parts = [part for part in rows if {**part["changes"], SHARE: 1} == {**row["changes"], SHARE: 1}]
-        if len(parts) > 1:
-            points = sorted((100 * float(part["changes"].get(SHARE, 1)), part["after"]["loss"]) for part in parts)
-            axes.plot(*zip(*points, strict=True), marker="o", color=colours[row["name"]], label=row["name"])
+    for curve in (curve for curve in curves if len(curve) > 1):
+        name, points = curve[-1]["name"], [(100 * _share(row), row["after"]["loss"]) for row in curve]
+        axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=name)
     axes.set_xlabel("% of the data")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
+    legend(axes)
 
 
 def figures_of(figures: Mapping[str, Any]) -> str:

@@ -1,15 +1,24 @@
-"""Tables and a bar on a terminal: the one place, beside a run's own progress, that knows rich."""
+"""Tables of plain text, and a bar for what goes weight by weight, on a terminal."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+import rich.console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 __all__ = ["Console", "Table", "table", "weights_bar"]
+
+
+class Console(rich.console.Console):
+    """rich's, but a reader that goes away, as in `minilora ... | head`, ends the output and not the work."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # also for what is printed without rich
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

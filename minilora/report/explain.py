@@ -5,7 +5,6 @@ only chooses what to show and lays it out, in at most 80 columns, with colour wh
 """
 
 from math import floor, log10
-from typing import Literal
 
 import torch
 from rich import box
@@ -16,6 +15,8 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import linear
 
+from minilora.backend import dtype_name
+from minilora.checkpoint.open import open_checkpoint
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
@@ -28,6 +29,26 @@ LONGEST_BAR = 24
 OUT, IN, RANK, ALPHA = 4, 6, 2, 4.0  # the small layer
 LARGE_NESTED_ERROR = 0.02  # of an absmax, for colour: double quantization's mean error is some 0.2 %
 WIDEST_STEP = 1 + LEVELS[1]  # between the two levels that lie furthest apart, -1 and -0.696
+
+
+def weight_of(numbers: list[float] | None, tensor: str | None, path: str) -> tuple[Tensor | None, str]:
+    """What to explain, and what it is called: these numbers, that tensor of the base at `path`, or else random ones.
+
+    Raises UserError where both are named, or there is none of either.
+    """
+    if numbers is not None and tensor is not None:
+        raise UserError("--weights and --tensor both name the block; give one of them")
+    if numbers is not None:
+        if not numbers:
+            raise UserError("--weights is empty; give numbers, such as [0.1,-0.2]")
+        return torch.tensor(numbers), "given"
+    if tensor is None:
+        return None, "random"
+    checkpoint, name = open_checkpoint(path), tensor.removeprefix("model.")
+    specs = {spec.name: spec for spec in checkpoint.tensors()}
+    if name not in specs:
+        raise UserError(f"{checkpoint.folder}: no tensor {name!r}; there is {next(iter(specs))}, and others")
+    return checkpoint.read(specs[name]), name
 
 
 def explain(weight: Tensor | None, *, name: str, block: int, seed: int, console: Console) -> None:
@@ -54,7 +75,7 @@ def explain_block(weight: Tensor, *, name: str, block: int, console: Console) ->
     _heading(console, f"{name}: block {block} of {n_blocks} through NF4")
     _say(
         console,
-        f"{name} has shape {tuple(weight.shape)} and dtype {str(weight.dtype).removeprefix('torch.')}. Flattened row "
+        f"{name} has shape {tuple(weight.shape)} and dtype {dtype_name(weight.dtype)}. Flattened row "
         f"by row and cut into blocks of {plain.block_size}, its block {block} holds numbers {start} to "
         f"{start + len(values) - 1}.",
     )
@@ -83,11 +104,11 @@ def _step(console: Console, text: str) -> None:
     console.print(Text(text, style="bold cyan"), width=min(console.width, WIDTH))
 
 
-def _table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
-    """A table without lines but the one below its head; columns are (title, side that the text keeps to)."""
+def _table(sides: str, *titles: str) -> Table:
+    """A table without lines but the one below its head; sides: of each column "l" or "r", where its text keeps to."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", show_edge=False)
-    for title, side in columns:
-        table.add_column(title, justify=side, no_wrap=True)
+    for side, title in zip(sides, titles, strict=True):
+        table.add_column(title, justify="right" if side == "r" else "left", no_wrap=True)
     return table
 
 
@@ -127,9 +148,7 @@ def _levels(console: Console, codes: Tensor) -> None:
     _step(console, "2  16 levels: quantiles of the normal distribution, and zero")
     _say(console, "code = number of thresholds strictly below w / absmax; thresholds lie midway between levels.")
     counts = codes.int().bincount(minlength=16).tolist()
-    table = _table(
-        ("code", "right"), ("bits", "left"), ("above", "right"), ("level", "right"), ("in this block", "left")
-    )
+    table = _table("rlrrl", "code", "bits", "above", "level", "in this block")
     lower_ends = ["", *(f"{t:+.6f}" for t in thresholds().tolist())]
     for code, (low, level, count) in enumerate(zip(lower_ends, levels().tolist(), counts, strict=True)):
         bar = Text(f"{count:3} ") + Text("█" * round(LONGEST_BAR * count / max(counts)), style=_level_style(level))
@@ -147,8 +166,7 @@ def _bytes(console: Console, values: Tensor, plain: NF4Tensor, block: int) -> No
     unit = _unit(absmax)
     in_units = f" w and w' are in units of {unit:g}." if unit != 1 else ""
     _say(console, f"w' = LEVELS[code] * absmax; error = w' - w, in % of absmax.{in_units}")
-    titles = ("", "w", "w / absmax", "code", "hex", "w'", "error")
-    table = _table(*((title, "left" if title else "right") for title in titles))
+    table = _table("rllllll", "", "w", "w / absmax", "code", "hex", "w'", "error")
     rows = zip(values.tolist(), codes.tolist(), decoded.tolist(), strict=True)
     cells = [_number_cells(w, code, back, absmax or 1.0, unit) for w, code, back in rows]
     for i, byte in enumerate(packed.tolist()):
@@ -199,8 +217,7 @@ def _double_quantization(console: Console, plain: NF4Tensor, nested: NF4Tensor, 
         f"{NESTED_BLOCK_SIZE}; the largest magnitude in this one, its nested absmax = {scale:.8g}. "
         "absmax' = level * nested absmax + offset.",
     )
-    titles = ("block", "absmax", "- offset", "code", "level", "absmax'", "error")
-    table = _table(*((title, "right") for title in titles))
+    table = _table("rrrrrrr", "block", "absmax", "- offset", "code", "level", "absmax'", "error")
     for b in shown:
         absmax, code, back = float(plain.absmax[b]), int(nested.absmax[b]), float(rebuilt[b])
         level = float(dynamic_map()[code])
@@ -216,7 +233,7 @@ def _double_quantization(console: Console, plain: NF4Tensor, nested: NF4Tensor, 
 
 def _storage(console: Console, plain: NF4Tensor, nested: NF4Tensor) -> None:
     _step(console, "5  what is stored")
-    table = _table(("", "left"), ("bytes", "right"), ("bits a weight", "right"))
+    table = _table("lrr", "", "bytes", "bits a weight")
     in_bf16 = 2 * plain.n
     for label, n_bytes in (("bfloat16", in_bf16), ("NF4", plain.nbytes), ("NF4, double quantization", nested.nbytes)):
         table.add_row(label, f"{n_bytes:,}", f"{8 * n_bytes / plain.n:.3f}")
@@ -231,7 +248,6 @@ def explain_layer(*, seed: int, console: Console) -> None:
     layer, x = _small_layer(seed)
     y = layer(x)
     loss = y.pow(2).sum() / 2
-    loss.backward()
     _heading(console, "One layer through QLoRA")
     _say(
         console,
@@ -273,14 +289,12 @@ def _forward(console: Console, layer: LoRALinear, x: Tensor, y: Tensor) -> None:
 
 def _backward(console: Console, layer: LoRALinear, x: Tensor, y: Tensor, loss: Tensor) -> None:
     assert isinstance(layer.base, NF4Linear)
-    assert x.grad is not None
-    assert layer.lora_A.grad is not None
-    assert layer.lora_B.grad is not None
+    db, da, dx = torch.autograd.grad(loss, (layer.lora_B, layer.lora_A, x))
     rows = [
         ("dL/dy", y, "= y for this loss"),
-        ("dL/dB", layer.lora_B.grad, "scale dL/dy (Ax)^T"),
-        ("dL/dA", layer.lora_A.grad, "scale B^T dL/dy x^T"),
-        ("dL/dx", x.grad, "(W' + scale BA)^T dL/dy"),
+        ("dL/dB", db, "scale dL/dy (Ax)^T"),
+        ("dL/dA", da, "scale B^T dL/dy x^T"),
+        ("dL/dx", dx, "(W' + scale BA)^T dL/dy"),
     ]
     _step(console, f"7  backward: L = |y|^2 / 2 = {loss.item():.4f}; W' is decoded once more, for dL/dx")
     _matrices(console, rows)
@@ -288,13 +302,13 @@ def _backward(console: Console, layer: LoRALinear, x: Tensor, y: Tensor, loss: T
     _say(
         console,
         f"dL/dW' is never computed: W has no gradient and no optimizer state, only {packed.numel()} bytes of "
-        f"{str(packed.dtype).removeprefix('torch.')} codes (requires_grad = {packed.requires_grad}) and their absmax.",
+        f"{dtype_name(packed.dtype)} codes (requires_grad = {packed.requires_grad}) and their absmax.",
     )
 
 
 def _matrices(console: Console, rows: list[tuple[str, Tensor, str]]) -> None:
     """One line a matrix row, a vector as one line."""
-    table = _table(("", "left"), ("", "left"), ("", "left"))
+    table = _table("lll", "", "", "")
     table.show_header = False
     for label, tensor, note in rows:
         for i, row in enumerate(tensor.detach().view(-1, tensor.shape[-1]).tolist()):

@@ -13,9 +13,11 @@ from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
+from minilora.backend import dtype_name
 from minilora.base import UNNAMED, Base
 from minilora.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from minilora.checkpoint.config_files import read_config
+from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.gguf_file import read_gguf
 from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.layout import find_layout
@@ -26,7 +28,6 @@ from minilora.checkpoint.provenance import PROVENANCE, read_provenance
 from minilora.checkpoint.safetensors_file import read_header
 from minilora.checkpoint.write import MANIFEST, verify_manifest
 from minilora.config import TOKENIZER_FILES, BaseConfig, LoraConfig, PrefixConfig, base_folder, to_dict
-from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.memory import DenseDtype, Storage, predict
 from minilora.tokenizer import load_tokenizer
@@ -57,7 +58,7 @@ def gather(path: str | Path, *, base: str = UNNAMED, checksum: bool = False) -> 
         if PROVENANCE in names:
             facts["provenance"] = read_provenance(folder)
         if checksum:
-            facts["sha256"] = {name: data_fingerprint(folder / name) for name in facts["files"]}
+            facts["sha256"] = {name: sha256_of(folder / name) for name in facts["files"]}
         look(found, facts, base)
         if checksum and MANIFEST in names:
             facts["manifest"] = f"{len(verify_manifest(folder)['files'])} files are as they were written"
@@ -73,7 +74,8 @@ def fold(tensors: Iterable[Listed]) -> Iterator[str]:
         layer = re.search(r"\b(?:layers|blk)\.(\d+)\.", name)
         key = f"{name[: layer.start(1)]}*{name[layer.end(1) :]}" if layer else name
         layers[f"{key} {shape} {dtype}"] += [int(layer[1])] if layer else []
-    for line, numbers in layers.items():
+    for line, unsorted in layers.items():
+        numbers = sorted(unsorted)  # a file may have its keys sorted as text, 10 before 2
         whole = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1))
         yield line.replace("*", f"{numbers[0]}-{numbers[-1]}" if whole else ",".join(map(str, numbers)), 1)
 
@@ -97,7 +99,7 @@ def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
     storage: Storage = dense
     for packed in checkpoint.nf4.values():
         storage = "nf4 double-quantized" if checkpoint.double_quant else "nf4"
-        dtype, stored = str(packed.dtype).removeprefix("torch."), packed.packed.dtype
+        dtype, stored = dtype_name(packed.dtype), packed.packed.dtype
         facts["quantization"] = {"type": storage, "block_size": packed.block_size, "of": dtype, "stored_as": stored}
     facts |= _listed(listed) | {"memory_at_load": predict(config, storage, dense, None)}
     facts["fingerprint"] = checkpoint.fingerprint()
@@ -163,7 +165,7 @@ def _state(path: Path, facts: Facts, _base: str) -> None:
 
 def _tokenizer(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
     found = load_tokenizer(path)
-    said = {"version": found.version, "vocabulary": found.vocab_size, "sha256": data_fingerprint(found.path)}
+    said = {"version": found.version, "vocabulary": found.vocab_size, "sha256": sha256_of(found.path)}
     facts["tokenizer"] = {"file": found.path.name} | said
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from minilora.checkpoint.json_file import parse_object, read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.errors import UserError
 from minilora.report.comparison import text_of
@@ -35,6 +36,7 @@ CONTENTS = {
     "summary.json": "the figures of this page",
     "samples.md": "the same prompts answered before and after",
     "generated.jsonl": "every validation answer before and after, with its metrics",
+    "validation.jsonl": "the records that data.validation_share drew; a merge is audited on them",
     "test_looks.jsonl": "a line a look at the test file",
     "before.json": "what was measured before the first step",
     "adapter": "the trained adapter, in PEFT's layout",
@@ -53,7 +55,8 @@ def write_report(run_folder: Path) -> Path:
     if not (run_folder / "metrics.jsonl").is_file():
         raise UserError(f"{run_folder}: no run lies here (no metrics.jsonl)")
     metrics, timing = _read_jsonl(run_folder / "metrics.jsonl"), _read_jsonl(run_folder / "timing.jsonl")
-    config, summary = _read_config(run_folder / "config.toml"), _read_summary(run_folder / "summary.json")
+    config, results = _read_config(run_folder / "config.toml"), run_folder / "summary.json"
+    summary = read_json(results) if results.exists() else {}
     plots = draw(metrics, timing, float(config.get("train", {}).get("clip_norm", 0.0)))
     for name, png in plots.items():
         atomic_write(run_folder / name, png)
@@ -88,29 +91,21 @@ def _read_jsonl(path: Path, key: str = "step", kind: type = int) -> list[dict[st
     """The records of a file, a line each. Half a line at its end, of a run that was killed, is passed over."""
     *whole, rest = _read(path).split("\n")
     records = []
-    for number, line in enumerate([*whole, rest] if _is_record(rest, key, kind) else whole, 1):
-        if not _is_record(line, key, kind):
+    for number, line in enumerate([*whole, rest], 1):
+        record = _record(line)
+        if isinstance(record.get(key), kind):
+            records.append(record)
+        elif number <= len(whole):
             raise UserError(f"{path} line {number}: not a JSON object with a {key}; remove the line")
-        records.append(json.loads(line))
     return records
 
 
-def _is_record(line: str, key: str, kind: type) -> bool:
+def _record(line: str) -> dict[str, Any]:
+    """The object of a line, {} if it holds none."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and isinstance(record.get(key), kind)
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(_read(path) or "{}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return summary
+        return parse_object(line.encode())
+    except ValueError:
+        return {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -137,19 +132,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = T
 
 
 def _header(run_folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Sequence[Any]) -> str:
-    model, train = config.get("model", {}), config.get("train", {})
-    lora = config.get("lora", {})
+    model, train, lora = (config.get(section, {}) for section in ("model", "train", "lora"))
     n_steps = summary.get("steps", metrics[-1]["step"] if metrics else 0)
     facts = [f"{n_steps:,} step{'' if n_steps == 1 else 's'}"]
-    if train.get("strategy"):
-        facts.append(f"strategy {train['strategy']}")
-    if lora.get("rank") and train.get("strategy") not in ("full", "partial", "prefix"):
+    strategy = train.get("strategy", "")
+    own = {"partial": ("layers", "parameters", "reinit"), "full": ("reinit",), "prefix": ("prefix_tokens",)}
+    facts += [f"strategy {strategy}"] if strategy else []
+    if lora.get("rank") and strategy not in own:
         facts.append(f"rank {lora['rank']}" + " with DoRA" * bool(lora.get("dora")))
-    keys = {"partial": ("layers", "parameters", "reinit"), "full": ("reinit",), "prefix": ("prefix_tokens",)}
-    of_strategy = keys.get(train.get("strategy", ""), ())
-    facts += [
-        f"{key.replace('_', ' ')} {train[key]}" for key in of_strategy if train.get(key) not in (None, [], "none")
-    ]
+    told = {key: train.get(key) for key in own.get(strategy, ())}
+    facts += [f"{_words(key)} {value}" for key, value in told.items() if value not in (None, [], "none")]
     if model.get("path"):
         facts.append(f"base {model['path']}")
     if not summary:
@@ -283,16 +275,11 @@ def _files(run_folder: Path) -> str:
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested object as one level, "a b": value."""
-    return dict(_flat_items(values, prefix)) if isinstance(values, dict) else {}
-
-
-def _flat_items(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat_items(value, f"{prefix}{key} ")
-        else:
-            yield f"{prefix}{key}", value
+    """A nested object as one level, "a b": value; {} for what is none."""
+    flat = dict[str, Any]()
+    for key, value in values.items() if isinstance(values, dict) else ():
+        flat |= _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _words(key: str) -> str:

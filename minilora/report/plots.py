@@ -7,7 +7,7 @@ thread or machine; equal records give equal bytes.
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isfinite
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -79,6 +79,12 @@ def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str
         axes.plot(steps, smooth(values, len(values) / SPAN), color=colour, label=smoothed)
 
 
+def legend(axes: Axes, place: Literal["upper right", "lower right"] = "upper right") -> None:
+    """Of what has a label, if anything has."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc=place)
+
+
 def _start_at_zero(axes: Axes) -> None:
     """So that heights compare; left alone where the values spread over powers of ten."""
     if axes.get_yscale() == "linear":
@@ -105,8 +111,7 @@ def _loss(metrics: Sequence[Record]) -> Figure:
     for i, step in enumerate(skipped):
         label = f"{len(skipped)} skipped" if i == 0 else None
         axes.axvline(step, color=RED, linewidth=1, linestyle=":", label=label)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="upper right")
+    legend(axes)
     return figure
 
 
@@ -124,8 +129,7 @@ def _learning_rate(metrics: Sequence[Record], clip_norm: float) -> Figure:
         below.set_yscale("log")
     if positive and 0 < clip_norm < inf:
         below.axhline(clip_norm, color=RED, linewidth=1, linestyle="--", label=f"clipped above {clip_norm:g}")
-    if below.get_legend_handles_labels()[1]:
-        below.legend(loc="upper right")
+    legend(below)
     _start_at_zero(above)
     _start_at_zero(below)
     return figure
@@ -137,6 +141,7 @@ def _speed(timing: Sequence[Record]) -> Figure:
     above.set_title("Speed")
     above.set_ylabel("tokens/s")
     _line(above, *_series(timing, "tok_per_s"), BLUE, "smoothed")
+    legend(above, "lower right")
     below.set_title("Memory in use")
     below.set_ylabel("GB")
     steps, memory = _series(timing, "memory_bytes")

@@ -2,6 +2,7 @@
 
 loop.py         begin or go on, step, validate, save, finish: the story of a run
 setup.py        base, tokenizer, data, what learns: what a run is made of
+results.py      what a finished run leaves
 dry_run.py      the same in a folder that is thrown away, with one step
 compare.py      many runs, ranked on validation
 data_check.py   what is wrong with the data, what they come to, what an epoch costs

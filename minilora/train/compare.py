@@ -5,7 +5,8 @@ Each run is a process of its own, so its memory and its speed are its own, and o
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.checkpoint.json_file import read_json
-from minilora.checkpoint.write import atomic_write
+from minilora.checkpoint.write import atomic_json
 from minilora.config import RunConfig
 from minilora.errors import UserError
 from minilora.evaluate.metrics import figure_names
@@ -23,23 +24,27 @@ from minilora.report.console import Console
 from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
-from minilora.train.run_folder import config_toml, to_json
+from minilora.train.run_folder import config_toml, refuse_both
 from minilora.train.setup import settled
 from minilora.train.signals import StopRequest
 
 RESULT = "compare.json"
 
-# What a strategy sets. Its learning rate is so many times the configuration's, which is meant for adapters: with all
-# weights smaller steps go as far, and a prefix, which starts as noise of size 1, wants ones as large as ChatGLM's (2e-2
-# where 2e-4 is usual).
+# What a strategy sets, whatever the configuration's own is. Its learning rate is so many times the configuration's,
+# which is meant for adapters: with all weights smaller steps go as far, and a prefix, which starts as noise of size 1,
+# wants ones as large as ChatGLM's (2e-2 where 2e-4 is usual).
+_NOT_PARTIAL, _NOT_DORA = {"train.layers": "null", "train.parameters": "[]"}, {"lora.dora": "false"}
 STRATEGIES: dict[str, tuple[dict[str, str], float]] = {
-    "full": ({"train.strategy": "full"}, 0.1),
-    "partial": ({"train.strategy": "partial", "train.layers": "2"}, 1.0),
-    "lora": ({"train.strategy": "lora"}, 1.0),
-    "qlora": ({"train.strategy": "qlora"}, 1.0),
-    "dora": ({"train.strategy": "qlora", "lora.dora": "true"}, 1.0),
-    "prefix": ({"train.strategy": "prefix"}, 100.0),
+    "full": ({"train.strategy": "full"} | _NOT_PARTIAL | _NOT_DORA, 0.1),
+    "partial": ({"train.strategy": "partial", "train.layers": "2"} | _NOT_DORA, 1.0),
+    "lora": ({"train.strategy": "lora"} | _NOT_PARTIAL | _NOT_DORA, 1.0),
+    "qlora": ({"train.strategy": "qlora"} | _NOT_PARTIAL | _NOT_DORA, 1.0),
+    "dora": ({"train.strategy": "qlora", "lora.dora": "true"} | _NOT_PARTIAL, 1.0),
+    "prefix": ({"train.strategy": "prefix"} | _NOT_PARTIAL | _NOT_DORA, 100.0),
 }
+
+
+Configured = Callable[[Mapping[str, str]], RunConfig]
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,20 @@ def combinations(
                 yield "-".join(part for part in name if part).replace("/", "_") or "run", own | sets | varied
 
 
+def all_variants(
+    strategies: Sequence[str], grid: Sequence[str], shares: Sequence[str], configured: Configured
+) -> list[Variant]:
+    """The `combinations` as runs. configured: the common configuration with these keys changed.
+
+    Raises UserError as `combinations` does, and where two runs are the same.
+    """
+    pairs = combinations(strategies, grid, shares, configured({}).train.lr)
+    made = [Variant(name, changes, configured(changes)) for name, changes in pairs]
+    if twins := [name for name, n in Counter(variant.name for variant in made).items() if n > 1]:
+        raise UserError(f"two of the runs are {twins[0]}; name each strategy and value once")
+    return made
+
+
 def compare(
     variants: Sequence[Variant],
     output: Path,
@@ -93,6 +112,7 @@ def compare(
     the others. A run that fails is a row with "failed". Raises UserError if there is nothing to rank by, before one is
     trained where that can be known, and if `output` is taken.
     """
+    refuse_both(resume, overwrite)
     if not variants[0].config.data.validation and not variants[0].config.data.validation_share:
         raise UserError(
             "runs are ranked on validation, and there is none: name data.validation or data.validation_share"
@@ -127,7 +147,7 @@ def compare(
         raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
     test = read_json(Path(winner.train.output) / "summary.json")["test"]
     result = {"ranked_by": rank_by, "winner": best, "test": test, "rows": rows}
-    atomic_write(output / RESULT, to_json(result, indent=1) + "\n")
+    atomic_json(output / RESULT, result)
     return result
 
 
@@ -135,7 +155,8 @@ def _figures(config: RunConfig) -> dict[str, Any]:
     """What a table has of a finished run."""
     summary = read_json(Path(config.train.output) / "summary.json")
     kept = ("before", "after", "forgetting", "peak_memory_bytes", "tok_per_s", "steps", "trainable_parameters")
-    return {"lr": config.train.lr} | {key: summary[key] for key in (*kept, "best_step") if key in summary}
+    own = {"lr": config.train.lr, "share": config.data.share}
+    return own | {key: summary[key] for key in (*kept, "best_step") if key in summary}
 
 
 def _is_finished(config: RunConfig) -> bool:

@@ -8,20 +8,21 @@ attention and the optimizer come on top, so a run takes longer.
 
 import time
 from dataclasses import replace
-from math import ceil
 
 import torch
 
 from minilora.backend import pick_device, pick_dtype, product_dtype
+from minilora.base import tokenizer_for
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.write import atomic_write
 from minilora.config import DataConfig, ModelConfig, RunConfig
 from minilora.data.check import Data, figures, load_data, mended
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
+from minilora.evaluate.forgetting import read_probes
 from minilora.memory import as_text, free_bytes
-from minilora.tokenizer import load_tokenizer
-from minilora.train.ledger import Ledger
+from minilora.train.ledger import ledger_of
+from minilora.train.setup import steps_of_run
 
 MEASURED_S = 0.3
 
@@ -42,16 +43,16 @@ def check_data(config: RunConfig) -> tuple[Data, list[tuple[str, str]]]:
 
 def _load(config: RunConfig, data: DataConfig, mend: bool = False) -> Data:
     checkpoint = open_checkpoint(config.model.path)
-    model = config.model
-    tokenizer = load_tokenizer(model.tokenizer or checkpoint.folder, old_hf_spaces=model.old_hf_spaces)
-    return load_data(data, tokenizer, checkpoint.config.vocab_size, mend)
+    return load_data(data, tokenizer_for(config.model, checkpoint), checkpoint.config.vocab_size, mend)
 
 
 def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str, str]]:
     """Steps, time and memory of an epoch on this machine."""
     train, length, device = config.train, config.data.max_seq_len, pick_device(config.model.device)
-    sampler = RowSampler([s.length for s in data.learnt], length, train.seed, mix=data.mix)
-    needed = sum(Ledger.of(config, sizes, device, data.learnt, sampler).fitted().predict().values())
+    lengths = [sample.length for sample in data.learnt]
+    sampler = RowSampler(lengths, length, train.seed, mix=data.mix)
+    probes = read_probes(config.eval.probes, data.tokenizer) if config.eval.samples else []
+    needed = sum(ledger_of(config, sizes, device, data, probes, sampler).fitted().predict().values())
     n_rows, per_step = len(sampler.rows), train.batch_size * train.accumulate
     weights = sizes.n_parameters - (0 if sizes.tied_embeddings else sizes.vocab_size * sizes.dim)
     speed = _flop_per_s(sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0])
@@ -59,7 +60,7 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str,
     least = f"{seconds / 60:,.2g} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
     measured = f"products alone, at the {speed / 1e9:,.0f} GFLOP/s of a product measured here"
     an_epoch = n_rows / per_step
-    run = f"train.epochs {train.epochs:g} comes to {ceil(train.epochs * an_epoch):,} steps"
+    run = f"train.epochs {train.epochs:g} comes to {steps_of_run(lengths, config, data.mix):,} steps"
     if train.max_steps is not None:
         run = f"train.max_steps {train.max_steps:,} comes to {train.max_steps / an_epoch:.3g} epochs"
     return [

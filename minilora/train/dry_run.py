@@ -2,51 +2,75 @@
 
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from minilora.checkpoint.adapter import load_adapter
+from minilora.backend import pick_device
+from minilora.base import Base
 from minilora.checkpoint.load import load_model
 from minilora.config import RunConfig
+from minilora.data.encode import Sample
 from minilora.errors import UserError
 from minilora.evaluate.answers import answer_samples, has_prompt
 from minilora.memory import as_text
 from minilora.model import Mistral
+from minilora.tokenizer import Tokenizer
 from minilora.train.loop import fine_tune
-from minilora.train.setup import Reporter, Run
+from minilora.train.run_folder import refuse_output
+from minilora.train.setup import Reporter
+
+COMPARED = 64  # tokens, by whose logits the reloaded model is known
 
 
-def dry_run(config: RunConfig, reporter: Reporter) -> None:
-    """Raises UserError for what would stop the run, and if what was saved does not come back bit for bit."""
+def dry_run(config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> None:
+    """Raises UserError for what would stop the run, and if what was saved does not come back bit for bit. That the run
+    could not have its `train.output` is only told.
+
+    resume, overwrite: how the run would be begun
+    """
+    try:
+        refuse_output(config, resume, overwrite)
+    except UserError as error:
+        reporter.say(f"warning: the run itself would be refused: {error}")
     with tempfile.TemporaryDirectory() as folder:
         short = replace(
             config,
             train=replace(config.train, output=folder, max_steps=1, warmup_steps=0),
             eval=replace(config.eval, answers=0, samples=0),
         )
-        run = fine_tune(short, reporter, overwrite=True, with_test=False)
-        peaks, predicted = run.memory.summary(), as_text(sum(run.predicted_bytes.values()))
-        measured = as_text(peaks.get("device_allocated", peaks["private"]))
-        holes = "" if "device_allocated" in peaks else ", with what the heap and libraries keep for later"
-        reporter.say(f"memory of the step: {predicted} predicted, {measured} measured{holes}")
-        model = _reload(run)
-        tokens = torch.tensor([run.train[0].tokens[:-1].tolist()], device=model.device)
-        with torch.no_grad():
-            trained, reloaded = run.model(tokens), model(tokens)
+        settled, tokenizer, sample, trained = _one_step(short, reporter)
+        model = _reload(settled, Path(folder))
+        reloaded = _logits(model, sample)
         if not torch.equal(trained, reloaded):
             difference = float((trained - reloaded).abs().max())
             raise UserError(f"the reloaded model's logits differ by up to {difference:.3g}: please report this bug")
-        chats = [sample for sample in run.train if has_prompt(sample)][:1]
-        for answer in answer_samples(model, run.tokenizer, chats, max_new_tokens=16):
+        for answer in answer_samples(model, tokenizer, [sample] if has_prompt(sample) else [], max_new_tokens=16):
             reporter.say(f"{answer.prompt!r} is answered {answer.given!r}")
 
 
-def _reload(run: Run) -> Mistral:
+def _one_step(config: RunConfig, reporter: Reporter) -> tuple[RunConfig, Tokenizer, Sample, Tensor]:
+    """Run it, and say what memory the step took. What is left: the configuration with what the base says, a sample, a
+    conversation if there is one, and its logits. The model goes, since a second one need not fit beside it."""
+    run = fine_tune(config, reporter, overwrite=True, with_test=False)
+    peaks, predicted = run.memory.summary(), as_text(sum(run.predicted_bytes.values()))
+    measured = as_text(peaks.get("device_allocated", peaks["private"]))
+    holes = "" if "device_allocated" in peaks else ", with what the heap and libraries keep for later"
+    reporter.say(f"memory of the step: {predicted} predicted, {measured} measured{holes}")
+    sample = next(filter(has_prompt, run.train), run.train[0])
+    return run.config, run.tokenizer, sample, _logits(run.model, sample)
+
+
+@torch.no_grad()
+def _logits(model: Mistral, sample: Sample) -> Tensor:
+    """Of the first tokens, (1, <= COMPARED, V) on the CPU."""
+    logits: Tensor = model(torch.tensor([sample.tokens[:COMPARED].tolist()], device=model.device))
+    return logits.cpu()
+
+
+def _reload(config: RunConfig, folder: Path) -> Mistral:
     """The model from the files that the run wrote."""
-    config, dtype, device = run.config, run.model.dtype, run.model.device
     if config.train.base_learns:
-        return load_model(run.folder.path / "model", dtype=dtype, device=device)
-    base = load_model(
-        config.model.path, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
-    )
-    return load_adapter(base, run.folder.path / "adapter").eval()
+        return load_model(folder / "model", dtype=torch.float32, device=pick_device(config.model.device))
+    return Base.find(config.model, str(folder / "adapter")).load()

@@ -7,18 +7,21 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import isqrt
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from minilora.adamw import state_bytes
 from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, PrefixConfig, RunConfig
+from minilora.data.check import Data
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, RowSampler, make_batch
 from minilora.errors import UserError
+from minilora.evaluate.answers import has_prompt
+from minilora.evaluate.measure import longest_prompt
 from minilora.fused import Keep
-from minilora.memory import DenseDtype, Learned, StepPlan, as_text, free_bytes, private_bytes
+from minilora.memory import Learned, StepPlan, as_text, free_bytes, private_bytes, storage_of
 from minilora.nf4 import CPU
 from minilora.train.strategies import learned_names
 from minilora.visible import Pieces, Runs, causal_runs
@@ -37,39 +40,45 @@ def on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
     return Ledger(config, sizes, torch.device("cuda"), full, shape[1], flash=flash).predict()
 
 
+def ledger_of(
+    config: RunConfig, sizes: ModelConfig, device: torch.device, data: Data, probes: list[Sample], sampler: RowSampler
+) -> "Ledger":
+    """The ledger of a run on these data, which also answers the probes."""
+    first = make_batch(data.learnt, sampler.rows[: config.train.batch_size], config.data.max_seq_len)
+    lengths = (chat.length for samples in data.samples.values() for chat in samples if has_prompt(chat))
+    prompts = [longest_prompt(data.samples[part], config.eval) for part in ("validation", "test")]
+    prompts += [len(probe.tokens) for probe in probes]
+    return Ledger(config, sizes, device, first, max(lengths, default=0), prompt=max(prompts))
+
+
 @dataclass(frozen=True)
 class Ledger:
-    """The memory of a run. sample: its first micro-batch, which the others are like; longest: positions of a sample.
+    """The memory of a run, before it.
 
+    first: its first micro-batch, which the others are like
+    longest: positions of the longest conversation, which a row must have; raw text is cut
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
     flash: whether attention goes over runs by FlashAttention; None: if the device serves it
+    prompt: tokens of the longest prompt that is answered; 0: none is
     """
 
     config: RunConfig
     sizes: ModelConfig
     device: torch.device
-    sample: PackedBatch
+    first: PackedBatch
     longest: int
     keep: tuple[Keep, ...] = ()
     flash: bool | None = None
-
-    @staticmethod
-    def of(
-        config: RunConfig, sizes: ModelConfig, device: torch.device, samples: list[Sample], sampler: RowSampler
-    ) -> "Ledger":
-        """The ledger of a run on these samples, before its first step; those that no row has are only answered."""
-        first = make_batch(samples, sampler.rows[: config.train.batch_size], config.data.max_seq_len)
-        return Ledger(config, sizes, device, first, max(sample.length for sample in samples))
+    prompt: int = 0
 
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
-        plan, in_between = self._plan(), list[dict[str, int]]()
-        if self._evaluates():
-            limits = self.config.eval
+        plan, limits, in_between = self._plan(), self.config.eval, list[dict[str, int]]()
+        if self._scores():
             in_between.append(replace(plan, rows=limits.batch_size, targets=None).forward())
-            if limits.answers or limits.samples:
-                answered = replace(plan, rows=limits.batch_size, length=self.longest, targets=None)
-                in_between.append(answered.forward(limits.max_new_tokens))
+        if self.prompt:
+            answered = replace(plan, rows=limits.batch_size, length=self.prompt, targets=None)
+            in_between.append(answered.forward(limits.max_new_tokens))
         on_cpu = self.device.type == "cpu"
         held = {"process": private_bytes()} if on_cpu else {}
         if on_cpu and self.config.data.general:
@@ -77,27 +86,26 @@ class Ledger:
         return held | plan.predict(in_between)
 
     def _plan(self) -> StepPlan:
-        model, train, length, sample = self.config.model, self.config.train, self.config.data.max_seq_len, self.sample
+        model, train, length, first = self.config.model, self.config.train, self.config.data.max_seq_len, self.first
         base_learns, is_prefix, on_cpu = train.base_learns, train.strategy == "prefix", self.device.type == "cpu"
         dtype = torch.float32 if base_learns else pick_dtype(self.device, model.dtype)[0]
-        dense = cast(DenseDtype, str(dtype).removeprefix("torch."))
-        runs = causal_runs(sample.positions, sample.segments) if on_cpu and not is_prefix else None
+        storage, dense = storage_of(dtype, model.double_quant if self.config.quantize else None)
+        runs = causal_runs(first.positions, first.segments) if on_cpu and not is_prefix else None
         at_once = self.flash
         if at_once is None:
-            at_once = sample.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim)
+            at_once = first.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim)
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         return StepPlan(
-            self.sizes, dtype=dense, adapter=added, rows=train.batch_size, length=length, keep=self.keep,
-            storage=dense if not self.config.quantize else "nf4 double-quantized" if model.double_quant else "nf4",
+            self.sizes, storage, dense, added, rows=train.batch_size, length=length, keep=self.keep,
             learned=Learned.of(self.sizes, learned_names(self.sizes, train)) if base_learns else None,
-            targets=round(train.batch_size * length * sample.n_targets / sample.tokens.numel()),
+            targets=round(train.batch_size * length * first.n_targets / first.tokens.numel()),
             sees="runs" if runs or (at_once and not is_prefix) else "mask",
             masks=sum(Pieces.of(runs, window).mask_bytes for window in set(self.sizes.windows)) if runs else 0,
             checkpointing=train.activation_checkpointing, device=self.device,
             optimizer=train.optimizer, paged=train.paged and not on_cpu,
         )  # fmt: skip
 
-    def _evaluates(self) -> bool:
+    def _scores(self) -> bool:
         data = self.config.data
         return any((data.validation, data.test, data.general, data.validation_share, data.test_share))
 
@@ -161,7 +169,7 @@ class Ledger:
             accumulate = train.accumulate * train.batch_size // n
             changes = {"train": {"batch_size": n, "accumulate": accumulate}}
             yield "train.batch_size", f"{n} and train.accumulate {accumulate}", changes
-        halved = ["eval.batch_size"] * self._evaluates() + ["data.max_seq_len"]
+        halved = ["eval.batch_size"] * (self._scores() or self.prompt > 0) + ["data.max_seq_len"]
         halved += ["eval.general_tokens"] * (on_cpu and bool(self.config.data.general))
         halved += ["train.prefix_tokens" if train.strategy == "prefix" else "lora.rank"] * (not train.base_learns)
         for section, key in (name.split(".") for name in halved):

@@ -7,16 +7,17 @@ gave and does not look again.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from minilora.checkpoint.json_file import read_json
-from minilora.checkpoint.write import atomic_write
-from minilora.data.records import data_fingerprint
+from minilora.checkpoint.files import sha256_of
+from minilora.checkpoint.json_file import parse_object, read_json, short
+from minilora.checkpoint.write import atomic_json, atomic_jsonl
 from minilora.errors import UserError
-from minilora.train.run_folder import RUN_BYTES, to_json
+from minilora.train.run_folder import RUN_BYTES
 
 LOOKS = "test_looks.jsonl"
 TRAIN = "train"  # the command of a run's own look
@@ -27,14 +28,27 @@ def run_tested_on(file: str, weights: str | None) -> Path | None:
     run = Path(weights).resolve().parent if weights else Path()
     if not weights or not (run / "before.json").is_file():
         return None
-    test = read_json(run / "before.json", RUN_BYTES).get("data", {}).get("test")
-    return run if data_fingerprint(file) in json.dumps(test) else None
+    data = read_json(run / "before.json", RUN_BYTES).get("data", {})
+    if not isinstance(data, dict):
+        raise UserError(f"{run / 'before.json'}: data is {short(data)}, as no run writes it; put the file back")
+    return run if sha256_of(file) in json.dumps(data.get("test")) else None
+
+
+def check_notable(run: Path) -> None:
+    """Before any work: raise UserError where a look could not be written down."""
+    looks(run)
+    if not os.access(run, os.W_OK):
+        raise UserError(f"{run}: its test file may be looked at only where that can be written down; make it writable")
 
 
 def looks(run: Path) -> list[dict[str, Any]]:
     """What was seen so far, the first look first. Raises UserError if the file is damaged."""
     try:
-        return [json.loads(line) for line in (run / LOOKS).read_text("utf-8").split("\n") if line]
+        found = [parse_object(line) for line in (run / LOOKS).read_bytes().split(b"\n") if line]
+        for look in found:
+            if "command" not in look or not isinstance(look.get("figures"), dict):
+                raise ValueError(f"{short(look)} is no look")
+        return found
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -48,10 +62,9 @@ def note_look(run: Path, command: str, sha256: Any, figures: Mapping[str, Any]) 
     """
     when = datetime.now(UTC).isoformat(timespec="seconds")
     seen = [*looks(run), {"time": when, "command": command, "sha256": sha256, "figures": figures}]
-    atomic_write(run / LOOKS, "".join(to_json(look) + "\n" for look in seen))
+    atomic_jsonl(run / LOOKS, seen)
     if (run / "summary.json").exists():
-        summary = read_json(run / "summary.json") | {"test_looks": len(seen)}
-        atomic_write(run / "summary.json", to_json(summary, indent=1) + "\n")
+        atomic_json(run / "summary.json", read_json(run / "summary.json") | {"test_looks": len(seen)})
     if len(seen) == 1:
         return None
     return f"this is look {len(seen)} at the test file of {run}: its figure no longer counts as unseen"

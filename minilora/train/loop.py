@@ -4,38 +4,29 @@ base -> NF4 -> adapters;  data -> samples -> packed rows
 measure; then until done: take rows, step, now and then validate and save; then measure again
 """
 
-import platform
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from copy import copy
 from math import inf
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from minilora.checkpoint.adapter import save_adapter
-from minilora.checkpoint.json_file import parse_object
-from minilora.checkpoint.provenance import read_provenance, versions
-from minilora.checkpoint.save import save_hf
-from minilora.checkpoint.write import atomic_write, verify_manifest
-from minilora.config import RunConfig, to_dict
+from minilora.checkpoint.provenance import versions
+from minilora.checkpoint.write import atomic_write
+from minilora.config import RunConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import RowSampler, make_batch
-from minilora.data.sources import sources
 from minilora.errors import UserError, is_out_of_memory
 from minilora.evaluate.advice import advise
-from minilora.evaluate.answers import Answer, answer_samples, has_prompt
-from minilora.evaluate.metrics import score
+from minilora.evaluate.answers import Answer
+from minilora.evaluate.measure import asked, measure
 from minilora.evaluate.perplexity import mean_loss, perplexity
-from minilora.hub import is_hub_id
 from minilora.lora import adapters_off
 from minilora.train.graph import StepGraphs
 from minilora.train.looks import TRAIN, looks, note_look
-from minilora.train.run_folder import HELD_OUT, RunFolder, refuse_theirs, to_json
+from minilora.train.results import records, write_answers, write_learnt, write_summary
+from minilora.train.run_folder import HELD_OUT, RunFolder
 from minilora.train.schedule import lr_at
 from minilora.train.setup import Reporter, Run, set_up
 from minilora.train.signals import Stopped, StopRequest
@@ -90,14 +81,14 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         memory.device_allocated, memory.device_reserved = counters.peak_device_allocated, counters.peak_device_reserved
         run.reporter.say(f"going on after step {run.state.counters.step}")
         run.before = run.folder.read_json("before.json")
-        if not run.before.keys() >= {"metrics", "answers", "probes"}:
+        if not _fits(run, **run.before):
             raise UserError(f"{run.folder.path}/before.json is not what a run writes; put it back, or add --overwrite")
     else:
         if resume and (run.folder.path / "summary.json").exists():
             raise UserError(f"{run.folder.path}: finished, and its checkpoints are gone; --overwrite begins anew")
         run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
         with adapters_off(run.model):  # a new prefix is noise: "before" is the base
-            metrics, answers = measure(run, run.validation)
+            metrics, answers = _measure(run, run.validation)
         run.before = {"metrics": metrics, "answers": [vars(a) for a in answers], "probes": run.forgetting.said}
         run.before |= {"data": run.state.origin["data"]}
         run.folder.write_json("before.json", run.before)
@@ -107,17 +98,17 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
     run.folder.timing.cut(run.state.counters.timing_bytes)
 
 
-def measure(run: Run, samples: list[Sample]) -> tuple[dict[str, Any], list[Answer]]:
-    """Loss and perplexity of all samples, and `eval.metrics` of the first `eval.answers` that end in an answer; those
-    answers, or as many as `eval.samples` shows, if that is more."""
-    if not samples:
-        return {}, []
-    limits = run.config.eval
-    loss, _ = mean_loss(run.model, samples, run.config.data.max_seq_len, limits.batch_size)
-    chats = [s for s in samples if has_prompt(s)][: max(limits.answers, limits.samples)]
-    answers = answer_samples(run.model, run.tokenizer, chats, limits.max_new_tokens, limits.batch_size)
-    figures, _ = score(answers[: limits.answers], limits.metrics)
-    return {"loss": loss, "perplexity": perplexity(loss)} | figures, answers
+def _fits(run: Run, metrics: Any = None, answers: Any = None, probes: Any = None, **_rest: Any) -> bool:
+    """Whether that is what before.json holds of this run: an answer for each that there will be after it."""
+    n_answers, n_probes = len(asked(run.validation, run.config.eval)), len(run.forgetting.probes)
+    if not (isinstance(metrics, dict) and isinstance(answers, list) and isinstance(probes, list)):
+        return False
+    given = [answer.get("given") if isinstance(answer, dict) else None for answer in answers]
+    return (len(given), len(probes)) == (n_answers, n_probes) and all(isinstance(x, str) for x in [*given, *probes])
+
+
+def _measure(run: Run, samples: list[Sample]) -> tuple[dict[str, Any], list[Answer]]:
+    return measure(run.model, run.tokenizer, samples, run.config.data.max_seq_len, run.config.eval)
 
 
 def run_steps(run: Run) -> None:
@@ -155,6 +146,8 @@ def run_steps(run: Run) -> None:
             if stop.requested or is_last or counters.step % run.config.train.checkpoint_every == 0:
                 save(run)
             follow()
+    if counters.step < run.n_steps and _out_of_patience(run):
+        run.stopped_because = f"no better validation in {run.config.eval.patience} since step {counters.best_step}"
     _make_room(run)
     run.model.eval()
 
@@ -240,11 +233,7 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def _out_of_patience(run: Run) -> bool:
-    patience, counters = run.config.eval.patience, run.state.counters
-    if patience == 0 or counters.validations_since_best < patience:
-        return False
-    run.stopped_because = f"no better validation in {patience} since step {counters.best_step}"
-    return True
+    return 0 < run.config.eval.patience <= run.state.counters.validations_since_best
 
 
 def save(run: Run, random: dict[str, Tensor] | None = None) -> None:
@@ -267,47 +256,16 @@ def finish(run: Run, with_test: bool, anew: bool) -> None:
         raise UserError(f"{folder.path}: no step could be taken, loss or gradient was never finite; lower train.lr")
     if counters.best_loss is not None and counters.best_step != counters.step:
         load_weights(run.state.weights, folder.checkpoint("best", counters.best_step))
-    after, run.after = measure(run, run.validation)
-    _write_answers(run)
+    after, run.after = _measure(run, run.validation)
+    write_answers(run)
     forgetting = run.forgetting.report(run.model)
-    advice = advise(_records(folder.path / "metrics.jsonl", "step", "lr"), forgetting)
+    advice = advise(records(folder.path / "metrics.jsonl", "step", "lr"), forgetting)
     for sentence in advice:
         run.reporter.say(f"advice: {sentence}")
     test = open_test(run) if with_test else {}
-    held_out = _absolute(str(folder.path / HELD_OUT)) if run.held_out else None
-    provenance = {k: run.state.origin[k] for k in ("data", "tokenizer")} | {
-        "base_path": _absolute(run.config.model.path),
-        "tokenizer_path": run.config.model.tokenizer and _absolute(run.config.model.tokenizer),
-        "validation_path": next((_absolute(s.path) for s in sources(run.config.data.validation)), held_out),
-        "config": {"lora": to_dict(run.config.lora), "train": to_dict(run.config.train) | {"output": ""}},
-        "versions": versions() | {"python": platform.python_version()},
-        "metrics": {"before": run.before["metrics"], "after": after, "test": test},
-    }
-    learnt = folder.path / ("model" if run.config.train.base_learns else "adapter")
-    if anew or not _is_whole(learnt, provenance["metrics"]):
-        refuse_theirs(learnt)
-        if run.config.train.base_learns:
-            save_hf(run.model, learnt, dtype=torch.float32, tokenizer=run.tokenizer.path, overwrite=True)
-        else:
-            save_adapter(run.model, learnt, provenance=provenance, overwrite=True)
-    speeds = [record["tok_per_s"] for record in _records(folder.path / "timing.jsonl", "tok_per_s")]
-    summary = {
-        "before": run.before["metrics"], "after": after, "test": test, "test_looks": len(looks(folder.path)),
-        "forgetting": forgetting, "advice": advice, "peak_memory_bytes": run.memory.summary(),
-        "predicted_memory_bytes": run.predicted_bytes, "stopped_because": run.stopped_because,
-        "tok_per_s": statistics.median(speeds) if speeds else None,  # None if the disk was too full to note any
-        "steps": counters.step, "updates": counters.updates, "best_step": counters.best_step,
-        "trainable_parameters": sum(p.numel() for p in run.state.weights.values()),
-    }  # fmt: skip
-    folder.write_json("summary.json", summary)
-
-
-def _is_whole(folder: Path, metrics: dict[str, Any]) -> bool:
-    """Whether what was trained lies there as it was written, and tells of these figures, if it tells of any."""
-    with suppress(UserError):
-        verify_manifest(folder)
-        return bool(read_provenance(folder).get("metrics", metrics) == metrics)
-    return False
+    figures = {"before": run.before["metrics"], "after": after, "test": test}
+    write_learnt(run, figures, anew)
+    write_summary(run, figures | {"forgetting": forgetting, "advice": advice})
 
 
 def open_test(run: Run) -> dict[str, Any]:
@@ -315,48 +273,9 @@ def open_test(run: Run) -> dict[str, Any]:
     own = [look["figures"] for look in looks(run.folder.path) if look["command"] == TRAIN]
     if own or not run.test:
         return own[0] if own else {}
-    figures, _ = measure(run, run.test)
+    figures, _ = _measure(run, run.test)
     data = run.state.origin["data"]
     source = data.get("test", data["train"])  # a test that is split off has no file of its own
     if warning := note_look(run.folder.path, TRAIN, source, figures):
         run.reporter.say(f"warning: {warning}")
     return figures
-
-
-def _absolute(path: str) -> str:
-    """The path as it is found from everywhere; "demo" and what the hub has are names."""
-    return path if path == "demo" or is_hub_id(path) else str(Path(path).expanduser().resolve())
-
-
-def _write_answers(run: Run) -> None:
-    """generated.jsonl: every validation answer before and after; samples.md: the first ones, and the probes."""
-    said = [answer["given"] for answer in run.before["answers"]]
-    _, each = score(run.after, run.config.eval.metrics)
-    rows = [(a.where, a.prompt, a.expected, b, a.given) for a, b in zip(run.after, said, strict=True)]
-    keys = ("where", "prompt", "expected", "before", "after")
-    lines = [to_json(dict(zip(keys, row, strict=True)) | figures) for row, figures in zip(rows, each, strict=True)]
-    atomic_write(run.folder.path / "generated.jsonl", "".join(line + "\n" for line in lines))
-    text = _markdown("Samples", keys[1:], [row[1:] for row in rows[: run.config.eval.samples]])
-    if prompts := [run.tokenizer.decode(probe.tokens.tolist()) for probe in run.forgetting.probes]:
-        probes = zip(prompts, run.before["probes"], run.forgetting.answers(run.model), strict=True)
-        text += "\n" + _markdown("Probes", ("prompt", "before", "after"), probes)
-    atomic_write(run.folder.path / "samples.md", text)
-
-
-def _markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table under a title."""
-    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (head, *rows)]
-    return "\n".join([f"# {title}", "", lines[0], "|" + "---|" * len(head), *lines[1:], ""])
-
-
-def _cell(text: str) -> str:
-    return "<br>".join(text.strip().replace("|", "\\|").splitlines())
-
-
-def _records(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """Those that can be read and have the keys: none, if the disk was too full to note any."""
-    records = list[dict[str, Any]]()
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with suppress(ValueError):
-            records.append(parse_object(line))
-    return [record for record in records if record.keys() >= {*keys}]

@@ -2,17 +2,19 @@
 
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from minilora.report.console import Console
 
 PLAIN_LINES = 20  # in a whole run, where the output is no terminal
 RECENT = 50  # steps that speed and time left are told from
 
 
 class ConsoleReporter:
-    """The `Reporter` of the command line."""
+    """The `Reporter` of the command line. What cannot be shown, such as for a full disk, must not end training."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -24,7 +26,8 @@ class ConsoleReporter:
 
     def say(self, text: str) -> None:
         style = "yellow" if text.startswith("warning") else ""
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        with suppress(OSError):
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, step: int, n_steps: int) -> None:
         self._n_steps, self._last = n_steps, time.perf_counter()
@@ -33,7 +36,8 @@ class ConsoleReporter:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console)
         self._task = self._bar.add_task("", total=n_steps, completed=step)
-        self._bar.start()
+        with suppress(OSError):
+            self._bar.start()
 
     def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
         if "val_loss" in metrics:
@@ -53,5 +57,6 @@ class ConsoleReporter:
 
     def end(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
             self._bar = None

@@ -15,36 +15,23 @@ import shutil
 import tomllib
 from contextlib import suppress
 from dataclasses import fields
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from minilora.checkpoint.json_file import read_json
-from minilora.checkpoint.write import atomic_write, not_ours, sweep_stale
+from minilora.checkpoint.json_file import read_json, to_json
+from minilora.checkpoint.write import atomic_json, atomic_write, not_ours, sweep_stale
 from minilora.config import RunConfig, base_folder, to_dict
 from minilora.data.sources import FILE_KEYS, sources
 from minilora.errors import UserError
 
 LOCK, HELD_OUT = ".lock", "validation.jsonl"
 RUN_BYTES = 100_000_000  # of a file of JSON: before.json holds all answers
-FOLDERS = ("checkpoints", "adapter", "model", "merged", "tensorboard")
+LEARNT = ("adapter", "model", "merged")
+SIGNS = (LOCK, "before.json", "metrics.jsonl", "checkpoints")  # that a config.toml is a run's
 FILES = (
     "config.toml", "before.json", "metrics.jsonl", "timing.jsonl", "summary.json", "samples.md",
     "generated.jsonl", "test_looks.jsonl", HELD_OUT, "report.html", "loss.png", "learning_rate.png", "speed.png",
 )  # fmt: skip
-
-
-def to_json(document: Any, indent: int | None = None) -> str:
-    """JSON as its standard has it: a number that is not finite becomes null."""
-    return json.dumps(_finite(document), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 class LineLog:
@@ -94,22 +81,9 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: RunConfig, resume: bool, overwrite: bool) -> "RunFolder":
-        """Make the folder or go on in it; what it holds stays. Raises UserError if it is taken, in use, or no run's."""
-        path = Path(config.train.output)
-        if resume and overwrite:
-            raise UserError("--resume goes on and --overwrite begins anew; give one of them")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; name a folder with --train.output")
-        begun = (path / "config.toml").exists()
-        if resume and not begun:
-            raise UserError(f"{path}: no run to resume here; leave --resume out to begin one")
-        if begun and not resume and not overwrite:
-            raise UserError(f"{path} holds a run; add --resume to go on, --overwrite to begin anew, or --train.output")
-        if not begun and path.exists() and {child.name for child in path.iterdir()} - {LOCK}:
-            raise UserError(f"{path} is not empty, and holds no run; name another folder with --train.output")
-        if overwrite:
-            _refuse_own_sources(path, config)
-        folder = cls(path)
+        """Make the folder or go on in it; what it holds stays. Raises UserError if it cannot be had, or is in use."""
+        refuse_output(config, resume, overwrite)
+        folder = cls(path := Path(config.train.output))
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder._lock()
@@ -121,15 +95,31 @@ class RunFolder:
         return folder
 
     def begin(self, config: RunConfig) -> None:
-        """Delete what an earlier run wrote, and write the configuration: now the folder is the new run's."""
+        """Delete what an earlier run wrote, and write the configuration: now the folder is the new run's.
+
+        Raises UserError, and deletes nothing, as `refuse_strangers`.
+        """
+        refuse_strangers(self.path)
         text = config_toml(config)
         try:
             tomllib.loads(text)
             data = text.encode()
         except ValueError as error:
             raise UserError(f"{self.path}: the configuration cannot be written as TOML: {error}") from error
-        _remove_run(self.path)
+        self._remove_run()
         atomic_write(self.path / "config.toml", data)
+
+    def _remove_run(self) -> None:
+        """Delete what a run wrote, and nothing that somebody else put there."""
+        board = self.path / "tensorboard"
+        for folder in (*(self.path / name for name in LEARNT), *self._all("step"), *self._all("best")):
+            shutil.rmtree(folder, ignore_errors=True)
+        # The first, config.toml, is replaced in one move: a kill here must leave a folder that can be resumed.
+        for file in (*(self.path / name for name in FILES[1:]), *board.glob("events.out.tfevents.*")):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, board):
+            with suppress(OSError):  # there is none, or something of a user's in it
+                folder.rmdir()
 
     def _lock(self) -> None:
         self._lock_file = (self.path / LOCK).open("w")
@@ -171,10 +161,40 @@ class RunFolder:
                 shutil.rmtree(old)
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
-        atomic_write(self.path / name, to_json(document, indent=1) + "\n")
+        atomic_json(self.path / name, document)
 
     def read_json(self, name: str) -> dict[str, Any]:
         return read_json(self.path / name, RUN_BYTES)
+
+
+def refuse_both(resume: bool, overwrite: bool) -> None:
+    """Raise UserError if both are asked for."""
+    if resume and overwrite:
+        raise UserError("--resume goes on and --overwrite begins anew; give one of them")
+
+
+def refuse_output(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Raise UserError if a run so begun cannot have `train.output`: it is taken, or no run's."""
+    refuse_both(resume, overwrite)
+    path = Path(config.train.output)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder with --train.output")
+    begun = (path / "config.toml").exists() and any((path / sign).exists() for sign in SIGNS)
+    if resume and not begun:
+        raise UserError(f"{path}: no run to resume here; leave --resume out to begin one")
+    if begun and not resume and not overwrite:
+        raise UserError(f"{path} holds a run; add --resume to go on, --overwrite to begin anew, or --train.output")
+    if not begun and path.exists() and {child.name for child in path.iterdir()} - {LOCK}:
+        raise UserError(f"{path} is not empty, and holds no run; name another folder with --train.output")
+    if overwrite:
+        _refuse_own_sources(path, config)
+        refuse_strangers(path)
+
+
+def refuse_strangers(path: Path) -> None:
+    """Raise UserError if a folder of what was learnt, which a new run deletes, holds somebody else's file."""
+    for name in LEARNT:
+        refuse_theirs(path / name)
 
 
 def refuse_theirs(folder: Path) -> None:
@@ -189,15 +209,6 @@ def _refuse_own_sources(path: Path, config: RunConfig) -> None:
     for source in filter(None, (config.model.path, config.model.tokenizer, config.eval.probes, *files)):
         if path.resolve() in base_folder(source).resolve().parents:
             raise UserError(f"{source} lies in {path}, which would be begun anew; name another --train.output")
-
-
-def _remove_run(path: Path) -> None:
-    """Delete what a run wrote, and nothing that somebody else put there."""
-    for name in FOLDERS:
-        shutil.rmtree(path / name, ignore_errors=True)
-    for name in FILES:
-        if name != "config.toml":  # replaced in one move: a kill here must leave a folder that can be resumed
-            (path / name).unlink(missing_ok=True)
 
 
 def _toml(value: Any) -> str:

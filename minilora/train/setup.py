@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from minilora.adamw import FlatAdamW
-from minilora.backend import pick_device, pick_dtype, told
+from minilora.backend import dtype_name, pick_device, pick_dtype, told
+from minilora.base import tokenizer_for
+from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.compiled import compile_loops
@@ -16,7 +18,7 @@ from minilora.config import RunConfig, to_dict
 from minilora.data.check import Data, load_data
 from minilora.data.encode import Sample
 from minilora.data.pack import Mix, RowSampler, epoch_rows
-from minilora.data.records import as_jsonl, data_fingerprint
+from minilora.data.records import as_jsonl
 from minilora.data.sources import FILE_KEYS, fingerprints
 from minilora.errors import UserError, need_library
 from minilora.evaluate.answers import Answer
@@ -25,11 +27,10 @@ from minilora.evaluate.metrics import check_libraries
 from minilora.hub import pinned
 from minilora.memory import PeakMemory, as_text, free_bytes, one_line
 from minilora.model import Mistral
-from minilora.nf4 import CPU
 from minilora.scratch import keep_freed_memory
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.tokenizer import Tokenizer
 from minilora.train.graph import StepGraphs
-from minilora.train.ledger import Ledger
+from minilora.train.ledger import ledger_of
 from minilora.train.run_folder import RunFolder
 from minilora.train.state import RunState
 from minilora.train.step import Backward, LossScale, backward_of
@@ -85,22 +86,26 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if config.train.tensorboard:
         need_library("tensorboard", "tensorboard", "train.tensorboard")
     config, checkpoint = settled(config)
-    tokenizer = load_tokenizer(config.model.tokenizer or checkpoint.folder, old_hf_spaces=config.model.old_hf_spaces)
+    tokenizer = tokenizer_for(config.model, checkpoint)
     if not config.data.train:
-        raise UserError("data.train is empty; name a JSONL file of messages or text")
+        raise UserError("data.train is empty; name a file of messages or text")
     probes = read_probes(config.eval.probes, tokenizer) if config.eval.samples else []
     data = load_data(config.data, tokenizer, checkpoint.config.vocab_size)
     data.refuse_faults()
+    if config.eval.patience and not data.samples["validation"]:
+        without = "none; name data.validation or data.validation_share, or leave it out"
+        raise UserError(f"eval.patience waits for a better validation, and there is {without}")
     for warning in data.warnings():
         reporter.say(warning)
 
     device = pick_device(config.model.device)
     dtype, why = _pick_dtype(config, checkpoint, device)
-    compile_loops(config.train.compile and device == CPU)
+    on_cpu = device.type == "cpu"
+    compile_loops(config.train.compile and on_cpu)
     reporter.say(told(device))
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
     sampler = RowSampler([s.length for s in data.learnt], config.data.max_seq_len, config.train.seed, mix=data.mix)
-    ledger = Ledger.of(config, checkpoint.config, device, [*data.learnt, *probes], sampler).fitted()
+    ledger = ledger_of(config, checkpoint.config, device, data, probes, sampler).fitted()
     predicted = ledger.check()
     reporter.say(one_line(predicted))
     if kept := ledger.kept():
@@ -111,7 +116,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     forgetting = Forgetting(config, tokenizer, data.samples["general"], probes).ask_base(model)
     torch.manual_seed(config.train.seed)
     apply_strategy(model, config, ledger.keep)
-    if device == CPU and 1.25 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to
+    if on_cpu and 1.25 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to
         keep_freed_memory(short=True)
 
     weights, n_steps = trainable(model), _n_steps(config, data, model, sampler, reporter)
@@ -149,8 +154,7 @@ def _pick_dtype(config: RunConfig, checkpoint: Checkpoint, device: torch.device)
 def _n_steps(config: RunConfig, data: Data, model: Mistral, sampler: RowSampler, reporter: Reporter) -> int:
     """How many steps the run has; told, with what they are made of."""
     train, lengths = config.train, [s.length for s in data.learnt]
-    n_rows = train.batch_size * train.accumulate
-    n_steps = train.max_steps or ceil(rows_of_epochs(lengths, config, data.mix) / n_rows)
+    n_rows, n_steps = train.batch_size * train.accumulate, steps_of_run(lengths, config, data.mix)
     reporter.say(
         f"{train.strategy}: {sum(p.numel() for p in trainable(model).values()):,} weights learn, the base has "
         f"{model.config.n_parameters:,}; {len(lengths):,} samples in {len(sampler.rows):,} rows of "
@@ -168,17 +172,18 @@ def _origin(
     """What a saved state belongs to: a run may go on from it where this is the same."""
     return {
         "config": _what_must_stay(config), "base": model.base_fingerprint,
-        "tokenizer": {"sha256": data_fingerprint(tokenizer.path), "template": tokenizer.template},
+        "tokenizer": {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template},
         "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
-        "device": device.type, "dtype": str(dtype)[6:],
+        "device": device.type, "dtype": dtype_name(dtype),
     }  # fmt: skip
 
 
 def dtypes(config: RunConfig, dtype: torch.dtype) -> str:
     """What is stored and computed in which dtype, so that no cast is hidden."""
-    compute = str(dtype).removeprefix("torch.")
+    compute = dtype_name(dtype)
     storage = f"NF4{', absmax in 8 bits' if config.model.double_quant else ''}" if config.quantize else compute
     learns = "weights" if config.train.base_learns else "prefix" if config.train.strategy == "prefix" else "adapters"
+    learns += ", modules_to_save" if config.lora.modules_to_save else ""
     state = "8 bits" if config.train.optimizer == "adamw_8bit" else "float32"
     return (
         f"linear layers {storage}; embeddings, head and activations {compute}; {learns} and gradients float32; "
@@ -186,15 +191,18 @@ def dtypes(config: RunConfig, dtype: torch.dtype) -> str:
     )
 
 
-def rows_of_epochs(lengths: Sequence[int], config: RunConfig, mix: Mix | None) -> float:
-    """Rows in `train.epochs` passes over the data: each epoch packs anew, into a few rows more or less."""
+def steps_of_run(lengths: Sequence[int], config: RunConfig, mix: Mix | None) -> int:
+    """Optimizer steps: `train.max_steps`, or as many as the rows of `train.epochs` fill, and a part of one."""
+    train, whole = config.train, int(config.train.epochs)
 
-    def rows(epoch: int) -> int:
-        return len(epoch_rows(lengths, config.data.max_seq_len, config.train.seed, epoch, mix=mix))
+    def rows(epoch: int) -> int:  # each epoch packs anew, into a few rows more or less
+        return len(epoch_rows(lengths, config.data.max_seq_len, train.seed, epoch, mix=mix))
 
-    whole = int(config.train.epochs)
-    part = config.train.epochs - whole
-    return sum(map(rows, range(whole))) + (part * rows(whole) if part else 0)
+    if train.max_steps:
+        return train.max_steps
+    part = train.epochs - whole
+    n_rows = sum(map(rows, range(whole))) + (part * rows(whole) if part else 0)
+    return max(1, ceil(n_rows / (train.batch_size * train.accumulate) - 1e-9))  # a sum's rounding is no step
 
 
 def optimizer_for(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> FlatAdamW:

@@ -83,14 +83,14 @@ class RunState:
         }  # fmt: skip
         tensors = self._weights() if weights_only else self._tensors() | (random or random_state())
         lines = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        with atomic_folder(folder, overwrite=True, manifest={}) as new:
-            write_safetensors(new / TENSORS, tensors.values(), lines, {})
+        with atomic_folder(folder, overwrite=True) as new:
+            write_safetensors(new / TENSORS, tensors.values(), lines)
             (new / STATE).write_text(json.dumps(document, indent=1))
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on from a checkpoint; return the versions that wrote it.
 
-        Raises UserError, before anything is changed, if it is damaged, from another format, or of another run.
+        Raises UserError, before a weight is changed, if it is damaged, from another format, or of another run.
         """
         document = read_document(folder)
         known = {key: str if isinstance(value, str) else type(value) for key, value in versions().items()}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minilora.adamw import FlatAdamW
+from minilora.backend import product_dtype
 from minilora.data.pack import PackedBatch
 from minilora.fused import FusedBlock
 from minilora.loss import cross_entropy_sum
@@ -80,10 +81,11 @@ def backward_of(model: Mistral, optimizer: FlatAdamW, after_forward: Callable[[]
     after_forward is called when a micro-batch's activations are all alive: the moment of most memory.
     """
 
+    multiplied = product_dtype(torch.empty(0, dtype=model.dtype, device=model.device))
     reads_casts = any(isinstance(block, FusedBlock) for block in model.layers)  # projections.py does, nobody else
 
     def both(batch: PackedBatch, factor: float | Tensor) -> Tensor:
-        with optimizer.casts(model.dtype) if reads_casts else nullcontext():
+        with optimizer.casts(multiplied) if reads_casts else nullcontext():
             loss = loss_sum(model, batch) * factor
             after_forward()
             loss.backward()

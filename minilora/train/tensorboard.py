@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ def scalars(folder: Path | None, next_step: int, say: Callable[[str], None]) -> 
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=next_step)
-    failed = False
+    writers, failed = list[SummaryWriter](), False
 
     def attempt(action: Callable[[], None]) -> None:
         nonlocal failed
@@ -34,13 +32,14 @@ def scalars(folder: Path | None, next_step: int, say: Callable[[str], None]) -> 
             failed = True
             say(f"warning: {folder}: {error.strerror or error}; training goes on without TensorBoard")
 
-    def log(record: Record) -> None:
+    def write(record: Record) -> None:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                attempt(partial(writer.add_scalar, name, value, record["step"]))
-        attempt(writer.flush)
+                writers[0].add_scalar(name, value, record["step"])
+        writers[0].flush()
 
+    attempt(lambda: writers.append(SummaryWriter(str(folder), purge_step=next_step)))
     try:
-        yield log
+        yield lambda record: attempt(lambda: write(record))
     finally:
-        attempt(writer.close)
+        attempt(lambda: writers[0].close())

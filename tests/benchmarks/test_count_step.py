@@ -40,6 +40,7 @@ CASES = [("grouped heads", keep) for keep in Keep] + [("as many key heads", keep
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "keep"), CASES)
 def test_the_formula_is_the_count(name: str, keep: Keep) -> None:
     assert differences(name, keep) == []

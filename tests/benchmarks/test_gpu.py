@@ -35,6 +35,8 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.filterwarnings("ignore")
 def test_a_dry_run_of_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both sides draw the same weights and adapters, so they learn the same and say the same."""
     out = tmp_path / "gpu.json"

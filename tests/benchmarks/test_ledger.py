@@ -20,7 +20,23 @@ from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
-AT_REST = ("packed weights", "absmax", "embeddings, head, norms", "adapters", "gradients", "optimizer")
+pytestmark = pytest.mark.slow
+AT_REST = (
+    "linear weights", "packed weights", "absmax", "embeddings, head, norms", "adapters", "gradients", "optimizer"
+)  # fmt: skip
+FEW = 512  # words: with the shape's own the head's bytes would hide what else is predicted wrongly
+
+
+def assert_predicted(predicted: dict[str, int], measured: dict[str, int]) -> None:
+    """What is there between steps to the byte, all that a step adds to it in sum."""
+    of_step = []
+    for found in (predicted, measured):
+        found = dict(found)
+        of_step.append([found.pop(owner, 0) for owner in AT_REST])
+        of_step[-1].append(sum(found.values()))
+    (*rest, ours), (*at_rest, all_of_it) = of_step
+    assert rest == at_rest
+    assert abs(ours / all_of_it - 1) <= CLOSE, (predicted, measured)
 
 
 def test_help_names_each_shape_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,19 +45,20 @@ def test_help_names_each_shape_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{{{','.join(['demo', *SHAPES])}}}" in "".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("dtype", "keep"), list(product(["float32", "bfloat16"], Keep)))
-def test_a_step_takes_what_was_predicted(dtype: str, keep: Keep, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "keep", "rows", "n_words"),
+    [*product(["float32", "bfloat16"], Keep, [1, 4], [FEW]), ("float32", Keep.ALL, 4, shape("tiny").vocab_size)],
+)
+def test_a_step_takes_what_was_predicted(dtype: str, keep: Keep, rows: int, n_words: int) -> None:
     cell = Cell("tiny", rows, 256, dtype, keep.name)
-    sizes = shape(cell.shape)
+    sizes = replace(shape(cell.shape), vocab_size=n_words)
     predicted = cell.ledger(sizes).predict()
     assert predicted.pop("process") > 0
     scratch._held.__dict__.clear()  # of larger models that were here before
     step = _step(cell, random_model(sizes, getattr(torch, dtype)))
     step()
     measured, _ = step()
-    assert {owner: measured[owner] for owner in AT_REST} == {owner: predicted[owner] for owner in AT_REST}
-    assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE
+    assert_predicted(predicted, measured)
     assert measured.keys() >= {"attention", "residual stream"} | ({"adapter inputs"} if keep > Keep.INPUT else set())
     assert measured.get("decoded weights") == predicted.get("decoded weights")
 
@@ -51,7 +68,8 @@ def test_a_step_takes_what_was_predicted(dtype: str, keep: Keep, rows: int) -> N
 def test_under_a_window_and_of_short_samples_too(window: Any, packed: tuple[int, ...], keep: Keep) -> None:
     """Rows that the window cuts, and rows of samples that share a piece: no mask has as many entries as T x T."""
     rows, length = 2, 1200
-    cell, sizes = Cell("tiny", rows, length, "float32", keep.name), replace(shape("tiny"), sliding_window=window)
+    cell = Cell("tiny", rows, length, "float32", keep.name)
+    sizes = replace(shape("tiny"), sliding_window=window, vocab_size=FEW)
     batch = random_batch(rows, length, sizes.vocab_size)
     if packed:
         each = torch.tensor(packed * (length // sum(packed)))
@@ -67,7 +85,7 @@ def test_under_a_window_and_of_short_samples_too(window: Any, packed: tuple[int,
         with StepWatch(model, optimizer) as watch:
             train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False))
     measured = watch.owners()
-    assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE
+    assert_predicted(predicted, measured)
     if keep == Keep.ALL:  # else it is made again in backward, and counts as scratch
         assert abs(predicted["attention"] / measured["attention"] - 1) <= CLOSE
 
@@ -102,7 +120,7 @@ def test_every_strategy_takes_what_was_predicted(settings: dict[str, Any], tied:
     lora = LoraConfig(**{"rank": 16, **{name: keys.pop(name) for name in of_lora}})
     train = TrainConfig(batch_size=rows, **keys)
     run = RunConfig(BaseConfig(**base), lora, DataConfig(max_seq_len=length), train)
-    sizes = replace(shape("tiny"), tied_embeddings=tied)
+    sizes = replace(shape("tiny"), tied_embeddings=tied, vocab_size=FEW)
     batch = random_batch(rows, length, sizes.vocab_size)
     predicted = Ledger(run, sizes, torch.device("cpu"), batch, length).predict()
     del predicted["process"]
@@ -117,7 +135,4 @@ def test_every_strategy_takes_what_was_predicted(settings: dict[str, Any], tied:
     for _ in range(2):
         with StepWatch(model, optimizer) as watch:
             train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False))
-    measured = watch.owners()
-    at_rest = ("linear weights", "packed weights", "embeddings, head, norms", "adapters", "gradients", "optimizer")
-    assert [measured.get(owner) for owner in at_rest] == [predicted.get(owner) for owner in at_rest]
-    assert abs(sum(predicted.values()) / sum(measured.values()) - 1) <= CLOSE
+    assert_predicted(predicted, watch.owners())

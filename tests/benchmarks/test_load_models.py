@@ -12,6 +12,8 @@ FIGURES = {"seconds", "weights_per_s", "peak_private_bytes", "beyond_bytes", "we
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.filterwarnings("ignore")
 def test_every_work_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "load.json"
     flags = ["--shape", "tiny", "--model", str(base_folder("demo")), "--rounds", "1", "--work", str(tmp_path)]

@@ -137,9 +137,7 @@ def test_a_standard_output_that_takes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_7b_has_the_official_sizes() -> None:
-    config = SHAPES["mistral-7b-v0.3"]
-    assert config.n_parameters == 7_248_023_552
-    assert block_linear_parameters(config) == 6_979_321_856
+    assert block_linear_parameters(SHAPES["mistral-7b-v0.3"]) == 6_979_321_856
 
 
 def test_flops_of_a_step_by_hand() -> None:

@@ -30,6 +30,9 @@ def test_the_committed_figures_are_linear() -> None:
     assert FIGURE.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.filterwarnings("ignore")
 def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "scaling.json"
     assert main(["--quick", "--rounds", "1", "--out", str(out)]) == 0

@@ -1,11 +1,11 @@
 """Checkpoints written once a session; `hf_folder`, `sharded_folder` and `mistral_folder` are copies to spoil."""
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_checkpoints import hf_model, write_mistral
 
 
@@ -34,10 +34,13 @@ def mistral_folder(originals: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(originals / "mistral", tmp_path / "mistral"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are faster without the threads' hand-shakes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+@pytest.fixture
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, or of so much as a parameter says, where the machine lets us mount one."""
+    mount, size = tmp_path / "disk", f"size={getattr(request, 'param', '2m')}"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(mount)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)

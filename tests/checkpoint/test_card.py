@@ -11,6 +11,7 @@ from tiny_runs import TINY
 
 from minilora.checkpoint.card import license_of, model_card
 from minilora.checkpoint.export import FORMATS
+from minilora.errors import UserError
 
 UNKNOWN = "Unknown: the files that this was made from do not say."
 KNOWN: dict[str, Any] = {
@@ -69,10 +70,12 @@ def test_it_says_how_to_use_each_format(kind: str) -> None:
     assert "$" not in usage
 
 
+@pytest.mark.parametrize("pinned", ["", "@" + 40 * "a"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_hub_reads_its_head(kind: str) -> None:
-    """By the hub's own library."""
-    head = ModelCard(model_card("out", kind, TINY, KNOWN, tokenizer="v3"), ignore_metadata_errors=False).data
+def test_the_hub_reads_its_head(kind: str, pinned: str) -> None:
+    """By the hub's own library. Its model is named without the commit, which is no part of the name there."""
+    facts = KNOWN | {"base_path": KNOWN["base_path"] + pinned}
+    head = ModelCard(model_card("out", kind, TINY, facts, tokenizer="v3"), ignore_metadata_errors=False).data
     assert (head.license, head.base_model) == ("apache-2.0", "mistralai/Mistral-7B-v0.3")
     assert kind in (head.tags or [])
 
@@ -109,6 +112,12 @@ def test_the_licence_of_another_card(tmp_path: Path, card: str, found: str | Non
     assert license_of(tmp_path) is None
     (tmp_path / "README.md").write_text(card)
     assert license_of(tmp_path) == found
+
+
+def test_a_card_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "README.md").symlink_to("/proc/self/mem")  # which opens, and cannot be read
+    with pytest.raises(UserError, match=r"README\.md: cannot be read: Input/output error"):
+        license_of(tmp_path)
 
 
 def test_our_own_card_is_read_back(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, UserMess
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from safetensors.torch import load_file
-from tiny_runs import TINY, TOKENIZER, tiny_model
+from tiny_runs import TINY, TOKENIZER, Run, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -213,14 +213,40 @@ def test_a_model_tuned_with_the_old_spaces_keeps_its_template(tmp_path: Path) ->
     assert "Chat template: v1-hf." in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_model_of_the_hub_is_what_its_export_was_made_from(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files lie in the library's cache, in a folder that is called by the commit."""
+    commit = "a" * 40
+    shutil.copytree(base, tmp_path / "snapshots" / commit)
+    monkeypatch.setattr("minilora.hub._fetch", lambda *_: tmp_path / "snapshots" / commit)
+    export_checkpoint("org/tiny", tmp_path / "out", "hf")
+    facts = json.loads((tmp_path / "out" / "minilora.json").read_text())
+    assert facts["base_path"] == facts["export"]["from"] == f"org/tiny@{commit}"
+    assert "base_model: org/tiny\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_verb_s_remedy_is_a_flag_that_it_has(run: Any, base: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(base, tmp_path / "source", ignore=shutil.ignore_patterns("tokenizer*")))
+    to_gguf = ["export", source, tmp_path / "out", "--to", "gguf-f16"]
+    assert "name one with --model.tokenizer" in run(*to_gguf)[2]
+    assert run(*to_gguf, "--model.tokenizer", TOKENIZER)[0] == 0
+    unused = run("export", base, tmp_path / "x", "--to", "peft", "--model.tokenizer", TOKENIZER)
+    assert "--model.tokenizer does nothing with --to peft" in unused[2]
+
+
 def test_without_a_tokenizer(base: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(base, tmp_path / "source", ignore=shutil.ignore_patterns("tokenizer*")))
     for to in ("hf", "mistral", "bnb-4bit"):
         export_checkpoint(source, tmp_path / to, to)
         assert "- No tokenizer lies with it.\n" in (tmp_path / to / "README.md").read_text()
-    with pytest.raises(UserError, match=r"holds no tokenizer\.model, which GGUF needs; name one with --tokenizer"):
+    with pytest.raises(
+        UserError, match=r"holds no tokenizer\.model, which GGUF needs; name one with --model\.tokenizer"
+    ):
         export_checkpoint(source, tmp_path / "gguf", "gguf-f16")
-    with pytest.raises(UserError, match=r"vocabulary has 458; take the tokenizer that came .* with --tokenizer$"):
+    with pytest.raises(
+        UserError, match=r"vocabulary has 458; take the tokenizer that came .* with --model\.tokenizer$"
+    ):
         export_checkpoint(source, tmp_path / "gguf", "gguf-f16", tokenizer=V1)
     export_checkpoint(source, tmp_path / "gguf", "gguf-f16", tokenizer=TOKENIZER)
 
@@ -267,17 +293,7 @@ def test_windows_that_only_mistral_s_layout_can_say(tmp_path: Path) -> None:
     assert "up to 8 tokens only" in notes[0]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*args: object) -> tuple[int, str, str]:
-        status = main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-def test_the_verb(run: Any, base: Path, tmp_path: Path) -> None:
+def test_the_verb(run: Run, base: Path, tmp_path: Path) -> None:
     status, out, err = run("export", base, tmp_path / "out", "--to", "gguf-q8_0")
     assert status == 0, err
     assert out.splitlines()[-2:] == [

@@ -1,7 +1,6 @@
 """GGUF files, in the eyes of the package that owns the format, of transformers, and of the format's own arithmetic."""
 
 import os
-import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import mistral_common
 import numpy as np
 import pytest
 import torch
+from disks import largest_file
 from numpy.typing import NDArray
 from tiny_runs import TINY, TOKENIZER, tiny_model
 from transformers import AutoModelForCausalLM
@@ -184,16 +184,13 @@ def test_what_f16_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_a_limit_of_the_files_size_among_the_tensors(tmp_path: Path, share: float) -> None:
     """Behind the header, where numpy's own way to write an array would not say why it could not."""
-    base, soft_hard = saved(tmp_path / "base"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    base = saved(tmp_path / "base")
     file = exported(base, tmp_path / "whole", "gguf-f16")
     begin, size = gguf.GGUFReader(file).data_offset, file.stat().st_size
     shutil.rmtree(tmp_path / "whole")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(begin + share * (size - begin)), soft_hard[1]))
-    try:
-        with pytest.raises(UserError, match=r"out: could not be written: .*\(ulimit -f\)"):
-            export_checkpoint(base, tmp_path / "out", "gguf-f16")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
+    message = r"out: could not be written: .*\(ulimit -f\)"
+    with largest_file(int(begin + share * (size - begin))), pytest.raises(UserError, match=message):
+        export_checkpoint(base, tmp_path / "out", "gguf-f16")
     assert os.listdir(tmp_path) == ["base"]
 
 
@@ -216,7 +213,7 @@ def test_a_flipped_bit_is_found_when_it_is_read_back(
             tensor.data.view(np.uint8).reshape(-1)[-1] ^= 1
 
     monkeypatch.setattr(gguf.GGUFWriter, "close", spoil)
-    with pytest.raises(UserError, match=rf"gguf: {where} is not what was to be written; export again"):
+    with pytest.raises(UserError, match=rf"out/model-[^/]*\.gguf: {where} is not what was to be written; export"):
         export_checkpoint(base, tmp_path / "out", to)
     assert os.listdir(tmp_path) == ["base"]
 

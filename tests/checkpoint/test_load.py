@@ -177,6 +177,15 @@ def test_a_dense_weight_that_is_not_finite(hf_folder: Path, quantize: Any) -> No
         load_model(hf_folder, quantize=quantize)
 
 
+def test_a_dense_weight_that_the_dtype_cannot_hold(hf_folder: Path) -> None:
+    edit_tensors(hf_folder / "model.safetensors", model__norm__weight=torch.full((128,), 1e6))
+    load_model(hf_folder, dtype=torch.bfloat16)
+    with pytest.raises(
+        UserError, match=r"norm\.weight: .* inf at element 0 .*if it is too large for torch\.float16, ch"
+    ):
+        load_model(hf_folder, dtype=torch.float16)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model__norm__weight": None}, r"missing tensor: model\.norm\.weight"),
     (
@@ -218,7 +227,7 @@ def test_old_rotary_frequencies_are_skipped(hf_folder: Path) -> None:
 
 def test_an_absurd_number_of_layers_is_refused_at_once(hf_folder: Path) -> None:
     edit_json(hf_folder / "config.json", num_hidden_layers=2_000_000_000)
-    with pytest.raises(UserError, match=r"the files hold 21 tensors, config\.json expects 18,000,000,003"):
+    with pytest.raises(UserError, match=r"the files hold 21 tensors, but config\.json says 2,000,000,000 layers"):
         load_model(hf_folder)
 
 
@@ -236,6 +245,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     for name, file in (("a", "adapter_config.json"), ("g", "model.gguf")):
         (tmp_path / "others" / name).mkdir(parents=True)
         (tmp_path / "others" / name / file).write_text("{}")
+        (tmp_path / "others" / name / "training_args.bin").touch()  # which does not say what the folder is
     for path, message in [
         (tmp_path / "others" / "a", "is an adapter; merge it first, or give it as --adapter"),
         (tmp_path / "others" / "g", r"is for llama\.cpp; name what it was made from"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import SIZES, THETA, edit_json, hf_model, params_json, randomize, tokens
 from torch import Tensor
 
-from minilora.checkpoint.adapter import load_adapter, read_adapter, save_adapter
+from minilora.checkpoint.adapter import adapter_folder, load_adapter, read_adapter, save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.mistral_adapter import save_mistral_adapter
 from minilora.config import PROJECTIONS, LoraConfig, PrefixConfig
@@ -221,6 +221,7 @@ LORAS: list[tuple[Any, str]] = [
     (3, "lora is 3"),
     ({"rank": 3, "scaling": "2"}, r"scaling and dropout of lora are \('2', 0.0\)"),
     ({"rank": 3, "scaling": True}, "must be numbers"),
+    ({"rank": 3, "scaling": 10**4298}, r"scaling and dropout of lora are \(1000.*must be numbers up to 1e30"),
     ({"rank": 3, "scaling": -1}, "with the scale -1, lora.alpha is -3"),
     ({"rank": 3, "scaling": float("nan")}, "with the scale nan"),
     ({"rank": 3, "scaling": 2, "dropout": 1.5}, "lora.dropout is 1.5"),
@@ -232,6 +233,27 @@ def test_params_that_are_refused(originals: Path, folder: Path, lora: Any, messa
     edit_json(folder / "params.json", lora=lora)
     with pytest.raises(UserError, match=message):
         read_adapter(folder, load_model(originals / "hf").config)
+
+
+def test_the_file_of_tensors_stands_for_its_folder(originals: Path, tmp_path: Path) -> None:
+    """Of both layouts: what lies beside it, and says whose it is and how it was written, holds for it, too."""
+    model = ours(originals)
+    save_adapter(model, tmp_path / "peft")
+    save_mistral_adapter(read_adapter(tmp_path / "peft", model.config), model.config, tmp_path / "ft")
+    hf_model(99).save_pretrained(tmp_path / "other")
+    for file in (tmp_path / "peft" / "adapter_model.safetensors", tmp_path / "ft" / "lora.safetensors"):
+        assert read_adapter(file, model.config).provenance == read_adapter(file.parent, model.config).provenance != {}
+        load_adapter(load_model(originals / "hf", dtype=F32), file)
+        with pytest.raises(UserError, match="trained on another base"):
+            load_adapter(load_model(tmp_path / "other", dtype=F32), file)
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{file}: altered since it was written"):
+            load_adapter(load_model(originals / "hf", dtype=F32), file)
+    shutil.copy(file, tmp_path / "ft" / "adapter_model.safetensors")  # no config of PEFT's: it lies alone
+    assert adapter_folder(tmp_path / "ft" / "adapter_model.safetensors").is_file()
+    assert adapter_folder(".") == Path(".")
 
 
 def test_a_file_without_adapters_is_refused(originals: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from minilora.checkpoint.config_files import read_config
 from minilora.checkpoint.layout import Layout
-from minilora.checkpoint.names import n_tensors, tensor_specs
+from minilora.checkpoint.names import tensor_specs
 from minilora.model import Mistral
 
 
@@ -26,7 +26,6 @@ def test_names_are_the_models_own_in_its_order(originals: Path) -> None:
         parameters = {name: tuple(p.shape) for name, p in Mistral(config).named_parameters()}
     specs = {spec.name: spec.shape for spec in tensor_specs(config)}
     assert list(specs.items()) == list(parameters.items())
-    assert n_tensors(config) == len(specs)
 
 
 def test_only_q_and_k_change_between_layouts_and_come_back(originals: Path) -> None:

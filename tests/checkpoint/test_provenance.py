@@ -11,9 +11,10 @@ import torch
 from adapters import lora_layers
 from tiny_checkpoints import edit_json, hf_model, tokens
 
-from minilora.checkpoint.adapter import load_adapter, save_adapter
+from minilora.checkpoint.adapter import load_adapter, read_adapter, save_adapter
 from minilora.checkpoint.load import load_model
-from minilora.checkpoint.provenance import check_origin, read_provenance, recipe, recipe_of
+from minilora.checkpoint.mistral_adapter import save_mistral_adapter
+from minilora.checkpoint.provenance import check_origin, quantization, quantization_of, read_provenance
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.lora import add_lora
@@ -27,11 +28,11 @@ def trained_on(originals: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def test_a_recipe_is_the_models(originals: Path) -> None:
-    recipes = [recipe_of(load_model(originals / "hf", dtype=F32, **options)) for options in OPTIONS]
-    assert recipes == [recipe(None, F32), recipe(True, F32), recipe(False, F32)]
-    assert recipes[2] == {"type": "nf4", "double_quant": False, "block_size": 64, "compute_dtype": "float32"}
-    assert recipes[0] == {"type": "none", "compute_dtype": "float32"}
+def test_a_quantization_is_the_models(originals: Path) -> None:
+    found = [quantization_of(load_model(originals / "hf", dtype=F32, **options)) for options in OPTIONS]
+    assert found == [quantization(None, F32), quantization(True, F32), quantization(False, F32)]
+    assert found[2] == {"type": "nf4", "double_quant": False, "block_size": 64, "compute_dtype": "float32"}
+    assert found[0] == {"type": "none", "compute_dtype": "float32"}
 
 
 SAID = [  # places in OPTIONS: what it was trained on, what it is put on
@@ -114,6 +115,18 @@ def test_the_first_format_is_read(
     assert len(caught) == (quantize is not None)
     (folder / "minilora.json").write_text(json.dumps({"format_version": 1, "base_fingerprint": fingerprint}))
     load_adapter(load_model(originals / "hf", dtype=F32), folder)
+
+
+def test_a_figure_that_is_not_finite_is_null(originals: Path, tmp_path: Path) -> None:
+    """JSON has no NaN: other programs could not read the file."""
+    told = {"metrics": {"after": {"loss": float("nan"), "bleu": (1.0, float("inf"))}}, "base_path": "\ud800"}
+    model = add_lora(load_model(originals / "hf", dtype=F32), LoraConfig(rank=2))
+    save_adapter(model, tmp_path / "a", provenance=told)
+    save_mistral_adapter(read_adapter(tmp_path / "a", model.config), model.config, tmp_path / "ft")
+    for folder in (tmp_path / "a", tmp_path / "ft"):
+        text = (folder / "minilora.json").read_text()
+        written = json.loads(text, parse_constant=pytest.fail)
+        assert (written["metrics"]["after"], written["base_path"]) == ({"loss": None, "bleu": [1.0, None]}, "\ud800")
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [

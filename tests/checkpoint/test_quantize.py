@@ -4,7 +4,6 @@ import ctypes
 import gc
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import lora_layers
+from adapters import as_trained, lora_layers
+from disks import dead_pid, largest_file
 from tiny_checkpoints import edit_tensors, hf_model
 
 from minilora.checkpoint.adapter import save_adapter
@@ -138,10 +138,8 @@ def test_targets_that_are_in_the_way(hf_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_refusal_and_a_run_leave_the_backups_beside_the_target(hf_folder: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    ours = tmp_path / f".x.minilora-tmp-{process.pid}"
-    backups = [tmp_path / f"x.old-{process.pid}", tmp_path / "x.old-20240501", tmp_path / f"x.tmp-{process.pid}"]
+    ours = tmp_path / f".x.minilora-tmp-{(dead := dead_pid())}"
+    backups = [tmp_path / f"x.old-{dead}", tmp_path / "x.old-20240501", tmp_path / f"x.tmp-{dead}"]
     for folder in (ours, tmp_path / "x", *backups):
         folder.mkdir()
         (folder / "precious").touch()
@@ -172,6 +170,12 @@ def test_a_tokenizer_that_is_no_file(hf_folder: Path, tmp_path: Path, name: str,
     else:
         file.mkdir()
     refused(rf"hf/{name}: a broken link or no file; put .* there, or remove it$", hf_folder, tmp_path / "x")
+
+
+def test_a_tokenizer_that_cannot_be_read(hf_folder: Path, tmp_path: Path) -> None:
+    """Is no fault of the folder that is written."""
+    (hf_folder / "tokenizer.model").symlink_to("/proc/self/mem")  # which opens for root, too, and cannot be read
+    refused(r"^.*hf/tokenizer\.model: cannot be read: Input/output error$", hf_folder, tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -249,27 +253,14 @@ def test_space_is_checked_before_a_byte_is_written(originals: Path, tmp_path: Pa
 
 
 def test_a_file_size_limit_in_the_middle(originals: Path, tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
+    with largest_file(200_000):
         refused(r"x: could not be written: .*ulimit -f", originals / "hf", tmp_path / "x")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_in_the_middle(originals: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("cannot mount a tmpfs here")
-    try:
-        monkeypatch.setattr("minilora.checkpoint.write.check_space", lambda *_: None)
-        refused("x: could not be written: the disk is full", originals / "hf", disk / "x")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+@pytest.mark.parametrize("disk", ["200k"], indirect=True)
+def test_a_full_disk_in_the_middle(originals: Path, disk: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("minilora.checkpoint.write.check_space", lambda *_: None)
+    refused("x: could not be written: the disk is full", originals / "hf", disk / "x")
 
 
 # --- Memory and signals, on something larger --------------------------------------------------------------------------
@@ -390,7 +381,8 @@ def test_the_verb_and_everything_after_it(tmp_path: Path, capsys: pytest.Capture
     )
 
     train.write_text("".join((DATA / "chat_train.jsonl").read_text().splitlines(keepends=True)[:40]))
-    held_out = DATA / "chat_validation.jsonl"
+    held_out = tmp_path / "validation.jsonl"
+    held_out.write_text("".join((DATA / "chat_validation.jsonl").read_text().splitlines(keepends=True)[:20]))
     run = ["train", "--model.path", nf4, "--data.train", train, "--data.validation", held_out, "--train.max_steps", 2]
     run += ["--train.output", tmp_path / "run", "--data.max_seq_len", 64, "--eval.answers", 0, "--eval.samples", 1]
     for strategy in ("lora", "full"):
@@ -409,8 +401,7 @@ def test_the_verb_and_everything_after_it(tmp_path: Path, capsys: pytest.Capture
 def test_merging_onto_it_dequantizes(tmp_path: Path) -> None:
     quantize_checkpoint("demo", tmp_path / "nf4")
     model = add_lora(load_model(tmp_path / "nf4", dtype=torch.float32), LoraConfig(rank=2))
-    for _, layer in lora_layers(model):
-        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    as_trained(model)
     save_adapter(model, tmp_path / "adapter", provenance={"base_path": str(tmp_path / "nf4")})
     text = tmp_path / "text.jsonl"
     text.write_text("".join((DATA / "chat_validation.jsonl").read_text().splitlines(keepends=True)[:20]))

@@ -106,7 +106,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
         "scalar": torch.tensor(2.5, dtype=torch.float16),
     }
     lines = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
-    write_safetensors(tmp_path / "x.safetensors", iter(tensors.values()), lines, {"format": "pt"})
+    write_safetensors(tmp_path / "x.safetensors", iter(tensors.values()), lines)
     (length,) = struct.unpack("<Q", (tmp_path / "x.safetensors").read_bytes()[:8])
     assert length % 8 == 0  # so that the data starts aligned
     loaded = load_file(tmp_path / "x.safetensors")
@@ -120,4 +120,4 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [[], [torch.ones(4)] * 2, [torch.ones(5)], [torch.ones(4).half()]])
 def test_tensors_must_be_as_announced(tmp_path: Path, given: list[torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=r"argument|announced"):
-        write_safetensors(tmp_path / "x.safetensors", given, [("a", torch.float32, (4,))], {})
+        write_safetensors(tmp_path / "x.safetensors", given, [("a", torch.float32, (4,))])

@@ -3,44 +3,27 @@
 import errno
 import json
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from disks import dead_pid, largest_file
 
 from minilora.checkpoint import write
+from minilora.checkpoint.files import copy_file, sha256_of
 from minilora.checkpoint.write import (
     atomic_folder,
     atomic_write,
     check_space,
     check_target,
+    not_ours,
     sweep_stale,
     verify_manifest,
 )
 from minilora.errors import UserError
-
-
-@contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
 
 
 def test_atomic_write_makes_folders_and_replaces(tmp_path: Path) -> None:
@@ -94,7 +77,7 @@ def test_every_file_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     real_rename, real_fsync = Path.rename, write._fsync
     monkeypatch.setattr(write, "_fsync", lambda path: (events.append(f"sync {path.name}"), real_fsync(path))[1])
     monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), real_rename(self, to))[1])
-    with atomic_folder(tmp_path / "new", manifest={}) as folder:
+    with atomic_folder(tmp_path / "new") as folder:
         (folder / "a").mkdir()
         (folder / "a" / "b").touch()
     assert set(events[:4]) == {"sync a", "sync b", "sync manifest.json", f"sync .new.minilora-tmp-{os.getpid()}"}
@@ -127,8 +110,8 @@ def test_an_existing_target_is_refused_unless_asked(tmp_path: Path) -> None:
         pytest.fail("entered")
     with atomic_folder(target, overwrite=True) as folder:
         (folder / "two").touch()
-        assert os.listdir(target) == ["one"]
-    assert os.listdir(target) == ["two"]
+        assert set(os.listdir(target)) == {"one", "manifest.json"}
+    assert set(os.listdir(target)) == {"two", "manifest.json"}
     assert os.listdir(tmp_path) == ["adapter"]
 
 
@@ -176,7 +159,7 @@ def test_an_empty_folder_that_appears_meanwhile_becomes_ours(tmp_path: Path) -> 
         (folder / "ours").touch()
         (tmp_path / "x").mkdir()
     assert os.listdir(tmp_path) == ["x"]
-    assert os.listdir(tmp_path / "x") == ["ours"]
+    assert set(os.listdir(tmp_path / "x")) == {"ours", "manifest.json"}
 
 
 def test_an_empty_name_is_no_target() -> None:
@@ -231,33 +214,21 @@ def test_errors_of_the_disk_become_one_line(tmp_path: Path, code: int, remedy: s
     assert not os.listdir(tmp_path)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB, where the machine lets us mount one."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("cannot mount a tmpfs here")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
-
-
-@pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
-def test_a_full_disk(small_disk: Path) -> None:
-    with atomic_folder(small_disk / "x") as folder:
+@pytest.mark.parametrize("disk", ["1m"], indirect=True)
+def test_a_full_disk(disk: Path) -> None:
+    with atomic_folder(disk / "x") as folder:
         (folder / "old").write_bytes(b"o")
     with (
         pytest.raises(UserError, match="x: could not be written: the disk is full"),
-        atomic_folder(small_disk / "x", overwrite=True) as folder,
+        atomic_folder(disk / "x", overwrite=True) as folder,
     ):
         (folder / "weights").write_bytes(b"x" * 2_000_000)
     with pytest.raises(UserError, match="the disk is full"):
-        atomic_write(small_disk / "metrics", b"x" * 2_000_000)
-    with pytest.raises(UserError, match="GB are needed"), atomic_folder(small_disk / "y", needed_bytes=2_000_000):
+        atomic_write(disk / "metrics", b"x" * 2_000_000)
+    with pytest.raises(UserError, match="GB are needed"), atomic_folder(disk / "y", needed_bytes=2_000_000):
         pytest.fail("entered")
-    assert os.listdir(small_disk) == ["x"]
-    assert (small_disk / "x" / "old").read_bytes() == b"o"
+    assert os.listdir(disk) == ["x"]
+    assert (disk / "x" / "old").read_bytes() == b"o"
 
 
 def test_space_is_checked_first(tmp_path: Path) -> None:
@@ -278,11 +249,11 @@ def test_a_path_through_a_file(tmp_path: Path) -> None:
 
 def test_manifest_finds_what_was_altered_or_lost(tmp_path: Path) -> None:
     target = tmp_path / "new"
-    with atomic_folder(target, manifest={"step": 7}) as folder:
+    with atomic_folder(target) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "weights").write_bytes(b"0123")
         (folder / "note").write_bytes(b"n")
-    assert verify_manifest(target)["step"] == 7
+    assert verify_manifest(target)["files"].keys() == {"sub/weights", "note"}
     (target / "extra").touch()
     verify_manifest(target)
     (target / "sub" / "weights").write_bytes(b"0124")  # one bit
@@ -316,18 +287,72 @@ def test_a_manifest_that_is_none(tmp_path: Path, manifest: dict[str, object], me
 def test_sweep_removes_the_dead_and_keeps_the_living(tmp_path: Path) -> None:
     dead = dead_pid()
     stale = {f".{name}-{dead}" for name in ("a.minilora-tmp", "b.minilora-old", "c.minilora-old")}
+    ours = f".h.minilora-tmp-{os.getpid()}"  # a process that had our number, as in a container each has: ours is new
+    stale.add(ours)
     kept = {"b", f".d.minilora-tmp-{os.getppid()}", ".e.minilora-tmp-x", "f"}
     users = {f"b.old-{dead}", "b.old-20240501", f"a.tmp-{dead}", f"minilora-tmp-{dead}"}  # backups and the like
     for name in stale | kept | users:
         (tmp_path / name).mkdir()
         (tmp_path / name / "content").write_text(name)
     (tmp_path / f".g.json.minilora-tmp-{dead}").touch()
-    found = sweep_stale(tmp_path)
-    assert {path.name for path in found} == stale | {f".g.json.minilora-tmp-{dead}"}
+    sweep_stale(tmp_path)
     assert set(os.listdir(tmp_path)) == kept | users | {"c"}
     assert (tmp_path / "b" / "content").read_text() == "b"
     assert (tmp_path / "c" / "content").read_text() == f".c.minilora-old-{dead}"  # set aside, and never replaced
-    assert sweep_stale(tmp_path / "nowhere") == []
+    sweep_stale(tmp_path / "nowhere")
+
+
+def test_what_a_killed_writer_of_our_number_set_aside_comes_back(tmp_path: Path) -> None:
+    """Killed between its renames: the new one goes on, and an error of it leaves the old folder."""
+    old = tmp_path / f".x.minilora-old-{os.getpid()}"
+    old.mkdir()
+    (old / "precious").touch()
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "x", overwrite=True):
+        raise KeyError
+    assert os.listdir(tmp_path) == ["x"]
+    assert os.listdir(tmp_path / "x") == ["precious"]
+
+
+def test_a_file_s_leftovers_are_swept_too(tmp_path: Path) -> None:
+    dead = dead_pid()
+    for name in ("x.json", "y.json"):
+        (tmp_path / f".{name}.minilora-tmp-{dead}").touch()
+    atomic_write(tmp_path / "x.json", "{}")
+    assert set(os.listdir(tmp_path)) == {"x.json", f".y.json.minilora-tmp-{dead}"}
+
+
+def test_an_error_inside_speaks_of_the_folder_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}/x/weights: damaged$"), atomic_folder(tmp_path / "x") as folder:
+        raise UserError(f"{folder}/weights: damaged")
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 300)
+    check_target(long, True, [])  # which leaves it to the writer
+    message = "xxx: could not be written: File name too long$"
+    with pytest.raises(UserError, match=message):
+        atomic_write(long, "")
+    with pytest.raises(UserError, match=message), atomic_folder(long):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("files", [5, ["x"], None])
+def test_a_manifest_that_lists_nothing_knows_no_file(tmp_path: Path, files: object) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 1, "files": files}))
+    (tmp_path / "x").touch()
+    assert not_ours(tmp_path) == ["manifest.json", "x"]
+
+
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path: Path) -> None:
+    """For root, whom no permissions stop, a file of the kernel's that opens, and cannot be read."""
+    (tmp_path / "source").symlink_to("/proc/self/mem")
+    with (
+        pytest.raises(UserError, match=rf"^{tmp_path}/source: cannot be read: Input/output error$"),
+        atomic_folder(tmp_path / "x") as folder,
+    ):
+        copy_file(tmp_path / "source", folder / "copy")
+    with pytest.raises(UserError, match=r"source: cannot be read: Input/output error"):
+        sha256_of(tmp_path / "source")
 
 
 WRITER = """
@@ -336,7 +361,7 @@ from minilora.checkpoint.write import atomic_folder
 n = 0
 while True:
     n += 1
-    with atomic_folder(sys.argv[1], overwrite=True, manifest={}) as folder:
+    with atomic_folder(sys.argv[1], overwrite=True) as folder:
         for i in range(4):
             (folder / f"part-{i}").write_bytes(b"%09d" % n * 20_000)
     if n == 1:

@@ -23,6 +23,7 @@ from minilora.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZERS = Path(mistral_common.__file__).parent / "data"
 V1, V3 = "tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 GOOD = [chat(f"question {n} about {'abcdefgh'[n % 8] * 9}", f"answer {n * 7919}") for n in range(40)]
 
 
@@ -74,9 +75,10 @@ def test_what_is_too_long(tmp_path: Path) -> None:
     rows = [chat(*short), chat("q", long)]
     assert said(load(tmp_path, rows)) == [("not encoded", f"train.jsonl:{n}", True) for n in (1, 2)]
     left_out = load(tmp_path, [*rows, GOOD[0]], too_long="skip")
-    assert said(left_out) == [("left out", f"train.jsonl:{n}", False) for n in (1, 2)]
+    assert said(left_out) == [("too long", f"train.jsonl:{n}", False) for n in (1, 2)]
     shortened = load(tmp_path, rows, too_long="truncate")
-    assert said(shortened) == [("shortened", "train.jsonl:1", False), ("left out", "train.jsonl:2", False)]
+    assert said(shortened) == [("shortened", "train.jsonl:1", False), ("too long", "train.jsonl:2", False)]
+    assert [len(data.records["train"]) for data in (left_out, shortened)] == [1, 1], "those that gave samples"
     assert shortened.samples["train"][0].tokens[-1] == tokenizer().eos_id
     assert ("too long", "1 left out, 1 shortened") in figures(shortened, 60)
     with pytest.raises(UserError, match="nothing to train on: all 1 conversations take more than 60 positions"):
@@ -181,6 +183,28 @@ def test_what_validation_and_test_share_is_told(tmp_path: Path) -> None:
     assert said(load(tmp_path, GOOD, **parts)) == [("duplicate", "validation.jsonl:1", False)]
 
 
+def test_answers_that_are_left_out_are_told(tmp_path: Path) -> None:
+    row = chat("One?", "1", "Two?", "word " * 60) | {"tools": [TOOL]}
+    data = load(tmp_path, [row], too_long="truncate")
+    assert [finding.text for finding in data.findings] == [
+        f"{tmp_path}/train.jsonl:1: too long, 1 answers are left out"
+    ]
+    assert ("too long", "0 left out, 1 shortened") in figures(data, 60)
+
+
+def test_general_text_that_is_empty_is_a_fault(tmp_path: Path) -> None:
+    general = str(write_jsonl(tmp_path / "general.jsonl", [{"x": 1}]))
+    with pytest.raises(UserError, match=r"data.general has no sample; name another file$"):
+        load(tmp_path, GOOD, general=general, bad_lines="skip").refuse_faults()
+
+
+@pytest.mark.parametrize("part", ["validation", "test", "general"])
+def test_only_what_is_trained_on_has_a_weight(tmp_path: Path, part: str) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [chat("new", "one")])
+    with pytest.raises(UserError, match=rf"data.{part}: .*other.jsonl has the weight 3, but only the sources"):
+        load(tmp_path, GOOD, **{part: f"{other}:3"})
+
+
 def test_replayed_text_leaks_too(tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "general words"}])
     data = load(tmp_path, GOOD, test=str(other), replay=0.1, replay_from=str(other))
@@ -235,11 +259,24 @@ def test_the_mended_copy_passes(tmp_path: Path) -> None:
     assert again.findings == []
 
 
+def test_what_a_mended_copy_lacks_is_counted(tmp_path: Path) -> None:
+    """Of a file that is named twice one copy stays, of a leak none, and duplicates in other files do not count."""
+    long = chat("q", "z " * 80)
+    path = str(write_jsonl(tmp_path / "train.jsonl", [*GOOD[:3], GOOD[2], {"x": 1}, long]))
+    held_out = str(write_jsonl(tmp_path / "test.jsonl", [GOOD[2], chat("new", "one"), chat("new", "one")]))
+    config = DataConfig((path, path), test=held_out, bad_lines="skip", too_long="skip", max_seq_len=60)
+    text, left_out = mended(load_data(config, tokenizer(), 32_768))
+    assert [json.loads(line) for line in text.splitlines()] == GOOD[:2]
+    assert left_out == {"bad line": 1, "too long": 1, "leak": 1, "duplicate": 2 + 2}
+
+
 def test_figures_by_hand(tmp_path: Path) -> None:
     data = load(tmp_path, [chat("Hi", "Yo"), chat("Hi there", "Yo ho")])
     lengths = [sample.length for sample in data.samples["train"]]
     n_targets = sum(sample.n_targets for sample in data.samples["train"])
-    found = dict(figures(data, 60))
+    held_out = str(write_jsonl(tmp_path / "test.jsonl", [chat("new", "one")]))
+    found = dict(figures(load(tmp_path, [chat("Hi", "Yo"), chat("Hi there", "Yo ho")], test=held_out), 60))
+    assert " of them measured on (" in found["test"]
     assert found["train"] == (
         f"2 samples, {sum(lengths)} tokens, {n_targets} of them trained on ({n_targets / sum(lengths):.1%})"
     )
@@ -266,3 +303,13 @@ def test_spans_are_the_sample_token_for_token(name: str) -> None:
             ("Yo, 你好", "prompt"), ("</s>", "eos, not trained on"), ("[INST]", "control"),
             ("\ufffd[31mred", "prompt"), ("[/INST]", "control"), ("No", "target"), ("</s>", "eos"),
         ]  # fmt: skip
+
+
+def test_control_tokens_that_are_targets_are_shown_as_such() -> None:
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    [sample] = encode_records([ChatRecord(messages, [TOOL], "f:1")], tokenizer(), 100)
+    found = list(spans(sample, tokenizer()))
+    assert ("[AVAILABLE_TOOLS]", "control") in found
+    assert [sort for text, sort in found if text == "[TOOL_CALLS]"] == ["target"]
+    assert found[-1] == ("</s>", "eos")

@@ -55,7 +55,7 @@ def test_many_of_one_template_take_no_time_that_grows_with_their_square() -> Non
     began = time.process_time()
     pairs = near_pairs(texts)
     assert len(pairs) == 3999
-    assert time.process_time() - began < 60, "eight million comparisons would take minutes"
+    assert time.process_time() - began < 10, "eight million comparisons would take minutes"
 
 
 def test_equal_keys() -> None:

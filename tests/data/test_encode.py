@@ -67,10 +67,15 @@ def test_a_conversation_that_just_fits_and_one_that_does_not() -> None:
 
 def test_a_conversation_too_long_is_left_out_whole() -> None:
     records = [chat("a", "b" * 60 * n, where=f"f:{n}") for n in range(1, 5)]
-    samples = [encode_record(record, tokenizer(), 80, too_long="skip") for record in records]
     lengths = [len(tokenizer().encode_chat(record.messages)[0]) - 1 for record in records]
-    assert [len(found) for found in samples] == [int(length <= 80) for length in lengths]
-    assert {len(found) for found in samples} == {0, 1}
+    counts = [(1, 0) if length <= 80 else (0, 1) for length in lengths]
+    made = [encode_record(record, tokenizer(), 80, too_long="skip") for record in records]
+    assert [(len(samples), n_left_out) for samples, n_left_out in made] == counts
+    assert set(counts) == {(1, 0), (0, 1)}
+    kept = [sample.where for samples, _ in made for sample in samples]
+    assert [sample.where for sample in encode_records(records, tokenizer(), 80, "skip")] == kept
+    with pytest.raises(UserError, match=r"^f:1: left out, as all that follow: .* 5 positions; raise it"):
+        encode_records(records, tokenizer(), 5, "skip")
 
 
 def test_what_the_tokenizer_refuses_has_its_line() -> None:
@@ -129,10 +134,11 @@ def test_truncation_drops_the_oldest_exchanges_whole() -> None:
         expected, _ = tokenizer().encode_chat([system, *turns[-2 * kept :]])
         more = len(tokenizer().encode_chat([system, *turns[-2 * kept - 2 :]])[0]) - 1 if kept < 4 else 500
         for room in (len(expected) - 1, more - 1):
-            [sample] = encode_record(record, tokenizer(), room, too_long="truncate")
+            [sample], n_left_out = encode_record(record, tokenizer(), room, too_long="truncate")
+            assert n_left_out == 0
             assert (sample.tokens.tolist(), sample.dropped) == (expected, 8 - 2 * kept)
     too_little = len(tokenizer().encode_chat([system, *turns[-2:]])[0]) - 2
-    assert encode_record(record, tokenizer(), too_little, too_long="truncate") == []
+    assert encode_record(record, tokenizer(), too_little, too_long="truncate") == ([], 1)
 
 
 def test_truncation_keeps_calls_with_their_results_and_leaves_out_what_teaches_nothing() -> None:
@@ -145,15 +151,23 @@ def test_truncation_keeps_calls_with_their_results_and_leaves_out_what_teaches_n
     ]
     record = long_chat(*tail)
     expected, _ = tokenizer().encode_chat([record.messages[0], *tail])
-    samples = encode_record(record, tokenizer(), len(expected) + 10, too_long="truncate")
+    samples, _ = encode_record(record, tokenizer(), len(expected) + 10, too_long="truncate")
     assert samples[0].tokens.tolist() == expected
     masked = long_chat({"role": "user", "content": "Go"}, {"role": "assistant", "content": "No", "weight": 0})
-    assert encode_record(masked, tokenizer(), 30, too_long="truncate") == []
+    assert encode_record(masked, tokenizer(), 30, too_long="truncate") == ([], 1)
 
 
 def test_truncation_lets_a_system_message_in_the_middle_be() -> None:
     record = long_chat()
     record.messages.insert(2, {"role": "system", "content": "Be kind."})
-    samples = encode_record(record, tokenizer(), 45, too_long="truncate")
+    samples, _ = encode_record(record, tokenizer(), 45, too_long="truncate")
     last = [m for i, m in enumerate(record.messages) if m["role"] == "system" or i >= 8]
     assert samples[0].tokens.tolist() == tokenizer().encode_chat(last)[0]
+
+
+def test_answers_that_do_not_fit_are_counted() -> None:
+    """With tools each answer is a sample: the first fits, the second does not even alone."""
+    record = chat("One?", "1", "Two?", "word " * 60, tools=[TOOL])
+    for too_long, kept in (("truncate", 1), ("skip", 0)):
+        samples, n_left_out = encode_record(record, tokenizer(), 60, too_long)  # type: ignore[arg-type]
+        assert (len(samples), n_left_out) == (kept, 2 - kept)

@@ -35,6 +35,9 @@ def test_an_array_and_lines_are_told_apart_by_what_they_hold(tmp_path: Path, nam
         (f"{name}:2", "the line is a number, but must be an object; write one JSON object a line"),
         (f"{name}:3", {"text": "b"}),
     ]
+    write(tmp_path / name, '[\n {"text": "a"},\n {"text": b}\n]')
+    with pytest.raises(UserError, match=r"not JSON at line 3, column 11: "):
+        rows(array)
     lines = write(tmp_path / name, '{"content": "a", "summary": "b"}\n{"content": "c", "summary": "d"}\n')
     assert [place for place, _ in rows(lines)] == [f"{name}:1", f"{name}:2"]
 
@@ -76,7 +79,9 @@ def test_csv(tmp_path: Path) -> None:
         ("a.csv:7", {"prompt": "i", "response": "j"}),
     ]
     assert rows(write(path, b"text\ncaf\xe9\n")) == [("a.csv:2", "not UTF-8; save the file as UTF-8")]
-    assert "not CSV" in rows(write(path, 'text\n"a"b\n'))[0][1]
+    for text, line in (('text\n"a"b\n', 2), ('text\na\n"b\nc\nd\n', 3), ('"text\na\n', 1)):
+        with pytest.raises(UserError, match=rf"a\.csv: not CSV at line {line}: .*; is a quote left open\?"):
+            rows(write(path, text))
     assert rows(write(path, "text\n" + "x" * 200_000))[0][1] == {"text": "x" * 200_000}
 
 

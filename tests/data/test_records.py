@@ -1,6 +1,5 @@
 """Reading JSONL: every accepted form, and every damage with its file and line."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from minilora.checkpoint.files import sha256_of
 from minilora.data import files
 from minilora.data.files import parse_object, read_lines
 from minilora.data.records import (
     ChatRecord,
     TextRecord,
     as_row,
-    data_fingerprint,
     parse_row,
     read_records,
 )
@@ -141,7 +140,7 @@ def test_a_line_over_the_limit_is_not_read_whole(tmp_path: Path, monkeypatch: py
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    for read in (lambda path: list(read_records(path)), data_fingerprint):
+    for read in (lambda path: list(read_records(path)), sha256_of):
         with pytest.raises(UserError, match=r"missing.jsonl: cannot be read: No such file"):
             read(tmp_path / "missing.jsonl")
         with pytest.raises(UserError, match="cannot be read: Is a directory"):
@@ -151,12 +150,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"pipe: is no file; .* write a pipe to a file first"):
         list(read_records(tmp_path / "pipe"))
-
-
-def test_fingerprint(tmp_path: Path) -> None:
-    file = tmp_path / "data.jsonl"
-    file.write_bytes(GOOD)
-    assert data_fingerprint(file) == hashlib.sha256(GOOD).hexdigest()
 
 
 def test_only_last_trains_the_last_answer_alone() -> None:

@@ -24,6 +24,7 @@ def test_names_and_weights(tmp_path: Path) -> None:
     there.touch()
     assert sources(str(there)) == [Source(str(there))]
     assert sources(f"{there}:3") == [Source(str(there), 3.0)]
+    assert sources("~nobody-of-this-name/x:2") == [Source("~nobody-of-this-name/x", 2.0)]
     for weight in ("0", "-1", "1e20"):
         with pytest.raises(UserError, match=rf"a.jsonl:{weight}: the weight of a source is {weight}, but must be"):
             sources(f"a.jsonl:{weight}")

@@ -1,4 +1,4 @@
-"""The demo from end to end, with a training cut short: .ci/run tells the whole story and checks its figures."""
+"""The demo from end to end, short, on little data: .ci/run tells the whole story and checks its figures."""
 
 import json
 from dataclasses import replace
@@ -29,6 +29,7 @@ def short_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("little_demo_data")
 def test_the_story_is_told_and_the_same_seed_gives_the_same_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_run_that_went_well_and_stands_still_is_stopped() -> None:
 def test_one_that_still_falls_goes_on() -> None:
     [said] = advise(records(lambda t: 3 - 2 * t, lambda t: 3.1 - 2 * t))
     assert "still falling" in said
-    assert "train longer, in a new run of more train.epochs" in said
+    assert "train longer, in a new run of more train.epochs, or train.max_steps" in said
 
 
 def test_learning_by_heart() -> None:
@@ -85,14 +86,34 @@ def test_silence_where_nothing_is_known() -> None:
 
 
 def test_noise_is_no_trend() -> None:
-    """Without any trend, what is said of the training loss is that it stands still, never that it rose or fell."""
+    """Without any trend, what is said of a loss is that it stands still, never that it rose or fell."""
     for noise in (0.01, 0.1, 0.5):
-        said = " ".join(advise(records(lambda _: 3.0, noise=noise)))
-        assert "rose" not in said
+        for validation in (None, lambda _: 3.1):
+            said = " ".join(advise(records(lambda _: 3.0, validation, noise=noise)))
+            assert not re.search(r"\b(rose|fell|falling)\b", said), said
 
 
 def test_a_single_validation_that_is_worse_is_no_rise() -> None:
     assert advise(records(falls, lambda t: 1 + 2 * math.exp(-6 * t) + (0.2 if t == 1 else 0))) == []
+
+
+def test_a_last_validation_right_after_the_one_before() -> None:
+    """At the end it is validated in any case, so the last stretch may hold a single step."""
+    for learns, word in ((lambda t: 3 - 2.5 * t, "by heart"), (lambda t: 2 + 3 * t, "lower it")):
+        lines = records(learns, lambda t: 2 + (2 * t - 0.8) ** 2)
+        lines.append({**lines[-1], "step": STEPS + 1})
+        assert any(word in sentence for sentence in advise(lines))
+
+
+def test_where_nothing_is_known_of_the_training_loss_nothing_is_said() -> None:
+    lines = records(falls, lambda t: 2 + (2 * t - 0.8) ** 2)
+    assert advise([line | {"loss": None} for line in lines]) == []
+
+
+def test_a_training_loss_that_hardly_fell_has_opened_no_gap() -> None:
+    """Validation fell more than training, both by too little to matter."""
+    said = advise(records(lambda t: 2 - 0.008 * t, lambda t: 2 - 0.009 * t + math.exp(-60 * t), noise=1e-5))
+    assert not any("grew" in sentence for sentence in said), said
 
 
 def test_steps_that_were_left_out() -> None:

@@ -7,7 +7,7 @@ from tiny_runs import TOKENIZER, chat, tiny_model, write_jsonl
 
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
-from minilora.evaluate.answers import Answer, answer_samples, exact_match, has_prompt, split_last_turn
+from minilora.evaluate.answers import Answer, answer_samples, has_prompt, split_last_turn
 from minilora.tokenizer import load_tokenizer
 
 
@@ -48,4 +48,3 @@ def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
         Answer("p", "A", "a"),
     ]
     assert [a.exact for a in answers] == [True, False, False, False]
-    assert exact_match(answers) == 0.25

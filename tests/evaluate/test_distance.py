@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from adapters import base_predictor, distance, lora_layers, predictor
+from adapters import as_trained, base_predictor, distance, lora_layers, predictor
 from tiny_runs import TINY, tiny_model
 
 from minilora.config import LoraConfig
@@ -26,11 +26,7 @@ def samples() -> list[Sample]:
 
 def with_adapters(strength: float) -> Mistral:
     torch.manual_seed(0)
-    model = add_lora(tiny_model(), LoraConfig(rank=2))
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0, strength)
-    return model
+    return as_trained(add_lora(tiny_model(), LoraConfig(rank=2)), strength)
 
 
 def test_a_model_is_no_distance_from_itself() -> None:

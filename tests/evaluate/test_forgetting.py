@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
 
+from minilora.checkpoint.load import load_model
 from minilora.config import RunConfig
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
@@ -104,7 +105,7 @@ def test_probes_are_lines_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"train__strategy": "qlora"},
         {"train__strategy": "full"},
         {"train__strategy": "full", "train__reinit": "all"},
         {"train__strategy": "prefix", "train__prefix_tokens": 2},
@@ -115,13 +116,12 @@ def test_before_is_the_base_whatever_the_strategy(
     make_config: MakeConfig, quiet: Quiet, general: Path, samples: list[Sample], changes: dict[str, object]
 ) -> None:
     config = make_config(data__general=str(general), train__lr=3e-2, **changes)
-    if not changes:  # an NF4 base is its dequantized weights, not the file's
-        config = replace(config, train=replace(config.train, strategy="lora"))
+    base = load_model(config.model.path, quantize=config.quantize, dtype=torch.float32)
     run = fine_tune(config, quiet)
     if config.train.reinit == "none":
-        assert run.before["metrics"]["loss"] == pytest.approx(mean_loss(tiny_model(0), run.validation, 64)[0], abs=1e-6)
+        assert run.before["metrics"]["loss"] == pytest.approx(mean_loss(base, run.validation, 64)[0], abs=1e-6)
     forgetting = run.folder.read_json("summary.json")["forgetting"]
-    assert forgetting["before"]["loss"] == pytest.approx(mean_loss(tiny_model(0), samples, 64)[0], abs=1e-6)
+    assert forgetting["before"]["loss"] == pytest.approx(mean_loss(base, samples, 64)[0], abs=1e-6)
     assert forgetting["after"]["loss"] == mean_loss(run.model, samples, 64)[0]
     assert forgetting["kl"] > 0.01
     lines = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import base_predictor, distance, lora_layers, merged_weights, predictor
+from adapters import as_trained, base_predictor, distance, merged_weights, predictor
 from safetensors.torch import load_file
 from tiny_runs import TINY, TOKENIZER, tiny_model
 from transformers import MistralForCausalLM
@@ -21,13 +21,14 @@ from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.checkpoint.safetensors_file import TensorEntry
 from minilora.checkpoint.save import save_hf
 from minilora.checkpoint.write import verify_manifest
-from minilora.config import BaseConfig, LoraConfig, Route
+from minilora.config import BaseConfig, LoraConfig, Route, base_folder
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.evaluate.merge_audit import MergeAudit, audit_routes, merge_with_audit
 from minilora.lora import LoRALinear, add_lora
 from minilora.tokenizer import load_tokenizer
+from minilora.train.signals import Stopped
 
 transformers_logging.disable_progress_bar()
 F32 = torch.float32
@@ -43,12 +44,7 @@ def adapter_for(base: Path, folder: Path, quantize: Any = "nf4", strength: float
     """As if it were trained: its adapters change the logits by far more than bf16 rounds away."""
     model = load_model(base, quantize=quantize, dtype=F32)
     torch.manual_seed(0)
-    add_lora(model, LoraConfig(**{"rank": 4, "alpha": 8.0, **settings}))
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0, strength)
-            if layer.lora_magnitude_vector is not None:
-                layer.lora_magnitude_vector.mul_(1.1)
+    as_trained(add_lora(model, LoraConfig(**{"rank": 4, "alpha": 8.0, **settings})), strength)
     save_adapter(model, folder, provenance={"tokenizer_path": str(TOKENIZER)})
     return folder
 
@@ -221,9 +217,36 @@ def test_what_the_disk_did_not_keep_is_noticed(
         return tensor
 
     monkeypatch.setattr(TensorEntry, "read", turned)
-    with pytest.raises(UserError, match=r"read back, layers\.1\.mlp\.up_proj\.weight differs"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/merged: read back, layers\.1\.mlp\.up_proj\.weight differs"):
         merge(tiny_base, adapter, tmp_path / "merged", samples)
     assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_it_may_be_stopped_while_it_is_measured_and_read_back(
+    tmp_path: Path, tiny_base: Path, samples: list[Sample], after: int
+) -> None:
+    adapter, asked = adapter_for(tiny_base, tmp_path / "adapter"), list[int]()
+
+    def progress(done: int, of: int) -> None:
+        asked.append(done)
+        if asked.count(of) > after:  # the first of them says that all weights are done
+            raise Stopped("stopped", 2)
+
+    with pytest.raises(Stopped):
+        merge(tiny_base, adapter, tmp_path / "merged", samples, progress=progress)
+    assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("path", ["demo", "."])
+def test_the_base_has_a_name(
+    tmp_path: Path, tiny_base: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tiny_base)
+    adapter = adapter_for(base_folder(path), tmp_path / "adapter")
+    merge(Path(path), adapter, tmp_path / "m", samples, force=True)
+    made = json.loads((tmp_path / "m" / "minilora.json").read_text())["export"]
+    assert made["from"] == ("demo" if path == "demo" else tiny_base.name)
 
 
 def test_beside_the_weights_lies_where_they_come_from(tmp_path: Path, tiny_base: Path, samples: list[Sample]) -> None:
@@ -240,12 +263,10 @@ def test_beside_the_weights_lies_where_they_come_from(tmp_path: Path, tiny_base:
     assert {"README.md", "minilora.json", "model.safetensors"} <= verify_manifest(tmp_path / "merged")["files"].keys()
 
 
-def test_adapters_that_learnt_nothing_merge_too(tmp_path: Path, samples: list[Sample]) -> None:
-    """Base and trained are one model: a tenth of no distance is none, and a merge without rounding has none."""
-    rounded = tiny_model()
-    with torch.no_grad():
-        for weight in rounded.parameters():
-            weight.copy_(weight.bfloat16())
-    save_hf(rounded, tmp_path / "base", dtype=F32)
-    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter", None, strength=0.0)
-    assert merge(tmp_path / "base", adapter, tmp_path / "merged", samples, {"quantize": "none"}).passed("trained")
+def test_adapters_that_learnt_nothing_merge_too(tmp_path: Path, tiny_base: Path, samples: list[Sample]) -> None:
+    """Base and trained are one model, a tenth of no distance is none; but rounding to bfloat16 makes one."""
+    adapter = adapter_for(tiny_base, tmp_path / "adapter", strength=0.0)
+    audit = merge(tiny_base, adapter, tmp_path / "merged", samples)
+    assert audit.base.mean_kl == 0 < audit.routes["trained"].mean_kl
+    assert audit.passed("trained")
+    assert not replace(audit, routes={"trained": replace(audit.base, mean_kl=1e-3)}).passed("trained")

@@ -1,6 +1,6 @@
 """Mean loss over target tokens, packed and batched, against each sample alone."""
 
-from math import exp, inf
+from math import exp, inf, isnan, nan
 
 import numpy as np
 import pytest
@@ -46,4 +46,6 @@ def test_it_leaves_mode_and_gradients_alone(training: bool) -> None:
 def test_perplexity_is_exp() -> None:
     assert perplexity(1.5) == exp(1.5)
     assert perplexity(0.0) == 1.0
-    assert perplexity(1e4) == inf
+    assert perplexity(709.0) == exp(709)
+    assert perplexity(710.0) == perplexity(1e4) == perplexity(inf) == inf
+    assert isnan(perplexity(nan))

@@ -3,9 +3,11 @@
 import io
 from typing import Any
 
+import pytest
 from matplotlib import image
 from rich.console import Console
 
+from minilora.report import comparison
 from minilora.report.comparison import _kind, comparison_figure, comparison_table, forgetting_of, peak_of
 
 
@@ -71,3 +73,25 @@ def test_the_figure_is_a_picture_and_the_same_each_time() -> None:
     assert image.imread(io.BytesIO(first), format="png").shape[2] == 4
     more = [*ROWS, row("qlora-share=0.5", 0.5, {"train.strategy": "qlora", "data.share": "0.5"})]
     assert comparison_figure({**RESULT, "rows": more}) != first, "a learning curve more"
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, list[float]]]:
+    """(the names beside the bars, points of each learning curve by its name)."""
+    kept: list[Any] = []
+    monkeypatch.setattr(comparison, "to_png", lambda figure: kept.append(figure) or b"")
+    comparison_figure({"ranked_by": "loss", "rows": rows})
+    bars, *_, curves = kept[0].axes
+    return [label.get_text() for label in bars.get_yticklabels()], {
+        line.get_label(): [*zip(*line.get_data(), strict=True)] for line in curves.get_lines()
+    }
+
+
+def test_a_grid_of_shares_is_a_learning_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(f"share={share}", 1 - float(share) / 2, {"data.share": share}) for share in ("0.25", "0.5", "1")]
+    points = [(25.0, 0.875), (50.0, 0.75), (100.0, 0.5)]
+    assert drawn(monkeypatch, rows) == (["share=1"], {"share=1": points})
+
+
+def test_a_run_on_less_than_all_of_the_data_stands_at_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row("run", 0.3, share=0.5), row("share=0.25", 0.6, {"data.share": "0.25"}, share=0.25)]
+    assert drawn(monkeypatch, rows) == (["run"], {"run": [(25.0, 0.6), (50.0, 0.3)]})

@@ -1,6 +1,7 @@
 """`explain` prints what nf4.py, linear.py and lora.py compute: its output is read back and held against them."""
 
 import re
+from functools import cache
 from io import StringIO
 
 import pytest
@@ -25,6 +26,12 @@ def output(
     console = Console(file=file, width=width, force_terminal=colour, color_system="truecolor" if colour else None)
     explain(weight, name=name, block=block, seed=seed, console=console)
     return file.getvalue()
+
+
+@cache
+def shown(case: str) -> str:
+    weight, block = WEIGHTS[case]
+    return output(weight, block=block)
 
 
 def part(text: str, number: int) -> list[str]:
@@ -61,7 +68,7 @@ def test_the_bytes_and_numbers_are_those_of_nf4(case: str) -> None:
     values = weight.detach().float().view(-1)[start:stop]
     decoded = quantized.dequantize(torch.float32).view(-1)[start:stop]
     absmax = float(quantized.absmax[block])
-    lines = part(output(weight, block=block), 3)
+    lines = part(shown(case), 3)
     unit = re.search(r"in\s+units\s+of\s+(\S+)\.", " ".join(lines))
     scale = float(unit[1]) if unit else 1.0
 
@@ -96,7 +103,7 @@ def test_the_bytes_and_numbers_are_those_of_nf4(case: str) -> None:
 def test_the_histogram_counts_the_block(case: str) -> None:
     weight, block = WEIGHTS[case]
     codes = quantize_nf4(weight).codes()[block * 64 : block * 64 + 64]
-    rows = [line.split() for line in part(output(weight, block=block), 2) if re.match(r" +\d+  [01]{4} ", line)]
+    rows = [line.split() for line in part(shown(case), 2) if re.match(r" +\d+  [01]{4} ", line)]
     assert [row[0] for row in rows] == [str(code) for code in range(16)]
     assert [row[1] for row in rows] == [f"{code:04b}" for code in range(16)]
     counts = [int(re.sub(r"█+", "", " ".join(row)).split()[-1]) for row in rows]
@@ -109,7 +116,7 @@ def test_the_histogram_counts_the_block(case: str) -> None:
 def test_double_quantization_is_that_of_nf4(case: str) -> None:
     weight, block = WEIGHTS[case]
     plain, nested = quantize_nf4(weight, double_quant=False), quantize_nf4(weight)
-    lines = part(output(weight, block=block), 4)
+    lines = part(shown(case), 4)
     text = " ".join(lines)
     assert nested.nested_offset is not None
     assert nested.nested_absmax is not None

@@ -11,7 +11,7 @@ from typing import Any
 import mistral_common
 import pytest
 import torch
-from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, tiny_model
+from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, Run, tiny_model
 
 from minilora.checkpoint.adapter import read_adapter, save_adapter
 from minilora.checkpoint.export import export_checkpoint
@@ -20,7 +20,6 @@ from minilora.checkpoint.mistral_adapter import save_mistral_adapter
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.checkpoint.save import save_hf, save_mistral
-from minilora.cli import main
 from minilora.config import LoraConfig, PrefixConfig
 from minilora.errors import UserError
 from minilora.lora import add_lora
@@ -29,18 +28,7 @@ from minilora.prefix import add_prefix
 from minilora.report.facts import fold, gather
 from minilora.train.loop import fine_tune
 
-Run = Callable[..., tuple[int, str, str]]
 BF16, F32 = torch.bfloat16, torch.float32
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> tuple[int, str, str]:
-        status = main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -287,6 +275,8 @@ def test_layers_are_folded_where_they_are_alike() -> None:
         "norm.weight (3,) F32",
     ]
     assert list(fold(listed)) == ["layers.0,1,2,4.w (2, 3) BF16"]
+    by_text = sorted((f"layers.{i}.w", (2, 3), "BF16", 12) for i in range(12))  # as the keys of a file are
+    assert list(fold(by_text)) == ["layers.0-11.w (2, 3) BF16"]
     assert list(fold([*listed[:2], ("layers.2.w", (9, 3), "BF16", 54)])) == [
         "layers.0-1.w (2, 3) BF16", "layers.2.w (9, 3) BF16"
     ]  # fmt: skip

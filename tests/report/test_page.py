@@ -18,7 +18,7 @@ from minilora.evaluate.metrics import figure_names
 from minilora.report import page as page_module
 from minilora.report.page import write_report
 from minilora.report.plots import draw, smooth
-from minilora.train.run_folder import config_toml
+from minilora.train.run_folder import FILES, config_toml
 
 PLOTS = ["loss.png", "learning_rate.png", "speed.png"]
 EVIL = """<script>alert("1")</script> & 'quotes' "here" </td>"""
@@ -183,6 +183,10 @@ def test_a_whole_run_has_all_sections_and_figures(tmp_path: Path) -> None:
     assert ("href", "metrics.jsonl") in page.attributes
 
 
+def test_every_file_of_a_run_is_told() -> None:
+    assert set(FILES) - set(page_module.CONTENTS) == {"report.html", *PLOTS}
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_better_is_green_and_worse_is_red(tmp_path: Path) -> None:
     html = write_report(run_folder(tmp_path)).read_text("utf-8")
@@ -337,12 +341,12 @@ def test_skipped_steps_and_numbers_that_are_none(tmp_path: Path) -> None:
     folder, records = run_folder(tmp_path), metrics(40)
     records[4] |= {"loss": float("nan"), "grad_norm": float("inf"), "skipped": True}
     records[9] |= {"loss": None, "grad_norm": None, "skipped": True, "val_loss": float("nan")}
-    write_lines(folder / "metrics.jsonl", records)
-    assert page_of(folder).titles
-    write_lines(
-        folder / "metrics.jsonl", [r | {"loss": None, "val_loss": float("nan"), "skipped": True} for r in records]
-    )
-    assert page_of(folder).titles
+    nothing = [r | {"loss": None, "val_loss": float("nan"), "skipped": True} for r in records]
+    for lines in (records, nothing):
+        write_lines(folder / "metrics.jsonl", lines)
+        page = page_of(folder)
+        assert page.titles == ["Before and after", "The run", "Plots", "Samples", "Settings", "Files"]
+        assert page.tags >= {"img"}
 
 
 def test_half_a_line_at_the_end_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,17 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import TOKENIZER, MakeConfig
 
+from minilora.arguments import parse_run, run_parser
 from minilora.checkpoint.quantize import quantize_checkpoint
+from minilora.cli import compare as compare_verb
 from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
-from minilora.train.compare import STRATEGIES, Variant, combinations, compare
+from minilora.train.compare import STRATEGIES, Variant, all_variants, combinations, compare
 from minilora.train.run_folder import config_toml
 
 
@@ -30,9 +34,11 @@ def test_every_strategy_meets_every_value_and_a_curve_is_drawn_at_the_first() ->
         "lora-replay=0", "lora-replay=0-share=0.5", "lora-replay=0.2",
         "full-replay=0", "full-replay=0-share=0.5", "full-replay=0.2",
     ]  # fmt: skip
-    assert made["lora-replay=0.2"] == {"train.strategy": "lora", "data.replay": "0.2"}
+    not_the_configuration_s = {"train.layers": "null", "train.parameters": "[]", "lora.dora": "false"}
+    assert made["lora-replay=0.2"] == {"train.strategy": "lora", **not_the_configuration_s, "data.replay": "0.2"}
     assert made["full-replay=0-share=0.5"] == {
-        "train.lr": "0.001", "train.strategy": "full", "data.replay": "0", "data.share": "0.5"
+        "train.lr": "0.001", "train.strategy": "full", **not_the_configuration_s, "data.replay": "0",
+        "data.share": "0.5",
     }  # fmt: skip
 
 
@@ -75,6 +81,48 @@ def test_the_same_run_twice_is_refused_before_one_is_trained(
         assert main([*command, *twice]) == 1
         assert "two of the runs are" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "own", [{"train__strategy": "partial", "train__layers": 1, "train__parameters": ("lm_head",)}, {"lora__dora": True}]
+)
+def test_every_strategy_can_be_compared_from_a_configuration_of_another(
+    make_config: MakeConfig, tmp_path: Path, own: dict[str, Any]
+) -> None:
+    (tmp_path / "run.toml").write_text(config_toml(make_config(**own)))
+    parser = run_parser(compare_verb)
+
+    def configured(changes: Mapping[str, str]) -> RunConfig:
+        return parse_run(parser, [str(tmp_path / "run.toml"), *(f"--{k}={v}" for k, v in changes.items())])[0]
+
+    made = {variant.name: variant.config for variant in all_variants(list(STRATEGIES), [], [], configured)}
+    assert list(made) == list(STRATEGIES)
+    assert {name for name, config in made.items() if config.lora.dora} == {"dora"}
+    assert {name for name, config in made.items() if config.train.layers} == {"partial"}
+
+
+def test_resume_and_overwrite_contradict_each_other(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--resume goes on and --overwrite begins anew; give one of them"):
+        compare(variants(make_config()), tmp_path / "out", pytest.fail, resume=True, overwrite=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_data_are_there_before_options_are_held_against_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a share that is replayed, of what the demo's configuration names."""
+    seen = list[Variant]()
+
+    def stop(made: list[Variant], *_: object) -> None:
+        seen.extend(made)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr("minilora.train.compare.compare", stop)
+    command = ["compare", "--data.replay", "0.3", "--grid", "train.seed=1,2", "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "seen enough" in capsys.readouterr().err
+    assert [v.config.data.replay for v in seen if "data.share" not in v.changes] == [0.3, 0.3]
+    assert all("chat_train.jsonl" in v.config.data.train for v in seen)
 
 
 def test_what_is_no_grid_and_no_strategy() -> None:

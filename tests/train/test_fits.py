@@ -180,7 +180,7 @@ def test_huge_settings_are_refused_at_once_each_with_its_remedy(monkeypatch: pyt
     monkeypatch.setattr(
         ledger, "range", lambda *ends: range(*ends) if max(ends) < 10**6 else pytest.fail("too many"), raising=False
     )
-    batch = of(RUN).sample
+    batch = of(RUN).first
     wide = Ledger(changed(train={"batch_size": 10**9}), shape("135m"), torch.device("cpu"), batch, 100)
     tried = [changes["train"] for key, _, changes in wide._smaller() if key == "train.batch_size"]
     assert len(tried) == 99

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from tiny_runs import MakeConfig, Quiet
 
+from minilora.base import Base
 from minilora.cli import main
 from minilora.errors import UserError
 from minilora.report.page import write_report
+from minilora.train import looks as looks_module
 from minilora.train.looks import looks, note_look, run_tested_on
 from minilora.train.loop import fine_tune
 
@@ -17,6 +19,19 @@ from minilora.train.loop import fine_tune
 def summary(run: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((run / "summary.json").read_text())
     return document
+
+
+@pytest.mark.parametrize("line", ["{}", "3", '{"command": "train", "figures": [1]}'])
+def test_what_is_no_look_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "test_looks.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"test_looks\.jsonl: cannot be read: .*nobody knows"):
+        looks(tmp_path)
+
+
+def test_a_damaged_before_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "before.json").write_text('{"data": []}')
+    with pytest.raises(UserError, match=r"before\.json: data is \[\], as no run writes it"):
+        run_tested_on(str(tmp_path / "before.json"), str(tmp_path / "adapter"))
 
 
 @pytest.fixture
@@ -71,6 +86,30 @@ def test_whoever_evaluates_on_it_looks_again(
     assert looks(path)[1]["figures"]["loss"] == json.loads(out)["loss"]
     assert summary(path)["test_looks"] == 2
     assert "opened 2 times: only the first figure counts" in (path / "report.html").read_text()
+
+
+def test_what_was_seen_is_shown_once_it_is_noted_and_before_it_is_drawn(
+    make_config: MakeConfig, quiet: Quiet, unseen: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And nothing is looked at where that cannot be noted."""
+    path = fine_tune(make_config(data__test=str(unseen)), quiet).folder.path
+
+    def fail(*_: object) -> None:
+        raise UserError("no page")
+
+    monkeypatch.setattr("minilora.report.page.write_report", fail)
+    command = ["evaluate", str(unseen), "--adapter", str(path / "adapter"), "--eval.answers", "0"]
+    capsys.readouterr()
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["loss"] == looks(path)[1]["figures"]["loss"]
+    assert "no page" in err
+    monkeypatch.setattr(Base, "load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr(looks_module.os, "access", lambda *_: False)
+    assert main(command) == 1
+    assert "run: its test file may be looked at only where that can be written down" in capsys.readouterr().err
+    assert len(looks(path)) == 2
 
 
 def test_a_model_is_known_by_its_run_too(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:

@@ -18,21 +18,25 @@ from safetensors.torch import load_file
 from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, chat, stop_after, tiny_model, write_jsonl
 
 from minilora.checkpoint.adapter import load_adapter
+from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.save import save_hf
 from minilora.config import RunConfig
 from minilora.data import pack
 from minilora.data.pack import PackedBatch, epoch_rows
-from minilora.data.records import data_fingerprint
 from minilora.errors import UserError
 from minilora.evaluate.perplexity import mean_loss
 from minilora.fused import Projections
 from minilora.generation import generate
 from minilora.memory import PeakMemory
 from minilora.report.page import write_report
-from minilora.train import dry_run, loop, setup
+from minilora.tokenizer import load_tokenizer
+from minilora.train import dry_run, ledger, loop, setup
+from minilora.train.data_check import check_data
+from minilora.train.ledger import Ledger
 from minilora.train.loop import fine_tune
+from minilora.train.results import records
 from minilora.train.run_folder import LineLog
 from minilora.train.setup import Run
 from minilora.train.signals import Stopped
@@ -95,7 +99,7 @@ def test_a_run_and_its_files(make_config: MakeConfig, quiet: Quiet) -> None:
     assert provenance["validation_path"] == config.data.validation
     recipe = {"type": "nf4", "double_quant": True, "block_size": 64, "compute_dtype": "float32"}
     assert provenance["quantization"] == recipe
-    assert provenance["tokenizer"] == {"sha256": data_fingerprint(TOKENIZER), "template": run.tokenizer.version}
+    assert provenance["tokenizer"] == {"sha256": sha256_of(TOKENIZER), "template": run.tokenizer.version}
     assert provenance["data"]["train"] == run.state.origin["data"]["train"]
     assert provenance["versions"].keys() == {"minilora", "torch", "threads", "python"}
     assert provenance["metrics"] == {key: summary[key] for key in ("before", "after", "test")}
@@ -177,7 +181,7 @@ def test_every_strategy_learns_from_chats_and_from_text(
     start = {key.replace(".weight", ""): p for key, p in base.named_parameters()}
     for key, p in frozen.items():
         assert torch.equal(p, start[key.replace(".base.weight", "").replace(".weight", "")]), key
-    reloaded = dry_run._reload(run)
+    reloaded = dry_run._reload(run.config, run.folder.path)
     tokens = torch.tensor([run.train[0].tokens[:-1].tolist()])
     with torch.no_grad():
         assert torch.equal(reloaded(tokens), run.model(tokens))
@@ -249,6 +253,11 @@ def test_part_of_an_epoch(make_config: MakeConfig, quiet: Quiet, epochs: float, 
     assert run.n_steps == max(1, math.ceil(share * len(run.state.sampler.rows) / 4))
 
 
+def test_modules_that_learn_whole_are_told_in_their_dtype(make_config: MakeConfig) -> None:
+    said = setup.dtypes(make_config(lora__modules_to_save=("lm_head",)), torch.bfloat16)
+    assert "head and activations bfloat16; adapters, modules_to_save and gradients float32" in said
+
+
 @pytest.mark.parametrize(("warmup", "warned"), [(4, False), (5, True)])
 def test_a_warm_up_that_the_run_does_not_outlast_is_told(
     make_config: MakeConfig, quiet: Quiet, warmup: int, warned: bool
@@ -299,6 +308,13 @@ def test_it_stops_out_of_patience(make_config: MakeConfig, quiet: Quiet, monkeyp
     assert run.stopped_because == "no better validation in 2 since step 4"
     again = fine_tune(run.config, Quiet(), resume=True)  # from the start: the last checkpoint was never reached
     assert again.folder.path == run.folder.path
+
+
+def test_patience_without_a_validation_is_refused(make_config: MakeConfig, quiet: Quiet) -> None:
+    with pytest.raises(
+        UserError, match=r"eval\.patience waits for a better validation, and there is none; name data\.v"
+    ):
+        fine_tune(make_config(eval__patience=2, data__validation=None), quiet)
 
 
 def test_without_patience_it_never_stops_early(
@@ -527,6 +543,12 @@ def test_where_the_state_lies_may_change(make_config: MakeConfig, quiet: Quiet) 
     assert told.endswith(" of the optimizer's state is in the host's memory anyway, where there is no GPU")
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (1.11, 12), (0.3, 3), (1e-12, 1)])
+def test_a_sum_that_is_off_by_a_rounding_is_no_step_more(make_config: MakeConfig, epochs: float, steps: int) -> None:
+    config = make_config(train__max_steps=None, train__epochs=epochs, train__batch_size=10, data__max_seq_len=50)
+    assert setup.steps_of_run([50] * 100, config, None) == steps
+
+
 @pytest.mark.parametrize(("epochs", "packed"), [(1.0, [0]), (2.0, [0, 1]), (1.5, [0, 1])])
 def test_rows_are_packed_for_the_epochs_that_there_are(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, epochs: float, packed: list[int]
@@ -534,9 +556,9 @@ def test_rows_are_packed_for_the_epochs_that_there_are(
     asked, pack_rows = list[int](), setup.epoch_rows
     monkeypatch.setattr(setup, "epoch_rows", lambda *args, mix: asked.append(args[3]) or pack_rows(*args, mix=mix))
     lengths = [20, 30, 40, 10] * 5
-    rows = setup.rows_of_epochs(lengths, make_config(train__epochs=epochs), None)
+    config = make_config(train__epochs=epochs, train__max_steps=None, train__batch_size=1)
+    assert 0 < setup.steps_of_run(lengths, config, None) <= epochs * len(lengths)
     assert asked == packed
-    assert 0 < rows <= epochs * len(lengths)
 
 
 def on_batch(monkeypatch: pytest.MonkeyPatch, then: Callable[[int, PackedBatch], None]) -> None:
@@ -675,10 +697,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     assert adapter_bytes(run) == adapter_bytes(straight)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"answers": [1]}'])
-def test_a_damaged_before_json_is_named(make_config: MakeConfig, quiet: Quiet, text: str) -> None:
+@pytest.mark.parametrize("damage", [{"answers": [1]}, {"answers": [1, 2]}, {"answers": []}, {"probes": ["a"]}, None])
+def test_a_damaged_before_json_is_named(make_config: MakeConfig, quiet: Quiet, damage: dict[str, Any] | None) -> None:
     interrupted(make_config)
-    (Path(make_config().train.output) / "before.json").write_text(text)
+    file = Path(make_config().train.output) / "before.json"
+    file.write_text(json.dumps({} if damage is None else json.loads(file.read_text()) | damage))
     with pytest.raises(UserError, match=r"run/before\.json is not what a run writes; .*--overwrite"):
         fine_tune(make_config(), quiet, resume=True)
 
@@ -784,7 +807,7 @@ def test_lines_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(
         b'{"step": 1, "lr": 1}\n{"st\xff\n\n7\n{"step": 2}\n{"step": 3, "lr": 2}\n{"step": 4'
     )
-    assert [record["step"] for record in loop._records(tmp_path / "log", "step", "lr")] == [1, 3]
+    assert [record["step"] for record in records(tmp_path / "log", "step", "lr")] == [1, 3]
 
 
 def test_the_logs_are_on_the_disk_before_a_checkpoint_that_counts_on_them(
@@ -803,7 +826,60 @@ def test_the_logs_are_on_the_disk_before_a_checkpoint_that_counts_on_them(
     assert at == sorted(at)
 
 
+# --- A dry run ------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_dry_run_s_two_models_one_is_there_at_a_time(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, reload = list[ref[Any]](), dry_run._reload
+
+    def tuned(*args: Any, **options: Any) -> Run:
+        run = fine_tune(*args, **options)
+        trained.append(ref(run.model))
+        return run
+
+    def alone(*args: Any) -> Any:
+        assert trained[0]() is None
+        return reload(*args)
+
+    monkeypatch.setattr(dry_run, "fine_tune", tuned)
+    monkeypatch.setattr(dry_run, "_reload", alone)
+    dry_run.dry_run(make_config(), quiet)
+    assert any("is answered" in said for said in quiet.said)
+
+
+def test_a_dry_run_tells_that_the_folder_is_taken(make_config: MakeConfig) -> None:
+    fine_tune(make_config(), Quiet())
+    for resume, overwrite, refused in ((False, False, True), (False, True, False), (True, False, False)):
+        quiet = Quiet()
+        dry_run.dry_run(make_config(), quiet, resume, overwrite)
+        said = [line for line in quiet.said if line.startswith("warning: the run itself would be refused: ")]
+        assert [line.endswith("or --train.output") for line in said] == [True] * refused
+
+
 # --- Data -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_answered_is_in_the_ledger_of_train_and_of_data_check(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest prompt, of the test, too; what is trained on is shorter."""
+    long = chat("name it and " * 4, "so")
+    test = str(write_jsonl(tmp_path / "test.jsonl", [chat("a", "b"), long, chat("or " * 40, "never asked")]))
+    ledgers = list[Ledger]()
+    monkeypatch.setattr(Ledger, "fitted", lambda self: ledgers.append(self) or self)
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 0)
+    config = make_config(data__test=test, data__max_seq_len=200, eval__batch_size=50)
+    fine_tune(config, quiet)
+    check_data(config)
+    tokens, _ = load_tokenizer(TOKENIZER).encode_chat(long["messages"][:1])
+    assert [found.prompt for found in ledgers] == [len(tokens)] * 2
+    assert ledgers[0].predict() == ledgers[1].predict()
+    probes_only = make_config(data__validation=None, eval__batch_size=50)
+    check_data(probes_only)
+    assert ledgers[2].prompt > 0, "probes are answered without any held-out data, too"
+    assert "KV cache" in ledgers[2].predict()
 
 
 def test_one_sample_is_enough(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """What is shown: a line now and then in a file, a bar on a terminal, and a guess of the time left."""
 
 import io
+import os
 import re
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from minilora.report.console import Console
 from minilora.train import progress
 from minilora.train.progress import ConsoleReporter
 
@@ -76,6 +77,32 @@ def test_text_is_no_markup() -> None:
     reporter, out = plain()
     reporter.say("[INST] [red]x[/red]")
     assert out.getvalue() == "[INST] [red]x[/red]\n"
+
+
+class Full(io.StringIO):
+    def write(self, _text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_full_disk_behind_the_output_ends_nothing(clock: list[float], on_terminal: bool) -> None:
+    reporter = ConsoleReporter(Console(file=Full(), force_terminal=on_terminal, width=100))
+    reporter.say("before")
+    reporter.begin(0, 1)
+    clock[0] += 1
+    reporter.step(metrics(1), timing(1.0))
+    reporter.end()
+
+
+def test_a_reader_that_goes_away_ends_the_output_alone() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        reporter = ConsoleReporter(Console(file=pipe))
+        for _ in range(3):
+            reporter.say("to nobody")
+        assert reporter.console.quiet
+        print("to nobody, without rich", file=pipe, flush=True)
 
 
 def test_a_terminal_gets_a_bar() -> None:

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 from tiny_runs import MakeConfig
 
+from minilora.cli import main
 from minilora.config import RunConfig
-from minilora.train.run_folder import config_toml
+from minilora.errors import UserError
+from minilora.train.run_folder import RunFolder, config_toml
 
-N_STEPS = 40
+pytestmark = pytest.mark.slow
+N_STEPS = 24
 
 
 def run_config(make_config: MakeConfig, output: Path) -> RunConfig:
@@ -59,10 +62,9 @@ def stop(process: subprocess.Popen[str], signum: int) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert "done: all steps done" in out
+def finish(folder: Path, *flags: str) -> None:
+    """Here: nobody kills it."""
+    assert main(["train", str(folder.with_suffix(".toml")), *flags]) == 0
 
 
 def lines(folder: Path) -> int:
@@ -84,7 +86,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def expected(straight: dict[str, Path], make_config: MakeConfig) -> Path:
     if "folder" not in straight:
         straight["folder"] = prepare(make_config, straight["root"] / "run")
-        finish(start(straight["folder"]))
+        finish(straight["folder"])
     return straight["folder"]
 
 
@@ -102,9 +104,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(
 ) -> None:
     folder = prepare(make_config, tmp_path / "run")
     moments: list[Callable[[], bool]] = [
-        lambda: lines(folder) >= 2,  # before the first checkpoint: it begins again
-        lambda: lines(folder) >= 11,  # between two of them
-        lambda: lines(folder) >= 14 and saving(folder),
+        lambda: lines(folder) >= 6,  # between two checkpoints
+        lambda: lines(folder) >= 10 and saving(folder),
     ]
     for i, moment in enumerate(moments):
         process = start(folder, *(["--resume"] if i else []))
@@ -112,7 +113,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(
         status, _ = stop(process, signal.SIGKILL)
         assert status == -signal.SIGKILL
         assert not (folder / "adapter").exists()
-    finish(start(folder, "--resume"))
+    finish(folder, "--resume")
     assert_same(folder, expected)
     assert not list(folder.rglob(".*.minilora-tmp-*")), "what the killed ones left is gone"
 
@@ -122,10 +123,8 @@ def test_sigterm_and_sigint_save_and_stop(make_config: MakeConfig, tmp_path: Pat
     process = start(folder)
     wait_for(process, lambda: lines(folder) >= 6)
     process.send_signal(signal.SIGSTOP)
-    other = start(folder, "--resume")  # meanwhile nobody else gets in
-    _, errors = other.communicate(timeout=120)
-    assert (other.returncode, errors.count("\n")) == (1, 1), errors
-    assert f"{folder}: another run writes here" in errors
+    with pytest.raises(UserError, match=f"{folder}: another run writes here"):
+        RunFolder.open(run_config(make_config, folder), resume=True, overwrite=False)
     process.send_signal(signal.SIGCONT)
     status, errors = stop(process, signal.SIGTERM)
     assert status == 143, errors
@@ -138,5 +137,5 @@ def test_sigterm_and_sigint_save_and_stop(make_config: MakeConfig, tmp_path: Pat
     status, errors = stop(process, signal.SIGINT)
     assert status == 130, errors
     assert "stopped after step" in errors
-    finish(start(folder, "--resume"))
+    finish(folder, "--resume")
     assert_same(folder, expected)

@@ -11,13 +11,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from disks import dead_pid
 from tiny_runs import MakeConfig, Quiet
 
+from minilora.checkpoint.json_file import to_json
+from minilora.checkpoint.write import atomic_folder
 from minilora.config import RunConfig, to_dict
 from minilora.errors import UserError
 from minilora.report.facts import gather
 from minilora.train.loop import fine_tune
-from minilora.train.run_folder import FILES, FOLDERS, LineLog, RunFolder, config_toml, to_json
+from minilora.train.run_folder import FILES, LEARNT, LineLog, RunFolder, config_toml
 
 
 def open_folder(config: RunConfig, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -28,9 +31,13 @@ def open_folder(config: RunConfig, resume: bool = False, overwrite: bool = False
 def a_run(make_config: MakeConfig, tmp_path: Path) -> Path:
     """What a finished run leaves, and a file and a folder of somebody else."""
     path = tmp_path / "run"
-    for name in (*FOLDERS, "theirs"):
-        (path / name).mkdir(parents=True)
-        (path / name / "file").write_text(name)
+    for name in (*LEARNT, "checkpoints/step-00000001", "checkpoints/best-00000001"):
+        with atomic_folder(path / name) as folder:
+            (folder / "file").write_text(name)
+    for name in ("tensorboard", "theirs"):
+        (path / name).mkdir()
+    (path / "tensorboard" / "events.out.tfevents.1.host").write_text("events")
+    (path / "theirs" / "file").write_text("theirs")
     for name in (*FILES, "notes.txt", "my.png"):
         (path / name).write_text(name)
     (path / "config.toml").write_text(config_toml(make_config()))
@@ -78,6 +85,43 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(make_config: MakeCo
     assert "lr = 0.5" in (a_run / "config.toml").read_text()
 
 
+def test_what_lies_beside_checkpoints_and_figures_stays(make_config: MakeConfig, a_run: Path) -> None:
+    theirs = [a_run / "checkpoints" / "step-old" / "file", a_run / "tensorboard" / "notes.txt"]
+    for file in theirs:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    folder = open_folder(make_config(), overwrite=True)
+    folder.begin(make_config())
+    folder.close()
+    assert all(file.exists() for file in theirs)
+    assert folder.latest() is None
+    assert [file.name for file in (a_run / "tensorboard").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_a_stranger_s_file_in_what_was_learnt_is_in_the_way(make_config: MakeConfig, a_run: Path, name: str) -> None:
+    (a_run / name / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match=rf"{name} is to be written anew, but minilora did not write thesis\.txt there"):
+        open_folder(make_config(), overwrite=True)
+    folder = open_folder(make_config(), resume=True)
+    with pytest.raises(UserError, match="did not write thesis"):
+        folder.begin(make_config())
+    folder.close()
+    assert (a_run / name / "thesis.txt").exists()
+    assert folder.latest() is not None, "nothing was deleted"
+
+
+def test_a_config_toml_alone_is_no_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("somebody's")
+    with pytest.raises(UserError, match="is not empty, and holds no run"):
+        open_folder(make_config(), overwrite=True)
+    with pytest.raises(UserError, match="no run to resume here"):
+        open_folder(make_config(), resume=True)
+    (tmp_path / "run" / ".lock").write_text("")  # as of a run that was killed before it had measured its base
+    open_folder(make_config(), resume=True).close()
+
+
 def test_resume_needs_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run to resume here"):
         open_folder(make_config(), resume=True)
@@ -87,7 +131,7 @@ def test_resume_needs_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
 def test_resume_and_overwrite_contradict_each_other(make_config: MakeConfig, a_run: Path) -> None:
     with pytest.raises(UserError, match="give one of them"):
         open_folder(make_config(), resume=True, overwrite=True)
-    assert (a_run / "checkpoints" / "file").exists()
+    assert (a_run / "checkpoints" / "step-00000001" / "file").exists()
 
 
 def test_a_file_is_no_folder(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -118,26 +162,25 @@ def test_two_runs_do_not_share_a_folder(make_config: MakeConfig, a_run: Path, ov
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run writes here"):
             open_folder(make_config(), resume=not overwrite, overwrite=overwrite)
-    assert (a_run / "checkpoints" / "file").exists()
+    assert (a_run / "checkpoints" / "step-00000001" / "file").exists()
     open_folder(make_config(), resume=True).close()
 
 
 def test_what_killed_processes_left_is_swept(make_config: MakeConfig, a_run: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    dead = dead_pid()
     stale = [
-        a_run / "checkpoints" / f".step-00000009.minilora-tmp-{dead.pid}",
-        a_run / f".adapter.minilora-tmp-{dead.pid}",
+        a_run / "checkpoints" / f".step-00000009.minilora-tmp-{dead}",
+        a_run / f".adapter.minilora-tmp-{dead}",
     ]
     for folder in stale:
         folder.mkdir()
         (folder / "half").write_text("half")
-    (a_run / f".summary.json.minilora-tmp-{dead.pid}").write_text("{")
-    aside = a_run / "checkpoints" / f".step-00000007.minilora-old-{dead.pid}"
+    (a_run / f".summary.json.minilora-tmp-{dead}").write_text("{")
+    aside = a_run / "checkpoints" / f".step-00000007.minilora-old-{dead}"
     aside.mkdir()
     folder = open_folder(make_config(), resume=True)
     folder.close()
-    assert not any(path.exists() for path in (*stale, aside, a_run / f".summary.json.minilora-tmp-{dead.pid}"))
+    assert not any(path.exists() for path in (*stale, aside, a_run / f".summary.json.minilora-tmp-{dead}"))
     assert folder.latest() == a_run / "checkpoints" / "step-00000007", "what was set aside for a new one is back"
 
 
@@ -289,8 +332,8 @@ def test_a_run_that_never_began_leaves_nothing(make_config: MakeConfig, quiet: Q
     with pytest.raises(UserError, match="nowhere"):
         fine_tune(make_config(data__train="/nowhere.jsonl"), quiet)
     assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text("")  # somebody's: it stays
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text("")  # another run's: it stays
     with pytest.raises(UserError, match="nowhere"):
         fine_tune(make_config(data__train="/nowhere.jsonl"), quiet, overwrite=True)
     assert (tmp_path / "run" / "config.toml").exists()

@@ -113,7 +113,7 @@ def test_a_checkpoint_of_torch_s_own_optimizer_is_gone_on_from(tmp_path: Path) -
     saved |= {f"optimizer.{name}.{key}": t for name, p in twins.items() for key, t in adam.state[p].items()}
     straight.save(tmp_path / "c")
     document = (tmp_path / "c" / "state.json").read_text()
-    with atomic_folder(tmp_path / "c", overwrite=True, manifest={}) as new:
+    with atomic_folder(tmp_path / "c", overwrite=True) as new:
         (new / "state.json").write_text(document)
         save_file(saved, new / "state.safetensors")
     resumed = fresh(seed=9)
@@ -229,7 +229,7 @@ def test_damage_is_refused(saved: Path, name: str, damage: str) -> None:
 
 def resealed(saved: Path, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """The checkpoint with other contents and a manifest that fits: of another version's, or of somebody's making."""
-    with atomic_folder(saved, overwrite=True, manifest={}) as new:
+    with atomic_folder(saved, overwrite=True) as new:
         (new / "state.json").write_text(json.dumps(document))
         save_file(tensors, new / "state.safetensors")
 
@@ -286,7 +286,7 @@ def test_parts_that_are_missing_or_no_objects(saved: Path) -> None:
             resealed(saved, {**document, part: value}, tensors)
             with pytest.raises(UserError, match=part if part != "origin" else "base was None"):
                 fresh().load(saved)
-    with atomic_folder(saved.with_name("step-00000004"), manifest={}) as new:
+    with atomic_folder(saved.with_name("step-00000004")) as new:
         (new / "state.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"state.json: not a readable JSON file: nested too deeply"):
         read_document(saved.with_name("step-00000004"))
@@ -301,7 +301,7 @@ def test_without_a_manifest_nothing_is_trusted(saved: Path) -> None:
 def test_a_newer_format_is_refused(saved: Path) -> None:
     document = json.loads((saved / "state.json").read_text()) | {"format": 2}
     tensors = (saved / "state.safetensors").read_bytes()
-    with atomic_folder(saved, overwrite=True, manifest={}) as new:
+    with atomic_folder(saved, overwrite=True) as new:
         (new / "state.json").write_text(json.dumps(document))
         (new / "state.safetensors").write_bytes(tensors)
     with pytest.raises(UserError, match=r"state.json: format 2 is not 1, .* resume with the version"):

@@ -48,6 +48,15 @@ def test_without_the_library_nothing_begins(
         fine_tune(make_config(train__tensorboard=True), quiet)
 
 
+def test_a_disk_that_is_full_from_the_start_ends_the_logging_alone(tmp_path: Path) -> None:
+    said = list[str]()
+    (tmp_path / "board").write_text("in the way")
+    with scalars(tmp_path / "board", 1, said.append) as log:
+        log({"step": 1, "loss": 1.0})
+    assert len(said) == 1
+    assert said[0].endswith("training goes on without TensorBoard")
+
+
 def test_a_disk_that_fails_ends_the_logging_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.tensorboard import SummaryWriter
 

@@ -1,0 +1,156 @@
+"""What the verbs are told: a parser for each, the arguments that several have, and a run's configuration.
+
+recipe, then FILE.toml, then --section.key value, each over what stands before it
+"""
+
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
+
+from minilora.config import BaseConfig, RunConfig, TooLong
+from minilora.errors import UserError
+from minilora.recipes import recipe_file
+
+Verb = Callable[[list[str]], None]
+Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
+
+
+def verb_parser(verb: Verb) -> ArgumentParser:
+    """A parser without arguments, with the verb's name and what it says of itself."""
+    prog = f"minilora {verb.__name__}"
+    return ArgumentParser(
+        prog=prog, description=verb.__doc__, exit_on_error=False, parser_mode="toml", print_config=None
+    )
+
+
+def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True) -> Namespace:
+    """The parsed arguments; what is wrong with them is one line on stderr and exit status 2.
+
+    instantiate: with the configurations made of them, which hold them against one another
+    """
+    try:
+        parsed: Namespace = parser.parse_args(quoted(args))
+        return parser.instantiate(parsed) if instantiate else parsed
+    except (ArgumentError, OverflowError) as error:
+        said = re.sub(
+            r"Expected a <class '(tuple|list)'>", "Expected a list, such as [a,b]", " ".join(str(error).split())
+        )
+        print(f"{parser.prog}: {said}; see {parser.prog} --help", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def quoted(args: Sequence[str]) -> list[str]:
+    """With the words of a list in quotes, as TOML has them: --section.key [q_proj,v_proj] needs none."""
+    word, made = r"\s*[A-Za-z_][\w.*-]*\s*", list[str]()
+    for before, arg in zip(["", *args], args, strict=False):
+        option, given, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        if re.fullmatch(r"--\w+\.[\w.]+", option) and re.fullmatch(rf"\[{word}(,{word})*\]", value):
+            value = re.sub(r"[\w.*-]+(?=\s*[\],])", r'"\g<0>"', value)
+            arg = f"{option}={value}" if given else value
+        made.append(arg)
+    return made
+
+
+# -- A run's configuration ---------------------------------------------------------------------------------------------
+
+
+def run_parser(verb: Verb) -> ArgumentParser:
+    """Of a verb that takes a configuration."""
+    parser = verb_parser(verb)
+    parser.add_argument(
+        "--config", action="config", help="a TOML file; the first word of train and compare is the same"
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="begin with one of `minilora train --list-recipes`")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def parse_run(parser: ArgumentParser, args: Sequence[str], file_first: bool = True) -> tuple[RunConfig, Namespace]:
+    """The configuration, and all that was parsed. Raises UserError for what is wrong in a file.
+
+    file_first: the first word that is no option and no option's value is a TOML file
+    """
+    parsed = parse(parser, [*_files_then_options(parser, args, file_first)])
+    return RunConfig(**{f.name: getattr(parsed, f.name) for f in fields(RunConfig)}), parsed
+
+
+def names_data(parser: ArgumentParser, args: Sequence[str]) -> bool:
+    """Whether a file or an option names data.train. What else is wrong with them is left to `parse_run`."""
+    return bool(parse(parser, [*_files_then_options(parser, args)], instantiate=False).data.train)
+
+
+def _files_then_options(parser: ArgumentParser, args: Sequence[str], file_first: bool = True) -> Iterator[str]:
+    """`args` with each file and recipe as --config=FILE, which lie below the options."""
+    named: dict[str, list[str]] = {"--recipe": [], "--config": []}
+    switches = {option for action in parser._actions if action.nargs == 0 for option in action.option_strings}
+    first, rest, words = list[str](), list[str](), iter(args)
+    for arg in words:
+        option, given, value = arg.partition("=")
+        if option in named and (given or (value := next(words, ""))):
+            named[option].append(value)
+        elif file_first and not first and not arg.startswith("-"):
+            first.append(arg)
+        else:
+            rest.append(arg)
+            if arg.startswith("-") and not given and arg not in switches:
+                rest += islice(words, 1)
+    files = [*(str(recipe_file(name)) for name in named["--recipe"]), *first, *named["--config"]]
+    for file in files:
+        _check_toml(file)
+        yield f"--config={file}"
+    yield from rest
+
+
+def _check_toml(path: str) -> None:
+    """Read the file alone first, so that what is wrong in it is said with its name. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; `minilora train --print-config > {path}` writes one to start from")
+    parser = ArgumentParser(exit_on_error=False, parser_mode="toml")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    try:
+        for name, section in tomllib.loads(Path(path).read_text("utf-8")).items():
+            if not isinstance(section, dict):
+                raise UserError(f"{name} = {section!r:.40} stands in no section; put it below one, such as [train]")
+        parser.instantiate(parser.parse_path(path))
+    except (ArgumentError, OverflowError, RecursionError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# -- What several verbs have -------------------------------------------------------------------------------------------
+
+
+def add_base(parser: ArgumentParser) -> None:
+    """Of a base with or without an adapter."""
+    add_model(parser)
+    parser.add_argument("--adapter", help="folder of an adapter; unless --model.path is given, it names its base")
+    add_adapter(parser)
+
+
+def add_model(parser: ArgumentParser) -> None:
+    parser.add_class_arguments(BaseConfig, "model")
+    parser.set_defaults({"model.path": ""})  # base.UNNAMED
+
+
+def add_adapter(parser: ArgumentParser) -> None:
+    parser.add_argument("--adapter_scaling", type=PositiveFloat, help="of mistral-finetune, if no params.json says it")
+    parser.add_argument("--force", action="store_true", help="take it for another base or tokenizer, or if altered")
+
+
+def add_length(parser: ArgumentParser, too_long: TooLong) -> None:
+    parser.add_argument("--data.max_seq_len", type=PositiveInt, default=2048)
+    what = "of a conversation of more tokens: refuse it, leave it out, or drop its oldest exchanges"
+    parser.add_argument("--data.too_long", type=TooLong, default=too_long, help=what)
+
+
+def add_dtype(parser: ArgumentParser, what: str) -> None:
+    kinds = Literal["auto", "bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", type=kinds, default="auto", help=what)

@@ -1,0 +1,13 @@
+"""samples.md: what was asked and answered, as tables of Markdown, which `page.py` reads again."""
+
+from collections.abc import Iterable, Sequence
+
+
+def markdown_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table under a title."""
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (head, *rows)]
+    return "\n".join([f"# {title}", "", lines[0], "|" + "---|" * len(head), *lines[1:], ""])
+
+
+def _cell(text: str) -> str:
+    return "<br>".join(text.strip().replace("|", "\\|").splitlines())
