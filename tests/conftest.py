@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,9 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: the last to begin would keep one process waiting."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with slow tests come first, then those with many: the last to begin would keep one process waiting."""
+    slow, n_tests = {i.path for i in items if i.get_closest_marker("slow")}, Counter(i.path for i in items)
+    items.sort(key=lambda item: (item.path not in slow, -n_tests[item.path]))
 
 
 @pytest.fixture(autouse=True, scope="module")
