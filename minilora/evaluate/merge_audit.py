@@ -3,8 +3,8 @@
 Held-out text goes through the blocks in step: through the base's, through those with their adapters, as they were
 trained, and through each way of merging them (`checkpoint/merge.py`). So a block is read once, and no model is ever
 whole in memory: a 7B is merged and measured within 2.5 GB. The measure: KL(merged, trained) against KL(base, trained).
-Above a tenth of it, and above what rounding to bfloat16 costs, the merge has lost too much, and nothing is left on the
-disk unless that is forced.
+Above a tenth of it, or of an adapter that changes nothing above what rounding to bfloat16 costs, the merge has lost too
+much, and nothing is left on the disk unless that is forced.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,7 @@ class MergeAudit:
     n_bytes: dict[Route, int]
 
     def passed(self, route: Route) -> bool:
-        return self.routes[route].mean_kl <= max(LARGEST_SHARE * self.base.mean_kl, ROUNDING)
+        return self.routes[route].mean_kl <= (LARGEST_SHARE * self.base.mean_kl or ROUNDING)
 
     def text(self, route: Route) -> str:
         m, b = self.routes[route], self.base

@@ -270,3 +270,5 @@ def test_adapters_that_learnt_nothing_merge_too(tmp_path: Path, tiny_base: Path,
     assert audit.base.mean_kl == 0 < audit.routes["trained"].mean_kl
     assert audit.passed("trained")
     assert not replace(audit, routes={"trained": replace(audit.base, mean_kl=1e-3)}).passed("trained")
+    little = replace(audit.base, mean_kl=1e-5)  # of an adapter that learnt little all may be lost, below any rounding
+    assert not replace(audit, base=little, routes={"trained": little}).passed("trained")
