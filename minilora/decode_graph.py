@@ -71,7 +71,8 @@ class Steps:
             self._positions -= 1  # the same step again stores the same, where it was stored
             replayed, why = self._logits, "which says something else"
         except RuntimeError as error:
-            replayed, why = None, f"which fails ({str(error).partition(chr(10))[0]:.200})"
+            first_line = str(error).partition("\n")[0]
+            replayed, why = None, f"which fails ({first_line:.200})"
         logits = self.step()
         if replayed is None or not (replayed - logits).norm() <= LARGEST_ERROR * logits.norm():
             self.release()
