@@ -92,8 +92,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """What matrix products of x are computed in: its own dtype, but float32 on a CPU without 16-bit instructions.
 
-    There torch falls back to scalar loops: on an AVX2 machine a bfloat16 product ran at 1 to 20 GFLOP/s where float32
-    reaches 180. A product in float32 of numbers rounded to 16 bits is the same product, summed more exactly.
+    There torch falls back to loops: on an AVX2 machine a bfloat16 product ran at 1 to 20 GFLOP/s where float32 reached
+    180, on one with AVX512 but not AVX512_BF16 at 50 where it reached 240. A product in float32 of numbers rounded to
+    16 bits is the same product, summed more exactly.
     """
     return _cpu_product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
@@ -108,8 +109,11 @@ def whole_shapes(n: int, dtype: torch.dtype) -> int:
 
 @cache
 def _cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
+    native = {torch.bfloat16: _multiplies_bfloat16, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}
     return torch.float32 if dtype in native and not native[dtype]() else dtype
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU does; oneDNN says yes to any AVX512, and where AVX512_BF16 is missing makes do with float32's."""
+    emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    return not emulated and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

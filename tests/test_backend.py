@@ -21,10 +21,21 @@ def test_a_16_bit_product_is_widened_only_where_the_cpu_lacks_it(
 ) -> None:
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda dtype=dtype: dtype == native)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     monkeypatch.setattr(backend, "_cpu_product_dtype", backend._cpu_product_dtype.__wrapped__)  # uncached
     for dtype in (torch.bfloat16, torch.float16):
         assert product_dtype(torch.empty(1, dtype=dtype)) == (dtype if dtype == native else torch.float32)
         assert product_dtype(torch.empty(1, dtype=dtype, device="meta")) == dtype
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_avx512_alone_does_not_multiply_bfloat16(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which oneDNN says that it supports it."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(backend, "_cpu_product_dtype", backend._cpu_product_dtype.__wrapped__)  # uncached
+    assert product_dtype(torch.empty(1, dtype=torch.bfloat16)) == (torch.bfloat16 if native else torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
