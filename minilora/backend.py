@@ -109,8 +109,11 @@ def whole_shapes(n: int, dtype: torch.dtype) -> int:
 
 @cache
 def _cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    native = {torch.bfloat16: _multiplies_bfloat16, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}
-    return torch.float32 if dtype in native and not native[dtype]() else dtype
+    if dtype == torch.bfloat16:
+        return dtype if _multiplies_bfloat16() else torch.float32
+    if dtype == torch.float16:
+        return dtype if torch.ops.mkldnn._is_mkldnn_fp16_supported() else torch.float32
+    return dtype
 
 
 def _multiplies_bfloat16() -> bool:

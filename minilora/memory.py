@@ -271,7 +271,8 @@ class StepPlan:
     def again(self, whole: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
         """What is alive besides in backward of a block: its scratch, and what was not kept and is made again."""
         makes_gates = self.fused and "mlp" not in kept
-        made = kept | whole | ({"mlp": 0} if makes_gates else {})  # scratch has them
+        in_scratch = {"mlp": 0} if makes_gates and not self.cast else {}  # which has them in the products' dtype alone
+        made = kept | whole | in_scratch
         return add_up({"scratch": self.scratch(makes_gates)}, made, {owner: -n for owner, n in kept.items()})
 
     def scratch(self, makes_gates: bool) -> int:
