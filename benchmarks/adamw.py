@@ -63,3 +63,11 @@ def torch_adamw(flat: Tensor, n_tensors: int) -> Call:
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     return torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True).step
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "adamw", *sys.argv[1:]]))

@@ -57,3 +57,11 @@ def _figures(one: Record, many: Record, new: int) -> dict[str, Any]:
         "tokens": many.steps[0].result["tokens"],
         "peak_reserved_bytes": many.steps[-1].result.get("peak_reserved_bytes"),
     }
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "decode", *sys.argv[1:]]))

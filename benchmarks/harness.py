@@ -21,6 +21,7 @@ import platform
 import re
 import resource
 import select
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_S = 0.005  # between two readings of a child's memory
 LIBRARIES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mistral-common", "safetensors")
+LOAD_1MIN = os.getloadavg()[0]  # before measuring: what others did on these cores
 CPU_FLAGS = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 # A step as a child has it: keyword arguments from the parent, a JSON object (or None) back to it.
@@ -53,6 +55,8 @@ def machine() -> dict[str, Any]:
     """What the figures depend on, without a host's name or a path."""
     cores = len(os.sched_getaffinity(0))
     info = _cpu_info()
+    commit = _git("rev-parse", "--short", "HEAD")
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README*")
     flags = info.get("flags", info.get("Features", "")).split()
     memory = Path("/proc/meminfo").read_text().split()
     return {
@@ -61,12 +65,12 @@ def machine() -> dict[str, Any]:
         "cores": cores,
         "threads": int(os.environ.get("OMP_NUM_THREADS", cores)),
         "ram_gib": round(int(memory[memory.index("MemTotal:") + 1]) / 2**20, 1),
-        "load_1min": round(os.getloadavg()[0], 1),  # before measuring: what others did on these cores
+        "load_1min": round(LOAD_1MIN, 1),
         "python": platform.python_version(),
         "versions": {name: version for name in LIBRARIES if (version := _version(name))},
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README*")),
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
     }
 
 
@@ -98,7 +102,7 @@ def command() -> str:
     name = getattr(sys.modules["__main__"], "__spec__", None)
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
     module = name.name.removesuffix(".__main__") if name else Path(sys.argv[0]).stem
-    return " ".join(["python -m", module, *words])
+    return shlex.join(["python", "-m", module, *words])
 
 
 # -- contestants -------------------------------------------------------------------------------------------------------
@@ -434,7 +438,9 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
     else:
         whole = {**stamp, **data}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(whole), indent=1, sort_keys=True) + "\n")
+    whole_or_none = path.with_name(f".{path.name}.tmp")
+    whole_or_none.write_text(json.dumps(_rounded(whole), indent=1, sort_keys=True) + "\n")
+    os.replace(whole_or_none, path)
     return path
 
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.contestants import ALPHA, LEARNING_RATE, RANK
 from benchmarks.feeds import random_batch
-from benchmarks.harness import Contestant, ContestantError, Step, Worker, write_result
+from benchmarks.harness import Contestant, ContestantError, Step, Worker, check_result, write_result
 from benchmarks.shapes import SHAPES, shape
 from benchmarks.watch import StepWatch
 from minilora import scratch
@@ -36,6 +36,7 @@ from minilora.backend import pick_device
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import BaseConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.linear import NF4Linear
 from minilora.memory import PeakMemory, private_bytes
@@ -49,6 +50,7 @@ from minilora.train.strategies import apply_strategy, trainable
 STEP_CAP_S = 1800.0
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 CLOSE, OTHER = 0.10, 0.05  # how far predicted may be from measured, and the largest share of "other"
+NO_BYTES = ("norm_eps", "rope_theta", "max_seq_len")  # of a model's sizes, those that no owner's bytes depend on
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,24 @@ def cells(name: str) -> list[Cell]:
     return [Cell(name, *batch, dtype, k.name) for batch in batches for dtype in ("float32", "bfloat16") for k in Keep]
 
 
+def sizes_of(name: str, model: str | None) -> ModelConfig:
+    """Of a shape, or of a checkpoint of it. Raises UserError for a checkpoint of another shape, or none."""
+    wanted = open_checkpoint("demo").config if name == "demo" else shape(name)
+    found = open_checkpoint(model).config if model else wanted
+    for key, value in asdict(wanted).items():
+        if key not in NO_BYTES and getattr(found, key) != value:
+            what = f"{key} is {getattr(found, key)}, but --shape {name} has {value}"
+            raise UserError(f"{model}: {what}; name its own shape")
+    return found
+
+
 # -- in the contestant's process ---------------------------------------------------------------------------------------
 
 
 def one_step(cell: Mapping[str, Any], model: str | None) -> Step:
     """A step of `cell` that tells its bytes by owner, predicted and measured."""
     own = Cell(**cell)
-    sizes, dtype = open_checkpoint(model).config if model else shape(own.shape), getattr(torch, own.dtype)
+    sizes, dtype = sizes_of(own.shape, model), getattr(torch, own.dtype)
     _step(own, random_model(replace(sizes, n_layers=1, vocab_size=1024), dtype))()
     scratch._held.__dict__.clear()  # what the warm-up decoded into is the step's, not the process's
     start = _private_now()
@@ -218,15 +231,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", metavar="PATH", help="a checkpoint of that shape, instead of random bytes")
     parser.add_argument("--out", metavar="FILE", help="instead of results/ledger.json")
     parsed = parser.parse_args(argv)
+    if parsed.model and len(parsed.shape or default) != 1:
+        parser.error("--model needs one --shape, the checkpoint's")
+    try:
+        return _run(parsed.shape or default, parsed.model, parsed.out)
+    except UserError as error:
+        print(f"ledger: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(names: Sequence[str], model: str | None, out: str | None) -> int:
+    """Measure the cells of these shapes; 1 where one failed or is not close enough."""
+    check_result("ledger", out)
+    for name in names:
+        sizes_of(name, model)  # a wrong model is no failure of a cell, which would be written over its figures
     console, failed, parts = Console(), 0, {}
-    for name in parsed.shape or default:
-        model = parsed.model or ("demo" if name == "demo" else None)
+    for name in names:
         for cell in cells(name):
-            parts[cell.name] = result = measure(cell, model)
+            parts[cell.name] = result = measure(cell, model or ("demo" if name == "demo" else None))
             show(result, console)
             close = "error" not in result and abs(result["totals"]["difference"]) <= CLOSE
             failed += not (close and result["other"]["share"] <= OTHER)
-            write_result("ledger", {"parts": parts}, parsed.out)  # at once: a run that is stopped keeps what it has
+            write_result("ledger", {"parts": parts}, out)  # at once: a run that is stopped keeps what it has
     return min(failed, 1)
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Contestant, machine, race, row, show, started, write_result
+from benchmarks.harness import Contestant, check_result, machine, race, row, show, started, write_result
+from benchmarks.instructions import v3_tokenizer
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.shapes import SHAPES, shape
 from minilora.checkpoint.open import open_checkpoint
@@ -89,37 +90,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", metavar="FILE", help="one with as many pieces, by default mistral-common's v3")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="merge onto this bf16 checkpoint instead")
     parser.add_argument("--tokens", type=int, default=4096, help="to compare on; minilora merge takes so many")
-    parser.add_argument("--length", type=int, default=2048, help="of the rows that they stand in; the same")
+    parser.add_argument("--length", type=int, default=2048, help="of the rows that they stand in, whole ones; the same")
     parser.add_argument("--cap", type=float, default=7200, metavar="SECONDS", help="at most")
     parser.add_argument("--work", metavar="FOLDER", help="where files may lie meanwhile, instead of the system's place")
     parser.add_argument("--out", metavar="FILE", help="instead of results/merge.json")
     parsed = parser.parse_args(argv)
     if parsed.length < 1 or parsed.tokens < parsed.length:
         parser.error("--length must be above 0, and --tokens not below it")
+    if parsed.layers is not None and parsed.layers < 1:
+        parser.error("--layers must be above 0")
+    tokens = parsed.tokens // parsed.length * parsed.length
     before = machine()
     try:
+        check_result("merge", parsed.out)
         with tempfile.TemporaryDirectory(dir=parsed.work) as folder:
             source = parsed.model or Path(folder) / "bf16"
             if not parsed.model:
                 config = shape(parsed.shape)
                 config = replace(config, n_layers=parsed.layers or config.n_layers)
-                make_checkpoint(config, source, tokenizer=parsed.tokenizer or _official_tokenizer())
-            name = f"{open_checkpoint(source).config.n_layers} layers, {parsed.tokens} tokens"
-            found = measure(source, Path(folder), parsed.tokens, parsed.length, parsed.cap)
-    except UserError as error:
+                make_checkpoint(config, source, tokenizer=parsed.tokenizer or v3_tokenizer())
+            checkpoint = open_checkpoint(source)
+            whose = checkpoint.name if parsed.model else parsed.shape
+            name = f"{checkpoint.config.n_layers} layers of {whose}, {tokens} tokens"
+            found = measure(source, Path(folder), tokens, parsed.length, parsed.cap)
+    except (UserError, OSError) as error:
         print(f"merge: {error}", file=sys.stderr)
         return 1
     data = {"parts": {name: found | {"machine": before}}}
     write_result("merge", data, parsed.out)
     show(data)
     return 1 if "error" in found["minilora"] else 0
-
-
-def _official_tokenizer() -> Path:
-    import mistral_common
-
-    (found,) = (Path(mistral_common.__file__).parent / "data").glob("*.model.v3")
-    return found
 
 
 if __name__ == "__main__":

@@ -36,3 +36,11 @@ def measure(device: torch.device) -> dict[str, Any]:
         case["share_of_copy"] = timings["copy"].median_us / timings["minilora"].median_us
         cases[what] = case
     return cases
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "dequantize", *sys.argv[1:]]))

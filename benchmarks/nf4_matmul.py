@@ -17,3 +17,11 @@ def measure(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     shapes, rows = (SHAPES, ROWS) if on_gpu else (DRY_SHAPES, DRY_ROWS)
     return {name: case for n, k in shapes for name, case in products(matmul, "matmul", n, k, rows, device).items()}
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "matmul", *sys.argv[1:]]))

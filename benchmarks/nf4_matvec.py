@@ -64,3 +64,11 @@ def decoded_product(x: Tensor, weight: NF4Tensor, scratch: Tensor) -> Tensor:
     from minilora.kernels.nf4_dequantize import dequantize
 
     return torch.nn.functional.linear(x, dequantize(weight, out=scratch))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "matvec", *sys.argv[1:]]))

@@ -33,3 +33,11 @@ def measure(device: torch.device) -> dict[str, Any]:
         moved = dense.nbytes + definition(dense).nbytes
         cases[what] = report(what, in_turns(contestants, device), moved, peers=("bitsandbytes",))
     return cases
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "quantize", *sys.argv[1:]]))

@@ -25,3 +25,11 @@ def measure(device: torch.device) -> dict[str, Any]:
             name = f"norm, {what}, {n} x {d}"
             cases[name] = beside_a_copy(name, definition, given, device)
     return cases
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "norm", *sys.argv[1:]]))

@@ -23,6 +23,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import Optimizer, RunConfig
 from minilora.demo.story import comparison_config
+from minilora.errors import UserError
 from minilora.train.loop import fine_tune
 
 PAGE, BEGIN = ROOT / "docs" / "optimizer_state.md", "<!-- measured: by python -m benchmarks.optimizer_state -->"
@@ -103,14 +104,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer_state", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"if not {SEEDS}")
-    parser.add_argument("--max_steps", type=int, help="instead of an epoch")
+    parser.add_argument("--max_steps", type=int, help="instead of an epoch; needs --out")
     parser.add_argument("--out", metavar="FILE", help="instead of results/optimizer_state.json and the chapter's table")
     parsed = parser.parse_args(argv)
-    check_result("optimizer_state", parsed.out)
+    if parsed.seeds < 1 or (parsed.max_steps is not None and parsed.max_steps < 1):
+        parser.error("--seeds and --max_steps must be above 0")
+    if parsed.max_steps and not parsed.out:
+        parser.error("--max_steps needs --out: the chapter's table is of whole epochs")
+    try:
+        _run(parsed.seeds, parsed.max_steps, parsed.out)
+    except UserError as error:
+        print(f"optimizer_state: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(seeds: int, max_steps: int | None, out: str | None) -> None:
+    """Measure and write all of it."""
+    check_result("optimizer_state", out)
     began, runs = time.perf_counter(), {name: list[dict[str, Any]]() for name in KINDS}
-    for seed in range(parsed.seeds):
+    for seed in range(seeds):
         for name in KINDS:
-            runs[name].append(learnt(run_config(seed, parsed.max_steps), name))
+            runs[name].append(learnt(run_config(seed, max_steps), name))
             print(f"seed {seed}, {name}: {runs[name][-1]['validation_loss']:.4f}", flush=True)
     n = open_checkpoint("demo").config.n_parameters
     result = {
@@ -119,11 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bytes_a_number": {name: state_bytes(kind, n) / n for name, kind in KINDS.items()},
         "seconds": time.perf_counter() - began,
     }
-    write_result("optimizer_state", {"parts": {"full, the embedded base": result}}, parsed.out)
-    if not parsed.out:
+    write_result("optimizer_state", {"parts": {"full, the embedded base": result}}, out)
+    if not out:
         PAGE.write_text(between(PAGE.read_text(), table(result), BEGIN))
     print(table(result))
-    return 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from benchmarks.harness import RESULTS, ROOT, Contestant, ContestantError, Step,
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.shapes import qlora_step_flops, shape
 from minilora.adamw import FlatAdamW
-from minilora.attention import attend
+from minilora.attention import attend_back, attend_kept
 from minilora.checkpoint.json_file import read_json
 from minilora.errors import UserError
 from minilora.loss import cross_entropy_sum
@@ -72,7 +72,8 @@ def profiled(base: str, dtype: str, feed: Feed, vocab_size: int) -> Step:
 
 def _name_ranges() -> None:
     """Put the profiler's names around the functions whose inside looks like any other operation."""
-    for function, label in ((attend, "attention"), (cross_entropy_sum, "head and loss")):
+    labels = (attend_kept, "attention"), (attend_back, "attention"), (cross_entropy_sum, "head and loss")
+    for function, label in labels:
         named = _named(label, function)
         for module in [module for name, module in sys.modules.items() if name.startswith("minilora.")]:
             if getattr(module, function.__name__, None) is function:  # each module that imported it

@@ -20,3 +20,11 @@ def measure(device: torch.device) -> dict[str, Any]:
         name = f"rope, {n} x {heads} heads of {head_dim}"
         cases[name] = beside_a_copy(name, rotate, (x, cos, sin), device)
     return cases
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "rope", *sys.argv[1:]]))

@@ -415,7 +415,8 @@ def _cases(archs: Sequence[int], names: Sequence[str], only_ours: bool) -> list[
         peers = {} if only_ours else peer_counts(arch)
         for kernel in kernels(arch):
             if kernel.name in names:
-                found.append(_case(Compiled.of(kernel, arch), peers.get(kernel.name.partition(",")[0])))
+                alike = kernel.name.replace(", shuffle", "").removesuffix(", nested")  # no peer copies columns
+                found.append(_case(Compiled.of(kernel, arch), peers.get(alike)))
     return found
 
 

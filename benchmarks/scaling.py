@@ -12,7 +12,6 @@ freed (`benchmarks.ledger`). Writes results/scaling.json and docs/scaling.png; -
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +32,8 @@ from benchmarks.ledger import ENVIRONMENT, STEP_CAP_S, Cell, _private_now, rando
 from benchmarks.shapes import shape
 from minilora import scratch
 from minilora.attention import attend
+from minilora.checkpoint.json_file import read_json
+from minilora.errors import UserError
 from minilora.memory import PeakMemory
 from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
@@ -234,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", action="store_true", help="draw the result that there is")
     parser.add_argument("--out", metavar="FILE", help="instead of results/scaling.json; the figure lies beside it")
     parsed = parser.parse_args(argv)
+    if parsed.rounds < 1:
+        parser.error("--rounds must be above 0")
     file, figure = RESULTS / "scaling.json", FIGURE
     if parsed.out:
         file, figure = Path(parsed.out), Path(parsed.out).with_suffix(".png")
@@ -244,9 +247,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_result("scaling", {"scaling": result}, parsed.out)
         for name, value in result["says"].items():
             print(f"{name:22} {value:.3f}")
-    if file.exists() and (parsed.draw or parsed.out or not parsed.quick):
-        draw(json.loads(file.read_text())["scaling"], figure)
+    if parsed.quick and not parsed.draw and not parsed.out:  # nothing was written
+        return 0
+    try:
+        draw(_written(file), figure)
+    except UserError as error:
+        print(f"scaling: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _written(file: Path) -> dict[str, Any]:
+    """The result in a file. Raises UserError for another file, or none."""
+    found = read_json(file).get("scaling")
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: not one of python -m benchmarks.scaling")
+    return found
 
 
 if __name__ == "__main__":

@@ -40,11 +40,12 @@ def qlora_step_flops(config: ModelConfig, rows: int, length: int) -> float:
 
     linear layers    4 a weight and token: forward, and the gradient of the input; frozen weights have none
     head             the same two products
-    attention        six products of (T, Dh) with (T, Dh), two forward and four backward, half of it hidden by causality
+    attention        six products of (T, Dh) with (T, Dh), two forward and four backward, of what a query sees
     Not counted: what is computed a second time, LoRA, elementwise work.
     """
     tokens = rows * length
     linear = 4 * (block_linear_parameters(config) + config.vocab_size * config.dim) * tokens
-    seen = sum(min(length, window or length) / 2 for window in config.windows) / len(config.windows)
+    held = [min(length, window or length) for window in config.windows]
+    seen = sum(window * (1 - window / (2 * length)) for window in held) / len(held)  # by a query, on average
     attention = 6 * 2 * seen * config.n_heads * config.head_dim * config.n_layers * tokens
     return float(linear + attention)

@@ -43,3 +43,11 @@ def by_torch(logits: Tensor, labels: Tensor) -> Tensor | None:
     z = logits.detach().requires_grad_()
     cross_entropy(z.float(), labels, ignore_index=IGNORE, reduction="sum").backward()
     return z.grad
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "softmax_gradient", *sys.argv[1:]]))

@@ -23,3 +23,11 @@ def measure(device: torch.device) -> dict[str, Any]:
             name = f"swiglu, {what}, {n} x {f}"
             cases[name] = beside_a_copy(name, definition, given, device)
     return cases
+
+
+if __name__ == "__main__":
+    import sys
+
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", "swiglu", *sys.argv[1:]]))

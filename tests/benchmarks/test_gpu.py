@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,20 @@ def test_who_has_another_loss_is_out() -> None:
     ours, same, other = (record(loss) for loss in (10.0, 10.01, 11.0))
     assert agreeing(ours, same, other, Record("failed", error="out of memory")) == [same]
     assert agreeing(Record("failed"), same) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "failed"),
+    [
+        ({"error": "no"}, True),
+        ({"cases": {"a": {"sides": {"minilora": {"error": "out of memory"}, "peft": {}}}}}, True),
+        ({"cases": {"a": {"minilora": {"error": "out of memory"}}}}, True),
+        ({"cases": {"a": {"error": "no step"}}}, True),
+        ({"cases": {"a": {"sides": {"minilora": {}, "peft": {"error": "no"}}}, "b": {"gb_per_s": 1.0}}}, False),
+    ],
+)
+def test_a_part_has_failed_if_ours_has_in_any_case(part: dict[str, Any], failed: bool) -> None:
+    assert gpu._failed(part) == failed
 
 
 def test_a_policy_that_ours_fails_at_loses_no_other() -> None:

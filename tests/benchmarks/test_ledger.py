@@ -1,18 +1,21 @@
 """What the ledger predicts against every byte that a real step takes, as benchmarks/watch.py sees them."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import ledger
 from benchmarks.feeds import random_batch
-from benchmarks.ledger import CLOSE, Cell, _step, main, random_model, run_config
+from benchmarks.ledger import CLOSE, Cell, _step, main, one_step, random_model, run_config
 from benchmarks.shapes import SHAPES, shape
 from benchmarks.watch import StepWatch
 from minilora import scratch
 from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.model import Mistral
 from minilora.train.ledger import Ledger
@@ -43,6 +46,29 @@ def test_help_names_each_shape_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert f"{{{','.join(['demo', *SHAPES])}}}" in "".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("shapes", [[], ["demo", "135m"]])
+def test_a_model_is_of_one_shape(shapes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", "demo", *(word for name in shapes for word in ("--shape", name))])
+
+
+def test_a_model_of_another_shape_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="demo: dim is"):
+        one_step(asdict(Cell("tiny", 1, 32, "float32")), "demo")
+    monkeypatch.setattr(ledger, "measure", lambda *_: pytest.fail("measured"))
+    out = tmp_path / "ledger.json"
+    for model, words in (("demo", "--shape tiny has 64"), (str(tmp_path / "typo"), "typo")):
+        assert main(["--shape", "tiny", "--model", model, "--out", str(out)]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("ledger: ")
+        assert words in err
+        assert err.count("\n") == 1
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

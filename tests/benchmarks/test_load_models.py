@@ -1,11 +1,14 @@
 """The benchmark of loading goes its whole way on a tiny shape, both sides, and ours on a checkpoint that is there."""
 
 import json
+from errno import ENOSPC
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.load import WORKS, main
+from benchmarks import load
+from benchmarks.load import WORKS, _text, main
 from minilora.config import base_folder
 
 FIGURES = {"seconds", "weights_per_s", "peak_private_bytes", "beyond_bytes", "weights_bytes"}
@@ -31,3 +34,40 @@ def test_every_work_is_measured(tmp_path: Path) -> None:
     ours, theirs = tiny["minilora"]["weights_bytes"], tiny["transformers + bitsandbytes"]["weights_bytes"]
     assert ours == pytest.approx(theirs, rel=0.01)
     assert [path.name for path in tmp_path.iterdir()] == ["load.json"]
+
+
+def test_a_model_that_is_not_there_is_found_before_the_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(load, "compare", lambda *_: pytest.fail("raced"))
+    assert main(["--model", str(tmp_path / "typo"), "--out", str(tmp_path / "load.json")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"load: {tmp_path / 'typo'}")
+    assert err.count("\n") == 1
+
+
+def test_what_goes_wrong_late_leaves_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> dict[str, Any]:
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(load, "compare", lambda *_: {"rows": [], "works": {}})
+    monkeypatch.setattr(load, "alone", full)
+    out = tmp_path / "load.json"
+    assert main(["--shape", "tiny", "--model", str(base_folder("demo")), "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"load: [Errno {ENOSPC}] No space left on device\n"
+    assert json.loads(out.read_text())["parts"].keys() == {"tiny"}
+
+
+def test_a_place_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--shape", "tiny", "--work", str(tmp_path / "none"), "--out", str(tmp_path / "load.json")]) == 1
+    err = capsys.readouterr().err
+    assert "No such file or directory" in err
+    assert err.count("\n") == 1
+
+
+def test_a_mapped_model_is_called_so() -> None:
+    figures = {"seconds": 2.0, "weights_per_s": 5e6, "weights_bytes": 10**9, "beyond_bytes": -(9 * 10**8)}
+    assert _text(figures) == "2 s, 5 million weights/s, 0.00 GB beyond the model's, which is mapped"
+    assert _text(figures | {"beyond_bytes": -1000}) == "2 s, 5 million weights/s, 0.00 GB beyond the model's"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,16 @@ def test_flops_of_a_step_by_hand() -> None:
     linear = 4 * (6_979_321_856 + 32768 * 4096) * 16
     attention = 12 * 4 * 4096 * 32 * 16  # six products of 2 T/2 Dh for each of 32 heads and 32 layers
     assert qlora_step_flops(config, rows=2, length=8) == linear + attention
+
+
+def test_flops_of_attention_under_a_window_are_those_of_the_keys_that_are_seen() -> None:
+    config, length, window = shape("tiny"), 64, 16
+    per_key = 6 * 2 * config.n_heads * config.head_dim * config.n_layers
+
+    def keys(config: ModelConfig) -> float:
+        without = 4 * (block_linear_parameters(config) + config.vocab_size * config.dim) * length
+        return (qlora_step_flops(config, 1, length) - without) / per_key
+
+    seen = sum(min(i + 1, window) for i in range(length))
+    assert keys(replace(config, sliding_window=window)) == pytest.approx(seen, rel=0.01)  # the diagonal is half
+    assert keys(config) == length**2 / 2

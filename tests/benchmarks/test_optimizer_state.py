@@ -47,3 +47,22 @@ def test_the_chapter_has_the_result_s_figures() -> None:
 def test_the_chapter_says_what_a_gpu_has_timed() -> None:
     timed = any("8bit" in name for name in json.loads((RESULTS / "gpu.json").read_text())["parts"]["adamw"]["cases"])
     assert ("has not been timed yet" in PAGE.read_text()) == (not timed)
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--max_steps", "0", "--out", "x.json"], ["--max_steps", "5"]])
+def test_wrong_usage(wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does a smoke run replace the chapter's figures."""
+    for name in ("learnt", "update_times", "write_result"):
+        monkeypatch.setattr(optimizer_state, name, lambda *_: pytest.fail("measured or written"))
+    with pytest.raises(SystemExit, match="2"):
+        main(wrong)
+    assert ("needs --out" in capsys.readouterr().err.splitlines()[-1]) == (wrong == ["--max_steps", "5"])
+
+
+def test_a_file_that_no_result_is_added_to_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "list.json"
+    out.write_text("[]")
+    assert main(["--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"optimizer_state: {out}: ")
+    assert err.count("\n") == 1

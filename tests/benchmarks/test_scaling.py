@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import scaling
 from benchmarks.harness import RESULTS
 from benchmarks.scaling import FIGURE, line, main, says, slope
 
@@ -41,3 +42,21 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["cores"] >= 1
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "pieces_seconds_slope" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "words"), [(None, "no such file"), ("{}", "not one of python -m benchmarks.scaling")])
+def test_what_cannot_be_drawn_is_one_line(
+    text: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scaling.json"
+    if text is not None:
+        out.write_text(text)
+    assert main(["--draw", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"scaling: {out}: {words}\n"
+    assert not out.with_suffix(".png").exists()
+
+
+def test_without_a_round_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["--quick", "--rounds", "0"])

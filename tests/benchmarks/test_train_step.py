@@ -83,9 +83,9 @@ def test_who_computes_another_loss_is_out_of_the_comparison() -> None:
     records = {
         "minilora": record("minilora", 2.0, 200, 10.0),
         "minilora, checkpointing": record("minilora, checkpointing", 3.0, 100, 10.0),
-        "slow": record("slow", 4.0, 500, 10.0005),
+        "slow": record("slow", 4.0, 500, 10.00005),
         "lean, checkpointing": record("lean, checkpointing", 6.0, 300, 10.0),
-        "cheat": record("cheat", 1.0, 1, 9.9),
+        "cheat": record("cheat", 1.0, 1, 10.0005),
         "broken": Record("broken", error="it broke"),
     }
     ours, peers = ["minilora", "minilora, checkpointing"], ["slow", "lean, checkpointing", "cheat", "broken"]
@@ -98,6 +98,8 @@ def test_who_computes_another_loss_is_out_of_the_comparison() -> None:
     assert report["memory"]["ratio"] == 3.0  # both with checkpointing
     assert [line["ratio"] for line in report["rows"]] == ["2.00 (2.00 to 2.00)", "3.00"]
     assert "error" in train_step._report(QUICK["quick"], records, ours, ["cheat"], [])
+    raced = train_step._report(QUICK["quick"], records, ours, peers, [records["minilora"], records["cheat"]])
+    assert "other losses" in raced["error"]
     with_shared = train_step._report(QUICK["quick"], records, ours, peers, [*pair, record("shared", 1.0, 1, 0.0)])
     assert with_shared["speed"]["ratio"] == report["speed"]["ratio"]
     assert with_shared["rows"][-1]["ratio"] == "4.00 (4.00 to 4.00)"
