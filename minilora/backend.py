@@ -75,7 +75,9 @@ def pick_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, s
     float32 on a CPU.
     """
     if name != "auto":
-        return getattr(torch, name), "asked for"
+        dtype: torch.dtype = getattr(torch, name)
+        widened = device.type == "cpu" and _cpu_product_dtype(dtype) != dtype
+        return dtype, "asked for" + (", but this CPU multiplies in float32: less memory, no faster" if widened else "")
     if device.type != "cuda":
         return torch.float32, "a CPU"
     major, minor = torch.cuda.get_device_capability(device)

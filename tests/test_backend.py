@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minilora import backend
-from minilora.backend import pick_device, product_dtype
+from minilora.backend import pick_device, pick_dtype, product_dtype
 
 
 def test_a_gpu_that_is_named_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +36,9 @@ def test_avx512_alone_does_not_multiply_bfloat16(native: bool, monkeypatch: pyte
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(backend, "_cpu_product_dtype", backend._cpu_product_dtype.__wrapped__)  # uncached
     assert product_dtype(torch.empty(1, dtype=torch.bfloat16)) == (torch.bfloat16 if native else torch.float32)
+    dtype, why = pick_dtype(torch.device("cpu"), "bfloat16")
+    assert dtype == torch.bfloat16
+    assert ("multiplies in float32" in why) != native
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
