@@ -35,6 +35,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from minilora.checkpoint.write import atomic_write
 from minilora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -437,10 +438,7 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
         whole = {**data, "parts": {**old, **{part: {**stamp, **value} for part, value in data["parts"].items()}}}
     else:
         whole = {**stamp, **data}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole_or_none = path.with_name(f".{path.name}.tmp")
-    whole_or_none.write_text(json.dumps(_rounded(whole), indent=1, sort_keys=True) + "\n")
-    os.replace(whole_or_none, path)
+    atomic_write(path, json.dumps(_rounded(whole), indent=1, sort_keys=True) + "\n")
     return path
 
 
