@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_harness import Call, in_turns, n_sets, report
+from benchmarks.gpu_harness import Call, in_turns, n_sets, report, run_part
 from minilora.nf4 import dynamic_map
 
 RANK, DIM, N_TENSORS = 16, 4096, 448  # about the adapters of a 7B: 448 matrices, 29 million numbers
@@ -66,8 +66,4 @@ def torch_adamw(flat: Tensor, n_tensors: int) -> Call:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "adamw", *sys.argv[1:]]))
+    run_part("adamw")

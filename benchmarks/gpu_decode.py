@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_harness import run_part
 from benchmarks.harness import Contestant, Record, race, row, started
 
 SHAPE, PROMPTS, NEW = "mistral-7b-v0.3", (128, 2048), 64
@@ -60,8 +61,4 @@ def _figures(one: Record, many: Record, new: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "decode", *sys.argv[1:]]))
+    run_part("decode")

@@ -10,6 +10,7 @@ Without a GPU the same runs on a CPU in Triton's interpreter, on small data, to 
 means anything.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 from inspect import unwrap
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -186,3 +187,10 @@ def beside_a_copy(what: str, definition: Callable[..., Any], given: Sequence[Any
 
 def _cloned(given: Sequence[Any]) -> list[Any]:
     return [thing.clone() if isinstance(thing, Tensor) else thing for thing in given]
+
+
+def run_part(name: str) -> NoReturn:
+    """What a part's module does as a command: `benchmarks.gpu` with that part alone, and exit."""
+    from benchmarks.gpu import main
+
+    sys.exit(main(["--only", name, *sys.argv[1:]]))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_harness import matmul_tflop_per_s
+from benchmarks.gpu_harness import matmul_tflop_per_s, run_part
 from benchmarks.harness import Contestant, Entrant, Record, race, ratio, ratio_text, row, started
 from benchmarks.shapes import qlora_step_flops, shape
 from minilora.fused import Keep
@@ -139,8 +139,4 @@ def _reserved(record: Record) -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "train", *sys.argv[1:]]))
+    run_part("train")

@@ -5,7 +5,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_harness import Call, copies, dense_weight, in_turns, nf4_sets, peer_sets, report, sixteen_bits
+from benchmarks.gpu_harness import (
+    Call,
+    copies,
+    dense_weight,
+    in_turns,
+    nf4_sets,
+    peer_sets,
+    report,
+    run_part,
+    sixteen_bits,
+)
 
 SHAPES = ((4096, 4096), (14336, 4096))
 DRY_SHAPES = ((16, 128),)
@@ -39,8 +49,4 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "dequantize", *sys.argv[1:]]))
+    run_part("dequantize")

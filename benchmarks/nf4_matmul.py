@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_harness import run_part
 from benchmarks.nf4_matvec import DRY_SHAPES, SHAPES, products
 
 ROWS = (3, 8, 16, 32, 64, 128, 256)
@@ -20,8 +21,4 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "matmul", *sys.argv[1:]]))
+    run_part("matmul")

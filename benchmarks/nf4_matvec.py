@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_harness import dense_weight, in_turns, nf4_sets, peer_sets, report
+from benchmarks.gpu_harness import dense_weight, in_turns, nf4_sets, peer_sets, report, run_part
 from minilora.nf4 import NF4Tensor
 
 # Mistral 7B's, with projections of one input as one weight: qkv, o, gate and up, down
@@ -67,8 +67,4 @@ def decoded_product(x: Tensor, weight: NF4Tensor, scratch: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "matvec", *sys.argv[1:]]))
+    run_part("matvec")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_harness import dense_weight, in_turns, n_sets, peer_sets, report
+from benchmarks.gpu_harness import dense_weight, in_turns, n_sets, peer_sets, report, run_part
 from minilora.nf4 import quantize_nf4 as definition
 
 SHAPES = ((4096, 4096), (14336, 4096))
@@ -36,8 +36,4 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "quantize", *sys.argv[1:]]))
+    run_part("quantize")

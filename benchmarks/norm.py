@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_harness import beside_a_copy, sixteen_bits
+from benchmarks.gpu_harness import beside_a_copy, run_part, sixteen_bits
 from minilora.norm import add_rms_norm, rms_norm, rms_norm_backward
 
 SHAPES = ((2048, 4096), (2048, 14336))  # the second is as wide as the 7B's MLP: no norm is, but so wide rows may be
@@ -28,8 +28,4 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "norm", *sys.argv[1:]]))
+    run_part("norm")

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_harness import beside_a_copy, sixteen_bits
+from benchmarks.gpu_harness import beside_a_copy, run_part, sixteen_bits
 from minilora.rope import rope_cos_sin, rotate
 
 SHAPES = ((2048, 8, 128), (2048, 32, 128), (2048, 112, 128))  # the 7B's keys and queries; as wide as its MLP
@@ -23,8 +23,4 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "rope", *sys.argv[1:]]))
+    run_part("rope")

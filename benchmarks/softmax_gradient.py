@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.gpu_harness import Call, in_turns, n_sets, report, sixteen_bits
+from benchmarks.gpu_harness import Call, in_turns, n_sets, report, run_part, sixteen_bits
 from minilora.loss import IGNORE, whole_rows
 
 COLUMNS = (32768, 131072)  # Mistral 7B's since v0.3, and Nemo's
@@ -46,8 +46,4 @@ def by_torch(logits: Tensor, labels: Tensor) -> Tensor | None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "softmax_gradient", *sys.argv[1:]]))
+    run_part("softmax_gradient")

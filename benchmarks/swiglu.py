@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_harness import beside_a_copy, sixteen_bits
+from benchmarks.gpu_harness import beside_a_copy, run_part, sixteen_bits
 from minilora.swiglu import swiglu, swiglu_backward
 
 SHAPES = ((2048, 4096), (2048, 14336))
@@ -26,8 +26,4 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.gpu import main
-
-    sys.exit(main(["--only", "swiglu", *sys.argv[1:]]))
+    run_part("swiglu")

@@ -1,6 +1,8 @@
 """All that needs a GPU, on a CPU: that each part runs, what a failing one does, and how times become figures."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import benchmarks.gpu as gpu
-from benchmarks.gpu_harness import Timing, in_turns, report
+from benchmarks.gpu_harness import Timing, in_turns, report, run_part
 from benchmarks.gpu_train import _cases, agreeing
 from benchmarks.harness import Measured, Record, rows_of
 from minilora.fused import Keep
@@ -33,6 +35,23 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
     for name in ("dequantize", "norm", "rope", "swiglu"):
         assert all(case["share_of_copy"] > 0 for case in parts[name]["cases"].values())
     assert "failed" not in capsys.readouterr().out
+
+
+def test_one_operation_alone_has_its_share_of_the_ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["rope", "--dry", "--out", str(out)])
+    with pytest.raises(SystemExit, match="0"):
+        run_part("rope")
+    parts = json.loads(out.read_text())["parts"]
+    assert parts.keys() == {"ceilings", "rope"}
+    assert all(case["share_of_ceiling"] > 0 for case in parts["rope"]["cases"].values())
+
+
+def test_each_part_s_module_runs_it() -> None:
+    modules = {file.stem: file.read_text() for file in Path(gpu.__file__).parent.glob("*.py")}
+    run = {part: name for name, text in modules.items() for part in re.findall(r'^    run_part\("(\w+)"\)', text, re.M)}
+    assert run.keys() == gpu.PARTS.keys() - {"equality", "ceilings"}
+    assert all(name in (part, f"nf4_{part}", f"gpu_{part}") for part, name in run.items())
 
 
 @pytest.mark.slow
