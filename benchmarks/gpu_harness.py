@@ -126,13 +126,16 @@ def nf4_sets(dense: Tensor, double_quant: bool = True) -> list[NF4Tensor]:
 
 
 def peer_sets(dense: Tensor, sets: int) -> list[tuple[Tensor, Any]]:
-    """bitsandbytes' own (packed, state), as many; none where it is not installed or cannot run."""
+    """bitsandbytes' own (packed, state), as many; none where it is not installed, or, which is told, cannot run."""
     if dense.device.type != "cuda" or find_spec("bitsandbytes") is None:
         return []
-    import bitsandbytes.functional as bnb
+    try:
+        import bitsandbytes.functional as bnb
 
-    made = bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
-    return [made, *(bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True) for _ in range(sets - 1))]
+        return [bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True) for _ in range(sets)]
+    except Exception as error:  # whatever a library may raise that was built for something else
+        print(f"bitsandbytes is left out: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return []
 
 
 def copies(n_bytes: int, device: torch.device) -> list[Call]:

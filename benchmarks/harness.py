@@ -446,12 +446,12 @@ def _result_path(name: str, out: str | Path | None = None) -> Path:
     return Path(out) if out else RESULTS / f"{name}.json"
 
 
-def check_result(name: str, out: str | Path | None = None) -> None:
-    """Raise UserError where `write_result` could not add parts to its file; to be known before measuring."""
+def check_result(name: str, out: str | Path | None = None, parts: bool = True) -> None:
+    """Raise UserError where `write_result` could not write its file, or add its parts; to be known before measuring."""
     path = _result_path(name, out)
     was_there = path.exists()
     try:
-        if was_there and not isinstance(json.loads(path.read_text())["parts"], dict):
+        if parts and was_there and not isinstance(json.loads(path.read_text())["parts"], dict):
             raise TypeError
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()

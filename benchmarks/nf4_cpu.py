@@ -28,6 +28,7 @@ from benchmarks.harness import (
     Entrant,
     Step,
     Worker,
+    check_result,
     machine,
     race,
     ratio,
@@ -38,6 +39,7 @@ from benchmarks.harness import (
     write_result,
 )
 from minilora.compiled import compile_loops
+from minilora.errors import UserError
 from minilora.linear import NF4Linear
 from minilora.nf4 import quantize_nf4
 from minilora.scratch import keep_freed_memory
@@ -230,13 +232,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     if parsed.rounds < 1:
         parser.error("--rounds must be above 0")
-    before = machine()
+    before, keeps = machine(), bool(parsed.out) or not parsed.quick
     try:
+        if keeps:
+            check_result("nf4_cpu", parsed.out, parts=False)
         result = measure(QUICK_SHAPES if parsed.quick else SHAPES, parsed.rounds, parsed.cap, Console())
-    except ContestantError as error:
+    except (ContestantError, UserError) as error:
         print(f"nf4_cpu: {error}", file=sys.stderr)
         return 1
-    if parsed.out or not parsed.quick:
+    if keeps:
         write_result("nf4_cpu", result | {"machine": before}, parsed.out)
     show(result)
     return 1 if any("error" in side for case in result["cases"].values() for side in case["sides"].values()) else 0

@@ -103,14 +103,14 @@ def table(result: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer_state", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"if not {SEEDS}")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"if not {SEEDS}; needs --out")
     parser.add_argument("--max_steps", type=int, help="instead of an epoch; needs --out")
     parser.add_argument("--out", metavar="FILE", help="instead of results/optimizer_state.json and the chapter's table")
     parsed = parser.parse_args(argv)
     if parsed.seeds < 1 or (parsed.max_steps is not None and parsed.max_steps < 1):
         parser.error("--seeds and --max_steps must be above 0")
-    if parsed.max_steps and not parsed.out:
-        parser.error("--max_steps needs --out: the chapter's table is of whole epochs")
+    if (parsed.max_steps or parsed.seeds != SEEDS) and not parsed.out:
+        parser.error(f"--seeds and --max_steps need --out: the chapter's table is of {SEEDS} seeds and whole epochs")
     try:
         _run(parsed.seeds, parsed.max_steps, parsed.out)
     except UserError as error:

@@ -20,7 +20,17 @@ from rich.table import Table
 
 from benchmarks.contestants import RANK, ours
 from benchmarks.feeds import Feed
-from benchmarks.harness import RESULTS, ROOT, Contestant, ContestantError, Step, Worker, machine, write_result
+from benchmarks.harness import (
+    RESULTS,
+    ROOT,
+    Contestant,
+    ContestantError,
+    Step,
+    Worker,
+    check_result,
+    machine,
+    write_result,
+)
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.shapes import qlora_step_flops, shape
 from minilora.adamw import FlatAdamW
@@ -218,18 +228,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", action="store_true", help="only the figure, of the result that is there")
     parsed = parser.parse_args(argv)
     figure = Path(parsed.out).with_suffix(".png") if parsed.out else FIGURE
-    if parsed.draw:
-        try:
+    keeps = bool(parsed.out) or not parsed.quick
+    try:
+        if parsed.draw:
             draw(read_json(Path(parsed.out or RESULTS / "profile_step.json")), figure)
-        except UserError as error:
-            print(f"profile_step: {error}", file=sys.stderr)
-            return 1
-        return 0
+            return 0
+        if keeps:
+            check_result("profile_step", parsed.out, parts=False)
+    except UserError as error:
+        print(f"profile_step: {error}", file=sys.stderr)
+        return 1
     console = Console()
     before = machine()
     name, rows, length = ("tiny", 2, 32) if parsed.quick else ("135m", 4, 256)
     result = measure(name, parsed.dtypes, rows, length, console)
-    if parsed.out or not parsed.quick:
+    if keeps:
         write_result("profile_step", result | {"machine": before}, parsed.out)
         if any("groups" in figures for figures in result["dtypes"].values()):
             draw(result, figure)

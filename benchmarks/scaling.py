@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.contestants import LEARNING_RATE
 from benchmarks.feeds import random_batch
-from benchmarks.harness import RESULTS, ROOT, Contestant, Step, Worker, machine, write_result
+from benchmarks.harness import RESULTS, ROOT, Contestant, Step, Worker, check_result, machine, write_result
 from benchmarks.ledger import ENVIRONMENT, STEP_CAP_S, Cell, _private_now, random_model, run_config
 from benchmarks.shapes import shape
 from minilora import scratch
@@ -237,24 +237,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     if parsed.rounds < 1:
         parser.error("--rounds must be above 0")
-    file, figure = RESULTS / "scaling.json", FIGURE
-    if parsed.out:
-        file, figure = Path(parsed.out), Path(parsed.out).with_suffix(".png")
-    if not parsed.draw:
-        before, settings = machine(), QUICK if parsed.quick else WHOLE
-        result = measure(settings, parsed.rounds) | {"settings": settings, "machine": before}
-        if parsed.out or not parsed.quick:
-            write_result("scaling", {"scaling": result}, parsed.out)
-        for name, value in result["says"].items():
-            print(f"{name:22} {value:.3f}")
-    if parsed.quick and not parsed.draw and not parsed.out:  # nothing was written
-        return 0
     try:
-        draw(_written(file), figure)
+        _run(parsed.rounds, parsed.quick, parsed.draw, parsed.out)
     except UserError as error:
         print(f"scaling: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(rounds: int, quick: bool, only_draw: bool, out: str | None) -> None:
+    """Measure, unless the result that there is shall be drawn; and draw, where there is one."""
+    file, figure = (Path(out), Path(out).with_suffix(".png")) if out else (RESULTS / "scaling.json", FIGURE)
+    keeps = bool(out) or not quick
+    if not only_draw:
+        if keeps:
+            check_result("scaling", out, parts=False)
+        before, settings = machine(), QUICK if quick else WHOLE
+        result = measure(settings, rounds) | {"settings": settings, "machine": before}
+        if keeps:
+            write_result("scaling", {"scaling": result}, out)
+        for name, value in result["says"].items():
+            print(f"{name:22} {value:.3f}")
+    if keeps or only_draw:
+        draw(_written(file), figure)
 
 
 def _written(file: Path) -> dict[str, Any]:

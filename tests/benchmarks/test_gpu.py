@@ -4,13 +4,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import benchmarks.gpu as gpu
-from benchmarks.gpu_harness import Timing, in_turns, report, run_part
+from benchmarks.gpu_harness import Timing, in_turns, peer_sets, report, run_part
 from benchmarks.gpu_train import _cases, agreeing
 from benchmarks.harness import Measured, Record, rows_of
 from minilora.fused import Keep
@@ -172,6 +173,20 @@ def test_every_set_of_data_has_its_turn() -> None:
     timings = in_turns({"a": [lambda i=i: called.append(i) for i in range(2)]}, torch.device("cpu"))
     assert called == [0, 1, 0, 1]  # a warm-up of each, then two rounds
     assert len(timings["a"].us) == 2
+
+
+def test_a_peer_that_cannot_run_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def of_another_build(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", of_another_build)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert peer_sets(on_gpu, 2) == []
+    assert capsys.readouterr().err == "bitsandbytes is left out: RuntimeError: no kernel image\n"
 
 
 def test_figures() -> None:

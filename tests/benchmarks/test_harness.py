@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks import nf4_cpu, profile_step, scaling
 from benchmarks.harness import (
     ROOT,
     Contestant,
@@ -122,3 +125,15 @@ def test_parts_that_were_not_measured_anew_stay(tmp_path: Path) -> None:
     parts = json.loads((tmp_path / "x.json").read_text())["parts"]
     assert {name: part["value"] for name, part in parts.items()} == {"part 1": 1, "part 2": 2}
     assert all(part["machine"] for part in parts.values())
+
+
+@pytest.mark.parametrize("module", [nf4_cpu, profile_step, scaling], ids=lambda module: module.__name__)
+def test_where_nothing_can_be_written_nothing_is_measured(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    assert module.main(["--out", str(tmp_path / "file" / "x.json")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"{module.__name__.partition('.')[2]}: {tmp_path}/file/x.json: ")
+    assert err.count("\n") == 1
