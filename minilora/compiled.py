@@ -9,6 +9,7 @@ What it made is kept on disk for later runs.
 
 from collections.abc import Callable
 from functools import cache, wraps
+from platform import machine
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -61,6 +62,8 @@ def _compiled(definition: Callable[P, R]) -> Callable[P, R]:
     config = torch._inductor.config
     config.compile_threads = 1  # else processes wait for work that is there once
     config.realize_opcount_threshold, config.realize_reads_threshold = 256, 16  # else a long loop becomes two
+    if machine() == "x86_64" and getattr(config.cpp, "march", "") is None:
+        config.cpp.march = "native -mprefer-vector-width=512"  # else 64 bytes are put down as halves, and waited for
     compiled = torch.compile(definition, fullgraph=True)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
