@@ -140,9 +140,11 @@ def add_model(parser: ArgumentParser) -> None:
     parser.set_defaults({"model.path": ""})  # base.UNNAMED
 
 
-def add_adapter(parser: ArgumentParser) -> None:
+def add_adapter(parser: ArgumentParser, also: str = "") -> None:
     parser.add_argument("--adapter_scaling", type=PositiveFloat, help="of mistral-finetune, if no params.json says it")
-    parser.add_argument("--force", action="store_true", help="take it for another base or tokenizer, or if altered")
+    parser.add_argument(
+        "--force", action="store_true", help=f"take it for another base or tokenizer, or if altered{also}"
+    )
 
 
 def add_length(parser: ArgumentParser, too_long: TooLong) -> None:

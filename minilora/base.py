@@ -84,6 +84,7 @@ class Base:
             return base
         here = {
             "base_fingerprint": checkpoint.fingerprint(),
+            "base_converted_from": checkpoint.converted_from(),
             "quantization": quantization(base.nf4_double_quant, dtype),
             "tokenizer": {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template},
         }

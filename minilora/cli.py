@@ -219,6 +219,7 @@ def evaluate(args: list[str]) -> None:
 
     from minilora.checkpoint.files import sha256_of
     from minilora.checkpoint.json_file import to_json
+    from minilora.checkpoint.provenance import quantization
     from minilora.checkpoint.write import atomic_jsonl
     from minilora.data.encode import encode_records
     from minilora.data.records import read_records
@@ -239,7 +240,9 @@ def evaluate(args: list[str]) -> None:
     if prompt := longest_prompt(samples, limits):
         works.append((limits.batch_size, prompt, limits.max_new_tokens))
     model = _loaded(base, *works)
-    result, answers = measure(model, base.tokenizer, samples, max_seq_len, limits)
+    say = partial(print, file=sys.stderr, flush=True)
+    result, answers = measure(model, base.tokenizer, samples, max_seq_len, limits, say)
+    result["quantization"] = quantization(base.nf4_double_quant, base.dtype)
     result["target_tokens"] = sum(sample.n_targets for sample in samples)
     result |= {"answers": len(answers)} if answers else {}
     if run and (warning := note_look(run, shlex.join(["evaluate", *args]), sha256_of(parsed.file), result)):
@@ -304,7 +307,7 @@ def merge(args: list[str]) -> None:
     arguments.add_length(parser, "truncate")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     arguments.add_model(parser)
-    arguments.add_adapter(parser)
+    arguments.add_adapter(parser, also="; write what the audit refuses")
     parsed = arguments.parse(parser, args)
     if parsed.out is None:
         _refuse_idle(parsed, {"onto": "trained", "overwrite": False}, "without OUT")
@@ -456,7 +459,7 @@ def inspect(args: list[str]) -> None:
     else:
         show_facts(facts, _console())
     if facts["reason"]:
-        raise UserError(f"{parsed.path}: would not load: {facts['reason']}")
+        raise UserError(f"{parsed.path}: would not load: {facts['reason'].removeprefix(f'{parsed.path}: ')}")
 
 
 def explain(args: list[str]) -> None:

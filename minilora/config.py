@@ -103,7 +103,8 @@ class BaseConfig:
             `hub`); or "demo", the tiny Mistral that ships in the package
         tokenizer: file or folder of the tokenizer, where it does not lie with the model
         old_hf_spaces: no space before an answer, as in Hugging Face's old chat template of v0.1 and v0.2
-        quantize: the linear layers' storage; "auto" is "nf4" for the strategy qlora and "none" for the others
+        quantize: the linear layers' storage; "auto" is "nf4" for the strategy qlora and where an adapter was
+            trained so, else "none"
         double_quant: also store each NF4 block's absmax in 8 bits
         dtype: what is computed in; "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU
         device: "auto" is the GPU if there is one

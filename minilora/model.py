@@ -147,6 +147,7 @@ class Mistral(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.base_fingerprint: str | None = None  # of the files that the weights came from
+        self.base_converted_from: str | None = None  # and of those that they were made of
         self.lora_config: LoraConfig | None = None  # once it has adapters
         self.prefix: Prefix | None = None
         self.neftune_alpha = 0.0

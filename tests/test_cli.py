@@ -341,8 +341,10 @@ def test_evaluate_agrees_with_the_run(run: Run, finished: Path, data_folder: Pat
     file, adapter = data_folder / "validation.jsonl", finished / "adapter"
     flags = ["--data.max_seq_len", 64, "--eval.answers", 2, "--eval.max_new_tokens", 4]
     status, out, err = run("evaluate", file, "--adapter", adapter, *flags)
-    assert (status, [line.partition(":")[0] for line in err.splitlines()]) == (0, ["device", "memory"])
+    said = [line.partition(":")[0] for line in err.splitlines()]
+    assert (status, said) == (0, ["device", "memory", "scoring 6 samples, answering 2 of them"])
     after = json.loads(out)
+    assert after["quantization"]["type"] == "nf4"
     assert {k: after[k] for k in ("loss", "perplexity", "exact_match", "f1")} == summary["after"]
     base = tomllib.loads((finished / "config.toml").read_text())["model"]["path"]
     status, out, _ = run("evaluate", file, "--model.path", base, "--model.quantize", "nf4", *flags)

@@ -43,14 +43,14 @@ OF_EXTRAS = {  # imported where they are used
     "minilora.data.files": {"pyarrow"},
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
 }
-MAX_LINES = 10_100
-# What the README calls what trains, "some 3,600 lines".
+MAX_LINES = 10_250
+# What the README calls what trains, "some 3,700 lines".
 READING_PATH = {
     *("config", "nf4", "backend", "dispatch", "compiled", "scratch", "paging", "kv_cache"),
     *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
     *("model", "projections", "fused", "train"),
 }
-MAX_PATH_LINES = 3_700
+MAX_PATH_LINES = 3_750
 
 
 def modules() -> dict[str, Path]:

@@ -24,7 +24,7 @@ from minilora.checkpoint.adapter_parts import Adapter, added_tensors, expected_s
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short, write_json
 from minilora.checkpoint.names import tensor_specs
-from minilora.checkpoint.provenance import check_origin, quantization_of, read_provenance, versions, write_provenance
+from minilora.checkpoint.provenance import base_of, check_origin, read_provenance, versions, write_provenance
 from minilora.checkpoint.safetensors_file import write_safetensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig, PrefixConfig
@@ -56,8 +56,10 @@ _READ = {"peft_type", "bias", "init_lora_weights", *(key for key, _, _ in _NAMES
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The folder of an adapter, which the file of its tensors stands for; a file of another name lies alone."""
+    """The folder of an adapter, which its run and the file of its tensors stand for; another file lies alone."""
     path = Path(path)
+    if not os.path.isfile(path / CONFIG) and os.path.isfile(path / "adapter" / CONFIG):
+        return path / "adapter"
     name = WEIGHTS if os.path.isfile(path.parent / CONFIG) else mistral_adapter.WEIGHTS
     return path.parent if path.name == name and os.path.isfile(path) else path
 
@@ -76,8 +78,7 @@ def save_adapter(
     config = model.lora_config if model.prefix is None else PrefixConfig(model.prefix.n_tokens)
     if config is None or not tensors:
         raise UserError("the model has no adapters to save")
-    ours = {"base_fingerprint": model.base_fingerprint, "quantization": quantization_of(model)}
-    provenance = {"versions": versions(), **(provenance or {}), **ours}
+    provenance = {"versions": versions(), **(provenance or {}), **base_of(model)}
     save_peft_adapter(Adapter(config, tensors, provenance), model.config, folder, overwrite=overwrite)
 
 
@@ -108,8 +109,7 @@ def load_adapter(model: Mistral, folder: str | Path, *, force: bool = False, sca
     """
     refuse_added(model)
     adapter = read_adapter(folder, model.config, scaling=scaling)
-    here = {"base_fingerprint": model.base_fingerprint, "quantization": quantization_of(model)}
-    for text in check_origin(adapter_folder(folder), adapter.provenance, here, force):
+    for text in check_origin(adapter_folder(folder), adapter.provenance, base_of(model), force):
         warnings.warn(text, stacklevel=2)
     return adapter.attach(model)
 

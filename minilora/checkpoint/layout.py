@@ -22,7 +22,7 @@ CONFIG_NAMES: dict[Layout, str] = {"hf": "config.json", "mistral": "params.json"
 WEIGHTS_NAMES: dict[Layout, str] = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
 _PICKLED = "pickle files can run code and are not read; convert it to safetensors"
 _NO_CHECKPOINT = {  # what says what a folder without one is, the first first: an adapter may have pickles, too
-    "adapter_config.json": "this is an adapter; merge it first, or give it as --adapter",
+    "adapter_config.json": "this is an adapter; name its base, or what minilora merge makes of both",
     "*.gguf": "this is for llama.cpp; name what it was made from",
     **dict.fromkeys(("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl"), _PICKLED),
 }

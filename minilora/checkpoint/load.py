@@ -66,7 +66,7 @@ def load_model(
         progress(done, len(specs))
     if checkpoint.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    model.base_fingerprint = checkpoint.fingerprint()
+    model.base_fingerprint, model.base_converted_from = checkpoint.fingerprint(), checkpoint.converted_from()
     return model.requires_grad_(False).eval()
 
 

@@ -19,6 +19,7 @@ from minilora.checkpoint.json_file import read_json, short
 from minilora.checkpoint.layout import CONFIG_NAMES, Layout, find_layout, read_entries
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.nf4_file import PARTS, NF4Entry, is_packed, open_nf4
+from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.safetensors_file import FLOATS, TensorEntry
 from minilora.config import ModelConfig
 from minilora.errors import UserError
@@ -94,6 +95,11 @@ class Checkpoint:
             for end in ends:
                 digest.update(end.numpy().data)
         return digest.hexdigest()
+
+    def converted_from(self) -> str | None:
+        """The fingerprint of what `minilora quantize` or `export` made it of, None where it is the original."""
+        fingerprint = (read_provenance(self.folder).get("export") or {}).get("fingerprint")
+        return fingerprint if isinstance(fingerprint, str) else None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -1,8 +1,10 @@
 """minilora.json beside an adapter or a model: where it comes from; of an adapter checked when it is loaded.
 
-    base_fingerprint  base_path  quantization {"type": "nf4" or "none", "double_quant", "block_size", "compute_dtype"}
+    base_fingerprint  base_converted_from (its `Checkpoint.converted_from`)  base_path
+    quantization {"type": "nf4" or "none", "double_quant", "block_size", "compute_dtype"}
     tokenizer {"sha256", "template"}  tokenizer_path  validation_path
     data (sha256 by key)  config (of the run)  metrics {"before", "after", "test"}  versions
+    export {"to", "from", "fingerprint"} of a model in another form: what it was made of
 
 Another base, tokenizer or template, or a file that was altered, is refused, or with `force` only said. That the base is
 stored otherwise is said: such an adapter works, if not as well. Other programs' adapters have no such file and pass.
@@ -25,8 +27,9 @@ from minilora.model import Mistral
 from minilora.nf4 import BLOCK_SIZE
 
 PROVENANCE = "minilora.json"
-PROVENANCE_VERSION = 2  # 1 had "quantize" and "double_quant" in place of "quantization"
+PROVENANCE_VERSION = 2
 
+_IDENTITY = ("base_fingerprint", "base_converted_from")
 _REMEDIES = {"sha256": "name the right one with --model.tokenizer", "template": "mend --model.old_hf_spaces"}
 
 
@@ -36,13 +39,10 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     if not os.path.isfile(file):
         return {}
     provenance = read_json(file)
-    if (written := provenance.get("format_version")) not in (1, PROVENANCE_VERSION):
-        raise UserError(f"{file}: format_version is {short(written)}; this minilora knows 1 to {PROVENANCE_VERSION}")
-    if written == 1 and "quantize" in provenance:
-        kind, double_quant = provenance["quantize"] or "none", provenance.get("double_quant")
-        provenance["quantization"] = {"type": kind, "double_quant": double_quant}
-    texts = dict.fromkeys(("base_path", "tokenizer_path", "validation_path", "base_fingerprint"), str)
-    for key, kind in {**texts, "tokenizer": dict, "quantization": dict}.items():
+    if (written := provenance.get("format_version")) != PROVENANCE_VERSION:
+        raise UserError(f"{file}: format_version is {short(written)}; this minilora knows {PROVENANCE_VERSION}")
+    texts = dict.fromkeys(("base_path", "tokenizer_path", "validation_path", *_IDENTITY), str)
+    for key, kind in {**texts, "tokenizer": dict, "quantization": dict, "export": dict}.items():
         if not isinstance(provenance.get(key), kind | None):
             raise UserError(f"{file}: {key} is {short(provenance[key])}, but must be a {kind.__name__}")
     stored = provenance.get("quantization") or {}
@@ -72,12 +72,14 @@ def quantization(double_quant: bool | None, dtype: torch.dtype, block_size: int 
     return {"type": "nf4" if nf4 else "none", **nf4, "compute_dtype": dtype_name(dtype)}
 
 
-def quantization_of(model: Mistral) -> dict[str, Any]:
-    """That of a model that is loaded."""
+def base_of(model: Mistral) -> dict[str, Any]:
+    """Which base a model that is loaded has, and how it is stored."""
+    identity: dict[str, Any] = {key: getattr(model, key) for key in _IDENTITY if getattr(model, key)}
     for module in model.modules():
         if isinstance(module, NF4Linear):
-            return quantization(module.nested_absmax is not None, model.dtype, module.block_size)
-    return quantization(None, model.dtype)
+            stored = quantization(module.nested_absmax is not None, model.dtype, module.block_size)
+            return identity | {"quantization": stored}
+    return identity | {"quantization": quantization(None, model.dtype)}
 
 
 def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], force: bool) -> list[str]:
@@ -93,9 +95,9 @@ def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], fo
             verify_manifest(folder)
         except UserError as error:
             wrong.append(str(error))
-    theirs, ours = (origin.get("base_fingerprint") for origin in (trained, here))
-    if theirs and ours and theirs != ours:
-        wrong.append(f"{folder}: trained on another base: fingerprint {theirs}, but this model's is {ours}")
+    theirs, ours = ([origin[key] for key in _IDENTITY if origin.get(key)] for origin in (trained, here))
+    if theirs and ours and not set(theirs) & set(ours):
+        wrong.append(f"{folder}: trained on another base: fingerprint {theirs[0]}, but this model's is {ours[0]}")
     for key, was, now in _differences(trained.get("tokenizer"), here.get("tokenizer")):
         other = f"a tokenizer whose {key} is {short(was)}, but here it is {short(now)}"
         wrong.append(f"{folder}: trained with {other}; {_REMEDIES.get(key, _REMEDIES['sha256'])}")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,7 @@ from minilora.checkpoint.load import Progress, quantize_weight, unheard
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.nf4_file import nf4_tensors
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
+from minilora.checkpoint.provenance import read_provenance, versions, write_provenance
 from minilora.checkpoint.safetensors_file import DTYPES
 from minilora.checkpoint.save import MAX_SHARD_BYTES, Finish, plan_hf, write_plan
 from minilora.checkpoint.write import check_target
@@ -48,7 +50,7 @@ def quantize_checkpoint(
     dtype: of all else, and what the matrices are dequantized to; None is each tensor's own
     max_shard_bytes, overwrite: as in `save_hf`
     progress: called after each tensor with the weights written and the weights in all
-    finish: as in `write_plan`
+    finish: as in `write_plan`, in place of writing where the checkpoint comes from
 
     Raises UserError if the source is wrong, quantized already or changes meanwhile, by name and index for a number that
     is not finite, and if `out` stands, holds the source, or cannot be written; it is then as it was.
@@ -62,10 +64,20 @@ def quantize_checkpoint(
     dtypes = {spec.name: dtype or DTYPES[checkpoint.entries[spec.name].dtype] for spec in specs}
     plan = plan_hf(checkpoint.config, dtypes, max_shard_bytes, double_quant)
     tokenizers = tokenizer_files(checkpoint.folder)
+    made_of = {"to": "bnb-4bit", "from": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
+    told = {"versions": versions(), **read_provenance(checkpoint.folder), "export": made_of}
+    finish = finish or partial(write_provenance, told=told)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as quantizer:
         read = _ahead(reader, ((spec, checkpoint.read(spec)) for spec in specs))
         stored = _ahead(quantizer, ((s, _stored(checkpoint, s, w, dtypes[s.name], double_quant)) for s, w in read))
-        write_plan(plan, out, _told(checkpoint, stored, progress), tokenizers, overwrite, finish)
+        write_plan(
+            plan,
+            out,
+            _told(checkpoint, stored, progress),
+            tokenizers,
+            overwrite,
+            finish or partial(write_provenance, told=told),
+        )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -96,6 +96,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
         f"Loaded in NF4, embeddings and head in float32: {sum(measured_bytes(model).values()) / 1e6:.2f} MB of tensors "
         f"(predicted {sum(predicted.values()) / 1e6:.2f})."
     )
+    console.print(f"Asking {len(chats)} test words, in chat and raw ...")
     before = score(answer_samples(model, tokenizer, chats, LONGEST_ANSWER, BATCH))
     ceiling = {
         "nf4": score(ask_raw(model, tokenizer)),

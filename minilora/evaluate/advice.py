@@ -2,7 +2,7 @@
 
     training     last quarter of the steps against the first        rose: rate too high; stood still: rate too low
     validation   the last against the best, and the last third      rises: by heart, or the rate; falls still: go on;
-                 of its way                                         stands still: stop here, or more data
+                 of its way                                         stands still: enough, or more data
     general      perplexity after against before                    forgotten: replay, or a lower rate
 
 A difference counts where it cannot be chance or too small to matter:
@@ -86,7 +86,7 @@ def _validation(train: Points, validation: Points, lr: str) -> str:
     if abs(gain) >= NATS:
         return ""
     advice = (
-        f" {gap}: more or cleaner data would help, more steps would not" if falls else ": stop here, more is in vain"
+        f" {gap}: more or cleaner data would help, more steps would not" if falls else ": more steps would be in vain"
     )
     return f"The validation loss stood still, {way}{advice}."
 

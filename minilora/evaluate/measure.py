@@ -1,6 +1,6 @@
 """What a model makes of held-out samples: loss, perplexity, and answers, compared with what the data say."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -25,13 +25,20 @@ def longest_prompt(samples: Sequence[Sample], limits: EvalConfig) -> int:
 
 
 def measure(
-    model: Mistral, tokenizer: Tokenizer, samples: Sequence[Sample], max_seq_len: int, limits: EvalConfig
+    model: Mistral,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    max_seq_len: int,
+    limits: EvalConfig,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Loss and perplexity of all samples and `eval.metrics` of `eval.answers` of them; and the answers to all that are
-    `asked`. Nothing of no samples."""
+    `asked`. Nothing of no samples. say: told what takes its time"""
     if not samples:
         return {}, []
+    questions = asked(samples, limits)
+    say(f"scoring {len(samples):,} samples" + (f", answering {len(questions):,} of them" if questions else ""))
     loss, _ = mean_loss(model, samples, max_seq_len, limits.batch_size)
-    answers = answer_samples(model, tokenizer, asked(samples, limits), limits.max_new_tokens, limits.batch_size)
+    answers = answer_samples(model, tokenizer, questions, limits.max_new_tokens, limits.batch_size)
     figures, _ = score(answers[: limits.answers], limits.metrics)
     return {"loss": loss, "perplexity": perplexity(loss)} | figures, answers

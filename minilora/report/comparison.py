@@ -1,6 +1,7 @@
 """A comparison of runs as one table and one figure."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,15 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
 
 
 def ranked(result: Mapping[str, Any]) -> list[Row]:
-    """The rows, the best on validation first; those that failed last."""
+    """The rows, the best on validation first, of equal ones that of less loss; those that failed last."""
     by = result["ranked_by"]
     sign = 1 if by in LOWER_IS_BETTER else -1
-    values = {row["name"]: (row.get("after") or {}).get(by) for row in result["rows"]}
-    return sorted(result["rows"], key=lambda row: (values[row["name"]] is None, sign * (values[row["name"]] or 0.0)))
+
+    def place(row: Row) -> tuple[bool, float, float]:
+        after = row.get("after") or {}
+        return after.get(by) is None, sign * (after.get(by) or 0.0), after.get("loss") or inf
+
+    return sorted(result["rows"], key=place)
 
 
 def comparison_figure(result: Mapping[str, Any]) -> bytes:

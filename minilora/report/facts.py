@@ -106,6 +106,8 @@ def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
     checkpoint.check_tied_head()
     if any(matching(facts["files"], pattern) for pattern in TOKENIZER_FILES):
         _tokenizer(path, facts)
+        if mismatch := load_tokenizer(path).mismatch(config.vocab_size):
+            raise UserError(mismatch)
 
 
 def _adapter(path: Path, facts: Facts, base: str) -> None:

@@ -30,7 +30,7 @@ CAPTIONS = {
     "speed.png": "Tokens a second, and memory in use after each step.",
 }
 CONTENTS = {
-    "config.toml": "every setting; minilora train config.toml runs it again",
+    "config.toml": "every setting; from where the run began, minilora train config.toml --overwrite runs it again",
     "metrics.jsonl": "a line a step: loss, learning rate, gradient norm, tokens",
     "timing.jsonl": "a line a step: seconds, tokens a second, memory",
     "summary.json": "the figures of this page",

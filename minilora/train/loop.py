@@ -108,7 +108,7 @@ def _fits(run: Run, metrics: Any = None, answers: Any = None, probes: Any = None
 
 
 def _measure(run: Run, samples: list[Sample]) -> tuple[dict[str, Any], list[Answer]]:
-    return measure(run.model, run.tokenizer, samples, run.config.data.max_seq_len, run.config.eval)
+    return measure(run.model, run.tokenizer, samples, run.config.data.max_seq_len, run.config.eval, run.reporter.say)
 
 
 def run_steps(run: Run) -> None:

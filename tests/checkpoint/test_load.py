@@ -247,7 +247,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
         (tmp_path / "others" / name / file).write_text("{}")
         (tmp_path / "others" / name / "training_args.bin").touch()  # which does not say what the folder is
     for path, message in [
-        (tmp_path / "others" / "a", "is an adapter; merge it first, or give it as --adapter"),
+        (tmp_path / "others" / "a", "is an adapter; name its base, or what minilora merge makes of both"),
         (tmp_path / "others" / "g", r"is for llama\.cpp; name what it was made from"),
         (tmp_path / "nowhere", "no such folder"),
         (tmp_path / ("x" * 300), "no such folder"),

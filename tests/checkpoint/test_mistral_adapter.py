@@ -254,6 +254,8 @@ def test_the_file_of_tensors_stands_for_its_folder(originals: Path, tmp_path: Pa
     shutil.copy(file, tmp_path / "ft" / "adapter_model.safetensors")  # no config of PEFT's: it lies alone
     assert adapter_folder(tmp_path / "ft" / "adapter_model.safetensors").is_file()
     assert adapter_folder(".") == Path(".")
+    save_adapter(add_lora(load_model("demo"), LoraConfig(rank=2)), tmp_path / "run" / "adapter")
+    assert adapter_folder(tmp_path / "run") == tmp_path / "run" / "adapter"
 
 
 def test_a_file_without_adapters_is_refused(originals: Path, folder: Path) -> None:

@@ -14,7 +14,8 @@ from tiny_checkpoints import edit_json, hf_model, tokens
 from minilora.checkpoint.adapter import load_adapter, read_adapter, save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.mistral_adapter import save_mistral_adapter
-from minilora.checkpoint.provenance import check_origin, quantization, quantization_of, read_provenance
+from minilora.checkpoint.provenance import base_of, check_origin, quantization, read_provenance
+from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.lora import add_lora
@@ -29,10 +30,28 @@ def trained_on(originals: Path, folder: Path, **options: Any) -> Path:
 
 
 def test_a_quantization_is_the_models(originals: Path) -> None:
-    found = [quantization_of(load_model(originals / "hf", dtype=F32, **options)) for options in OPTIONS]
+    found = [base_of(load_model(originals / "hf", dtype=F32, **options))["quantization"] for options in OPTIONS]
     assert found == [quantization(None, F32), quantization(True, F32), quantization(False, F32)]
     assert found[2] == {"type": "nf4", "double_quant": False, "block_size": 64, "compute_dtype": "float32"}
     assert found[0] == {"type": "none", "compute_dtype": "float32"}
+
+
+def test_a_base_that_was_converted_is_the_same_base(originals: Path, tmp_path: Path) -> None:
+    """Trained on the original stored in NF4, or on its NF4 checkpoint: each serves the other, another NF4 neither."""
+    original, converted, another = originals / "hf", tmp_path / "nf4", tmp_path / "another"
+    quantize_checkpoint(original, converted)
+    hf_model(99).save_pretrained(tmp_path / "hf")
+    quantize_checkpoint(tmp_path / "hf", another)
+    on = {"of original": trained_on(originals, tmp_path / "a", quantize="nf4"), "of converted": tmp_path / "b"}
+    save_adapter(add_lora(load_model(converted), LoraConfig(rank=2)), on["of converted"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for adapter in on.values():
+            load_adapter(load_model(original, quantize="nf4"), adapter)
+            load_adapter(load_model(converted), adapter)
+    for adapter in on.values():
+        with pytest.raises(UserError, match="trained on another base: fingerprint"):
+            load_adapter(load_model(another), adapter)
 
 
 SAID = [  # places in OPTIONS: what it was trained on, what it is put on
@@ -95,26 +114,6 @@ def test_tokenizer_and_template_are_compared(tmp_path: Path) -> None:
         (said,) = check_origin(tmp_path, trained, here, True)
         assert "overridden by force" in said
     assert check_origin(tmp_path, {}, {**trained, "base_fingerprint": "f"}, False) == []
-
-
-@pytest.mark.parametrize(
-    ("quantize", "double_quant", "kind"), [("nf4", True, "nf4"), ("nf4", False, "nf4"), (None, True, "none")]
-)
-def test_the_first_format_is_read(
-    originals: Path, tmp_path: Path, quantize: Any, double_quant: bool, kind: str
-) -> None:
-    folder = trained_on(originals, tmp_path / "a", dtype=F32)
-    (folder / "manifest.json").unlink()
-    fingerprint = read_provenance(folder)["base_fingerprint"]
-    old = {"format_version": 1, "base_fingerprint": fingerprint, "quantize": quantize, "double_quant": double_quant}
-    (folder / "minilora.json").write_text(json.dumps(old))
-    assert read_provenance(folder)["quantization"] == {"type": kind, "double_quant": double_quant}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        load_adapter(load_model(originals / "hf", dtype=F32), folder)
-    assert len(caught) == (quantize is not None)
-    (folder / "minilora.json").write_text(json.dumps({"format_version": 1, "base_fingerprint": fingerprint}))
-    load_adapter(load_model(originals / "hf", dtype=F32), folder)
 
 
 def test_a_figure_that_is_not_finite_is_null(originals: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from matplotlib import image
 from rich.console import Console
 
 from minilora.report import comparison
-from minilora.report.comparison import _kind, comparison_figure, comparison_table, forgetting_of, peak_of
+from minilora.report.comparison import _kind, comparison_figure, comparison_table, forgetting_of, peak_of, ranked
 
 
 def row(name: str, loss: float | None, changes: dict[str, str] | None = None, **more: Any) -> dict[str, Any]:
@@ -52,6 +52,13 @@ def test_a_share_of_right_answers_ranks_the_other_way() -> None:
     rows[0]["after"]["exact_match"], rows[1]["after"]["exact_match"] = 0.2, 0.7
     lines = [line for line in shown({"ranked_by": "exact_match", "rows": rows}) if line.startswith("│")]
     assert [line.split("│")[1].strip() for line in lines] == ["better", "worse"]
+
+
+def test_of_equal_runs_the_one_of_less_loss_is_first() -> None:
+    rows = [row("more", 0.9), row("less", 0.1)]
+    for made in rows:
+        made["after"]["exact_match"] = 0.0
+    assert [made["name"] for made in ranked({"ranked_by": "exact_match", "rows": rows})] == ["less", "more"]
 
 
 def test_what_was_not_measured_is_left_out() -> None:

@@ -29,6 +29,7 @@ from minilora.report.facts import fold, gather
 from minilora.train.loop import fine_tune
 
 BF16, F32 = torch.bfloat16, torch.float32
+OTHER_TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -98,6 +99,7 @@ def drop(file: str) -> Callable[[Path], None]:
         (spoil_json("config.json", vocab_size=459), r"shape \(458, 32\): the config wants \(459, 32\)"),
         (spoil_json("config.json", model_type="gpt2"), "model_type is 'gpt2'"),
         (cut("tokenizer.model"), "not a sentencepiece model"),
+        (lambda folder: shutil.copyfile(OTHER_TOKENIZER, folder / "tokenizer.model"), "vocabulary has 458"),
         (lambda folder: (folder / "minilora.json").write_text("{"), "not a readable JSON file"),
     ],
 )

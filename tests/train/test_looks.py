@@ -81,7 +81,7 @@ def test_whoever_evaluates_on_it_looks_again(
     assert main(["evaluate", str(moved), *flags]) == 0
     out, err = capsys.readouterr()
     assert "look 2 at the test file" in err
-    assert err.count("\n") == 3, "device, memory, and that"
+    assert err.count("\n") == 4, "device, memory, what is scored, and that"
     assert [look["command"].split()[0] for look in looks(path)] == ["train", "evaluate"]
     assert looks(path)[1]["figures"]["loss"] == json.loads(out)["loss"]
     assert summary(path)["test_looks"] == 2
