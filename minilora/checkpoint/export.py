@@ -35,6 +35,7 @@ from minilora.checkpoint.save import SPARE_BYTES, write_layout
 from minilora.checkpoint.write import atomic_folder, check_target
 from minilora.errors import UserError, need_library
 from minilora.hub import hub_name
+from minilora.nf4 import BLOCK_SIZE
 from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
 
 
@@ -188,4 +189,6 @@ def _notes(job: _Job) -> list[str]:
         notes.append(f"llama.cpp knows no sliding window for the llama architecture, so {agree}")
     if job.source.nf4:
         notes.append("The weights were in NF4: these are their dequantized values.")
+    if job.to == "bnb-4bit" and any(s.is_projection and s.shape[1] % BLOCK_SIZE for s in job.source.tensors()):
+        notes.append(f"bitsandbytes 0.50 decodes rows that are no multiple of {BLOCK_SIZE} wrongly on a CPU.")
     return notes

@@ -116,7 +116,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     forgetting = Forgetting(config, tokenizer, data.samples["general"], probes).ask_base(model)
     torch.manual_seed(config.train.seed)
     apply_strategy(model, config, ledger.keep)
-    if on_cpu and 1.25 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to
+    if on_cpu and 1.5 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to
         keep_freed_memory(short=True)
 
     weights, n_steps = trainable(model), _n_steps(config, data, model, sampler, reporter)

@@ -79,7 +79,8 @@ def test_hf_gives_transformers_the_same_logits(base: Path, tmp_path: Path, dtype
 
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes' and torch.compile's own
 def test_bnb_4bit_gives_transformers_the_same_logits(base: Path, tmp_path: Path) -> None:
-    export_checkpoint(base, tmp_path / "out", "bnb-4bit")
+    _, notes = export_checkpoint(base, tmp_path / "out", "bnb-4bit")
+    assert notes == []
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=F32)
     assert theirs.model.layers[0].mlp.up_proj.weight.quant_state.nested
     ours = load_model(base, quantize="nf4", dtype=F32)
@@ -252,6 +253,11 @@ def test_without_a_tokenizer(base: Path, tmp_path: Path) -> None:
 
 
 # -- NF4, and what is refused ------------------------------------------------------------------------------------------
+
+
+def test_of_rows_that_bitsandbytes_decodes_wrongly_is_told(tiny_base: Path, tmp_path: Path) -> None:
+    _, notes = export_checkpoint(tiny_base, tmp_path / "out", "bnb-4bit")
+    assert notes == ["bitsandbytes 0.50 decodes rows that are no multiple of 64 wrongly on a CPU."]
 
 
 def test_what_was_in_nf4_becomes_plain(base: Path, tmp_path: Path) -> None:
