@@ -35,9 +35,15 @@ _REMEDIES = {
 }
 
 
+def place(path: str | Path) -> Path:
+    """Where the kernel finds `path`: a link before a `..` is followed first. Its last name may itself be a link."""
+    path = Path(path)
+    return Path(os.path.realpath(path)) if path.name in ("", "..") else Path(os.path.realpath(path.parent), path.name)
+
+
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write one file, replacing what was there. Raises UserError if it cannot be written."""
-    path = Path(os.path.abspath(path))
+    path = place(path)
     with _explained(path):
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path}: is a folder, a pipe or a device; name a file")
@@ -76,7 +82,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needed_bytes: in
     Raises UserError if the target stands, the space is short, or writing fails, in the block as well. One that the
     block raises speaks of `path`, not of the folder that is gone by then.
     """
-    path = Path(os.path.abspath(path))
+    path = place(path)
     with _explained(path):
         sweep_stale(path.parent, path.name)
         _refuse_standing(path, overwrite)
@@ -105,12 +111,12 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
     """
     if not os.fspath(path):
         raise UserError("the name of the folder to write is empty; give it one")
-    target = Path(os.path.realpath(path))
+    path, target = place(path), Path(os.path.realpath(path))
     for source in map(Path, map(os.path.realpath, sources)):
         if target == source or target in source.parents:
             raise UserError(f"{path}: holds {source}, which it would be made from; choose another folder")
-    with _explained(Path(path)):
-        _refuse_standing(Path(path), overwrite)
+    with _explained(path):
+        _refuse_standing(path, overwrite)
     if not os.path.exists(target):
         return
     if os.path.isfile(target / MANIFEST):

@@ -52,6 +52,28 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.
             pass
 
 
+def test_a_folder_above_a_link_is_the_one_that_the_kernel_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """link/../x lies beside what the link leads to, and not beside the link."""
+    (tmp_path / "other" / "dir").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("other/dir")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    atomic_write("link/../file", "new")
+    for _ in range(2):
+        check_target("link/../folder", True, [])
+        with atomic_folder("link/../folder", overwrite=True) as folder:
+            (folder / "ours").touch()
+    assert sorted(os.listdir("other")) == ["dir", "file", "folder"]
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "thesis").read_text() == "precious"
+    (tmp_path / "other" / "folder" / "theirs").touch()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/other/folder: holds theirs, which minilora did not write"):
+        check_target("link/../folder", True, [])
+
+
 def test_atomic_write_over_the_size_limit_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "metrics.json"
     atomic_write(file, "old")
