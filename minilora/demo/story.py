@@ -16,6 +16,7 @@ import torch
 
 from minilora.base import Base
 from minilora.checkpoint.adapter import read_adapter
+from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import (
@@ -43,6 +44,7 @@ from minilora.report.page import write_report
 from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
+from minilora.train.run_folder import RUN_BYTES, config_toml
 from minilora.train.setup import Run
 
 LONGEST_ANSWER = 32  # tokens; the longest word of the test has 22
@@ -136,10 +138,21 @@ def refuse_other_run(output: Path) -> None:
     """Raise UserError if the folder holds anything but an old demo: that alone may be replaced unasked."""
     if not output.is_dir() or not any(output.iterdir()):
         return
-    config = output / "config.toml"
-    text = config.read_text() if config.is_file() else ""
-    if 'path = "demo"' not in text or "chat_train.jsonl" not in text:
+    if not _is_demo(output):
         raise UserError(f"{output} holds something other than a demo; name another folder with --output")
+
+
+def _is_demo(folder: Path) -> bool:
+    """By the ceiling, which no other run measures; one that was stopped before it ended, by its configuration."""
+    if (summary := folder / "summary.json").is_file():
+        return "ceiling" in read_json(summary, RUN_BYTES)
+    config = folder / "config.toml"
+    return config.is_file() and _key_lines(config.read_text()) == _key_lines(config_toml(demo_config(folder, seed=0)))
+
+
+def _key_lines(toml: str) -> list[str]:
+    """But for those of what each demo is told anew."""
+    return [line for line in toml.splitlines() if not line.startswith(("output = ", "seed = "))]
 
 
 def score(answers: Sequence[Answer]) -> Score:

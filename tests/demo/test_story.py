@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from minilora.demo import story
+from minilora.errors import UserError
+from minilora.train.run_folder import config_toml
 
 
 def short_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -42,3 +44,20 @@ def test_the_story_is_told_and_the_same_seed_gives_the_same_figures(
     files = {path.name for path in (tmp_path / "first").iterdir()}
     assert files >= {"config.toml", "metrics.jsonl", "timing.jsonl", "summary.json", "samples.md", "report.html"}
     assert files >= {"adapter", "merged", "checkpoints"}
+
+
+def test_a_demo_is_known_from_a_run_like_it(tmp_path: Path) -> None:
+    output, config = tmp_path / "mine", story.demo_config(tmp_path / "x", seed=3)
+    output.mkdir()
+    story.refuse_other_run(output)
+    (output / "config.toml").write_text(config_toml(config))
+    story.refuse_other_run(output)  # stopped
+    (output / "summary.json").write_text('{"ceiling": {}}')
+    story.refuse_other_run(output)  # done, maybe by another version
+    (output / "summary.json").write_text('{"after": {}}')
+    with pytest.raises(UserError, match=r"mine holds something other than a demo; name another folder with --output"):
+        story.refuse_other_run(output)  # `minilora train` with the demo's configuration
+    (output / "summary.json").unlink()
+    (output / "config.toml").write_text(config_toml(replace(config, lora=replace(config.lora, rank=8))))
+    with pytest.raises(UserError, match="other than a demo"):
+        story.refuse_other_run(output)
