@@ -75,7 +75,7 @@ class RunFolder:
     """A run's folder, held by one process at a time."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.is_new = path, not path.exists()
         self.checkpoints = path / "checkpoints"
         self.metrics, self.timing = LineLog(path / "metrics.jsonl"), LineLog(path / "timing.jsonl")
 
@@ -132,11 +132,12 @@ class RunFolder:
             ) from error
 
     def close(self) -> None:
-        """Let others write here. A run that never began leaves nothing, not even an empty folder."""
+        """Let others write here. A run that never began leaves nothing, not even an empty folder that it made."""
         with suppress(OSError):
             if [child.name for child in self.path.iterdir()] == [LOCK]:
                 (self.path / LOCK).unlink()
-                self.path.rmdir()
+                if self.is_new:
+                    self.path.rmdir()
         self._lock_file.close()
 
     def checkpoint(self, kind: str, step: int) -> Path:

@@ -332,7 +332,11 @@ def test_a_run_that_never_began_leaves_nothing(make_config: MakeConfig, quiet: Q
     with pytest.raises(UserError, match="nowhere"):
         fine_tune(make_config(data__train="/nowhere.jsonl"), quiet)
     assert not (tmp_path / "run").exists()
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="nowhere"):
+        fine_tune(make_config(data__train="/nowhere.jsonl"), quiet)
+    assert os.listdir(tmp_path / "run") == []  # it may be the folder that a shell is in
+    (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")  # another run's: it stays
     with pytest.raises(UserError, match="nowhere"):
         fine_tune(make_config(data__train="/nowhere.jsonl"), quiet, overwrite=True)
