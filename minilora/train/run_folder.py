@@ -199,7 +199,9 @@ def refuse_strangers(path: Path) -> None:
 
 
 def refuse_theirs(folder: Path) -> None:
-    """Raise UserError if a folder that is to be replaced holds a file that its manifest does not list."""
+    """Raise UserError if what is to be replaced is no folder, or holds a file that its manifest does not list."""
+    if folder.is_symlink() or folder.is_file():
+        raise UserError(f"{folder} is to be written anew as a folder, but is a link or a file: move it away")
     if others := not_ours(folder):
         raise UserError(f"{folder} is to be written anew, but minilora did not write {others[0]} there: move it away")
 

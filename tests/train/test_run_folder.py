@@ -111,6 +111,20 @@ def test_a_stranger_s_file_in_what_was_learnt_is_in_the_way(make_config: MakeCon
     assert folder.latest() is not None, "nothing was deleted"
 
 
+@pytest.mark.parametrize("name", LEARNT)
+def test_a_link_or_a_file_in_place_of_what_was_learnt_is_in_the_way(
+    make_config: MakeConfig, a_run: Path, name: str
+) -> None:
+    (a_run / name).rename(a_run / "elsewhere")
+    (a_run / name).symlink_to("elsewhere")
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{name} is to be written anew as a folder, but is a link or a file"):
+            open_folder(make_config(), overwrite=True)
+        (a_run / name).unlink()
+        (a_run / name).write_text("mine")
+    assert (a_run / "elsewhere" / "file").exists()
+
+
 def test_a_config_toml_alone_is_no_run(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("somebody's")
