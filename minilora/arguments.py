@@ -3,6 +3,7 @@
 recipe, then FILE.toml, then --section.key value, each over what stands before it
 """
 
+import os
 import re
 import sys
 import tomllib
@@ -15,13 +16,19 @@ from typing import Literal
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 
-from minilora.config import BaseConfig, RunConfig, TooLong
+from minilora.config import UNNAMED, BaseConfig, RunConfig, TooLong
 from minilora.errors import UserError
 from minilora.recipes import recipe_file
 
 Verb = Callable[[list[str]], None]
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
+
+# Of files and folders that verbs name. Those of data may have weights, and are looked at in data/sources.py.
+PATHS = (
+    *("adapter", "adapter_folder", "eval.probes", "file", "fix", "html", "model", "model.path", "model.tokenizer"),
+    *("out", "output", "path", "source", "text", "train.output"),
+)
 
 
 def verb_parser(verb: Verb) -> ArgumentParser:
@@ -36,9 +43,14 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
     """The parsed arguments; what is wrong with them is one line on stderr and exit status 2.
 
     instantiate: with the configurations made of them, which hold them against one another
+
+    Raises UserError for a path that is empty.
     """
     try:
         parsed: Namespace = parser.parse_args(quoted(args))
+        for name in PATHS:
+            if isinstance(path := parsed.get(name), str):
+                parsed[name] = _path(path, name)
         return parser.instantiate(parsed) if instantiate else parsed
     except (ArgumentError, OverflowError) as error:
         said = re.sub(
@@ -46,6 +58,13 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
         )
         print(f"{parser.prog}: {said}; see {parser.prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _path(path: str, name: str) -> str:
+    """With ~ as the home, which a shell leaves in --name=~/x. Raises UserError for "", what an unset variable gives."""
+    if not path:
+        raise UserError(f"{name} is empty; name a file or folder, or leave it out")
+    return os.path.expanduser(path)
 
 
 def quoted(args: Sequence[str]) -> list[str]:
@@ -104,7 +123,7 @@ def _files_then_options(parser: ArgumentParser, args: Sequence[str], file_first:
             if arg.startswith("-") and not given and arg not in switches:
                 rest += islice(words, 1)
     files = [*(str(recipe_file(name)) for name in named["--recipe"]), *first, *named["--config"]]
-    for file in files:
+    for file in map(os.path.expanduser, files):
         _check_toml(file)
         yield f"--config={file}"
     yield from rest
@@ -137,7 +156,7 @@ def add_base(parser: ArgumentParser) -> None:
 
 def add_model(parser: ArgumentParser) -> None:
     parser.add_class_arguments(BaseConfig, "model")
-    parser.set_defaults({"model.path": ""})  # base.UNNAMED
+    parser.set_defaults({"model.path": UNNAMED})
 
 
 def add_adapter(parser: ArgumentParser, also: str = "") -> None:

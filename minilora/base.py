@@ -16,14 +16,12 @@ from minilora.checkpoint.load import load_model
 from minilora.checkpoint.mistral_adapter import is_mistral
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import check_origin, quantization, read_provenance, template_of
-from minilora.config import BaseConfig, LoraConfig, PrefixConfig
+from minilora.config import UNNAMED, BaseConfig, LoraConfig, PrefixConfig
 from minilora.errors import UserError
 from minilora.memory import StepPlan, as_text, free_bytes, predict, private_bytes, storage_of
 from minilora.model import Mistral
 from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
 from minilora.visible import Runs
-
-UNNAMED = ""  # a path: the adapter names its base, and without an adapter it is "demo"
 
 
 @dataclass(frozen=True)

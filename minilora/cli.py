@@ -22,7 +22,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from minilora import arguments
 from minilora.arguments import Verb
-from minilora.config import MISTRAL_7B, BaseConfig, EvalConfig, Route, RunConfig, to_dict
+from minilora.config import MISTRAL_7B, UNNAMED, BaseConfig, EvalConfig, Route, RunConfig, to_dict
 from minilora.errors import UserError, is_out_of_memory
 from minilora.recipes import recipe_names, summary
 from minilora.report.console import Console
@@ -203,8 +203,8 @@ def data(args: list[str]) -> None:
 
 def _check_new(out: str | None) -> None:
     """Before any work: raise UserError where the file `out` is there, or nothing can be."""
-    if out is not None and (not out or os.path.lexists(out)):
-        raise UserError(f"{out or 'the name of a file to write'}: exists already or is empty; name another file")
+    if out is not None and os.path.lexists(out):
+        raise UserError(f"{out}: exists already; name another file")
 
 
 def evaluate(args: list[str]) -> None:
@@ -378,10 +378,10 @@ def export(args: list[str]) -> None:
     )
     parser.add_argument("--model.tokenizer", help="file or folder of the tokenizer, where it does not lie with FROM")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    parser.add_argument("--model.path", default="", help="of an adapter that does not say where its base lies")
+    parser.add_argument("--model.path", default=UNNAMED, help="of an adapter that does not say where its base lies")
     arguments.add_adapter(parser)
     parsed = arguments.parse(parser, args)
-    of_the_other = {"model.path": "", "adapter_scaling": None, "force": False}
+    of_the_other = {"model.path": UNNAMED, "adapter_scaling": None, "force": False}
     if parsed.to in of_adapter:
         of_the_other = {"dtype": "auto", "model.tokenizer": None}
     _refuse_idle(parsed, of_the_other, f"with --to {parsed.to}")
@@ -445,7 +445,7 @@ def inspect(args: list[str]) -> None:
     parser = arguments.verb_parser(inspect)
     parser.add_argument("path", metavar="PATH", help="a folder or a file, or demo")
     parser.add_argument("--checksum", action="store_true", help="sha256 of every file, held against manifest.json")
-    parser.add_argument("--model.path", default="", help="of an adapter that does not say where its base lies")
+    parser.add_argument("--model.path", default=UNNAMED, help="of an adapter that does not say where its base lies")
     parser.add_argument("--json", action="store_true", help="print one object of JSON")
     parsed = arguments.parse(parser, args)
 

@@ -26,6 +26,7 @@ Route = Literal["trained", "original", "requantized"]  # of a merge (checkpoint/
 TooLong = Literal["fail", "skip", "truncate"]  # of a conversation (data/encode.py)
 MAX_NAMES = 1024  # in a list of layers
 ALL_LINEAR = "all-linear"
+UNNAMED = "the adapter's, else demo"  # a path of a base, where none is given
 METRICS = ("exact_match", "f1", "bleu", "rouge")
 
 

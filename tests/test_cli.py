@@ -22,7 +22,7 @@ from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.cli import VERBS, _console, exit_status
-from minilora.config import BaseConfig, LoraConfig, RunConfig, base_folder, to_dict
+from minilora.config import UNNAMED, BaseConfig, LoraConfig, RunConfig, base_folder, to_dict
 from minilora.generation import generate
 from minilora.lora import add_lora
 from minilora.train import ledger, loop
@@ -366,7 +366,7 @@ def test_generate_answers(run: Run, finished: Path) -> None:
 
 def test_generate_prints_each_character_whole(run: Run, finished: Path) -> None:
     """Hot draws from the demo's pieces, most of them bytes: also what no character comes of is printed, once."""
-    found = Base.find(BaseConfig(path=""), str(finished / "adapter"))
+    found = Base.find(BaseConfig(path=UNNAMED), str(finished / "adapter"))
     tokenizer, model, whole = found.tokenizer, found.load(), []
     for seed in range(5):
         ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("a in")]])
@@ -596,11 +596,9 @@ def test_data_check_exits_with_1_and_one_line(run: Run, chats: Path, tmp_path: P
 def test_data_check_and_evaluate_overwrite_nothing(run: Run, chats: Path, tiny_base: Path) -> None:
     before = chats.read_bytes()
     for flag in ("--html", "--fix"):
-        refused(
-            run("data", "check", chats, flag, chats), 1, "chats.jsonl: exists already or is empty; name another file"
-        )
+        refused(run("data", "check", chats, flag, chats), 1, "chats.jsonl: exists already; name another file")
     refused(run("evaluate", chats, "--model.path", tiny_base, "--out", chats), 1, "chats.jsonl: exists already")
-    refused(run("evaluate", chats, "--model.path", tiny_base, "--out", ""), 1, "is empty; name another file")
+    refused(run("evaluate", chats, "--model.path", tiny_base, "--out", ""), 1, "out is empty; name a file")
     assert chats.read_bytes() == before
 
 
@@ -645,6 +643,44 @@ def test_an_unknown_user_s_home_is_no_crash(run: Run, tmp_path: Path) -> None:
     nobody = "~nobody-of-this-name/x"
     refused(run("quantize", nobody, tmp_path / "out"), 1, f"{nobody}: no such folder")
     refused(run("generate", "hi", "--model.path", nobody), 1, f"{nobody}: no such folder")
+
+
+def test_the_home_is_found_in_every_path(
+    run: Run, tmp_path: Path, toml: Path, chats: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves the ~ of --name=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").symlink_to(finished / "adapter")
+    (tmp_path / "tokenizer").symlink_to(TOKENIZER)
+    for args in (
+        ("train", "~/run.toml", "--train.output=~/of train"),
+        ("data", "check", chats, "--fix=~/fixed", "--html=~/page"),
+        ("evaluate", "~/chats.jsonl", "--adapter=~/adapter", "--out=~/answers", "--eval.max_new_tokens=2"),
+        ("generate", "hi", "--model.tokenizer=~/tokenizer", "--max_new_tokens=2"),
+        ("merge", "~/adapter", "~/of merge", "--text=~/chats.jsonl"),
+        ("quantize", "demo", "~/of quantize"),
+        ("export", "~/adapter", "~/of export", "--to=peft"),
+    ):
+        assert run(*args)[0] == 0, args
+    names = ("of train", "fixed", "page", "answers", "of merge", "of quantize", "of export")
+    assert all((tmp_path / name).exists() for name in names)
+    assert not (tmp_path / "~").exists()
+    refused(run("demo", "--output=~"), 1, f"{tmp_path} holds something other than a demo")
+    refused(run("compare", toml, "--output=~"), 1, f"{tmp_path} is not empty")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["train", "--model.path", ""], ["train", "--train.output="], ["evaluate", "f", "--model.path="]),
+        *(["generate", "hi", "--model.path", ""], ["generate", "hi", "--adapter", ""], ["inspect", ""]),
+        *(["explain", "--model.path="], ["merge", ""], ["merge", "a", ""], ["export", "", "x", "--to", "hf"]),
+        *(["quantize", "", "x"], ["generate", "hi", "--model.tokenizer", ""], ["demo", "--output", ""]),
+    ],
+)
+def test_an_empty_path_is_refused(run: Run, args: list[str]) -> None:
+    refused(run(*args), 1, "is empty; name a file or folder, or leave it out")
 
 
 def test_a_link_to_itself_is_one_line(run: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from minilora.base import Base
 from minilora.checkpoint.adapter import read_adapter, save_adapter
 from minilora.checkpoint.save import save_hf
 from minilora.cli import main
-from minilora.config import BaseConfig, LoraConfig, PrefixConfig
+from minilora.config import UNNAMED, BaseConfig, LoraConfig, PrefixConfig
 from minilora.errors import UserError
 from minilora.evaluate.merge_audit import merge_with_audit
 from minilora.generation import generate
@@ -90,9 +90,9 @@ def test_an_adapter_brings_its_tokenizer(make_config: MakeConfig, tiny_base: Pat
     adapter = str(tmp_path / "run" / "adapter")
     another = tmp_path / "tokenizer.model"
     another.write_bytes(TOKENIZER.read_bytes() + b"\xc0\x0c\x01")  # a field of its file that nobody knows
-    assert Base.find(BaseConfig(path=""), adapter).tokenizer.path == Path(TOKENIZER)
+    assert Base.find(BaseConfig(path=UNNAMED), adapter).tokenizer.path == Path(TOKENIZER)
     with pytest.raises(UserError, match=r"trained with a tokenizer whose sha256 is .*; name the right one"):
-        Base.find(BaseConfig(path="", tokenizer=str(another)), adapter)
+        Base.find(BaseConfig(path=UNNAMED, tokenizer=str(another)), adapter)
     with pytest.raises(UserError, match=r"holds no tokenizer\.model; name one with --model\.tokenizer"):
         Base.find(BaseConfig(path=str(bare)))
     written = json.loads((tmp_path / "run" / "adapter" / "minilora.json").read_text())
@@ -109,12 +109,12 @@ def test_an_adapter_brings_its_template(make_config: MakeConfig, tmp_path: Path)
     assert run.tokenizer.template == "v1-hf"
     adapter = run.folder.path / "adapter"
     assert json.loads((adapter / "minilora.json").read_text())["tokenizer"]["template"] == "v1-hf"
-    found = Base.find(BaseConfig(path=""), str(adapter)).tokenizer
+    found = Base.find(BaseConfig(path=UNNAMED), str(adapter)).tokenizer
     hello = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hi"}]
     assert found.encode_chat(hello)[0][-2:] == [23809, 2]
     assert Base.find(BaseConfig(path=str(tmp_path / "v1"))).tokenizer.encode_chat(hello)[0][-2:] == [15359, 2]
 
-    base = Base.find(BaseConfig(path="", device="cpu"), str(adapter))
+    base = Base.find(BaseConfig(path=UNNAMED, device="cpu"), str(adapter))
     read = read_adapter(adapter, base.checkpoint.config)
     merge_with_audit(base, read, tmp_path / "merged", run.train[:1], 64, force=True)
     of_all = make_config(config, train__strategy="full", train__output=str(tmp_path / "full"))
@@ -129,7 +129,7 @@ def test_an_adapter_brings_its_template(make_config: MakeConfig, tmp_path: Path)
     written = (plain / "minilora.json").read_text()
     (plain / "minilora.json").write_text(written.replace('"v1-hf"', '"v1"'))
     with pytest.raises(UserError, match=r"whose template is 'v1', but here it is 'v1-hf'; mend --model\.old_hf_spaces"):
-        Base.find(BaseConfig(path="", old_hf_spaces=True), str(plain))
+        Base.find(BaseConfig(path=UNNAMED, old_hf_spaces=True), str(plain))
 
 
 def test_the_tokenizer_of_another_model_is_refused(tiny_base: Path) -> None:

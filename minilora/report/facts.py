@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.backend import dtype_name
-from minilora.base import UNNAMED, Base
+from minilora.base import Base
 from minilora.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from minilora.checkpoint.config_files import read_config
 from minilora.checkpoint.files import sha256_of
@@ -27,7 +27,7 @@ from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.provenance import PROVENANCE, read_provenance
 from minilora.checkpoint.safetensors_file import read_header
 from minilora.checkpoint.write import MANIFEST, verify_manifest
-from minilora.config import TOKENIZER_FILES, BaseConfig, LoraConfig, PrefixConfig, base_folder, to_dict
+from minilora.config import TOKENIZER_FILES, UNNAMED, BaseConfig, LoraConfig, PrefixConfig, base_folder, to_dict
 from minilora.errors import UserError
 from minilora.memory import DenseDtype, Storage, predict
 from minilora.tokenizer import load_tokenizer

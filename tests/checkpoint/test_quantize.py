@@ -368,7 +368,7 @@ def test_the_verb_and_everything_after_it(tmp_path: Path, capsys: pytest.Capture
     assert "ETA 0 s" in out
     assert "exists already" in one_line(capsys, "quantize", "demo", nf4)
     assert "is in NF4 already" in one_line(capsys, "quantize", nf4, tmp_path / "again")
-    assert "the name of the folder to write is empty" in one_line(capsys, "quantize", "demo", "")
+    assert "out is empty; name a file or folder" in one_line(capsys, "quantize", "demo", "")
     assert main(["quantize", "demo", str(nf4), "--double_quant", "false", "--overwrite"]) == 0
 
     assert main(["generate", "--model.path", str(nf4), "--max_new_tokens", "8", 'How is "mistral" pronounced?']) == 0
