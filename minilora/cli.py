@@ -187,24 +187,22 @@ def data(args: list[str]) -> None:
     config, parsed = arguments.parse_run(parser, args, file_first=False)
     if parsed.files:
         config = replace(config, data=replace(config.data, train=tuple(parsed.files)))
-    for out in (parsed.fix, parsed.html):
-        _check_new(out)
 
+    from minilora.checkpoint.write import check_new, place
     from minilora.report.data_view import show_data
     from minilora.train.data_check import check_data, fix_data
 
+    outs = [place(out) for out in (parsed.fix, parsed.html) if out]
+    if len(outs) > len({*outs}):
+        raise UserError(f"{parsed.fix}: --fix and --html both name it; name two files")
+    for out in outs:
+        check_new(out)
     checked, figures = check_data(config)
     show_data(checked, figures, parsed.show, _console(), parsed.html)
     if parsed.fix:
         print(fix_data(config, parsed.fix))
     else:
         checked.refuse_faults(listed="they stand above")
-
-
-def _check_new(out: str | None) -> None:
-    """Before any work: raise UserError where the file `out` is there, or nothing can be."""
-    if out is not None and os.path.lexists(out):
-        raise UserError(f"{out}: exists already; name another file")
 
 
 def evaluate(args: list[str]) -> None:
@@ -220,7 +218,7 @@ def evaluate(args: list[str]) -> None:
     from minilora.checkpoint.files import sha256_of
     from minilora.checkpoint.json_file import to_json
     from minilora.checkpoint.provenance import quantization
-    from minilora.checkpoint.write import atomic_jsonl
+    from minilora.checkpoint.write import atomic_jsonl, check_new
     from minilora.data.encode import encode_records
     from minilora.data.records import read_records
     from minilora.evaluate.measure import longest_prompt, measure
@@ -230,7 +228,8 @@ def evaluate(args: list[str]) -> None:
 
     limits, max_seq_len = replace(parsed.eval, samples=0), parsed.data.max_seq_len  # samples are for runs
     check_libraries(limits.metrics)
-    _check_new(parsed.out)
+    if parsed.out:
+        check_new(parsed.out)
     base = _find(parsed, parsed.adapter)
     samples = encode_records(read_records(parsed.file), base.tokenizer, max_seq_len, parsed.data.too_long)
     if run := run_tested_on(parsed.file, base.adapter or parsed.model.path):

@@ -602,9 +602,20 @@ def test_data_check_and_evaluate_overwrite_nothing(run: Run, chats: Path, tiny_b
     assert chats.read_bytes() == before
 
 
-def test_figures_are_shown_also_where_answers_cannot_be_written(run: Run, chats: Path, tiny_base: Path) -> None:
+def test_data_check_writes_two_files(run: Run, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run("data", "check", chats, "--fix", "same", "--html", tmp_path / "same"), 1, "same: --fix and --html both")
+    assert not (tmp_path / "same").exists()
+
+
+def test_figures_are_shown_also_where_answers_cannot_be_written(
+    run: Run, chats: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ["--model.path", tiny_base, "--eval.answers", 1, "--eval.max_new_tokens", 2]
-    status, out, err = run("evaluate", chats, *given, "--out", chats / "below a file")
+    below = chats / "below a file"
+    refused(run("evaluate", chats, *given, "--out", below), 1, f"{below}: could not be written: a part of that path is")
+    monkeypatch.setattr("minilora.checkpoint.write.check_new", lambda _: None)  # it becomes a file meanwhile
+    status, out, err = run("evaluate", chats, *given, "--out", below)
     assert (status, json.loads(out)["answers"]) == (1, 1)
     assert "below a file: could not be written: a part of that path is a file" in err
 

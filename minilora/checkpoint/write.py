@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from minilora.checkpoint.files import sha256_of
@@ -125,6 +126,14 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
         raise UserError(f"{path}: holds {others[0]}, which minilora did not write; choose another folder")
 
 
+def check_new(path: str | Path) -> None:
+    """Raise UserError if a file is at `path`, or none can be written there, before any work goes into it."""
+    if os.path.lexists(path := place(path)):
+        raise UserError(f"{path}: exists already; name another file")
+    with _explained(path), TemporaryFile(dir=_nearest(path.parent)):
+        pass
+
+
 def not_ours(folder: Path) -> list[str]:
     """The files in `folder` that its manifest does not list, all where it has none, by their names in it."""
     files = read_json(folder / MANIFEST).get("files") if os.path.isfile(folder / MANIFEST) else None
@@ -134,8 +143,7 @@ def not_ours(folder: Path) -> list[str]:
 
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Raise UserError if fewer than `needed_bytes` are free where `folder` is or will be."""
-    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
-    if (free := shutil.disk_usage(there).free) < needed_bytes:
+    if (free := shutil.disk_usage(_nearest(folder)).free) < needed_bytes:
         need, have = needed_bytes / 1e9, free / 1e9
         raise UserError(
             f"{folder}: {need:.3g} GB are needed, {have:.3g} GB are free; free some or choose another folder"
@@ -234,6 +242,11 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
         raise UserError(f"{path}: could not be written: {reason}") from error
+
+
+def _nearest(folder: Path) -> Path:
+    """It, or the lowest above it that is there."""
+    return next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
 
 
 def _beside(path: Path, kind: str) -> Path:

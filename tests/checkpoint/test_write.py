@@ -17,6 +17,7 @@ from minilora.checkpoint.files import copy_file, sha256_of
 from minilora.checkpoint.write import (
     atomic_folder,
     atomic_write,
+    check_new,
     check_space,
     check_target,
     not_ours,
@@ -267,6 +268,20 @@ def test_a_path_through_a_file(tmp_path: Path) -> None:
             atomic_write(inside, "")
         with pytest.raises(UserError, match=message), atomic_folder(inside):
             pytest.fail("entered")
+
+
+def test_where_no_file_can_be_written_is_known_beforehand(tmp_path: Path) -> None:
+    check_new(tmp_path / "not" / "there" / "yet")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"^{tmp_path}/link: exists already; name another file$"):
+        check_new(tmp_path / "link")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/x/y: could not be written: a part of that path is a file"):
+        check_new(tmp_path / "file" / "x" / "y")
+    if Path("/proc/self").exists():  # where not even root can write
+        with pytest.raises(UserError, match=r"^/proc/x/y: could not be written: "):
+            check_new("/proc/x/y")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 def test_manifest_finds_what_was_altered_or_lost(tmp_path: Path) -> None:
