@@ -537,6 +537,14 @@ def test_a_full_standard_output_is_one_line() -> None:
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize(("closed", "left"), [(">&-", "stderr"), ("2>&-", "stdout")])
+def test_a_closed_stream_is_no_crash(closed: str, left: str) -> None:
+    command = f"{sys.executable} -m minilora inspect demo {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert ("model" in done.stdout) == (left == "stdout")
+
+
 @pytest.mark.parametrize("args", [["--weights", "[]"], ["--weights", "[1]", "--tensor", "norm.weight"]])
 def test_explain_ignores_nothing(run: Run, args: list[str]) -> None:
     refused(run("explain", *args), 1, "--weights")
