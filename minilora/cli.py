@@ -170,6 +170,8 @@ def _loaded(base: "Base", *works: tuple[int, int, int | None]) -> "Mistral":
 
 def _console() -> Console:
     """A terminal's; for a file or a pipe, one wide enough for every table."""
+    if not os.environ.get("COLUMNS", "").strip("0"):  # a width of 0 is not known
+        os.environ.pop("COLUMNS", None)
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 
 

@@ -75,6 +75,8 @@ def test_what_is_no_terminal_is_wide_enough_for_every_table(monkeypatch: pytest.
     assert _console().width == 200
     monkeypatch.setenv("COLUMNS", "70")
     assert _console().width == 70
+    monkeypatch.setenv("COLUMNS", "0")
+    assert _console().width == 200
 
 
 def test_an_unknown_verb(run: Run) -> None:
