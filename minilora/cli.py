@@ -149,6 +149,8 @@ def _dry_run(config: RunConfig, resume: bool, overwrite: bool) -> None:
 
 
 def _find(parsed: Namespace, adapter: str | None) -> "Base":
+    if adapter is None:
+        _refuse_idle(parsed, {"adapter_scaling": None, "force": False}, "without --adapter")
     from minilora.base import Base
 
     return Base.find(parsed.model, adapter, scaling=parsed.adapter_scaling, force=parsed.force)
@@ -273,6 +275,8 @@ def generate(args: list[str]) -> None:
     parser.add_argument("--seed", type=arguments.Seed, help="of the draws")
     arguments.add_base(parser)
     parsed = arguments.parse(parser, args)
+    if parsed.temperature == 0:
+        _refuse_idle(parsed, {"top_k": None, "top_p": 1.0, "seed": None}, "at --temperature 0")
 
     import torch
 

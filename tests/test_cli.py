@@ -481,6 +481,18 @@ def test_merge_without_a_folder_ignores_no_flag(run: Run) -> None:
     refused(run("merge", "a", "--onto", "original"), 1, "--onto does nothing without OUT")
 
 
+@pytest.mark.parametrize(
+    ("args", "where"),
+    [
+        *((["generate", "a", *flag], "at --temperature 0") for flag in (["--top_k=3"], ["--top_p=.5"], ["--seed=0"])),
+        *((["generate", "a", flag], "without --adapter") for flag in ("--force", "--adapter_scaling=5")),
+        *((["evaluate", "f", flag], "without --adapter") for flag in ("--force", "--adapter_scaling=5")),
+    ],
+)
+def test_generate_and_evaluate_ignore_no_flag(run: Run, args: list[str], where: str) -> None:
+    refused(run(*args), 1, f"{args[2].partition('=')[0]} does nothing {where}; leave it out")
+
+
 # What a careless command must not cost.
 
 
