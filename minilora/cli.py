@@ -158,14 +158,14 @@ def _find(parsed: Namespace, adapter: str | None) -> "Base":
 
 def _loaded(base: "Base", *works: tuple[int, int, int | None]) -> "Mistral":
     """The model, if there is memory for it and these works, see `Base.check`. Told beside the output: what was
-    overridden, device, ledger; once all is well, so that an error is one line."""
+    overridden, device, base, ledger; once all is well, so that an error is one line."""
     from minilora.backend import told
     from minilora.memory import one_line
 
     predicted = base.check(*works)
     model = base.load()
     _warn(base.warnings)
-    print(told(base.device), file=sys.stderr)
+    print(UserError(f"{told(base.device)}; base: {base.checkpoint.name}"), file=sys.stderr)
     print(one_line(predicted), file=sys.stderr)
     return model
 

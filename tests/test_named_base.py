@@ -77,6 +77,7 @@ def test_the_command_line_tells_it(tiny_base: Path, capsys: pytest.CaptureFixtur
     assert main(["generate", "hello", "--model.path", str(tiny_base), "--max_new_tokens", "2"]) == 0
     told = capsys.readouterr().err
     assert told.startswith("device: cpu, ")
+    assert "; base: tiny\n" in told
     assert "\nmemory: " in told
     assert "KV cache" in told
 
