@@ -93,7 +93,7 @@ def test_what_mistral_finetune_reads_is_used_by_every_verb(
     validation, flags = data_folder / "validation.jsonl", ["--eval.answers", 0]
     wanted = json.loads(run("evaluate", validation, "--adapter", finished / "adapter", *flags)[1])["loss"]
     status, out, err = run("evaluate", validation, "--adapter", tmp_path / "ft", *flags)  # by its minilora.json
-    assert (status, err.count("\n")) == (0, 2), err  # device and memory
+    assert (status, err.count("\n")) == (0, 3), err  # device, memory, what is scored
     assert json.loads(out)["loss"] == pytest.approx(wanted, abs=0.02)  # A and B in bfloat16
     bare = shutil.copy(tmp_path / "ft" / "lora.safetensors", tmp_path / "alone.safetensors")
     named = ["--adapter", bare, "--model.path", tiny_base, "--model.quantize", "nf4", *flags]
