@@ -7,6 +7,7 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -14,9 +15,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from minilora.base import tokenizer_for
+from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.json_file import read_json
+from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.write import atomic_json
-from minilora.config import RunConfig
+from minilora.config import BaseConfig, RunConfig
+from minilora.data.sources import fingerprints
 from minilora.errors import UserError
 from minilora.evaluate.metrics import figure_names
 from minilora.report.comparison import SHARE, figures_of, ranked
@@ -27,6 +33,7 @@ from minilora.train.progress import ConsoleReporter
 from minilora.train.run_folder import config_toml, refuse_both
 from minilora.train.setup import settled
 from minilora.train.signals import StopRequest
+from minilora.train.state import refuse_other_run
 
 RESULT = "compare.json"
 
@@ -129,10 +136,10 @@ def compare(
         raise UserError(f"--output cannot be made: {error!s:.300}; name another") from None
     rows = list[dict[str, Any]]()
     configs = {v.name: replace(v.config, train=replace(v.config.train, output=str(output / v.name))) for v in variants}
+    finished = {name for name, config in configs.items() if resume and _is_finished(config)}
     for n, variant in enumerate(variants, 1):
         config = configs[variant.name]
-        finished = resume and _is_finished(config)
-        failed = None if finished else _in_a_process(config, resume, overwrite)
+        failed = None if variant.name in finished else _in_a_process(config, resume, overwrite)
         row = {"name": variant.name, "changes": variant.changes} | (_figures(config) if failed is None else {})
         rows.append(row | ({"failed": failed} if failed else {}))
         say(f"{n} of {len(variants)}  {variant.name}: {failed or figures_of(row['after'])}")
@@ -160,10 +167,28 @@ def _figures(config: RunConfig) -> dict[str, Any]:
 
 
 def _is_finished(config: RunConfig) -> bool:
+    """Whether the folder holds that run whole. Raises UserError if its data, base or tokenizer are others by now."""
     folder = Path(config.train.output)
     if not (folder / "config.toml").exists() or not (folder / "summary.json").exists():
         return False
-    return (folder / "config.toml").read_bytes() == config_toml(settled(config)[0]).encode()
+    config, checkpoint = settled(config)
+    told = read_provenance(folder / ("model" if config.train.base_learns else "adapter"))
+    if not told or (folder / "config.toml").read_bytes() != config_toml(config).encode():
+        return False  # its process goes on with it, or says why it cannot
+    now = {
+        "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
+        "base_fingerprint": checkpoint.fingerprint(), "tokenizer": _tokenizer(config.model),
+    }  # fmt: skip
+    refuse_other_run({key: told.get(key) for key in now}, now, folder)
+    return True
+
+
+def _tokenizer(config: BaseConfig) -> dict[str, Any]:
+    """What a run says of its tokenizer; nothing, if there is none to read."""
+    with suppress(UserError):
+        tokenizer = tokenizer_for(config, open_checkpoint(config.path))
+        return {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template}
+    return {}
 
 
 def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: bool = False) -> str | None:

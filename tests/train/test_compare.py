@@ -9,13 +9,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
-from tiny_runs import TOKENIZER, MakeConfig
+import torch
+from sentencepiece import sentencepiece_model_pb2
+from tiny_runs import TOKENIZER, MakeConfig, tiny_model
 
 from minilora.arguments import parse_run, run_parser
 from minilora.checkpoint.quantize import quantize_checkpoint
+from minilora.checkpoint.save import save_hf
 from minilora.cli import compare as compare_verb
 from minilora.cli import main
 from minilora.config import RunConfig
@@ -189,6 +193,32 @@ def test_what_is_finished_is_kept_also_where_the_base_says_how_it_is_stored(
         compare([slow, Variant("fast", {}, config)], tmp_path / "out", print, resume=resume)
         log = (tmp_path / "out/slow.log").read_text()
     assert log.count("weights learn") == 1
+
+
+@pytest.mark.parametrize("changed", ["data.train", "base_fingerprint", "tokenizer.sha256"])
+def test_what_was_made_of_other_files_is_not_kept(
+    make_config: MakeConfig, data_folder: Path, tmp_path: Path, changed: str
+) -> None:
+    train, base, tokenizer = tmp_path / "train.jsonl", tmp_path / "base", tmp_path / "tokenizer.model"
+    copyfile(data_folder / "train.jsonl", train)
+    copyfile(TOKENIZER, tokenizer)
+    save_hf(tiny_model(), base, dtype=torch.float32)
+    config = make_config(
+        data__train=str(train), model__path=str(base), model__tokenizer=str(tokenizer), train__max_steps=1
+    )
+    compare([Variant("kept", {}, config)], tmp_path / "out", print)
+    if changed == "data.train":
+        train.write_text("".join(train.read_text().splitlines(keepends=True)[1:]))
+    elif changed == "base_fingerprint":
+        save_hf(tiny_model(seed=1), base, dtype=torch.float32, overwrite=True)
+    else:
+        model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.read_bytes())
+        model.pieces[-1].score -= 1
+        tokenizer.write_bytes(model.SerializeToString())
+    new = Variant("new", {}, replace(config, train=replace(config.train, lr=1e-3)))
+    with pytest.raises(UserError, match=rf"kept: {changed} was .* when the run began and is .*--overwrite"):
+        compare([new, Variant("kept", {}, config)], tmp_path / "out", print, resume=True)
+    assert not (tmp_path / "out/new").exists(), "nothing is trained before that is told"
 
 
 def test_without_a_validation_there_is_nothing_to_rank_by(make_config: MakeConfig, tmp_path: Path) -> None:
