@@ -4,11 +4,13 @@ Each run is a process of its own, so its memory and its speed are its own, and o
 """
 
 import os
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -51,6 +53,9 @@ STRATEGIES: dict[str, tuple[dict[str, str], float]] = {
 }
 
 
+# Of a grid. A section's name alone would name a file of it, and the verb's own options are no part of a run.
+_KEYS = {"recipe", *(f"{s.name}.{key.name}" for s in fields(RunConfig) for key in fields(getattr(RunConfig(), s.name)))}
+
 Configured = Callable[[Mapping[str, str]], RunConfig]
 
 
@@ -69,18 +74,24 @@ def combinations(
     """(name, keys and values) of each run: every strategy with every combination of the grid, on all of the data, and
     with the first combination on the `shares` of them. No strategy: the configuration's own.
 
-    grid: "KEY=A,B", each. Raises UserError for what is none, and for an unknown strategy.
+    grid: "KEY=A,B", each; commas in brackets are a value's own. Raises UserError for what is none, for a key that no
+    configuration has, and for an unknown strategy.
     """
     if unknown := [name for name in strategies if name not in STRATEGIES]:
         raise UserError(f"there is no strategy {unknown[0]!r} to compare; there are {', '.join(STRATEGIES)}")
     axes = list[list[tuple[str, str]]]()
     for axis in grid:
-        key, _, values = axis.partition("=")
-        if not key or not all(values.split(",")):
+        key, _, text = axis.partition("=")
+        values = re.split(r",(?![^\[{]*[\]}])", text)
+        if not key or not all(values):
             raise UserError(f"--grid {axis}: it must be KEY=A,B, such as train.lr=1e-4,2e-4")
-        if key == "train.output" or key in {known for (known, _), *_ in axes}:
-            raise UserError(f"--grid {axis}: {'folders go by --output' if key == 'train.output' else 'twice'}; drop it")
-        axes.append([(key, value) for value in values.split(",")])
+        if key not in _KEYS:
+            raise UserError(f"--grid {axis}: {key} is no key of a configuration, such as lora.rank")
+        not_here = {"train.output": "folders go by --output"} | {known: "twice" for (known, _), *_ in axes}
+        not_here |= {"train.strategy": "--strategies names them"} if strategies else {}
+        if key in not_here:
+            raise UserError(f"--grid {axis}: {not_here[key]}; drop it")
+        axes.append([(key, value) for value in values])
     for strategy in strategies or [""]:
         sets, factor = STRATEGIES.get(strategy, ({}, 1.0))
         own = {"train.lr": f"{lr * factor:g}"} if factor != 1 else {}
@@ -88,7 +99,14 @@ def combinations(
             for share in [None, *(shares if n == 0 else [])]:
                 varied = dict(values_of) | ({} if share is None else {SHARE: share})
                 name = [strategy, *(f"{key.split('.')[-1]}={value}" for key, value in varied.items())]
-                yield "-".join(part for part in name if part).replace("/", "_") or "run", own | sets | varied
+                yield _folder_name("-".join(part for part in name if part)) or "run", own | sets | varied
+
+
+def _folder_name(name: str) -> str:
+    """The name as a folder's, which has 255 bytes at most, its log's ending included."""
+    data = os.fsencode(name := name.replace("/", "_"))
+    cut = f"{data[:90].decode(errors='ignore')}-{blake2b(data, digest_size=4).hexdigest()}"
+    return name if len(data) <= 100 else cut
 
 
 def all_variants(

@@ -76,6 +76,33 @@ def test_a_key_stands_in_one_grid_and_folders_in_none() -> None:
         names([], ["train.output=a,b"], [], 1.0)
 
 
+def test_a_grid_varies_keys_of_a_configuration_and_none_of_the_verb_s_own_options() -> None:
+    for key in ("strategies", "shares", "rank_by", "output", "grid", "lora", "train.learning_rate"):
+        with pytest.raises(UserError, match=rf"--grid {key}=a,b: {key} is no key of a configuration"):
+            names([], [f"{key}=a,b"], [], 1.0)
+    assert names([], ["recipe=12gb,24gb"], [], 1.0) == ["recipe=12gb", "recipe=24gb"]
+
+
+def test_a_strategy_is_named_by_strategies_or_by_the_grid() -> None:
+    with pytest.raises(UserError, match=r"--grid train\.strategy=full,qlora: --strategies names them; drop it"):
+        names(["lora"], ["train.strategy=full,qlora"], [], 1.0)
+    assert names([], ["train.strategy=full,qlora"], [], 1.0) == ["strategy=full", "strategy=qlora"]
+
+
+def test_commas_in_brackets_are_a_value_s_own() -> None:
+    made = combinations([], ["lora.targets=[q_proj,v_proj],[k_proj],all-linear"], [], 1.0)
+    assert [changes["lora.targets"] for _, changes in made] == ["[q_proj,v_proj]", "[k_proj]", "all-linear"]
+    made = combinations([], ['lora.rank_pattern={"q_proj":2,"k_proj":4},{}'], [], 1.0)
+    assert [changes["lora.rank_pattern"] for _, changes in made] == ['{"q_proj":2,"k_proj":4}', "{}"]
+
+
+def test_a_long_name_is_cut_to_what_a_file_may_be_called() -> None:
+    short, *long = names([], [f"model.path=demo,{'é' * 300},{'é' * 300}x"], [], 1.0)
+    assert short == "path=demo"
+    assert long[0] != long[1]
+    assert all(name.startswith("path=ééé") and len(name.encode()) <= 100 for name in long)
+
+
 def test_the_same_run_twice_is_refused_before_one_is_trained(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
