@@ -8,7 +8,6 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from itertools import product
@@ -17,15 +16,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from minilora.base import tokenizer_for
-from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.json_file import read_json
-from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.write import atomic_json
-from minilora.config import BaseConfig, RunConfig
+from minilora.config import RunConfig
 from minilora.data.sources import fingerprints
 from minilora.errors import UserError
+from minilora.evaluate.comparable import refuse_unlike, tokenizer_of
 from minilora.evaluate.metrics import figure_names
 from minilora.report.comparison import SHARE, figures_of, ranked
 from minilora.report.console import Console
@@ -146,6 +143,7 @@ def compare(
     measured = ["loss", "perplexity", *(figure_names(limits.metrics) if limits.answers else ())]
     if rank_by not in measured:
         raise UserError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")
+    refuse_unlike({variant.name: variant.config for variant in variants})
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (resume or overwrite):
         raise UserError(f"{output} is not empty; add --resume to go on, --overwrite to begin anew, or --output")
     try:
@@ -195,18 +193,10 @@ def _is_finished(config: RunConfig) -> bool:
         return False  # its process goes on with it, or says why it cannot
     now = {
         "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
-        "base_fingerprint": checkpoint.fingerprint(), "tokenizer": _tokenizer(config.model),
+        "base_fingerprint": checkpoint.fingerprint(), "tokenizer": tokenizer_of(config.model),
     }  # fmt: skip
     refuse_other_run({key: told.get(key) for key in now}, now, folder)
     return True
-
-
-def _tokenizer(config: BaseConfig) -> dict[str, Any]:
-    """What a run says of its tokenizer; nothing, if there is none to read."""
-    with suppress(UserError):
-        tokenizer = tokenizer_for(config, open_checkpoint(config.path))
-        return {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template}
-    return {}
 
 
 def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: bool = False) -> str | None:

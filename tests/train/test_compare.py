@@ -261,6 +261,15 @@ def test_what_is_not_measured_ranks_nothing_and_nothing_is_trained(make_config: 
         compare(variants(make_config(eval__metrics=("rouge",)))[2:], tmp_path / "out", print, "rougeL")
 
 
+def test_runs_that_are_measured_otherwise_are_refused_before_one_is_trained(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    two = [Variant(f"answers={n}", {}, make_config(eval__answers=n)) for n in (1, 2)]
+    with pytest.raises(UserError, match=r"answers=2 has another eval\.answers than the runs before it"):
+        compare(two, tmp_path / "out", pytest.fail)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_that_cannot_be_made_is_told_before_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file" / "x", tmp_path / "a\0b"):

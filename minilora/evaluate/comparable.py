@@ -1,0 +1,43 @@
+"""Whether runs may be ranked: their validations must be one, and looked at in one way, through one tokenizer."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from operator import attrgetter
+from typing import Any
+
+from minilora.base import tokenizer_for
+from minilora.checkpoint.files import sha256_of
+from minilora.checkpoint.open import open_checkpoint
+from minilora.config import BaseConfig, RunConfig
+from minilora.errors import UserError
+
+MEASURED_BY = (
+    "data.validation", "data.validation_share", "data.general", "data.max_seq_len", "data.too_long",
+    "eval.answers", "eval.max_new_tokens", "eval.metrics",
+)  # fmt: skip
+DRAWN_BY = ("data.train", "data.test_share", "data.split_seed")  # if data.validation_share says so
+_BASE = attrgetter("model.path", "model.tokenizer", "model.old_hf_spaces")
+
+
+def refuse_unlike(runs: Mapping[str, RunConfig]) -> None:
+    """Raise UserError for the first run that is measured otherwise than one before it. Bases may differ, if their
+    tokenizer does not; what a base that cannot be opened has is left out, since its run will fail."""
+    tokenizers = {base: tokenizer_of(config.model) for base, config in {_BASE(c): c for c in runs.values()}.items()}
+    seen = dict[str, Any]()
+    for name, config in runs.items():
+        keys = (*MEASURED_BY, *(DRAWN_BY if config.data.validation_share else ()))
+        measured = {key: attrgetter(key)(config) for key in keys} | {"model.tokenizer": tokenizers[_BASE(config)]}
+        for key, value in measured.items():
+            if value in ({}, "fail"):  # "fail" of data.too_long: then none is, or the run fails
+                continue
+            if seen.setdefault(key, value) != value:
+                unlike = f"{name} has another {key} than the runs before it, and they are measured by it"
+                raise UserError(f"{unlike}, so they cannot be ranked; give all the same --{key}")
+
+
+def tokenizer_of(config: BaseConfig) -> dict[str, Any]:
+    """What a run says of its tokenizer; nothing, if there is none to read."""
+    with suppress(UserError):
+        tokenizer = tokenizer_for(config, open_checkpoint(config.path))
+        return {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template}
+    return {}
