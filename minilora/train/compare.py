@@ -3,6 +3,7 @@
 Each run is a process of its own, so its memory and its speed are its own, and one that fails ends nothing but itself.
 """
 
+import fcntl
 import os
 import re
 import traceback
@@ -14,7 +15,7 @@ from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.provenance import read_provenance
@@ -29,7 +30,7 @@ from minilora.report.console import Console
 from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
-from minilora.train.run_folder import config_toml, refuse_both
+from minilora.train.run_folder import LOCK, config_toml, refuse_both
 from minilora.train.setup import settled
 from minilora.train.signals import StopRequest
 from minilora.train.state import refuse_other_run
@@ -135,6 +136,32 @@ def compare(
     trained where that can be known, and if `output` is taken.
     """
     refuse_both(resume, overwrite)
+    _refuse_unranked(variants, rank_by)
+    taken = output.exists() and (not output.is_dir() or {child.name for child in output.iterdir()} - {LOCK})
+    if taken and not (resume or overwrite):
+        raise UserError(f"{output} is not empty; add --resume to go on, --overwrite to begin anew, or --output")
+    rows = list[dict[str, Any]]()
+    configs = {v.name: replace(v.config, train=replace(v.config.train, output=str(output / v.name))) for v in variants}
+    with _held(output):
+        finished = {name for name, config in configs.items() if resume and _is_finished(config)}
+        for n, variant in enumerate(variants, 1):
+            config = configs[variant.name]
+            failed = None if variant.name in finished else _in_a_process(config, resume, overwrite)
+            row = {"name": variant.name, "changes": variant.changes} | (_figures(config) if failed is None else {})
+            rows.append(row | ({"failed": failed} if failed else {}))
+            say(f"{n} of {len(variants)}  {variant.name}: {failed or figures_of(row['after'])}")
+        best = _best(rows, rank_by)
+        winner = configs[best]
+        if failed := _in_a_process(winner, resume=True, overwrite=False, with_test=True):
+            raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
+        test = read_json(Path(winner.train.output) / "summary.json")["test"]
+        result = {"ranked_by": rank_by, "winner": best, "test": test, "rows": rows}
+        atomic_json(output / RESULT, result)
+    return result
+
+
+def _refuse_unranked(variants: Sequence[Variant], rank_by: str) -> None:
+    """Raise UserError if there is nothing to rank by, or another in each run."""
     if not variants[0].config.data.validation and not variants[0].config.data.validation_share:
         raise UserError(
             "runs are ranked on validation, and there is none: name data.validation or data.validation_share"
@@ -144,34 +171,32 @@ def compare(
     if rank_by not in measured:
         raise UserError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")
     refuse_unlike({variant.name: variant.config for variant in variants})
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (resume or overwrite):
-        raise UserError(f"{output} is not empty; add --resume to go on, --overwrite to begin anew, or --output")
+
+
+def _held(output: Path) -> TextIO:
+    """The folder, made, and its lock: two comparisons would mix their runs."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        lock = (output / LOCK).open("w")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"--output cannot be made: {error!s:.300}; name another") from None
-    rows = list[dict[str, Any]]()
-    configs = {v.name: replace(v.config, train=replace(v.config.train, output=str(output / v.name))) for v in variants}
-    finished = {name for name, config in configs.items() if resume and _is_finished(config)}
-    for n, variant in enumerate(variants, 1):
-        config = configs[variant.name]
-        failed = None if variant.name in finished else _in_a_process(config, resume, overwrite)
-        row = {"name": variant.name, "changes": variant.changes} | (_figures(config) if failed is None else {})
-        rows.append(row | ({"failed": failed} if failed else {}))
-        say(f"{n} of {len(variants)}  {variant.name}: {failed or figures_of(row['after'])}")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise UserError(f"{output}: another comparison writes here; wait for it, or name another --output") from error
+    return lock
+
+
+def _best(rows: Sequence[Mapping[str, Any]], rank_by: str) -> str:
+    """The name of the winner: the best of those on all of the data, if there is one."""
     done = [
         row for row in ranked({"rows": rows, "ranked_by": rank_by}) if row.get("after", {}).get(rank_by) is not None
     ]
     if not done:
         raise UserError(f"no run has a {rank_by} to rank by; the first: {rows[0].get('failed', 'it is not measured')}")
-    best = next((row for row in done if SHARE not in row["changes"]), done[0])["name"]  # of all of the data
-    winner = configs[best]
-    if failed := _in_a_process(winner, resume=True, overwrite=False, with_test=True):
-        raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
-    test = read_json(Path(winner.train.output) / "summary.json")["test"]
-    result = {"ranked_by": rank_by, "winner": best, "test": test, "rows": rows}
-    atomic_json(output / RESULT, result)
-    return result
+    best: str = next((row for row in done if SHARE not in row["changes"]), done[0])["name"]
+    return best
 
 
 def _figures(config: RunConfig) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from minilora.cli import compare as compare_verb
 from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
-from minilora.train.compare import STRATEGIES, Variant, all_variants, combinations, compare
-from minilora.train.run_folder import config_toml
+from minilora.train.compare import STRATEGIES, Variant, _held, all_variants, combinations, compare
+from minilora.train.run_folder import LOCK, config_toml
 
 
 def names(*arguments: object) -> list[str]:
@@ -275,6 +275,14 @@ def test_an_output_that_cannot_be_made_is_told_before_a_run(make_config: MakeCon
     for output in (tmp_path / "file" / "x", tmp_path / "a\0b"):
         with pytest.raises(UserError, match=r"--output cannot be made: .*; name another"):
             compare(variants(make_config()), output, pytest.fail)
+
+
+def test_a_folder_takes_one_comparison_at_a_time(make_config: MakeConfig, tmp_path: Path) -> None:
+    with _held(tmp_path / "out"):
+        for ways in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(UserError, match=r"out: another comparison writes here; .* name another --output"):
+                compare(variants(make_config()), tmp_path / "out", pytest.fail, **ways)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [LOCK]
 
 
 def test_where_every_run_fails(make_config: MakeConfig, tmp_path: Path) -> None:
