@@ -1,10 +1,13 @@
-"""SIGINT and SIGTERM ask work to stop at its next safe place, between two steps or two weights; a second one, at once.
+"""SIGINT, SIGTERM and SIGHUP, a closed terminal's, ask work to stop at its next safe place, between two steps or two
+weights; a second one, at once.
 
 Nothing is raised where the signal falls: in the midst of starting a thread or taking a lock that breaks them.
 """
 
 import signal
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -30,7 +33,8 @@ class StopRequest:
             raise Stopped(message, self.signum)
 
     def __enter__(self) -> "StopRequest":
-        self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # as under nohup
+        self._old = {s: signal.signal(s, self._on_signal) for s in heard}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,0 +1,31 @@
+"""Which signals ask work to stop."""
+
+import os
+import signal
+
+import pytest
+
+from minilora.train.signals import Stopped, StopRequest
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_remembered_and_followed_and_what_was_heard_is_put_back(signum: int) -> None:
+    before = signal.getsignal(signum)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signum)
+        assert stop.requested
+        with pytest.raises(Stopped, match="saved") as stopped:
+            stop.follow("saved")
+    assert stopped.value.exit_status == 128 + signum
+    assert signal.getsignal(signum) == before
+
+
+def test_a_closed_terminal_stops_nothing_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
