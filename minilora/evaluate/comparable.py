@@ -1,4 +1,6 @@
-"""Whether runs may be ranked: their validations must be one, and looked at in one way, through one tokenizer."""
+"""Whether runs may be ranked: their validations must be one, and looked at in one way, through one tokenizer; and
+whether a run is still what it was: made of these files.
+"""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -7,9 +9,11 @@ from typing import Any
 
 from minilora.base import tokenizer_for
 from minilora.checkpoint.files import sha256_of
-from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.config import BaseConfig, RunConfig
+from minilora.data.sources import fingerprints
 from minilora.errors import UserError
+from minilora.evaluate.metrics import figure_names
 
 MEASURED_BY = (
     "data.validation", "data.validation_share", "data.general", "data.max_seq_len", "data.too_long",
@@ -17,6 +21,22 @@ MEASURED_BY = (
 )  # fmt: skip
 DRAWN_BY = ("data.train", "data.test_share", "data.split_seed")  # if data.validation_share says so
 _BASE = attrgetter("model.path", "model.tokenizer", "model.old_hf_spaces")
+
+
+def refuse_unranked(runs: Mapping[str, RunConfig], rank_by: str) -> None:
+    """Raise UserError if there is nothing to rank these runs by, or not the same in all.
+
+    rank_by: "loss", "perplexity" or a figure of eval.metrics
+    """
+    config = next(iter(runs.values()))
+    if not config.data.validation and not config.data.validation_share:
+        raise UserError(
+            "runs are ranked on validation, and there is none: name data.validation or data.validation_share"
+        )
+    measured = ["loss", "perplexity", *(figure_names(config.eval.metrics) if config.eval.answers else ())]
+    if rank_by not in measured:
+        raise UserError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")
+    refuse_unlike(runs)
 
 
 def refuse_unlike(runs: Mapping[str, RunConfig]) -> None:
@@ -33,6 +53,15 @@ def refuse_unlike(runs: Mapping[str, RunConfig]) -> None:
             if seen.setdefault(key, value) != value:
                 unlike = f"{name} has another {key} than the runs before it, and they are measured by it"
                 raise UserError(f"{unlike}, so they cannot be ranked; give all the same --{key}")
+
+
+def made_of(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a run of these files says in its minilora.json that it is made of."""
+    return {
+        "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
+        "base_fingerprint": checkpoint.fingerprint(),
+        "tokenizer": tokenizer_of(config.model),
+    }
 
 
 def tokenizer_of(config: BaseConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from minilora.checkpoint.write import atomic_write
 from minilora.data.duplicates import groups_of_equal
+from minilora.errors import UserError
 from minilora.report.console import Console, Table, table
 from minilora.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE, legend, to_png
 
@@ -81,6 +82,20 @@ def ranked(result: Mapping[str, Any]) -> list[Row]:
         return after.get(by) is None, sign * (after.get(by) or 0.0), after.get("loss") or inf
 
     return sorted(result["rows"], key=place)
+
+
+def best_of(rows: Sequence[Row], rank_by: str) -> str:
+    """The name of the best run, of those on all of the data if there are some. Raises UserError if none was measured.
+
+    rank_by: "loss", "perplexity" or a figure of eval.metrics
+    """
+    done = [
+        row for row in ranked({"rows": rows, "ranked_by": rank_by}) if row.get("after", {}).get(rank_by) is not None
+    ]
+    if not done:
+        raise UserError(f"no run has a {rank_by} to rank by; the first: {rows[0].get('failed', 'it is not measured')}")
+    best: str = next((row for row in done if SHARE not in row["changes"]), done[0])["name"]
+    return best
 
 
 def comparison_figure(result: Mapping[str, Any]) -> bytes:

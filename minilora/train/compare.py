@@ -6,13 +6,15 @@ Each run is a process of its own, so its memory and its speed are its own, and o
 import fcntl
 import os
 import re
+import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,18 +23,16 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.write import atomic_json
 from minilora.config import RunConfig
-from minilora.data.sources import fingerprints
 from minilora.errors import UserError
-from minilora.evaluate.comparable import refuse_unlike, tokenizer_of
-from minilora.evaluate.metrics import figure_names
-from minilora.report.comparison import SHARE, figures_of, ranked
+from minilora.evaluate.comparable import made_of, refuse_unranked
+from minilora.report.comparison import SHARE, best_of, figures_of
 from minilora.report.console import Console
 from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
 from minilora.train.run_folder import LOCK, config_toml, refuse_both
 from minilora.train.setup import settled
-from minilora.train.signals import StopRequest
+from minilora.train.signals import SIGNALS, Stopped, StopRequest
 from minilora.train.state import refuse_other_run
 
 RESULT = "compare.json"
@@ -136,7 +136,7 @@ def compare(
     trained where that can be known, and if `output` is taken.
     """
     refuse_both(resume, overwrite)
-    _refuse_unranked(variants, rank_by)
+    refuse_unranked({variant.name: variant.config for variant in variants}, rank_by)
     taken = output.exists() and (not output.is_dir() or {child.name for child in output.iterdir()} - {LOCK})
     if taken and not (resume or overwrite):
         raise UserError(f"{output} is not empty; add --resume to go on, --overwrite to begin anew, or --output")
@@ -146,11 +146,14 @@ def compare(
         finished = {name for name, config in configs.items() if resume and _is_finished(config)}
         for n, variant in enumerate(variants, 1):
             config = configs[variant.name]
+            what = f"{n} of {len(variants)}  {variant.name}"
+            if variant.name not in finished:
+                say(f"{what} ...  (its steps are in {config.train.output}.log)")
             failed = None if variant.name in finished else _in_a_process(config, resume, overwrite)
             row = {"name": variant.name, "changes": variant.changes} | (_figures(config) if failed is None else {})
             rows.append(row | ({"failed": failed} if failed else {}))
-            say(f"{n} of {len(variants)}  {variant.name}: {failed or figures_of(row['after'])}")
-        best = _best(rows, rank_by)
+            say(f"{what}: {failed or figures_of(row['after'])}")
+        best = best_of(rows, rank_by)
         winner = configs[best]
         if failed := _in_a_process(winner, resume=True, overwrite=False, with_test=True):
             raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
@@ -158,19 +161,6 @@ def compare(
         result = {"ranked_by": rank_by, "winner": best, "test": test, "rows": rows}
         atomic_json(output / RESULT, result)
     return result
-
-
-def _refuse_unranked(variants: Sequence[Variant], rank_by: str) -> None:
-    """Raise UserError if there is nothing to rank by, or another in each run."""
-    if not variants[0].config.data.validation and not variants[0].config.data.validation_share:
-        raise UserError(
-            "runs are ranked on validation, and there is none: name data.validation or data.validation_share"
-        )
-    limits = variants[0].config.eval
-    measured = ["loss", "perplexity", *(figure_names(limits.metrics) if limits.answers else ())]
-    if rank_by not in measured:
-        raise UserError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")
-    refuse_unlike({variant.name: variant.config for variant in variants})
 
 
 def _held(output: Path) -> TextIO:
@@ -186,17 +176,6 @@ def _held(output: Path) -> TextIO:
         lock.close()
         raise UserError(f"{output}: another comparison writes here; wait for it, or name another --output") from error
     return lock
-
-
-def _best(rows: Sequence[Mapping[str, Any]], rank_by: str) -> str:
-    """The name of the winner: the best of those on all of the data, if there is one."""
-    done = [
-        row for row in ranked({"rows": rows, "ranked_by": rank_by}) if row.get("after", {}).get(rank_by) is not None
-    ]
-    if not done:
-        raise UserError(f"no run has a {rank_by} to rank by; the first: {rows[0].get('failed', 'it is not measured')}")
-    best: str = next((row for row in done if SHARE not in row["changes"]), done[0])["name"]
-    return best
 
 
 def _figures(config: RunConfig) -> dict[str, Any]:
@@ -216,10 +195,7 @@ def _is_finished(config: RunConfig) -> bool:
     told = read_provenance(folder / ("model" if config.train.base_learns else "adapter"))
     if not told or (folder / "config.toml").read_bytes() != config_toml(config).encode():
         return False  # its process goes on with it, or says why it cannot
-    now = {
-        "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
-        "base_fingerprint": checkpoint.fingerprint(), "tokenizer": tokenizer_of(config.model),
-    }  # fmt: skip
+    now = made_of(config, checkpoint)
     refuse_other_run({key: told.get(key) for key in now}, now, folder)
     return True
 
@@ -231,8 +207,17 @@ def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: b
     ours, theirs = context.Pipe(duplex=False)
     resume = resume and (Path(config.train.output) / "config.toml").exists()
     process = context.Process(target=_run, args=(config, resume, overwrite, with_test, theirs))
+    resource_tracker.ensure_running()  # else `start` runs it, and that lets signals through
     with StopRequest() as stop:
-        process.start()
+        # What is sent to all of us, as by a Ctrl-C, must not end the fork server, or a run that is yet to be set up.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            process.start()
+        except OSError as error:
+            lies = f"its socket lies in TMPDIR, {os.environ.get('TMPDIR', '/tmp')}: name a short one, with room"
+            raise UserError(f"the process of a run cannot be started: {error}; {lies}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         told = False
         while process.is_alive():
@@ -251,14 +236,19 @@ def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: b
 def _run(config: RunConfig, resume: bool, overwrite: bool, with_test: bool, result: Connection) -> None:
     """In the new process: "" is sent when all is well, else what is wrong."""
     os.setsid()  # a Ctrl-C goes to the parent alone, which hands it on
-    log = Path(f"{config.train.output}.log")
-    with log.open("a" if resume else "w") as file:
-        try:
+    log, said = Path(f"{config.train.output}.log"), ""
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        with log.open("a" if resume else "w") as file:
             run = fine_tune(config, ConsoleReporter(Console(file=file)), resume, overwrite, with_test)
-            write_report(run.folder.path)
-            result.send("")
-        except UserError as error:
-            result.send(str(error))
-        except Exception as error:
+        write_report(run.folder.path)
+    except (UserError, Stopped) as error:
+        said = str(error)
+    except KeyboardInterrupt:  # before its steps, or after them
+        said = "stopped"
+    except Exception as error:
+        said = f"{type(error).__name__}, see {log}"
+        with suppress(OSError), log.open("a") as file:
             traceback.print_exc(file=file)
-            result.send(f"{type(error).__name__}, see {log}")
+    with suppress(BrokenPipeError):  # nobody waits for it any more
+        result.send(said)

@@ -186,7 +186,11 @@ def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
     assert rows["fast"]["after"]["loss"] < rows["slow"]["after"]["loss"]
     assert "/nowhere.jsonl" in rows["broken"]["failed"]
     assert rows["fast"]["peak_memory_bytes"]["private"] > 0
-    assert [line.split(":")[0] for line in said] == ["1 of 3  slow", "2 of 3  fast", "3 of 3  broken"]
+    assert said[::2] == [
+        f"{n} of 3  {name} ...  (its steps are in {tmp_path}/out/{name}.log)"
+        for n, name in enumerate(("slow", "fast", "broken"), 1)
+    ]
+    assert [line.split(":")[0] for line in said[1::2]] == ["1 of 3  slow", "2 of 3  fast", "3 of 3  broken"]
     assert json.loads((tmp_path / "out/compare.json").read_text()) == json.loads(json.dumps(result))
 
     def summary(name: str) -> dict[str, object]:
@@ -291,18 +295,48 @@ def test_where_every_run_fails(make_config: MakeConfig, tmp_path: Path) -> None:
     assert not (tmp_path / "out/compare.json").exists()
 
 
-def test_a_signal_is_handed_on_and_the_comparison_goes_on_after_it(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "during"), [(signal.SIGTERM, "steps"), (signal.SIGHUP, "steps"), (signal.SIGINT, "set-up")]
+)
+def test_a_signal_to_all_processes_ends_them_in_one_line_and_the_comparison_goes_on_after_it(
+    make_config: MakeConfig, tmp_path: Path, signum: int, during: str
+) -> None:
     config = make_config(train__max_steps=100_000)
     (tmp_path / "long.toml").write_text(config_toml(config))
     command = [sys.executable, "-m", "minilora", "compare", str(tmp_path / "long.toml"), "--grid", "train.lr=1e-3,1e-2"]
+    command += ["--output", str(tmp_path / "out")]
     run = tmp_path / "out" / "lr=1e-3"
-    with subprocess.Popen([*command, "--output", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True) as process:
-        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+    begun, lines = (run / "metrics.jsonl", 3) if during == "steps" else (Path(f"{run}.log"), 0)
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while not begun.exists() or len(begun.read_text().splitlines()) < lines:
             assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGTERM)
+            time.sleep(0.01)
+        os.killpg(process.pid, signum)
         _, error = process.communicate(timeout=120)
-    assert process.returncode == 143
+    assert process.returncode == 128 + signum
+    assert len(error.splitlines()) == 1, error
     assert "go on with --resume" in error
-    assert list((run / "checkpoints").glob("step-*")), "the run saved before it stopped"
+    if during == "steps":
+        assert list((run / "checkpoints").glob("step-*")), "the run saved before it stopped"
     assert not (tmp_path / "out" / "lr=1e-2").exists()
+
+
+def test_a_folder_for_temporary_files_that_is_too_long_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(config_toml(make_config()))
+    (long := tmp_path / ("x" * 120)).mkdir()
+    command = [sys.executable, "-m", "minilora", "compare", str(tmp_path / "run.toml"), "--grid", "train.lr=1e-3"]
+    command += ["--output", str(tmp_path / "out")]
+    done = subprocess.run(command, env=os.environ | {"TMPDIR": str(long)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("minilora compare: the process of a run cannot be started: AF_UNIX path too long;")
+    assert f"TMPDIR, {long}: name a short one" in done.stderr
+
+
+def test_a_log_that_cannot_be_written_is_that_run_s_failure(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "out" / "slow.log").mkdir(parents=True)
+    one, two = variants(make_config(train__max_steps=1))[:2]
+    result = compare([one, two], tmp_path / "out", print, overwrite=True)
+    assert result["rows"][0]["failed"] == f"IsADirectoryError, see {tmp_path}/out/slow.log"
+    assert result["winner"] == "fast"
