@@ -66,7 +66,8 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
     """Print the table, the best run and its test, and draw compare.png into the folder `output`."""
     atomic_write(output / "compare.png", comparison_figure(result))
     console.print(comparison_table(result))
-    said = [f"best on validation by {result['ranked_by']}: {result['winner']}"]
+    said = ["tokens/s: the median step of a single run each, one after another; no race"]
+    said += [f"best on validation by {result['ranked_by']}: {result['winner']}"]
     said += [f"its test, opened once: {figures_of(result['test'])}"] if result["test"] else []
     for line in (*said, f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,14 +1,15 @@
 """The comparison's table and figure, of rows as compare.json holds them."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib import image
-from rich.console import Console
 
 from minilora.report import comparison
-from minilora.report.comparison import _kind, comparison_figure, comparison_table, forgetting_of, peak_of, ranked
+from minilora.report.comparison import _kind, comparison_figure, comparison_table, forgetting_of, peak_of, ranked, show
+from minilora.report.console import Console
 
 
 def row(name: str, loss: float | None, changes: dict[str, str] | None = None, **more: Any) -> dict[str, Any]:
@@ -45,6 +46,14 @@ def test_the_table_has_the_best_first_and_what_failed_last() -> None:
     assert [cell.strip() for cell in lines[0].split("│")[2:10]] == [
         "1", "0.001", "2.5", "1,234", "0.3", "0.5", "1.5", "0.25"
     ]  # fmt: skip
+
+
+def test_below_the_table_it_says_what_its_speeds_are_worth(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    show(RESULT, tmp_path, console)
+    assert isinstance(console.file, io.StringIO)
+    told = "tokens/s: the median step of a single run each, one after another; no race"
+    assert told in console.file.getvalue().splitlines()
 
 
 def test_a_share_of_right_answers_ranks_the_other_way() -> None:
