@@ -35,7 +35,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
 
     Raises UserError if the file cannot be read, and at the end of a file that has no row.
     """
-    read: Callable[[str], Iterator[tuple[str, Row]]] = READERS.get(Path(path).suffix.lower(), _read_json)
+    read: Callable[[str], Iterator[tuple[str, Row]]] = READERS.get(reader(path), _read_json)
     empty = True
     try:
         if (there := Path(path)).exists() and not (there.is_file() or there.is_dir()):  # endless, or read once only
@@ -50,6 +50,11 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path!s:.200}: cannot be read: {reason:.200}") from None
     if empty:
         raise UserError(f"{path}: the file holds no records; give it some, or name another")
+
+
+def reader(path: str | Path) -> str:
+    """The ending of its name that says how a file is read, such as ".csv"; "" of those read as .jsonl."""
+    return ending if (ending := Path(path).suffix.lower()) in READERS else ""
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[bytes, str]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from minilora.checkpoint.files import sha256_of
 from minilora.config import DataConfig, Sources
-from minilora.data.files import read_rows
+from minilora.data.files import read_rows, reader
 from minilora.data.records import Record, as_row, parse_row
 from minilora.errors import UserError
 
@@ -48,15 +48,19 @@ def _source(text: str) -> Source:
 
 
 def fingerprints(config: DataConfig, probes: str | None = None) -> dict[str, Any]:
-    """sha256 of each file, by key; of several, or weighted ones, by their number and with their weights."""
-    named = {key: sources(getattr(config, key)) for key in FILE_KEYS} | {"probes": sources(probes)}
-    return {name: _fingerprint(found) for name, found in named.items() if found}
+    """sha256 of each file, by key; of several, or weighted ones, by their number and with their weights.
+
+    The ending stands behind it where a file is read by that: under another name the same bytes are other samples.
+    """
+    named = {key: sources(getattr(config, key)) for key in FILE_KEYS}
+    found = {name: _fingerprint(files) for name, files in named.items() if files}
+    return found | ({"probes": sha256_of(probes)} if probes else {})
 
 
 def _fingerprint(found: Sequence[Source]) -> Any:
     if len(found) == 1 and found[0].weight is None:
-        return sha256_of(found[0].path)
-    each = [{"sha256": sha256_of(source.path), "weight": source.weight} for source in found]
+        return sha256_of(found[0].path) + reader(found[0].path)
+    each = [{"sha256": sha256_of(source.path) + reader(source.path), "weight": source.weight} for source in found]
     return {str(n): known for n, known in enumerate(each, 1)}
 
 

@@ -40,6 +40,17 @@ def test_fingerprints_know_each_file_and_its_weight(tmp_path: Path) -> None:
     assert several == {"1": {"sha256": digests[0], "weight": None}, "2": {"sha256": digests[1], "weight": 3.0}}
 
 
+def test_fingerprints_know_how_each_file_is_read(tmp_path: Path) -> None:
+    same = [tmp_path / name for name in ("d.jsonl", "d.json", "d.txt", "d.CSV", "e.csv")]
+    for path in same:
+        path.write_text("{}")
+    jsonl, json_, txt, upper, csv = (fingerprints(DataConfig(str(path)))["train"] for path in same)
+    assert jsonl == json_ == sha256(b"{}").hexdigest()
+    assert (txt, upper, csv) == (f"{jsonl}.txt", f"{jsonl}.csv", f"{jsonl}.csv")
+    assert fingerprints(DataConfig(f"{same[2]}:2"))["train"]["1"]["sha256"] == txt
+    assert fingerprints(DataConfig(), str(same[2])) == {"probes": jsonl}, "they are read by lines anyway"
+
+
 def test_a_source_is_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\nno\n{"text": ""}\n{"text": "b"}\n')
