@@ -72,11 +72,15 @@ def parse_row(row: Row, where: str, mend: bool = False) -> Record:
             text = _text(row, form[0])
             return TextRecord(text, where)
         messages = row[form[0]] if len(form) == 1 else _pair(row, *form)
+        if row.get("system_prompt") and row.get("system"):
+            raise UserError('it has "system_prompt" and "system"; drop one of them')
         read = _read_messages(messages, row.get("system_prompt") or row.get("system"), form == SHAREGPT, mend)
-        if row.get("only_last"):
+        if (only_last := row.get("only_last")) not in (None, False, True):
+            raise UserError(f'its "only_last" is {only_last!r}, but must be true, false or null')
+        if only_last:
             read = _only_last(read)
         if all(message.get("weight") == 0 for message in read if message["role"] == "assistant"):
-            what = "the last answer, of only_last," if row.get("only_last") else "every assistant message"
+            what = "the last answer, of only_last," if only_last else "every assistant message"
             raise UserError(f"no token to train on: {what} has the weight 0; drop the line")
         return ChatRecord(read, _read_tools(row), where)
     except UserError as error:

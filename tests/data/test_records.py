@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,20 @@ def test_only_last_trains_the_last_answer_alone() -> None:
     assert [m.get("weight") for m in parse(chat(*messages)).messages] == [None] * 4
     with pytest.raises(UserError, match="no token to train on: the last answer, of only_last, has the weight 0"):
         parse(chat(USER, ANSWER, USER, ANSWER | {"weight": 0}, only_last=True))
+    assert parse(chat(*messages, only_last=False)) == parse(chat(*messages, only_last=None)) == parse(chat(*messages))
+
+
+@pytest.mark.parametrize("value", ["false", "", "true", 2, []])
+def test_only_last_is_true_or_false(value: Any) -> None:
+    with pytest.raises(UserError, match=f'^f:1: its "only_last" is {re.escape(repr(value))}, but must be true, false'):
+        parse(chat(USER, ANSWER, USER, ANSWER, only_last=value))
+
+
+def test_of_two_system_prompts_none_is_dropped() -> None:
+    pair = {"prompt": "Hello", "response": "Hi"}
+    with pytest.raises(UserError, match=r'^f:1: it has "system_prompt" and "system"; drop one of them'):
+        said({**pair, "system": "a", "system_prompt": "b"})
+    assert said({**pair, "system": "a", "system_prompt": ""})[0] == ("system", "a")
 
 
 def said(line: dict[str, Any]) -> list[tuple[str, str]]:
