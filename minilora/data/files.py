@@ -152,7 +152,8 @@ def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows, begins = csv.DictReader(file, strict=True), 1
         try:
-            names, begins = list(rows.fieldnames or ()), rows.line_num + 1
+            names, begins = [name.strip() for name in rows.fieldnames or ()], rows.line_num + 1
+            rows.fieldnames = names
             if (twin := _twin(names)) is not None:
                 raise UserError(f"its header has {twin!r} twice; give each column its own name")
             for row in rows:

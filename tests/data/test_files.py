@@ -78,6 +78,7 @@ def test_csv(tmp_path: Path) -> None:
         ("a.csv:5", short),
         ("a.csv:7", {"prompt": "i", "response": "j"}),
     ]
+    assert rows(write(path, "prompt, response \na, b\n")) == [("a.csv:2", {"prompt": "a", "response": " b"})]
     assert rows(write(path, b"text\ncaf\xe9\n")) == [("a.csv:2", "not UTF-8; save the file as UTF-8")]
     for text, line in (('text\n"a"b\n', 2), ('text\na\n"b\nc\nd\n', 3), ('"text\na\n', 1)):
         with pytest.raises(UserError, match=rf"a\.csv: not CSV at line {line}: .*; is a quote left open\?"):
