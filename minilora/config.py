@@ -286,7 +286,7 @@ class TrainConfig:
         lr: the highest learning rate
         schedule: how the learning rate falls after the warm-up
         warmup_steps: updates in which it rises to lr
-        min_lr_ratio: the last learning rate, as a share of lr
+        min_lr_ratio: the last learning rate, as a share of lr, unless only one update follows the warm-up
         weight_decay: AdamW's pull of the matrices towards zero, as a share of lr
         beta1: AdamW's memory of the gradient
         beta2: AdamW's memory of its square

@@ -60,8 +60,9 @@ class Mix:
     """Which samples an epoch takes, where that is not each of them once.
 
     sizes: how many samples each source has; they follow one another
-    weights: of the sources. One of weight w gives the share w / sum of an epoch, which has as many samples as there
-        are; what a source gives beyond whole passes is drawn anew each epoch. None: each sample once
+    weights: of the sources. One of weight w gives the share w / sum of an epoch, a sample at least. An epoch has as
+        many samples as there are, but for rounding; what a source gives beyond whole passes is drawn anew each epoch.
+        None: each sample once
     replay: share of an epoch's tokens that the last source gives, which has no weight; 0: there is no such source
     """
 
