@@ -7,6 +7,7 @@ Temperature 0 takes the likeliest token. A batch of unlike lengths is filled fro
 positions, which attention never sees, so a prompt gets the same answer alone and in company.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -63,7 +64,8 @@ def stream(
     tokens: (B, T) int64, T >= 1; n_padding: (B,), how many tokens at the left of each row are padding
     eos_id: a row that has chosen it goes on yielding it; when every row has, the stream ends
     seed: of the draws where temperature > 0; None draws from torch's global state
-    Raises ValueError for arguments out of range.
+    Until it ends or is closed the model is in evaluation mode. Warns where the text outgrows `max_seq_len`: beyond that
+    the model was never trained. Raises ValueError for arguments out of range.
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be (B, T) with T >= 1, not {tuple(tokens.shape)}")
@@ -72,6 +74,8 @@ def stream(
             f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 1, "
             f"max_new_tokens {max_new_tokens} >= 0"
         )
+    if (stray := tokens[(tokens < 0) | (tokens >= model.config.vocab_size)]).numel():  # which a GPU would die of
+        raise ValueError(f"tokens hold the id {stray[0]}, but the model's go from 0 to {model.config.vocab_size - 1}")
     B, T = tokens.shape
     tokens = tokens.to(model.device)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
@@ -83,18 +87,22 @@ def stream(
     cache = KVCache(model.config, B, max_len, model.dtype, model.device)
     ended, following = torch.zeros(B, dtype=torch.bool, device=model.device), tokens[:, -1]
     step = Steps(model, cache, last, max_new_tokens - 1)
+    limit = model.config.max_seq_len
     try:
-        for n in range(max_new_tokens):
-            logits = step(following) if n else model.lm_head(model.hidden(tokens, positions, cache=cache)[:, -1])
-            if not n:
-                check_finite(logits)
-            following = choose(logits, temperature, top_k, top_p, generator)
-            if eos_id is not None:
-                following = following.where(~ended, eos_id)
-                ended |= following == eos_id
-            yield following
-            if eos_id is not None and bool(ended.all()):
-                return
+        with evaluating(model):
+            for n in range(max_new_tokens):
+                if T + n == max(T, limit + 1):
+                    warnings.warn(f"the text goes beyond the model's max_position_embeddings, {limit}", stacklevel=2)
+                logits = step(following) if n else model.lm_head(model.hidden(tokens, positions, cache=cache)[:, -1])
+                if not n:
+                    check_finite(logits)
+                following = choose(logits, temperature, top_k, top_p, generator)
+                if eos_id is not None:
+                    following = following.where(~ended, eos_id)
+                    ended |= following == eos_id
+                yield following
+                if eos_id is not None and bool(ended.all()):
+                    return
     finally:
         step.release()
 
@@ -122,18 +130,17 @@ def answer(
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt up to, without, eos: token ids in the prompts' order.
 
-    Prompts of like length share a batch. The model's training mode is left as it was found.
+    Prompts of like length share a batch.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            longest = len(prompts[batch[-1]])
-            n_padding = torch.tensor([longest - len(prompts[i]) for i in batch])
-            tokens = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
-            padding = n_padding if n_padding.any() else None  # without it prompts need no mask
-            steps = list(stream(model, tokens, max_new_tokens, eos_id=eos_id, n_padding=padding))
-            for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
-                answers[i] = row[: row.index(eos_id)] if eos_id in row else row
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = len(prompts[batch[-1]])
+        n_padding = torch.tensor([longest - len(prompts[i]) for i in batch])
+        tokens = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
+        padding = n_padding if n_padding.any() else None  # without it prompts need no mask
+        steps = list(stream(model, tokens, max_new_tokens, eos_id=eos_id, n_padding=padding))
+        for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
+            answers[i] = row[: row.index(eos_id)] if eos_id in row else row
     return answers

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,35 @@ def test_answer_leaves_the_mode_as_it_was(training: bool) -> None:
     model = tiny_model().train(training)
     answer(model, [[5, 6]], 2, EOS)
     assert model.training is training
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=f"id {TINY.vocab_size}, but the model's go from 0 to {TINY.vocab_size - 1}"):
         answer(model, [[TINY.vocab_size]], 2, EOS)
+    with pytest.raises(ValueError, match="tokens hold the id -1, but"):
+        generate(model, torch.tensor([[5, -1, 6]]), 2)
     assert model.training is training
+
+
+def test_nothing_is_dropped_out_of_a_model_that_trains() -> None:
+    model = add_lora(tiny_model(), LoraConfig(dropout=0.5))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_B, std=0.3, generator=torch.Generator().manual_seed(0))
+    still = generate(model.eval(), prompt(5), 20)
+    assert generate(model.train(), prompt(5), 20).equal(still)
+    assert model.training, "as it was found"
+    steps = stream(model, prompt(5), 20)
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert model.training
+
+
+@pytest.mark.parametrize(("length", "new", "beyond"), [(5, 8, False), (5, 9, True), (13, 1, True)])
+def test_a_text_beyond_the_models_positions_is_told(length: int, new: int, beyond: bool) -> None:
+    model = tiny_model(config=dataclasses.replace(TINY, max_seq_len=12))
+    with pytest.warns(UserWarning, match="max_position_embeddings, 12") if beyond else nullcontext() as told:
+        generate(model, prompt(length), new)
+    assert not told or len(told) == 1
+    if beyond:
+        generate(tiny_model(), prompt(length), new)
 
 
 def test_eos_ends_a_row_and_the_last_one_the_stream(model: Mistral) -> None:
