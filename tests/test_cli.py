@@ -582,6 +582,8 @@ def test_data_check_alone(run: Run, chats: Path, tmp_path: Path) -> None:
     assert re.search(r"steps +1 to an epoch, .* train\.epochs 1 comes to 1 steps", out)
     _, out_of_steps, _ = run("data", "check", chats, "--train.max_steps", 5)
     assert "train.max_steps 5 comes to 5 epochs" in out_of_steps
+    assert "warning: warm-up takes 10 steps, the run has 5: train.lr is never reached" in out_of_steps
+    assert "warm-up" not in run("data", "check", chats, "--train.warmup_steps", 1)[1]
     assert "⟦trained on⟧, only seen" in out
     assert "<s>[INST]name 0[/INST]⟦it 0⟧⟦</s>⟧" in out
     assert "name 1[" not in out

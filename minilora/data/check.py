@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
@@ -79,10 +80,13 @@ class Data:
             yield f"warning: {len(group):,} x {first.kind}, the first: {first.text}"
 
 
-def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: bool = False) -> Data:
+def load_data(
+    config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: bool = False, max_positions: float = inf
+) -> Data:
     """Read, split and encode what the configuration names, and look for faults; they are not raised but collected.
 
     mend: of damaged conversations keep what can be kept (see `parse_row`)
+    max_positions: how long a sample the model knows
 
     Raises UserError for a file that cannot be read, and for a weight that would be ignored.
     """
@@ -117,6 +121,11 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: b
         data.mix = Mix(tuple(sizes), shares, config.replay)
     data.findings += [Finding("empty", text) for text in _empty_parts(data, config, sizes)]
     data.findings += _duplicates(data)
+    longest = max((s for found in data.samples.values() for s in found), key=lambda s: s.length, default=None)
+    if longest and longest.length > max_positions:
+        beyond = f"{longest.length:,} positions, but the model's max_position_embeddings is {max_positions:,}"
+        text = f"{longest.where}: the longest sample takes {beyond}: it knows none beyond; lower data.max_seq_len"
+        data.findings.append(Finding("long sample", text, False))
     return data
 
 
@@ -226,8 +235,8 @@ def mended(data: Data) -> tuple[str, Counter[str]]:
     return as_jsonl(kept), Counter(wrong.values()) + Counter(duplicate=len(copies))
 
 
-def figures(data: Data, max_seq_len: int) -> list[tuple[str, str]]:
-    """What the samples come to, each a name and a text; lengths are positions in a row."""
+def figures(data: Data, max_seq_len: int, seed: int = 0) -> list[tuple[str, str]]:
+    """What the samples come to, each a name and a text; lengths are positions in a row. seed: of the epoch's order"""
     rows, lengths = [], [sample.length for sample in data.learnt]
     for part, samples in ((part, samples) for part, samples in data.samples.items() if samples):
         n_tokens, n_targets = sum(s.length for s in samples), sum(s.n_targets for s in samples)
@@ -237,7 +246,7 @@ def figures(data: Data, max_seq_len: int) -> list[tuple[str, str]]:
     shares = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
     quantiles = (f"{name} {np.percentile(lengths, at, method='higher'):,}" for name, at in shares.items())
     kinds = Counter(finding.kind for finding in data.findings)
-    packed = epoch_rows(lengths, max_seq_len, seed=0, epoch=0, mix=data.mix)
+    packed = epoch_rows(lengths, max_seq_len, seed, epoch=0, mix=data.mix)
     filled = sum(lengths[i] for row in packed for i in row) / (len(packed) * max_seq_len)
     return [
         *rows,

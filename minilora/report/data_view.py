@@ -50,7 +50,7 @@ def show_data(data: Data, figures: Sequence[tuple[str, str]], n: int, console: C
 
 def _lines(data: Data, figures: Sequence[tuple[str, str]], n: int) -> Iterator[Line]:
     for key, found in (("fault", data.faults), ("warning", [f for f in data.findings if not f.fault])):
-        yield from ([(finding.text, key)] for finding in found[:LISTED])
+        yield from ([(f"{key}: {finding.text}", key)] for finding in found[:LISTED])
         if found[LISTED:]:
             yield [(f"... and {len(found) - LISTED:,} more", key)]
     yield [(f"{len(data.faults):,} faults", "fault" if data.faults else "good")]

@@ -16,12 +16,13 @@ from minilora.base import tokenizer_for
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.write import atomic_write
 from minilora.config import DataConfig, ModelConfig, RunConfig
-from minilora.data.check import Data, figures, load_data, mended
+from minilora.data.check import Data, Finding, figures, load_data, mended
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
 from minilora.evaluate.forgetting import read_probes
 from minilora.memory import as_text, free_bytes
 from minilora.train.ledger import ledger_of
+from minilora.train.schedule import too_short
 from minilora.train.setup import steps_of_run
 
 MEASURED_S = 0.3
@@ -37,16 +38,20 @@ def check_data(config: RunConfig) -> tuple[Data, list[tuple[str, str]]]:
     data = _load(config, config.data)
     if not data.samples["train"] or (data.mix and 0 in data.mix.sizes):
         return data, []
-    sizes = open_checkpoint(config.model.path).config
-    return data, [*figures(data, config.data.max_seq_len), *_costs(config, sizes, data)]
+    sizes, lengths = open_checkpoint(config.model.path).config, [sample.length for sample in data.learnt]
+    n_steps = steps_of_run(lengths, config, data.mix)
+    if warning := too_short(n_steps, config.train):
+        data.findings.append(Finding("warm-up", warning, False))
+    return data, [*figures(data, config.data.max_seq_len, config.train.seed), *_costs(config, sizes, data, n_steps)]
 
 
 def _load(config: RunConfig, data: DataConfig, mend: bool = False) -> Data:
     checkpoint = open_checkpoint(config.model.path)
-    return load_data(data, tokenizer_for(config.model, checkpoint), checkpoint.config.vocab_size, mend)
+    tokenizer, sizes = tokenizer_for(config.model, checkpoint), checkpoint.config
+    return load_data(data, tokenizer, sizes.vocab_size, mend, sizes.max_seq_len)
 
 
-def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str, str]]:
+def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> list[tuple[str, str]]:
     """Steps, time and memory of an epoch on this machine."""
     train, length, device = config.train, config.data.max_seq_len, pick_device(config.model.device)
     lengths = [sample.length for sample in data.learnt]
@@ -60,7 +65,7 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data) -> list[tuple[str,
     least = f"{seconds / 60:,.2g} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
     measured = f"products alone, at the {speed / 1e9:,.0f} GFLOP/s of a product measured here"
     an_epoch = n_rows / per_step
-    run = f"train.epochs {train.epochs:g} comes to {steps_of_run(lengths, config, data.mix):,} steps"
+    run = f"train.epochs {train.epochs:g} comes to {n_steps:,} steps"
     if train.max_steps is not None:
         run = f"train.max_steps {train.max_steps:,} comes to {train.max_steps / an_epoch:.3g} epochs"
     return [

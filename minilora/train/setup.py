@@ -32,6 +32,7 @@ from minilora.tokenizer import Tokenizer
 from minilora.train.graph import StepGraphs
 from minilora.train.ledger import ledger_of
 from minilora.train.run_folder import RunFolder
+from minilora.train.schedule import too_short
 from minilora.train.state import RunState
 from minilora.train.step import Backward, LossScale, backward_of
 from minilora.train.strategies import apply_strategy, trainable
@@ -90,7 +91,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if not config.data.train:
         raise UserError("data.train is empty; name a file of messages or text")
     probes = read_probes(config.eval.probes, tokenizer) if config.eval.samples else []
-    data = load_data(config.data, tokenizer, checkpoint.config.vocab_size)
+    sizes = checkpoint.config
+    data = load_data(config.data, tokenizer, sizes.vocab_size, max_positions=sizes.max_seq_len)
     data.refuse_faults()
     if config.eval.patience and not data.samples["validation"]:
         without = "none; name data.validation or data.validation_share, or leave it out"
@@ -160,9 +162,8 @@ def _n_steps(config: RunConfig, data: Data, model: Mistral, sampler: RowSampler,
         f"{model.config.n_parameters:,}; {len(lengths):,} samples in {len(sampler.rows):,} rows of "
         f"{config.data.max_seq_len}, {n_steps:,} steps of {n_rows} rows"
     )
-    if n_steps < train.warmup_steps:
-        told_of = f"warning: warm-up takes {train.warmup_steps} steps, the run has {n_steps}"
-        reporter.say(f"{told_of}: train.lr is never reached; lower train.warmup_steps, or train longer")
+    if warning := too_short(n_steps, train):
+        reporter.say(f"warning: {warning}")
     return n_steps
 
 

@@ -16,6 +16,7 @@ from minilora.config import DataConfig
 from minilora.data import check
 from minilora.data.check import Data, figures, histogram, load_data, mended, spans
 from minilora.data.encode import Sample, encode_records
+from minilora.data.pack import epoch_rows
 from minilora.data.records import ChatRecord, TextRecord
 from minilora.data.sources import FILE_KEYS
 from minilora.errors import UserError
@@ -284,6 +285,28 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert found["packing"] == f"1 rows of 60 in an epoch, {sum(lengths) / 60:.1%} of the slots are tokens"
     assert histogram([1, 1, 5, 10], 5) == [(2, 2), (4, 0), (6, 1), (8, 0), (10, 1)]
     assert histogram([3]) == [(1, 0), (2, 0), (3, 1)]
+
+
+def test_an_epoch_is_packed_by_its_seed(tmp_path: Path) -> None:
+    rows = [chat("ab" * (n % 19 + 1), "c") for n in range(40)]
+    more = write_jsonl(tmp_path / "more.jsonl", [chat("x" * 40, f"{n}") for n in range(9)])
+    data = load(tmp_path, rows, train=(f"{tmp_path}/train.jsonl:1", f"{more}:1"))
+    lengths = [sample.length for sample in data.learnt]
+    packed = [len(epoch_rows(lengths, 60, seed, epoch=0, mix=data.mix)) for seed in range(8)]
+    assert len(set(packed)) > 1
+    said = [dict(figures(data, 60, seed))["packing"] for seed in range(8)]
+    assert [int(text.partition(" ")[0]) for text in said] == packed
+
+
+def test_a_sample_beyond_the_models_positions_is_told_once(tmp_path: Path) -> None:
+    load(tmp_path, [chat("a", "b"), chat("a", "b c " * 9), chat("d", "e " * 12)])
+    config, longest = DataConfig(f"{tmp_path}/train.jsonl", max_seq_len=60), 0
+    for known in (60, 10):
+        data = load_data(config, tokenizer(), tokenizer().vocab_size, max_positions=known)
+        longest = max(sample.length for sample in data.learnt)
+        warned = [f"warning: 1 x long sample, the first: {tmp_path}/train.jsonl:2: the longest sample takes {longest}"]
+        assert [line.partition(" positions")[0] for line in data.warnings()] == (warned if known < longest else [])
+    assert 10 < longest < 60
 
 
 @pytest.mark.parametrize("name", [V1, V3])

@@ -37,6 +37,7 @@ def test_terminal_and_page_agree(tmp_path: Path) -> None:
     assert inside is not None
     assert unescape(re.sub(r"<[^>]*>", "", inside[1])) == re.sub("[⟦⟧]", "", terminal)
     assert "[INST]emit[/INST]⟦it⟧⟦</s>⟧" in terminal, "without colours, signs say what is trained on"
+    assert f"fault: {tmp_path}/t.jsonl:4: no " in terminal
     assert "<b>" not in page
     assert "<script" not in page
     assert "http" not in page
