@@ -1,6 +1,6 @@
 """The data of a run as `minilora data check` sees them: what is wrong, what they come to, what an epoch of them costs.
 
-    seconds of an epoch ~ tokens in its rows * 4 * (weights but the embedding) / FLOP/s       (6 where all learn)
+    seconds of an epoch ~ FLOP of its products (`work`) / FLOP/s
 
 The FLOP/s are those of one product of this machine, of the model's own shape, measured for a moment. Decoding, norms,
 attention and the optimizer come on top, so a run takes longer.
@@ -20,10 +20,11 @@ from minilora.data.check import Data, Finding, figures, load_data, mended
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
 from minilora.evaluate.forgetting import read_probes
-from minilora.memory import as_text, free_bytes
+from minilora.memory import Learned, as_text, free_bytes
 from minilora.train.ledger import ledger_of
 from minilora.train.schedule import too_short
 from minilora.train.setup import steps_of_run
+from minilora.train.strategies import learned_names
 
 MEASURED_S = 0.3
 
@@ -59,9 +60,10 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> l
     probes = read_probes(config.eval.probes, data.tokenizer) if config.eval.samples else []
     needed = sum(ledger_of(config, sizes, device, data, probes, sampler).fitted().predict().values())
     n_rows, per_step = len(sampler.rows), train.batch_size * train.accumulate
-    weights = sizes.n_parameters - (0 if sizes.tied_embeddings else sizes.vocab_size * sizes.dim)
     speed = _flop_per_s(sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0])
-    seconds = (6 if train.strategy == "full" else 4) * weights * n_rows * length / speed
+    targets = sum(data.learnt[i].n_targets for row in sampler.rows for i in row)
+    flop = work(sizes, _learned(config, sizes), n_rows * length, targets if device.type == "cpu" else n_rows * length)
+    seconds = flop / speed
     least = f"{seconds / 60:,.2g} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
     measured = f"products alone, at the {speed / 1e9:,.0f} GFLOP/s of a product measured here"
     an_epoch = n_rows / per_step
@@ -73,6 +75,29 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> l
         ("time", f"an epoch takes more than {least} on this {device.type}: {measured}"),
         ("memory", f"{as_text(needed)} predicted at a step's peak, {as_text(free_bytes(device))} free"),
     ]
+
+
+def _learned(config: RunConfig, sizes: ModelConfig) -> Learned | None:
+    if config.train.strategy == "prefix":
+        return None
+    base_learns = config.train.base_learns
+    return Learned.of(sizes, learned_names(sizes, config.train)) if base_learns else Learned.of_lora(sizes, config.lora)
+
+
+def work(sizes: ModelConfig, learned: Learned | None, tokens: int, predicted: int) -> int:
+    """FLOP of the products with weights, at least: 2 a weight and token forward, 2 back through the blocks above the
+    lowest that learns, 2 for what learns.
+
+    predicted: tokens that the head multiplies; learned: None for a prefix, which is below all blocks
+    """
+    head, n = sizes.vocab_size * sizes.dim, sizes.n_layers
+    block = (sizes.n_parameters - head * (1 if sizes.tied_embeddings else 2)) // n
+    if learned is None:
+        return 4 * (block * n * tokens + head * predicted)
+    above = n if learned.embedding else max(0, len(learned.reached) - 1)
+    blocks = block * (n + above) + sum(learned.blocks)
+    heads = head * (1 + bool(learned.reached or learned.norm)) + learned.head
+    return 2 * (blocks * tokens + heads * predicted)
 
 
 def _flop_per_s(sizes: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
