@@ -7,7 +7,7 @@ Nothing here imports torch, so the command line can print help and check a file 
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import inf
@@ -41,6 +41,11 @@ def _each(config: Any, section: str, names: str, ok: Callable[[Any], bool], must
         _check(ok(value), f"{section}{name} is {value!r}, but must {must}")
 
 
+def _counts(config: Any, section: str, names: str, least: int = 1) -> None:
+    must = f"be a whole number from {least:,} to 2^31 - 1"
+    _each(config, section, names, lambda n: type(n) is int and least <= n < 2**31, must)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The sizes of a Mistral decoder, named as in `params.json`.
@@ -64,7 +69,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = "dim n_layers head_dim hidden_dim n_heads n_kv_heads vocab_size max_seq_len"
-        _each(self, "", sizes, lambda n: type(n) is int and 0 < n < 2**31, "be a whole number from 1 to 2^31 - 1")
+        _counts(self, "", sizes)
         is_positive = "be a positive finite number"
         _each(self, "", "norm_eps rope_theta", lambda x: type(x) in (int, float) and 0 < x < inf, is_positive)
         for window in self.windows:
@@ -151,20 +156,32 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        names, table = (Collection, "hold names"), (dict, "be a table of names")
+        keys = {"targets": names, "modules_to_save": names, "rank_pattern": table, "alpha_pattern": table}
+        for key, (held, must) in keys.items():
+            value = getattr(self, key)
+            named = isinstance(value, held) and all(isinstance(name, str) for name in value)
+            _check(named, f"lora.{key} is {value!r}, but must {must}")
+            fits = isinstance(value, str) or (len(value) <= MAX_NAMES and sum(map(len, value)) <= 100 * MAX_NAMES)
+            _check(fits, f"lora.{key} holds more than {MAX_NAMES} names, or far too long ones")
         targets, saved = (getattr(self, key) for key in ("targets", "modules_to_save"))
         object.__setattr__(self, "targets", targets if isinstance(targets, str) else tuple(targets))
         object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
-        for key in ("targets", "modules_to_save", "rank_pattern", "alpha_pattern"):
-            value = getattr(self, key)
-            fits = isinstance(value, str) or (len(value) <= MAX_NAMES and sum(map(len, value)) <= 100 * MAX_NAMES)
-            _check(fits, f"lora.{key} holds more than {MAX_NAMES} names, or far too long ones")
-        for key, limit, top in (("rank", 2**31, "2^31"), ("alpha", 1e30, "1e30")):
+        whole, number = (int,), (int, float)
+        for key, kinds, limit, top in (("rank", whole, 2**31, "2^31, and whole"), ("alpha", number, 1e30, "1e30")):
             ways = 0
             for pattern, value in {"": getattr(self, key), **getattr(self, f"{key}_pattern")}.items():
                 name = f"lora.{key}_pattern {pattern}" if pattern else f"lora.{key}"
-                _check(0 < value < limit, f"{name} is {value}, but must be above 0 and below {top}")
+                fits = type(value) in kinds and 0 < value < limit
+                _check(fits, f"{name} is {value!r}, but must be above 0 and below {top}")
                 ways = check_pattern(rf".*\.({pattern})", f"lora.{key}_pattern", ways)
-        _each(self, "lora.", "dropout", lambda share: 0 <= share < 1, "be at least 0 and below 1")
+        _each(
+            self,
+            "lora.",
+            "dropout",
+            lambda share: type(share) in number and 0 <= share < 1,
+            "be at least 0 and below 1",
+        )
         _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
         if isinstance(self.targets, str):
             check_pattern(self.targets, "lora.targets")
@@ -201,6 +218,9 @@ class PrefixConfig:
     """
 
     n_tokens: int
+
+    def __post_init__(self) -> None:
+        _counts(self, "prefix.", "n_tokens")
 
 
 @dataclass(frozen=True)
@@ -336,14 +356,15 @@ class TrainConfig:
         is_known = re.fullmatch("none|all|top:0*[1-9][0-9]{0,8}", self.reinit) is not None
         _check(is_known, f'train.reinit is {self.reinit!r}, but must be "none", "all", or "top:N" with N above 0')
         each = partial(_each, self, "train.")
-        each("batch_size accumulate checkpoint_every keep_checkpoints", lambda n: n > 0, "be above 0")
-        each("max_bad_steps prefix_tokens", lambda n: n > 0, "be above 0")
-        each("max_steps layers", lambda n: n is None or n > 0, "be above 0")
+        given = " ".join(name for name in ("max_steps", "layers") if getattr(self, name) is not None)
+        counts = "batch_size accumulate checkpoint_every keep_checkpoints max_bad_steps prefix_tokens"
+        _counts(self, "train.", f"{counts} {given}")
+        _counts(self, "train.", "warmup_steps", 0)
         each("lora_plus_ratio", lambda ratio: 1 <= ratio <= 1e4, "be from 1 to 10,000")
         each("neftune_alpha", lambda alpha: 0 <= alpha <= 1e4, "be from 0 to 10,000")
         each("epochs lr", lambda x: 0 < x <= 1e4, "be above 0 and at most 10,000")
         each("min_lr_ratio", lambda share: 0 <= share <= 1, "be from 0 to 1")
-        each("warmup_steps weight_decay", lambda x: 0 <= x < inf, "not be negative")
+        each("weight_decay", lambda x: 0 <= x < inf, "not be negative")
         each("clip_norm", lambda norm: norm >= 0, "not be negative")
         each("seed", lambda seed: 0 <= seed < 2**63, "be from 0 to 2^63 - 1")
         each("beta1 beta2", lambda beta: 0 <= beta < 1, "be at least 0 and below 1")
@@ -390,8 +411,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for metric in self.metrics:
             _check(metric in METRICS, f"eval.metrics names {metric!r}; there are {', '.join(METRICS)}")
-        _each(self, "eval.", "every batch_size max_new_tokens general_tokens", lambda n: n > 0, "be above 0")
-        _each(self, "eval.", "patience answers samples", lambda n: n >= 0, "not be negative")
+        _counts(self, "eval.", "every batch_size max_new_tokens general_tokens")
+        _counts(self, "eval.", "patience answers samples", 0)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from minilora.config import (
     EvalConfig,
     LoraConfig,
     ModelConfig,
+    PrefixConfig,
     RunConfig,
     TrainConfig,
     to_dict,
@@ -37,28 +38,31 @@ MODEL: list[tuple[str, Any]] = [
     ("head_dim", 127),
 ]  # fmt: skip
 SECTIONS: list[tuple[type, str, Any]] = [
-    *((LoraConfig, "rank", value) for value in (0, -4)),
-    *((LoraConfig, "alpha", value) for value in (0.0, -1.0, nan, inf)),
-    *((LoraConfig, "dropout", value) for value in (-0.1, 1.0, 2.0, nan)),
+    *((LoraConfig, "rank", value) for value in (0, -4, 2**31, 2.5, "4", True, None)),
+    *((LoraConfig, "alpha", value) for value in (0.0, -1.0, nan, inf, "32", None)),
+    *((LoraConfig, "dropout", value) for value in (-0.1, 1.0, 2.0, nan, "0.1")),
+    *((LoraConfig, name, value) for name in ("targets", "modules_to_save") for value in (None, 3, (1, 2))),
+    *((LoraConfig, name, value) for name in ("rank_pattern", "alpha_pattern") for value in (None, "q_proj", {1: 8})),
+    *((PrefixConfig, "n_tokens", value) for value in (0, -1, 2.5, "8", 2**31)),
     (LoraConfig, "targets", ()),
     *((TrainConfig, "reinit", value) for value in ("top:x", "top:0", "top:-1", "top:", "top", "all:1", "", "top:²")),
-    *((TrainConfig, "layers", value) for value in (0, -1)),
-    *((TrainConfig, "prefix_tokens", value) for value in (0, -1)),
     *((TrainConfig, "lora_plus_ratio", value) for value in (0.0, 0.5, -1.0, nan, inf)),
     *((TrainConfig, "neftune_alpha", value) for value in (-1.0, nan, inf)),
     *((DataConfig, "max_seq_len", value) for value in (1, 0, -8)),
     *((TrainConfig, name, value) for name in ("batch_size", "accumulate", "checkpoint_every", "keep_checkpoints",
-                                              "max_bad_steps", "max_steps") for value in (0, -1)),
+                                              "max_bad_steps", "max_steps", "layers", "prefix_tokens")
+      for value in (0, -1, 2**31, 2.5)),
     *((TrainConfig, name, value) for name in ("epochs", "lr") for value in (0.0, -1.0, nan, inf)),
-    (TrainConfig, "warmup_steps", -1),
+    *((TrainConfig, "warmup_steps", value) for value in (-1, 10**400, 2.5)),
     *((TrainConfig, "min_lr_ratio", value) for value in (-0.1, 1.1, nan)),
     *((TrainConfig, "weight_decay", value) for value in (-0.1, nan, inf)),
     *((TrainConfig, "clip_norm", value) for value in (-1.0, nan)),
     *((TrainConfig, name, value) for name in ("beta1", "beta2") for value in (-0.1, 1.0, nan)),
-    *((EvalConfig, name, value) for name in ("every", "batch_size", "max_new_tokens") for value in (0, -1)),
-    *((EvalConfig, name, -1) for name in ("patience", "samples")),
+    *((EvalConfig, name, value) for name in ("every", "batch_size", "max_new_tokens", "general_tokens")
+      for value in (0, -1, 2**31)),
+    *((EvalConfig, name, value) for name in ("patience", "samples", "answers") for value in (-1, 10**20)),
 ]  # fmt: skip
-SECTION_OF = {LoraConfig: "lora", DataConfig: "data", TrainConfig: "train", EvalConfig: "eval"}
+SECTION_OF = {LoraConfig: "lora", PrefixConfig: "prefix", DataConfig: "data", TrainConfig: "train", EvalConfig: "eval"}
 
 
 @pytest.mark.parametrize(("name", "value"), MODEL)
@@ -71,6 +75,11 @@ def test_a_bad_size_is_refused_by_name(name: str, value: Any) -> None:
 def test_a_bad_setting_is_refused_by_its_key(section: type, name: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"^{SECTION_OF[section]}\.{name} is "):
         section(**{name: value})
+
+
+def test_the_rank_of_a_layer_is_whole() -> None:
+    with pytest.raises(UserError, match=r"^lora.rank_pattern q_proj is '8', but must be .* and whole$"):
+        LoraConfig(rank_pattern={"q_proj": "8"})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(("strategy", "quantize"), [("qlora", "none"), ("full", "nf4"), ("partial", "nf4")])
