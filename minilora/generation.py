@@ -19,6 +19,10 @@ from minilora.kv_cache import KVCache
 from minilora.model import Mistral, evaluating
 
 
+class NotFiniteError(UserError):
+    """Logits are not finite."""
+
+
 def choose(
     logits: Tensor,
     temperature: float = 0.0,
@@ -41,9 +45,9 @@ def choose(
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise UserError where some are not, which the likeliest would not show."""
+    """Raise NotFiniteError where some are not, which the likeliest would not show."""
     if not bool(logits.isfinite().all()):
-        raise UserError("the model's logits are not finite: its weights, or its adapter's, are damaged")
+        raise NotFiniteError("the model's logits are not finite: its weights, or its adapter's, are damaged")
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from minilora.evaluate.advice import advise
 from minilora.evaluate.answers import Answer
 from minilora.evaluate.measure import asked, measure
 from minilora.evaluate.perplexity import mean_loss, perplexity
+from minilora.generation import NotFiniteError
 from minilora.lora import adapters_off
 from minilora.train.graph import StepGraphs
 from minilora.train.looks import TRAIN, looks, note_look
@@ -51,7 +52,11 @@ def fine_tune(
         go_on_or_begin(run, resume)
         begun_at = run.state.counters.step
         run_steps(run)
-        finish(run, with_test, anew=run.state.counters.step > begun_at)
+        try:
+            finish(run, with_test, anew=run.state.counters.step > begun_at)
+        except NotFiniteError:  # as they were before training
+            diverged = "training diverged: the trained model's logits are not finite"
+            raise UserError(f"{folder.path}: {diverged}; lower train.lr or train.weight_decay") from None
         return run
     except RuntimeError as error:
         if not is_out_of_memory(error):

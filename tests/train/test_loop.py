@@ -429,6 +429,12 @@ def test_float16_overflows_do_not_count_until_the_scale_is_at_its_least(
     assert run.state.loss_scale.scale == 2.0**8
 
 
+def test_a_run_that_blew_up_says_so(make_config: MakeConfig, quiet: Quiet) -> None:
+    config = make_config(train__weight_decay=1e30, data__validation=None)
+    with pytest.raises(UserError, match=r"run: training diverged: .*; lower train.lr or train.weight_decay$"):
+        fine_tune(config, quiet)
+
+
 @pytest.mark.parametrize(
     ("error", "becomes"),
     [
