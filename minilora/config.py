@@ -167,21 +167,15 @@ class LoraConfig:
         targets, saved = (getattr(self, key) for key in ("targets", "modules_to_save"))
         object.__setattr__(self, "targets", targets if isinstance(targets, str) else tuple(targets))
         object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
-        whole, number = (int,), (int, float)
-        for key, kinds, limit, top in (("rank", whole, 2**31, "2^31, and whole"), ("alpha", number, 1e30, "1e30")):
+        ranges = ("rank", (int,), 2**31, "2^31, and whole"), ("alpha", (int, float), 1e30, "1e30")
+        for key, kinds, limit, top in ranges:
             ways = 0
             for pattern, value in {"": getattr(self, key), **getattr(self, f"{key}_pattern")}.items():
                 name = f"lora.{key}_pattern {pattern}" if pattern else f"lora.{key}"
                 fits = type(value) in kinds and 0 < value < limit
                 _check(fits, f"{name} is {value!r}, but must be above 0 and below {top}")
                 ways = check_pattern(rf".*\.({pattern})", f"lora.{key}_pattern", ways)
-        _each(
-            self,
-            "lora.",
-            "dropout",
-            lambda share: type(share) in number and 0 <= share < 1,
-            "be at least 0 and below 1",
-        )
+        _each(self, "lora.", "dropout", lambda share: 0 <= share < 1, "be at least 0 and below 1")
         _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
         if isinstance(self.targets, str):
             check_pattern(self.targets, "lora.targets")
