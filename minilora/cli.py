@@ -1,12 +1,13 @@
 """The command line: `minilora VERB`. Thin: each verb is told what to do, has it done, and prints what comes of it.
 
-Exit status: 0 done, 1 failed with one line that says what to mend, 2 wrong usage, 130 or 143 stopped by a signal.
+Exit status: 0 done, 1 failed with one line that says what to mend, 2 wrong usage, 129, 130 or 143 stopped by a signal.
 Heavy modules are imported inside the verbs, so that help and usage errors come at once.
 """
 
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,7 +63,9 @@ def exit_status(name: str, work: Callable[[], object]) -> int:
     from minilora.train.signals import Stopped
 
     try:
-        work()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _warn([str(message)])  # without the line of code that warns
+            work()
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -177,8 +180,8 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 
 
-def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings:
+def _warn(said: Sequence[str]) -> None:
+    for warning in said:
         print(f"warning: {warning}", file=sys.stderr)
 
 

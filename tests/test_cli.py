@@ -366,6 +366,16 @@ def test_generate_answers(run: Run, finished: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_text_that_outgrows_the_model_is_one_line(run: Run, tiny_base: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "short"))
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    status, _, err = run("generate", "a in b", "--model.path", base, "--max_new_tokens", 2)
+    assert (status, err.count("\n")) == (0, 3), err
+    assert err.endswith("warning: the text goes beyond the model's max_position_embeddings, 4\n")
+
+
 def test_generate_prints_each_character_whole(run: Run, finished: Path) -> None:
     """Hot draws from the demo's pieces, most of them bytes: also what no character comes of is printed, once."""
     found = Base.find(BaseConfig(path=UNNAMED), str(finished / "adapter"))

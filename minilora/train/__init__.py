@@ -15,6 +15,6 @@ state.py        all that a run needs to go on, saved and loaded in one place
 run_folder.py   the files of a run, and who may write them
 looks.py        the test file: opened once, and later looks written down
 tensorboard.py  the figures of each step for TensorBoard
-signals.py      SIGINT and SIGTERM, followed between two steps or two weights
+signals.py      SIGINT, SIGTERM and SIGHUP, followed between two steps or two weights
 progress.py     what is shown while it runs
 """
