@@ -44,13 +44,13 @@ OF_EXTRAS = {  # imported where they are used
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
 }
 MAX_LINES = 10_400
-# What the README calls what trains, "some 3,700 lines".
+# What the README calls what trains, "some 3,800 lines".
 READING_PATH = {
     *("config", "nf4", "backend", "dispatch", "compiled", "scratch", "paging", "kv_cache"),
     *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
     *("model", "projections", "fused", "train"),
 }
-MAX_PATH_LINES = 3_750
+MAX_PATH_LINES = 3_850
 
 
 def modules() -> dict[str, Path]:
