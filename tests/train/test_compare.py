@@ -301,20 +301,28 @@ def test_where_every_run_fails(make_config: MakeConfig, tmp_path: Path) -> None:
 def test_a_signal_to_all_processes_ends_them_in_one_line_and_the_comparison_goes_on_after_it(
     make_config: MakeConfig, tmp_path: Path, signum: int, during: str
 ) -> None:
-    config = make_config(train__max_steps=100_000)
+    config = make_config(train__max_steps=10_000)
     (tmp_path / "long.toml").write_text(config_toml(config))
     command = [sys.executable, "-m", "minilora", "compare", str(tmp_path / "long.toml"), "--grid", "train.lr=1e-3,1e-2"]
     command += ["--output", str(tmp_path / "out")]
     run = tmp_path / "out" / "lr=1e-3"
     begun, lines = (run / "metrics.jsonl", 3) if during == "steps" else (Path(f"{run}.log"), 0)
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        while not begun.exists() or len(begun.read_text().splitlines()) < lines:
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.01)
-        os.killpg(process.pid, signum)
-        _, error = process.communicate(timeout=120)
+    old = signal.signal(signum, signal.SIG_DFL)  # whatever the tests were started with, such as nohup's
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signum, old)
+    with process:
+        try:
+            while not begun.exists() or len(begun.read_text().splitlines()) < lines:
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                time.sleep(0.01)
+            os.killpg(process.pid, signum)
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signum
     assert len(error.splitlines()) == 1, error
     assert "go on with --resume" in error

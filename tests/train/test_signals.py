@@ -10,14 +10,17 @@ from minilora.train.signals import Stopped, StopRequest
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_remembered_and_followed_and_what_was_heard_is_put_back(signum: int) -> None:
-    before = signal.getsignal(signum)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signum)
-        assert stop.requested
-        with pytest.raises(Stopped, match="saved") as stopped:
-            stop.follow("saved")
-    assert stopped.value.exit_status == 128 + signum
-    assert signal.getsignal(signum) == before
+    inherited = signal.signal(signum, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signum)
+            assert stop.requested
+            with pytest.raises(Stopped, match="saved") as stopped:
+                stop.follow("saved")
+        assert stopped.value.exit_status == 128 + signum
+        assert signal.getsignal(signum) == signal.SIG_DFL
+    finally:
+        signal.signal(signum, inherited)
 
 
 def test_a_closed_terminal_stops_nothing_under_nohup() -> None:
