@@ -70,14 +70,7 @@ def quantize_checkpoint(
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as quantizer:
         read = _ahead(reader, ((spec, checkpoint.read(spec)) for spec in specs))
         stored = _ahead(quantizer, ((s, _stored(checkpoint, s, w, dtypes[s.name], double_quant)) for s, w in read))
-        write_plan(
-            plan,
-            out,
-            _told(checkpoint, stored, progress),
-            tokenizers,
-            overwrite,
-            finish or partial(write_provenance, told=told),
-        )
+        write_plan(plan, out, _told(checkpoint, stored, progress), tokenizers, overwrite, finish)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
