@@ -242,7 +242,7 @@ def evaluate(args: list[str]) -> None:
         check_new(parsed.out)
     base = _find(parsed, parsed.adapter)
     samples = encode_records(read_records(parsed.file), base.tokenizer, max_seq_len, parsed.data.too_long)
-    if run := run_tested_on(parsed.file, base.adapter or parsed.model.path):
+    if run := run_tested_on(parsed.file, base.adapter or str(base.checkpoint.folder)):
         check_notable(run)
     row = min(max_seq_len, sum(sample.length for sample in samples))
     works: list[tuple[int, int, int | None]] = [(limits.batch_size, row, None)]

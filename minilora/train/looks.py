@@ -23,10 +23,10 @@ LOOKS = "test_looks.jsonl"
 TRAIN = "train"  # the command of a run's own look
 
 
-def run_tested_on(file: str, weights: str | None) -> Path | None:
+def run_tested_on(file: str, weights: str) -> Path | None:
     """The run that has `weights`, its adapter or model, in its folder and `file`, by its bytes, for its test file."""
-    run = Path(weights).resolve().parent if weights else Path()
-    if not weights or not (run / "before.json").is_file():
+    run = Path(weights).resolve().parent
+    if not (run / "before.json").is_file():
         return None
     data = read_json(run / "before.json", RUN_BYTES).get("data", {})
     if not isinstance(data, dict):

@@ -125,8 +125,17 @@ def test_what_was_seen_is_shown_once_it_is_noted_and_before_it_is_drawn(
 def test_a_model_is_known_by_its_run_too(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:
     path = fine_tune(make_config(data__test=str(unseen), train__strategy="full"), quiet).folder.path
     assert run_tested_on(str(unseen), str(path / "model")) == path
-    assert run_tested_on(str(unseen), None) is None
     assert run_tested_on(str(unseen), str(path.parent)) is None
+
+
+def test_another_model_is_no_look_also_where_the_run_is_the_current_folder(
+    make_config: MakeConfig, quiet: Quiet, unseen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fine_tune(make_config(data__test=str(unseen)), quiet).folder.path
+    monkeypatch.chdir(path)
+    for named in ([], ["--model.path", "demo"]):
+        assert main(["evaluate", str(unseen), "--eval.answers", "0", *named]) == 0
+    assert len(looks(path)) == 1
 
 
 def test_a_damaged_list_is_not_begun_anew(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:
