@@ -11,11 +11,10 @@ import torch
 from minilora.backend import pick_device, pick_dtype
 from minilora.checkpoint.adapter import CONFIG, adapter_folder, read_adapter, read_adapter_config
 from minilora.checkpoint.adapter_parts import Adapter
-from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.mistral_adapter import is_mistral
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
-from minilora.checkpoint.provenance import check_origin, quantization, read_provenance, template_of
+from minilora.checkpoint.provenance import check_origin, quantization, read_provenance, template_of, tokenizer_of
 from minilora.config import UNNAMED, BaseConfig, LoraConfig, PrefixConfig
 from minilora.errors import UserError
 from minilora.memory import StepPlan, as_text, free_bytes, predict, private_bytes, storage_of
@@ -84,7 +83,7 @@ class Base:
             "base_fingerprint": checkpoint.fingerprint(),
             "base_converted_from": checkpoint.converted_from(),
             "quantization": quantization(base.nf4_double_quant, dtype),
-            "tokenizer": {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template},
+            "tokenizer": tokenizer_of(tokenizer),
         }
         said = check_origin(Path(adapter), made_on, here, force)
         added = read_adapter_config(adapter, checkpoint.config, scaling=scaling)

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from minilora.backend import dtype_name
+from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.json_file import read_json, short, write_json
 from minilora.checkpoint.write import MANIFEST, verify_manifest
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
 from minilora.model import Mistral
 from minilora.nf4 import BLOCK_SIZE
+from minilora.tokenizer import Tokenizer
 
 PROVENANCE = "minilora.json"
 PROVENANCE_VERSION = 2
@@ -54,6 +56,11 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 def write_provenance(folder: Path, told: Mapping[str, Any]) -> None:
     """Put minilora.json into a folder that is being written."""
     write_json(folder / PROVENANCE, {**told, "format_version": PROVENANCE_VERSION})
+
+
+def tokenizer_of(tokenizer: Tokenizer) -> dict[str, str]:
+    """Which tokenizer it is, and by which template it writes chats."""
+    return {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template}
 
 
 def template_of(provenance: Mapping[str, Any]) -> Any:

@@ -8,8 +8,8 @@ from operator import attrgetter
 from typing import Any
 
 from minilora.base import tokenizer_for
-from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
+from minilora.checkpoint.provenance import tokenizer_of
 from minilora.config import BaseConfig, RunConfig
 from minilora.data.sources import fingerprints
 from minilora.errors import UserError
@@ -42,7 +42,7 @@ def refuse_unranked(runs: Mapping[str, RunConfig], rank_by: str) -> None:
 def refuse_unlike(runs: Mapping[str, RunConfig]) -> None:
     """Raise UserError for the first run that is measured otherwise than one before it. Bases may differ, if their
     tokenizer does not; what a base that cannot be opened has is left out, since its run will fail."""
-    tokenizers = {base: tokenizer_of(config.model) for base, config in {_BASE(c): c for c in runs.values()}.items()}
+    tokenizers = {base: _tokenizer(config.model) for base, config in {_BASE(c): c for c in runs.values()}.items()}
     seen = dict[str, Any]()
     for name, config in runs.items():
         keys = (*MEASURED_BY, *(DRAWN_BY if config.data.validation_share else ()))
@@ -60,13 +60,12 @@ def made_of(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
         "base_fingerprint": checkpoint.fingerprint(),
-        "tokenizer": tokenizer_of(config.model),
+        "tokenizer": _tokenizer(config.model),
     }
 
 
-def tokenizer_of(config: BaseConfig) -> dict[str, Any]:
+def _tokenizer(config: BaseConfig) -> dict[str, Any]:
     """What a run says of its tokenizer; nothing, if there is none to read."""
     with suppress(UserError):
-        tokenizer = tokenizer_for(config, open_checkpoint(config.path))
-        return {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template}
+        return tokenizer_of(tokenizer_for(config, open_checkpoint(config.path)))
     return {}

@@ -10,9 +10,9 @@ import torch
 from minilora.adamw import FlatAdamW
 from minilora.backend import dtype_name, pick_device, pick_dtype, told
 from minilora.base import tokenizer_for
-from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
+from minilora.checkpoint.provenance import tokenizer_of
 from minilora.compiled import compile_loops
 from minilora.config import RunConfig, to_dict
 from minilora.data.check import Data, load_data
@@ -173,7 +173,7 @@ def _origin(
     """What a saved state belongs to: a run may go on from it where this is the same."""
     return {
         "config": _what_must_stay(config), "base": model.base_fingerprint,
-        "tokenizer": {"sha256": sha256_of(tokenizer.path), "template": tokenizer.template},
+        "tokenizer": tokenizer_of(tokenizer),
         "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
         "device": device.type, "dtype": dtype_name(dtype),
     }  # fmt: skip
