@@ -80,7 +80,7 @@ def ranked(result: Mapping[str, Any]) -> list[Row]:
 
     def place(row: Row) -> tuple[bool, float, float]:
         after = row.get("after") or {}
-        return after.get(by) is None, sign * (after.get(by) or 0.0), after.get("loss") or inf
+        return after.get(by) is None, sign * (after.get(by) or 0.0), after.get("loss", inf)
 
     return sorted(result["rows"], key=place)
 

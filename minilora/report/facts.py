@@ -106,8 +106,6 @@ def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
     checkpoint.check_tied_head()
     if any(matching(facts["files"], pattern) for pattern in TOKENIZER_FILES):
         _tokenizer(path, facts)
-        if mismatch := load_tokenizer(path).mismatch(config.vocab_size):
-            raise UserError(mismatch)
 
 
 def _adapter(path: Path, facts: Facts, base: str) -> None:
@@ -169,6 +167,9 @@ def _tokenizer(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
     found = load_tokenizer(path)
     said = {"version": found.version, "vocabulary": found.vocab_size, "sha256": sha256_of(found.path)}
     facts["tokenizer"] = {"file": found.path.name} | said
+    sizes = facts.get("architecture")
+    if sizes and (mismatch := found.mismatch(sizes["vocab_size"])):
+        raise UserError(mismatch)
 
 
 def _gguf(path: Path, facts: Facts, _base: str) -> None:
