@@ -38,7 +38,7 @@ OVERWRITTEN = ("copy_", "zero_", "fill_")  # in place, without reading what was 
 WRITES = {  # of Triton's kernels: what they write, and of that what they read too
     "dequantize_kernel": ("out",),
     "normalize_kernel": ("normed", "total", "inverse"),
-    "normalize_back_kernel": ("dx",),
+    "normalize_back_kernel": ("dx", "normed"),
     "rotate_kernel": ("out",),
     "swiglu_kernel": ("h",),
     "swiglu_back_kernel": ("gate", "dh", "up"),
@@ -255,7 +255,7 @@ def _kind(name: str) -> str:
         return "optimizer"
     if is_product and (called & {"multiply", "multiply_back", "_WholeRowCrossEntropy.forward"}):
         return "products"
-    if is_product or functions[:1] == ["Projections.forward"]:
+    if is_product or functions[:1] in (["Projections.forward"], ["_decode_and_grow"]):
         return "adapters"
     if any("CrossEntropy" in function for function in functions):
         return "loss"

@@ -43,15 +43,14 @@ PRODUCTS = ("products", "dequantize")  # all else is traffic beside the products
 PAGE = ROOT / "docs" / "counts.md"
 BEGIN, END = "<!-- by python -m benchmarks.count_step -->", "<!-- end -->"
 MOVES = {  # what would make them less
-    ("adapters", "onto dx"): "A as further rows of the decoded weight, dy B as further columns of dy: nothing is left",
     ("adapters", "dB"): "one product for dy B and dB, which both read dy",
     ("adapters", "x A^T"): "made where x is, in the norm's and SwiGLU's kernels",
     ("elementwise", "SwiGLU"): "the epilogue of gate's and up's product, if it were our kernel",
-    ("elementwise", "norms"): "norm(x) kept for backward, which is memory",
+    ("elementwise", "norms"): "norm(x) kept for backward, which is memory; the residual sum in the next block's",
     ("elementwise", "rotary embedding"): "the epilogue of q's and k's product",
     ("elementwise", "residual sum"): "the next block's norm, which reads the sum",
-    ("elementwise", "last norm, in plain torch"): "the kernel that the blocks' norms have",
 }
+CARRIERS = {"qkv": 1}  # of a group's layers, by whose product dx gets what the adapters add; else the first
 TABLES = 4 * 256 + 4 * 16  # what the levels and the map of 8-bit absmax take
 
 
@@ -131,8 +130,10 @@ class Step:
         vectors = 4 if adds else 2
         self.add("elementwise", "norms", 2 * vectors * self.n * self.d + 2 * self.d + 4 * self.n)
 
-    def norm_back(self) -> None:
-        self.add("elementwise", "norms", 8 * self.n * self.d + 2 * self.d + 4 * self.n)
+    def norm_back(self, residual: bool = True) -> None:
+        """And the norm again, for the adapters."""
+        vectors = 5 if residual else 4
+        self.add("elementwise", "norms", 2 * vectors * self.n * self.d + 2 * self.d + 4 * self.n)
 
     def rotate(self) -> None:
         for width in (self.q, self.kv):
@@ -167,6 +168,8 @@ class Step:
         self.add("adapters", "x A^T", 2 * (n * in_ + ranks * in_ + n * ranks), 2 * n * in_ * ranks)
         if group == "o":
             self.add("adapters", "attention's output, copied beside room", 4 * n * in_)
+        if self.weights_stay:
+            self.copy_a(group)
         for out, _ in shapes:
             self.add("adapters", "x A^T, copied behind x", 4 * n * r)
             self.decode(out, in_, r)
@@ -174,15 +177,21 @@ class Step:
             self.add("products", "frozen weights", 2 * (n * wide + out * wide + n * out), 2 * n * wide * out)
 
     def back(self, group: str) -> None:
-        """dx."""
+        """dx, with A as further rows of one of the weights."""
         n, shapes = self.n, self.groups[group]
+        ranks = self.rank * len(shapes)
         for i, (out, in_) in enumerate(shapes):
+            joined = ranks if i == CARRIERS.get(group, 0) else 0
             if not self.weights_stay:
                 self.decode(out, in_)
-            onto = n * in_ if i else 0
-            self.add("products", "frozen weights", 2 * (n * in_ + onto + out * in_ + n * out), 2 * n * in_ * out)
-        in_, ranks = shapes[0][1], self.rank * len(shapes)
-        self.add("adapters", "onto dx", 2 * (2 * n * in_ + n * ranks + ranks * in_), 2 * n * in_ * ranks)
+                if joined:
+                    self.copy_a(group)
+            onto, tall = n * in_ if i else 0, out + joined
+            self.add("products", "frozen weights", 2 * (n * in_ + onto + tall * in_ + n * tall), 2 * n * in_ * tall)
+
+    def copy_a(self, group: str) -> None:
+        shapes = self.groups[group]
+        self.add("adapters", "A, copied below the weight", 4 * self.rank * len(shapes) * shapes[0][1])
 
     def learn(self, group: str) -> None:
         """dy B, then the gradients of A and B."""
@@ -223,16 +232,16 @@ class Step:
         self.add("elementwise", "SwiGLU", 12 * n * f)
         self.learn("down")
         self.back("wide")
-        self.norm()
         self.learn("wide")
         self.norm_back()
         self.back("o")
         self.learn("o")
         self.attend_back()
         self.rotate()
-        self.norm()
         self.learn("qkv")
-        if not is_first:  # nothing before it learns
+        if is_first:  # nothing before it learns
+            self.norm()
+        else:
             self.back("qkv")
             self.norm_back()
 
@@ -241,8 +250,8 @@ class Step:
         n, d, half, v = self.n, self.d, self.sizes.head_dim // 2, self.sizes.vocab_size
         self.add("elementwise", "embedding", 4 * n * d + 8 * n)
         self.add("elementwise", "angles", 32 * n + 40 * half + 32 * n * half, launches=12)
-        self.add("elementwise", "last norm, in plain torch", 36 * n * d + 24 * n + 2 * d, launches=8)
-        self.add("elementwise", "last norm, in plain torch", 84 * n * d + 40 * n + 2 * d, launches=14)
+        self.norm()
+        self.norm_back(residual=False)
         at_most = whole_rows(n, v, 2)
         for start in range(0, n, at_most):
             rows = min(at_most, n - start)

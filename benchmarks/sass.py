@@ -281,7 +281,8 @@ def norm_kernels(sixteen: str, d: int = 4096) -> list[Kernel]:
     module, known = "minilora.kernels.norm", {"inverse": "*fp32", "d": "i32"}
     shape: dict[str, Any] = {"weights": A_THREAD, "warps": warps(d), "fusion": True}
     of = dict.fromkeys(("x", "weight", "total", "normed"), sixteen) | known | {"pitch": "i32", "eps": "fp32"}
-    back = dict.fromkeys(("dn", "x", "weight", "residual_grad", "dx"), sixteen) | known
+    back = dict.fromkeys(("dn", "x", "weight", "residual_grad", "dx", "normed"), sixteen) | known
+    back |= {"pitch": "i32", "residual_pitch": "i32"}
     constants = {"IS_KNOWN": False, "BLOCK": d}
     return [
         Kernel("rms_norm", module, "normalize_kernel", of, constants, **shape),
@@ -295,7 +296,7 @@ def rotate_kernel(sixteen: str) -> Kernel:
     """Of 32 heads of 128."""
     from minilora.kernels.norm import A_THREAD, warps
 
-    integers = dict.fromkeys(("heads", "row_stride", "head_stride"), "i32")
+    integers = dict.fromkeys(("heads", "row_stride", "head_stride", "pitch"), "i32")
     return Kernel(
         "rotate",
         "minilora.kernels.rope",
@@ -312,11 +313,18 @@ def swiglu_kernels(sixteen: str) -> list[Kernel]:
     from minilora.kernels.swiglu import BLOCK, WARPS
 
     module, wide = "minilora.kernels.swiglu", dict.fromkeys(("gate", "up"), sixteen)
-    integers, own = {"f": "i32", "pitch": "i32"}, {"dh": sixteen, "n": "i32"}
+    integers = {"f": "i32", "pitch": "i32"}
     shape: dict[str, Any] = {"weights": BLOCK / (32 * WARPS), "warps": WARPS, "fusion": True}
     return [
         Kernel("swiglu", module, "swiglu_kernel", wide | {"h": sixteen} | integers, {"BLOCK": BLOCK}, **shape),
-        Kernel("swiglu_backward", module, "swiglu_back_kernel", wide | own, {"BLOCK": BLOCK}, **shape),
+        Kernel(
+            "swiglu_backward",
+            module,
+            "swiglu_back_kernel",
+            wide | {"dh": sixteen} | integers,
+            {"BLOCK": BLOCK},
+            **shape,
+        ),
     ]
 
 

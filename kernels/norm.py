@@ -2,10 +2,10 @@
 
 A program holds its row in registers, so that sum and result need one reading of it; with the attention's output to be
 added first, the sum of both is written on the way, and not read again. Backward adds the residual stream's gradient,
-which would be a pass of its own.
+and makes the norm again, which would be a pass each.
 
 Bytes moved a number of 16 bits: 2 read, 2 written; with a sum 4 and 4; backward 4 read, with the residual's gradient 6,
-2 written. The 12 to 18 instructions a number (sm_90) are a third of what a GPU issues in that time.
+4 written. The 12 to 18 instructions a number (sm_90) are a third of what a GPU issues in that time.
 
 All arithmetic is float32. x = residual + y is the definition's bit for bit; the sums over a row have another order.
 """
@@ -75,28 +75,32 @@ def _normalize(
 
 
 def rms_norm_backward(
-    dn: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None = None
-) -> Tensor:
+    dn: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None = None, room: int = 0
+) -> tuple[Tensor, Tensor]:
     """What `norm.rms_norm_backward` does, with the same arguments. Raises ValueError as `fitting` and `on` do."""
     n, d = two(x)
     if residual_grad is not None:
-        residual_grad = fitting("residual_grad", residual_grad, (n, d), x.device)
-    dx = torch.empty(n, d, dtype=x.dtype, device=x.device)
+        residual_grad = fitting("residual_grad", residual_grad, (n, d), x.device, apart=True)
+    dn, dx = fitting("dn", dn, (n, d), x.device), torch.empty(n, d + room, dtype=x.dtype, device=x.device)
+    normed = torch.empty_like(dn)
     block = triton.next_power_of_2(d)
     with on(x.device):
         normalize_back_kernel[(n,)](
-            dn=fitting("dn", dn, (n, d), x.device),
+            dn=dn,
             x=fitting("x", x, (n, d), x.device),
             weight=fitting("weight", weight, (d,), x.device),
             inverse=fitting("inverse", inverse, (n, 1), x.device, (torch.float32,)),
             residual_grad=residual_grad,
-            dx=dx,
+            dx=dx[:, :d],
+            normed=normed,
             d=d,
+            pitch=d + room,
+            residual_pitch=0 if residual_grad is None else residual_grad.stride(0),
             BLOCK=block,
             num_warps=warps(block),
             enable_fp_fusion=True,
         )
-    return dx
+    return dx, normed
 
 
 def two(x: Tensor) -> tuple[int, int]:
@@ -112,16 +116,18 @@ def fitting(
     shape: tuple[int, ...],
     device: torch.device,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
+    apart: bool = False,
 ) -> Tensor:
-    """The tensor with its numbers in order. Raises ValueError unless it is of that shape and a dtype of `dtypes`,
-    strided, on the device."""
+    """The tensor with its numbers in order; `apart`: those of each row. Raises ValueError unless it is of that shape
+    and a dtype of `dtypes`, strided, on the device."""
     wrong_kind = tensor.dtype not in dtypes or tensor.layout != torch.strided
     if wrong_kind or tuple(tensor.shape) != shape or tensor.device != device:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} {tensor.dtype}, {tensor.layout}, on {tensor.device}; it must be {shape}, "
             f"{' or '.join(map(str, dtypes))}, strided, on {device}"
         )
-    return tensor.resolve_neg().contiguous()
+    tensor = tensor.resolve_neg()
+    return tensor if apart and tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def warps(numbers: int) -> int:
@@ -174,21 +180,29 @@ def normalize_back_kernel(
     inverse,
     residual_grad,
     dx,
+    normed,
     d,
+    pitch,
+    residual_pitch,
     BLOCK: tl.constexpr,
 ):
-    """dn, x, dx (n, d), weight (d,), inverse (n,) float32. residual_grad: None, or (n, d), which is added."""
+    """dn, x, dx, normed (n, d), weight (d,), inverse (n,) float32. residual_grad: None, or (n, d), which is added.
+
+    pitch, residual_pitch: from one row of dx, of residual_grad, to the next
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < d
     at = row * d + column
     r = tl.load(inverse + row)
     unit = tl.load(x + at, mask=inside, other=0).to(tl.float32) * r
-    u = tl.load(dn + at, mask=inside, other=0).to(tl.float32) * tl.load(weight + column, mask=inside, other=0)
+    w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    u = tl.load(dn + at, mask=inside, other=0).to(tl.float32) * w
+    tl.store(normed + at, (unit * w).to(normed.dtype.element_ty), mask=inside)
     if residual_grad is not None:
-        added = tl.load(residual_grad + at, mask=inside, other=0)
+        added = tl.load(residual_grad + row * residual_pitch + column, mask=inside, other=0)
     # r u - r unit mean(u unit): r^3 could be infinite where this is not
     values = r * (u - unit * (tl.sum(u * unit, axis=0) / d))
     if residual_grad is not None:
         values += added
-    tl.store(dx + at, values.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + row * pitch + column, values.to(dx.dtype.element_ty), mask=inside)

@@ -17,11 +17,21 @@ from minilora.kernels.norm import DTYPES, fitting, warps
 PAIRS = 2048  # of a program, at most: 32 heads of 128
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """What `rope.rotate` does, with the same arguments.
 
     Raises ValueError where x is not (N, H, Dh) with an even Dh, and as `fitting` and `on` do.
     """
+    return _turn(x, cos, sin, 1.0, 0).view(x.shape)
+
+
+def rotate_back(dx: Tensor, cos: Tensor, sin: Tensor, room: int = 0) -> Tensor:
+    """What `rope.rotate_back` does, with the same arguments. Raises ValueError as `rotate` does."""
+    return _turn(dx, cos, sin, -1.0, room)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, turn: float, room: int) -> Tensor:
+    """(N, H * Dh + room)."""
     if x.dim() != 3 or 0 in x.shape or x.shape[2] % 2 or x.dtype not in DTYPES or x.layout != torch.strided:
         raise ValueError(
             f"x is {tuple(x.shape)} {x.dtype}, {x.layout}; it must be (N, H, Dh) with an even Dh, float32, float16 or "
@@ -29,7 +39,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
         )
     x = x.resolve_neg() if x.stride(2) == 1 else x.resolve_neg().contiguous()
     (n, heads, width), half = x.shape, x.shape[2] // 2
-    out = torch.empty(n, heads, width, dtype=x.dtype, device=x.device)
+    out = torch.empty(n, heads * width + room, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(half)
     some = min(triton.next_power_of_2(heads), max(1, PAIRS // block))
     with on(x.device):
@@ -37,11 +47,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
             x=x,
             cos=fitting("cos", cos, (n, half), x.device),
             sin=fitting("sin", sin, (n, half), x.device),
-            out=out,
+            out=out[:, : heads * width],
             heads=heads,
             row_stride=x.stride(0),
             head_stride=x.stride(1),
-            turn=-1.0 if back else 1.0,
+            pitch=heads * width + room,
+            turn=turn,
             HALF=half,
             HEADS=some,
             BLOCK=block,
@@ -60,13 +71,14 @@ def rotate_kernel(
     heads,
     row_stride,
     head_stride,
+    pitch,
     turn,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x (n, heads, 2 * HALF) of any strides but the last, cos, sin (n, HALF) -> out (n, heads, 2 * HALF), turned
-    `turn` = 1 or -1 times."""
+    """x (n, heads, 2 * HALF) of any strides but the last, cos, sin (n, HALF) -> out (n, heads * 2 * HALF), turned
+    `turn` = 1 or -1 times. pitch: from one row of out to the next."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, BLOCK)[None, :]
@@ -76,6 +88,6 @@ def rotate_kernel(
     b = tl.load(x + at + HALF, mask=inside, other=0).to(tl.float32)
     c = tl.load(cos + row * HALF + pair, mask=pair < HALF, other=0).to(tl.float32)
     s = tl.load(sin + row * HALF + pair, mask=pair < HALF, other=0).to(tl.float32) * turn
-    to = (row * heads + head) * (2 * HALF) + pair
+    to = row * pitch + head * (2 * HALF) + pair
     tl.store(out + to, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
     tl.store(out + to + HALF, (b * c + a * s).to(out.dtype.element_ty), mask=inside)

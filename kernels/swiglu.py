@@ -32,10 +32,12 @@ def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `swiglu.swiglu_backward` does, with the same arguments. Raises ValueError as `fitting` and `on` do."""
-    dh, gate, up = _alike(dh=dh, gate=gate, up=up)
+    gate, up = _alike(gate=gate, up=up)
+    (n, f), width = gate.shape, max(gate.shape[1], dh.shape[-1])
+    dh = fitting("dh", dh, (n, width), gate.device, (gate.dtype,), apart=True)
     with on(gate.device):
-        swiglu_back_kernel[(triton.cdiv(dh.numel(), BLOCK),)](
-            dh, gate, up, dh.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+        swiglu_back_kernel[(n, triton.cdiv(f, BLOCK))](
+            dh[:, :f], gate, up, f, dh.stride(0), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
         )
     for written in (gate, dh, up):
         torch.autograd.graph.increment_version(written)  # a kernel writes behind autograd's back
@@ -61,15 +63,16 @@ def swiglu_kernel(gate, up, h, f, pitch, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_back_kernel(dh, gate, up, n, BLOCK: tl.constexpr):
-    """dh, gate and up (n,) become d_gate, h and d_up."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+def swiglu_back_kernel(dh, gate, up, f, pitch, BLOCK: tl.constexpr):
+    """dh, gate and up (n, f) become d_gate, h and d_up. pitch: from one row of dh to the next."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, in_dh, inside = row * f + column, row * pitch + column, column < f
     g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0).to(tl.float32)
-    d = tl.load(dh + at, mask=inside, other=0).to(tl.float32)
+    d = tl.load(dh + in_dh, mask=inside, other=0).to(tl.float32)
     s = tl.sigmoid(g)
     silu = g * s
     tl.store(gate + at, (silu * u).to(gate.dtype.element_ty), mask=inside)
     tl.store(up + at, (d * silu).to(up.dtype.element_ty), mask=inside)
-    tl.store(dh + at, (d * u * (s + silu * (1 - s))).to(dh.dtype.element_ty), mask=inside)
+    tl.store(dh + in_dh, (d * u * (s + silu * (1 - s))).to(dh.dtype.element_ty), mask=inside)

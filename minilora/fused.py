@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from minilora.attention import attend_back, attend_kept
 from minilora.backend import product_dtype
@@ -28,7 +29,7 @@ from minilora.lora import LoRALinear
 from minilora.model import Block, Context, Mistral
 from minilora.norm import RMSNorm, add_rms_norm, rms_norm, rms_norm_backward
 from minilora.projections import Gradients, Projections
-from minilora.rope import rotate
+from minilora.rope import rotate, rotate_back
 from minilora.swiglu import swiglu, swiglu_backward
 from minilora.visible import Sees
 
@@ -134,25 +135,29 @@ def _fill_mlp(tape: _Tape, layers: _Layers) -> None:
 
 
 def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, Gradients]:
-    """The gradient of `mid` (N, D), in dy's dtype, and the adapters'."""
+    """The gradient of `mid` (N, D + the room that `layers.o` wants), in dy's dtype, and the adapters'.
+
+    dy: (N, D), or (N, D + `layers.down.room_back`)
+    """
     mid, norm, dtype = _rows(tape.mid), layers.mlp_norm, product_dtype(dy)
     dys, wide, down = [dy.to(dtype)], layers.wide, layers.down
     d_reduced = down.reduce(dys)
-    dh = down.back(dys, d_reduced)
+    dh = down.back(dys, d_reduced, wide.room_back)
     h, *d_wide = swiglu_backward(dh, tape.gate.to(dtype), tape.up.to(dtype))
     del tape.gate, tape.up
     of_down = down.learn(dys, d_reduced, h, tape.down_reduced)
-    del h, dh
+    del h, dh, dys
     d_reduced = wide.reduce(d_wide)
-    dn = wide.back(d_wide, d_reduced)
-    normed, _ = rms_norm(mid, norm.weight, norm.eps, dtype, tape.mid_inverse)
+    dn, through_residual = wide.back(d_wide, d_reduced), dy[:, : mid.shape[1]]
+    dmid, normed = rms_norm_backward(dn, mid, norm.weight, tape.mid_inverse, through_residual, room=layers.o.room_back)
     of_wide = wide.learn(d_wide, d_reduced, normed, tape.wide_reduced)
-    del normed, d_wide
-    return rms_norm_backward(dn, mid, norm.weight, tape.mid_inverse, dy), [*of_wide, *of_down]
+    return dmid, [*of_wide, *of_down]
 
 
-def _attention_back(dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool) -> tuple[Tensor | None, Gradients]:
-    """The gradient of x (N, D), if it is needed, and the adapters'."""
+def _attention_back(
+    dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool, room: int
+) -> tuple[Tensor | None, Gradients]:
+    """The gradient of x (N, D + room), if it is needed, and the adapters'. dmid: as `_mlp_back` makes it."""
     x, norm, dtype = _rows(tape.x), layers.norm, product_dtype(dmid)
     dys = [dmid.to(dtype)]
     d_reduced = layers.o.reduce(dys)
@@ -162,22 +167,22 @@ def _attention_back(dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool) ->
     grads = attend_back(da.view(tape.attended.shape), *heads, tape.rest, layers.sees)
     cos, sin = layers.rotation(dtype)
     dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
-    dys = [dy.flatten(1) for dy in (rotate(dq, cos, sin, back=True), rotate(dk, cos, sin, back=True), dv)]
+    dys = [rotate_back(dq, cos, sin), rotate_back(dk, cos, sin, layers.qkv.room_back), dv.flatten(1)]
     d_reduced = layers.qkv.reduce(dys)
-    normed, _ = rms_norm(x, norm.weight, norm.eps, dtype, tape.inverse)
+    if needed:
+        dn, through_residual = layers.qkv.back(dys, d_reduced), dmid[:, : x.shape[1]]
+        dx, normed = rms_norm_backward(dn, x, norm.weight, tape.inverse, through_residual, room)
+    else:
+        dx, (normed, _) = None, rms_norm(x, norm.weight, norm.eps, dtype, tape.inverse)
     of_qkv = layers.qkv.learn(dys, d_reduced, normed, tape.qkv_reduced)
-    learned = [*of_qkv, *of_o]
-    if not needed:
-        return None, learned
-    dn = layers.qkv.back(dys, d_reduced)
-    return rms_norm_backward(dn, x, norm.weight, tape.inverse, dmid), learned
+    return dx, [*of_qkv, *of_o]
 
 
 class _Block(torch.autograd.Function):
-    """x (B, T, D) -> y (B, T, D)."""
+    """x (B, T, D) -> y (B, T, D). room: what x's gradient is to have behind it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: _Layers, keep: Keep, *_learned: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: _Layers, keep: Keep, room: int, *_learned: Tensor) -> Tensor:
         if keep == Keep.WEIGHTS:
             layers = layers.decoded(product_dtype(x))
         tape = _Tape(x=x)
@@ -187,7 +192,7 @@ class _Block(torch.autograd.Function):
         h, mid = swiglu(gate, up, layers.down.room), tape.mid
         if keep >= (Keep.HEADS if isinstance(layers.sees, Tensor) else Keep.ATTENTION):  # a mask's holds q, k and v
             ctx.rest = tape.rest
-        ctx.layers, ctx.names = layers, [name for names in _KEPT[: keep + 1] for name in names]
+        ctx.room, ctx.layers, ctx.names = room, layers, [name for names in _KEPT[: keep + 1] for name in names]
         kept = [getattr(tape, name) for name in ctx.names]
         del tape, gate, up  # so what is not kept makes room for the last product
         (y,), down_reduced = layers.down.forward(h)
@@ -203,16 +208,56 @@ class _Block(torch.autograd.Function):
             tape.rest = ctx.rest
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
-        dmid, of_mlp = _mlp_back(_rows(grads[0]), tape, layers)
-        dx, of_attention = _attention_back(dmid, tape, layers, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(tape.x.shape), None, None, *of_attention, *of_mlp
+        dmid, of_mlp = _mlp_back(_roomy(grads[0], layers.down.room_back), tape, layers)
+        dx, of_attention = _attention_back(dmid, tape, layers, ctx.needs_input_grad[0], ctx.room)
+        return None if dx is None else _shaped(dx, tape.x.shape), None, None, None, *of_attention, *of_mlp
 
 
 _block: Callable[..., Tensor] = _Block.apply
 
 
+class _Norm(torch.autograd.Function):
+    """x (B, T, D), weight (D,) -> the norm behind the last block. x is kept as it is; autograd keeps it in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, room: int) -> Tensor:
+        normed, inverse = rms_norm(_rows(x), weight, eps, x.dtype)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.room = room
+        return normed.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        dx, _ = rms_norm_backward(_rows(grads[0]), _rows(x), weight, inverse, room=ctx.room)
+        return _shaped(dx, x.shape), None, None, None
+
+
+_norm: Callable[..., Tensor] = _Norm.apply
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+# A block's output says how much room its gradient is to have (`grad_room`), and who makes the gradient says what lies
+# there with the room (`roomy`). Autograd hands on the tensor that was made; one that does not say so is copied.
+
+
+def _shaped(roomy: Tensor, shape: torch.Size) -> Tensor:
+    """(N, D + room) as a gradient of that shape (B, T, D)."""
+    grad = roomy[:, : shape[-1]].view(shape)
+    grad.roomy = roomy  # type: ignore[attr-defined]
+    return grad
+
+
+def _roomy(grad: Tensor, room: int) -> Tensor:
+    """A gradient (B, T, D) as (N, D + room)."""
+    roomy: Tensor | None = getattr(grad, "roomy", None)
+    rows = _rows(grad)
+    if roomy is not None and roomy.shape[1] == rows.shape[1] + room:
+        return roomy
+    return pad(rows, (0, room)) if room else rows
 
 
 class FusedBlock(Block):
@@ -236,7 +281,7 @@ class FusedBlock(Block):
         attention, mlp = self.self_attn, self.mlp
         layers = _Layers(
             self.input_layernorm,
-            Projections.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            Projections.of(attention.q_proj, attention.k_proj, attention.v_proj, carrier=1),  # of q, k, v the last made
             Projections.of(attention.o_proj),
             self.post_attention_layernorm,
             Projections.of(mlp.gate_proj, mlp.up_proj),
@@ -245,7 +290,23 @@ class FusedBlock(Block):
             context.sees(attention.layer),
         )
         keep = self.keep if self.keep is not None else Keep.INPUT if context.checkpointing else Keep.ALL
-        return _block(x, layers, keep, *layers.learned)
+        y = _block(x, layers, keep, getattr(x, "grad_room", 0), *layers.learned)
+        y.grad_room = layers.down.room_back  # type: ignore[attr-defined]
+        return y
+
+
+class FusedNorm(RMSNorm):
+    """The last norm's own weight under its own name, run by the function while there is something to learn."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.eps = norm.weight, norm.eps
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        return _norm(x, self.weight, self.eps, getattr(x, "grad_room", 0))
 
 
 def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
@@ -267,4 +328,6 @@ def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
         assert isinstance(block, Block)
         model.layers[i] = fast = block if isinstance(block, FusedBlock) else FusedBlock(block)
         fast.keep = what
+    if type(model.norm) is RMSNorm and not model.norm.weight.requires_grad:
+        model.norm = FusedNorm(model.norm)
     return True

@@ -40,13 +40,23 @@ def multiply(x: Tensor, weight: NF4Tensor | Tensor, columns: Tensor | None = Non
     return y
 
 
-def multiply_back(dy: Tensor, weight: NF4Tensor | Tensor, onto: Tensor | None = None) -> Tensor:
-    """dy (N, out) times a frozen weight (out, in), -> (N, in) in dy's dtype; added to `onto` in place if given."""
-    n_out, n_in = weight.shape
-    dx = dy.new_empty(dy.shape[0], n_in) if onto is None else onto
-    for start, stop, rows in slices(weight, dy):
-        for of_dy, of_dx in _parts(dy if stop - start == n_out else dy[:, start:stop], dx):
-            of_dx.addmm_(of_dy, rows, beta=0 if onto is None and start == 0 else 1)
+def multiply_back(
+    dy: Tensor,
+    weight: NF4Tensor | Tensor,
+    dx: Tensor | None = None,
+    adds: bool = False,
+    below: Tensor | None = None,
+) -> Tensor:
+    """dy (N, out) times a frozen weight (out, in), -> (N, in) in dy's dtype, in new memory or in dx.
+
+    adds: to what dx holds
+    below: (r, in), which a weight in NF4 grows by as it is decoded, and dy (N, out + r) has, as in `multiply`
+    """
+    if dx is None:
+        dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    for start, stop, rows in slices(weight, dy, below=below):
+        for of_dy, of_dx in _parts(dy if stop - start == dy.shape[1] else dy[:, start:stop], dx):
+            of_dx.addmm_(of_dy, rows, beta=1 if adds or start else 0)
     return dx
 
 
@@ -70,52 +80,69 @@ def _parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
 
 
 def slices(
-    weight: NF4Tensor | Tensor, like: Tensor, columns: Tensor | None = None
+    weight: NF4Tensor | Tensor, like: Tensor, columns: Tensor | None = None, below: Tensor | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, rows start..stop of the weight in the dtype of `like`), each valid until the next is asked for.
 
-    columns: (out, r) that the rows are followed by, all in one slice; where `decoded` has put them there, they need
-        only be asked for
+    columns, below: (out, r) or (r, in) that the rows are followed by, all in one slice; where `decoded` has put them
+        there, they need only be asked for
 
     What is decoded already comes in the slices that it would be decoded in: sums in another order have other bits.
     """
-    n_out, n_in = weight.shape
-    rows, width = n_out, n_in + (0 if columns is None else columns.shape[1])
-    if like.device.type == "cpu" and columns is None:
+    (n_out, n_in), (height, width) = weight.shape, _grown(weight.shape, columns, below)
+    rows = height
+    if like.device.type == "cpu" and columns is None and below is None:
         weight_bytes = n_out * n_in * like.dtype.itemsize
         even = -(-n_out // -(-weight_bytes // SLICE_BYTES))  # as few slices as there must be, of even size
         block = weight.block_size if isinstance(weight, NF4Tensor) else BLOCK_SIZE
         whole = block // gcd(n_in, block)  # so many rows are whole blocks
         rows = min(n_out, -(-even // whole) * whole)
     if isinstance(weight, Tensor) and weight.dtype == like.dtype:
-        dense = weight if columns is None else weight.as_strided((n_out, width), weight.stride())
-        yield from ((i, min(i + rows, n_out), dense[i : i + rows]) for i in range(0, n_out, rows))
+        grows = (height, width) != tuple(weight.shape)
+        dense = weight.as_strided((height, width), weight.stride()) if grows else weight
+        yield from ((i, min(i + rows, height), dense[i : i + rows]) for i in range(0, n_out, rows))
         return
     buffer = scratch("weight", rows * width, like.dtype, like.device).view(rows, width)
     for start in range(0, n_out, rows):
-        stop = min(start + rows, n_out)
+        stop = min(start + rows, height)
         part = buffer[: stop - start]
         if isinstance(weight, NF4Tensor):
-            decode(weight, start * n_in, stop * n_in, part, columns)
+            _decode_and_grow(weight, start, min(stop, n_out), part, columns, below)
         else:
             assert columns is None
+            assert below is None
             part.copy_(weight[start:stop])
         yield start, stop, part
 
 
-def decoded(weight: NF4Tensor | Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
+def decoded(
+    weight: NF4Tensor | Tensor, dtype: torch.dtype, columns: Tensor | None = None, below: Tensor | None = None
+) -> Tensor:
     """All of a frozen weight (out, in), in `dtype` and, if it was in NF4, in memory of its own.
 
-    columns: (out, r) of which each row is followed there
+    columns, below: (out, r) and (r, in), which follow it there, each row and the last one
     """
     if isinstance(weight, Tensor):
         return weight.to(dtype)
     n_out, n_in = weight.shape
-    out = torch.empty(
-        n_out, n_in + (0 if columns is None else columns.shape[1]), dtype=dtype, device=weight.packed.device
-    )
-    decode(weight, 0, weight.n, out, columns)
-    return out[:, :n_in]
+    out = torch.empty(_grown(weight.shape, columns, below), dtype=dtype, device=weight.packed.device)
+    _decode_and_grow(weight, 0, n_out, out, columns, below)
+    return out[:n_out, :n_in]
+
+
+def _grown(shape: tuple[int, ...], columns: Tensor | None, below: Tensor | None) -> tuple[int, int]:
+    n_out, n_in = shape
+    return n_out + (0 if below is None else len(below)), n_in + (0 if columns is None else columns.shape[1])
+
+
+def _decode_and_grow(
+    weight: NF4Tensor, start: int, stop: int, out: Tensor, columns: Tensor | None, below: Tensor | None
+) -> None:
+    """Rows start..stop of the weight, and what they are followed by, into the rows of `out`."""
+    n_in = weight.shape[1]
+    decode(weight, start * n_in, stop * n_in, out[: stop - start], columns)
+    if below is not None:
+        out[stop - start :, :n_in] = below
 
 
 class _NF4Product(torch.autograd.Function):

@@ -287,8 +287,8 @@ class StepPlan:
             return (d + f) * stored + max(f * stored, of_weight) + decoded
         gates = 2 * f if self.cast or makes_gates else 0  # in the products' dtype
         if not self.on_cpu:
-            # dh, and the rest where gate and up were; then d_gate, d_up, and norm(x) after its gradient
-            wide = (gates or f) * computed + d * computed + max(decoded, d * computed)
+            # dh, and the rest where gate and up were; then d_gate, d_up, and of norm(x) the gradient, x's, and itself
+            wide = (gates or f) * computed + d * computed + max(decoded, d * (computed + stored))
             return d * stored + max((f + gates) * computed + decoded, wide)
         down = (3 * f + gates + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
         wide = (2 * f + 2 * d) * computed  # d_gate, d_up; norm(x) and its gradient
@@ -338,8 +338,9 @@ class StepPlan:
         back = targets * dim * self.stored  # h's gradient: backward makes it and the head's anew, scaled
         logits = max(in_work, 4 * head + (0 if self.on_cpu else back)) + 4 * head + back
         kept = {"final hidden": hidden, "logits": logits}
-        # The last block's output, which is the norm's input in float32 already if the stream is.
-        return add_up(kept, {"residual stream" if self.stored == 4 else "final hidden": 4 * self.d})
+        # The last block's output, which is the norm's input: by autograd, not fused, in float32.
+        as_it_is = self.stored == 4 or (self.fused and not norm)
+        return add_up(kept, {"residual stream": self.d * self.stored} if as_it_is else {"final hidden": 4 * self.d})
 
     def decoded(self, n_out: int, n_in: int, storage: Storage) -> int:
         """The slice of a frozen weight that is in work at a time, in the products' dtype, and what decoding takes."""

@@ -4,7 +4,7 @@ The norm is computed in float32 and cast back to x's dtype before the weight is 
 
 The functions are what the fast block (`fused.py`) does of it, by a kernel on a GPU, where without gradients the plain
 one takes it, too: all in float32, rounded once. With r = 1 / sqrt(mean(x^2) + eps) and u = dy weight, the gradient is
-dx = r u - r^3 x mean(u x).
+dx = r u - r^3 x mean(u x). Backward makes the norm again on its way, since the gradients of the adapters need it.
 """
 
 import torch
@@ -70,10 +70,22 @@ def _normalized(
 @kernel_on_gpu
 @compilable
 def rms_norm_backward(
-    dn: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None = None
-) -> Tensor:
-    """dx (N, D) in x's dtype from the norm's gradient dn (N, D), which may be overwritten; residual_grad is added."""
-    x32, u = x.float(), dn.float().mul_(weight)
-    mean = torch.linalg.vecdot(u, x32)[:, None] / x.shape[-1]
+    dn: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None = None, room: int = 0
+) -> tuple[Tensor, Tensor]:
+    """dx (N, D) in x's dtype from the norm's gradient dn (N, D), which may be overwritten; residual_grad is added. And
+    the norm (N, D) in dn's dtype.
+
+    room: columns that dx is followed by, with anything in them: (N, D + room)
+    """
+    (n, d), x32, dtype = x.shape, x.float(), dn.dtype
+    u = dn.float().mul_(weight)
+    mean = torch.linalg.vecdot(u, x32)[:, None] / d
     dx = u.mul_(inverse).addcmul_(x32, mean.mul_(inverse.pow(3)), value=-1)
-    return (dx if residual_grad is None else dx.add_(residual_grad)).to(x.dtype)
+    if residual_grad is not None:
+        dx.add_(residual_grad)
+    normed = torch.mul(x32, inverse, out=x32 if x32 is not x else None).mul_(weight).to(dtype)
+    if not room:
+        return dx.to(x.dtype), normed
+    roomy = x.new_empty(n, d + room)
+    roomy[:, :d] = dx
+    return roomy, normed

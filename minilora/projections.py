@@ -4,13 +4,15 @@
     dB = s dy^T P                            dA = (s dy B)^T x
 
 Adapters cost little more than their FLOPs. The A of layers with the same x go in one product. On a GPU sP and B become
-further columns of x and of the weight that is decoded for the product, y = [x sP] [W' B]^T, so that y is written once;
-all else is added in place. Weights are decoded by slices (`linear.slices`).
+further columns of x and of the weight that is decoded for the product, y = [x sP] [W' B]^T, and s dy B and A further
+columns of dy and rows of the weight, dx = [dy  s dy B] [W'; A], so that y and dx are not read and written again for an
+adapter's sake. All else is added in place. Weights are decoded by slices (`linear.slices`).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ Gradients = list[Tensor | None]
 class LowRank:
     """A (rank, in) and B (out, rank), float32, whose product is added `scale` times.
 
-    joins: B becomes further columns of the weight
+    joins: B becomes further columns of the weight, and A may become further rows
     """
 
     lora_A: Tensor
@@ -38,13 +40,17 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Projections:
-    """Layers of one input: their frozen weights (out, in), and the adapters that some of them have."""
+    """Layers of one input: their frozen weights (out, in), and the adapters that some of them have.
+
+    carrier: of which layer the dy may have room behind it, `room_back`, for what every A is multiplied by
+    """
 
     weights: tuple[NF4Tensor | Tensor, ...]
     adapters: tuple[LowRank | None, ...]
+    carrier: int = 0
 
     @staticmethod
-    def of(*layers: nn.Module) -> "Projections":
+    def of(*layers: nn.Module, carrier: int = 0) -> "Projections":
         """What each `nn.Linear`, `NF4Linear` or `LoRALinear` computes."""
         weights, adapters = list[NF4Tensor | Tensor](), list[LowRank | None]()
         for layer in layers:
@@ -55,12 +61,15 @@ class Projections:
             if isinstance(layer, LoRALinear) and layer.enabled:
                 joins = _joins(base.weight, len(layer.lora_A))
                 adapters[-1] = LowRank(layer.lora_A, layer.lora_B, layer.scale, joins)
-        return Projections(tuple(weights), tuple(adapters))
+        return Projections(tuple(weights), tuple(adapters), carrier)
 
     def decoded(self, dtype: torch.dtype) -> "Projections":
         """The same, whose weights need not be decoded again."""
         columns = [_cast(a.lora_B, dtype) if a and a.joins else None for a in self.adapters]
-        return replace(self, weights=tuple(decoded(w, dtype, c) for w, c in zip(self.weights, columns, strict=True)))
+        rows: list[Tensor | None] = [None] * len(self.weights)
+        if self.room_back:
+            rows[self.carrier] = self._every_a(dtype)
+        return replace(self, weights=tuple(map(decoded, self.weights, repeat(dtype), columns, rows)))
 
     @property
     def learned(self) -> list[Tensor]:
@@ -71,6 +80,12 @@ class Projections:
     def room(self) -> int:
         """Spare columns to allocate behind x."""
         return max((len(a.lora_A) for a in self.adapters if a and a.joins), default=0)
+
+    @property
+    def room_back(self) -> int:
+        """Spare columns to allocate behind the carrier's dy."""
+        join = self.adapters[self.carrier] and all(a.joins for a in self.adapters if a)
+        return sum(self._ranks) if join else 0
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """x (N, in), or (N, in + room) with room to write in, -> y (N, out) of each, and x A^T (N, sum of ranks) for
@@ -98,21 +113,34 @@ class Projections:
         return ys, reduced
 
     def reduce(self, dys: Sequence[Tensor]) -> Tensor | None:
-        """s dy B of each adapter (N, sum of ranks): what `back` and `learn` take; None without adapters."""
+        """s dy B of each adapter (N, sum of ranks): what `back` and `learn` take; None without adapters.
+
+        dys: (N, out) each, or of the carrier (N, out + room_back), where this then lies
+        """
         if not self.learned:
             return None
-        d_reduced = dys[0].new_empty(dys[0].shape[0], sum(self._ranks))
+        d_reduced = dys[self.carrier][:, self.weights[self.carrier].shape[0] :]
+        if not d_reduced.shape[1]:
+            d_reduced = dys[0].new_empty(dys[0].shape[0], sum(self._ranks))
         for adapter, dy, part in self._adapted(dys, d_reduced):
             part.addmm_(dy, _cast(adapter.lora_B, dy.dtype), beta=0, alpha=adapter.scale)
         return d_reduced
 
-    def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None) -> Tensor:
-        """dx (N, in)."""
-        dx: Tensor | None = None
-        for dy, weight in zip(dys, self.weights, strict=True):
-            dx = multiply_back(dy, weight, dx)
-        assert dx is not None
-        return dx if d_reduced is None else dx.addmm_(d_reduced, self._every_a(dx.dtype))
+    def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None, room: int = 0) -> Tensor:
+        """dx (N, in).
+
+        room: columns that it is followed by, with anything in them: (N, in + room)
+        """
+        n_in, joined = self.weights[0].shape[1], False
+        roomy = dys[0].new_empty(dys[0].shape[0], n_in + room)
+        dx = roomy[:, :n_in]
+        for i, (dy, weight) in enumerate(zip(dys, self.weights, strict=True)):
+            has_more = dy.shape[1] > weight.shape[0]
+            multiply_back(dy, weight, dx, adds=i > 0, below=self._every_a(dx.dtype) if has_more else None)
+            joined |= has_more
+        if d_reduced is not None and not joined:
+            dx.addmm_(d_reduced, self._every_a(dx.dtype))
+        return roomy
 
     def learn(self, dys: Sequence[Tensor], d_reduced: Tensor | None, x: Tensor, reduced: Tensor | None) -> Gradients:
         """The float32 gradients of what is `learned`, x and reduced as in `forward`; None where they have been added to
@@ -141,8 +169,9 @@ class Projections:
         return torch.cat(downs) if together is None else together
 
     def _adapted(self, ys: Sequence[Tensor], reduced: Tensor) -> Iterator[tuple[LowRank, Tensor, Tensor]]:
-        """Each adapter with its y and its columns of x A^T."""
-        with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, ys, strict=True) if adapter]
+        """Each adapter with its y (N, out) and its columns of x A^T."""
+        bare = (y[:, : weight.shape[0]] for y, weight in zip(ys, self.weights, strict=True))
+        with_adapter = [(adapter, y) for adapter, y in zip(self.adapters, bare, strict=True) if adapter]
         for (adapter, y), part in zip(with_adapter, reduced.split_with_sizes(self._ranks, dim=1), strict=True):
             yield adapter, y, part
 

@@ -11,6 +11,7 @@ key at q depends on p - q alone. Two ways to choose the pairs are in use, and di
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from minilora.compiled import compilable
 from minilora.dispatch import kernel_on_gpu, undifferentiated_on_gpu
@@ -34,10 +35,24 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @kernel_on_gpu
 @compilable
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """`apply_rope` of x (N, H, Dh) by cos, sin (N, Dh/2), in new memory; `back` turns the other way: its gradient."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rope` of x (N, H, Dh) by cos, sin (N, Dh/2), in new memory."""
+    return _turned(x, cos[:, None], sin[:, None])
+
+
+@kernel_on_gpu
+@compilable
+def rotate_back(dx: Tensor, cos: Tensor, sin: Tensor, room: int = 0) -> Tensor:
+    """Turns dx (N, H, Dh) the other way, which is the gradient of what was rotated: (N, H * Dh), in new memory.
+
+    room: columns that it is followed by, with anything in them: (N, H * Dh + room)
+    """
+    turned = _turned(dx, cos[:, None], -sin[:, None]).flatten(1)
+    return pad(turned, (0, room)) if room else turned
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.unflatten(-1, (2, -1)).unbind(-2)
-    cos, sin = cos[:, None], -sin[:, None] if back else sin[:, None]
     return torch.cat([(a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)], dim=-1)
 
 

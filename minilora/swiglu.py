@@ -39,8 +39,12 @@ def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
 @kernel_on_gpu
 @compilable
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """h, d_gate and d_up, each (N, F). d_gate takes the memory of dh; h and d_up may take that of gate and up."""
-    silu_gate = silu(gate)
+    """h, d_gate and d_up, each (N, F). d_gate takes the memory of dh; h and d_up may take that of gate and up.
+
+    dh: or (N, F + room), as then d_gate is, whose further columns hold anything
+    """
+    bare, silu_gate = dh[:, : gate.shape[1]], silu(gate)
     h = silu_gate * up
-    d_up = silu_gate.mul_(dh)
-    return h, torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh), d_up
+    d_up = silu_gate.mul_(bare)
+    torch.ops.aten.silu_backward.grad_input(bare.mul_(up), gate, grad_input=bare)
+    return h, dh, d_up

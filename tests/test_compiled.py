@@ -68,7 +68,7 @@ CALLS: dict[str, Call] = {
     "add_rms_norm": lambda a, b, weight, **_: norm.add_rms_norm(a, b, weight, 1e-5, a.dtype),
     "rms_norm_backward": lambda a, b, c, weight, inverse, **_: norm.rms_norm_backward(a, b, weight, inverse, c),
     "rotate": lambda x, cos, sin, **_: rope.rotate(x, cos, sin),
-    "rotate back": lambda x, cos, sin, **_: rope.rotate(x, cos, sin, back=True),
+    "rotate_back": lambda x, cos, sin, **_: rope.rotate_back(x, cos, sin),
     "swiglu": lambda a, b, **_: swiglu.swiglu(a, b),
     "swiglu_backward": lambda a, b, c, **_: swiglu.swiglu_backward(a, b, c),
 }  # fmt: skip

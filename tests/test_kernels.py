@@ -22,7 +22,7 @@ DEFINITIONS: dict[str, dict[str, Callable[..., object]]] = {
     "nf4_matvec": {"matvec": torch.matmul},
     "nf4_matmul": {"matmul": torch.matmul},
     "norm": {f.__name__: f for f in (norm.rms_norm, norm.add_rms_norm, norm.rms_norm_backward)},
-    "rope": {"rotate": rope.rotate},
+    "rope": {f.__name__: f for f in (rope.rotate, rope.rotate_back)},
     "softmax_gradient": {"softmax_gradient_": loss.softmax_gradient_},
     "swiglu": {f.__name__: f for f in (swiglu.swiglu, swiglu.swiglu_backward)},
 }

@@ -55,8 +55,10 @@ def test_backward(shape: tuple[int, int], dtype: torch.dtype, to: torch.dtype) -
     dn, residual_grad = random(*shape, seed=3, dtype=to), random(*shape, seed=4, dtype=dtype)
     inverse = defined_norm(x, weight, EPS, to)[1]
     for added in (None, residual_grad):
-        ours = rms_norm_backward(dn, x, weight, inverse, added)
-        defined = defined_back(dn.clone(), x, weight, inverse, added)
+        ours, normed = rms_norm_backward(dn, x, weight, inverse, added)
+        assert torch.equal(normed, rms_norm(x, weight, EPS, to, inverse)[0])
+        defined, normed = defined_back(dn.clone(), x, weight, inverse, added)
+        assert torch.equal(normed, defined_norm(x, weight, EPS, to, inverse)[0])
         through_residual = 0 if added is None else added
         [wide], [leaf] = widened(x), leaves(x)
         torchs(wide, (shape[1],), weight.double(), EPS).backward(dn.double())
@@ -87,6 +89,23 @@ def test_room_behind_a_norm_changes_nothing_else(
         assert all(map(torch.equal, (total, normed[:, :d], inverse), expected))
 
 
+@pytest.mark.parametrize(("dtype", "to"), PAIRS)
+@pytest.mark.parametrize(("n", "d", "room"), [(3, 64, 16), (2, 511, 1), (1, 100, 200)])
+def test_room_behind_gradients_changes_nothing_else(
+    n: int, d: int, room: int, dtype: torch.dtype, to: torch.dtype
+) -> None:
+    """Behind the one that is made, and behind the residual's."""
+    x, dn, wide = random(n, d, dtype=dtype), random(n, d, seed=1, dtype=to), random(n, d + 7, seed=2, dtype=dtype)
+    weight, given = random(d, seed=3, dtype=to), wide.clone()
+    _, inverse = rms_norm(x, weight, EPS, to)
+    for back in (rms_norm_backward, defined_back):
+        tight = back(dn.clone(), x, weight, inverse, wide[:, :d].clone())
+        dx, normed = back(dn.clone(), x, weight, inverse, wide[:, :d], room)
+        assert dx.shape == (n, d + room)
+        assert all(map(torch.equal, (dx[:, :d], normed), tight))
+        assert torch.equal(wide, given)
+
+
 def test_what_was_given_is_not_touched() -> None:
     given = [random(3, 64, seed=seed) for seed in range(3)]
     dn, x, residual_grad = (tensor.clone() for tensor in given)
@@ -103,7 +122,9 @@ def test_rows_of_zeros_stay_zeros() -> None:
     torch.testing.assert_close(inverse, torch.full_like(inverse, 1e3))
     dn = random(2, 64, seed=1)
     assert_no_worse(
-        rms_norm_backward(dn, x, weight, inverse), 1e3 * dn * weight, exact=1e-6**-0.5 * dn.double() * weight.double()
+        rms_norm_backward(dn, x, weight, inverse)[0],
+        1e3 * dn * weight,
+        exact=1e-6**-0.5 * dn.double() * weight.double(),
     )
 
 
@@ -117,7 +138,7 @@ def test_the_ends_of_the_numbers(scale: float) -> None:
     exact.backward(dn.double())
     assert wide.grad is not None
     assert_no_worse(normed, defined_norm(x, weight, 1e-30, torch.float32)[0], exact=exact.detach())
-    error = (rms_norm_backward(dn, x, weight, inverse).double() - wide.grad).abs().max()
+    error = (rms_norm_backward(dn, x, weight, inverse)[0].double() - wide.grad).abs().max()
     assert float(error) <= 20 * 2**-24 * float(wide.grad.abs().max())
 
 

@@ -8,10 +8,10 @@ from kernel_cases import DEVICE, DTYPES, assert_no_worse, leaves, random, widene
 from torch import Tensor
 
 from minilora import rope
-from minilora.kernels.rope import rotate
+from minilora.kernels.rope import rotate, rotate_back
 from minilora.rope import apply_rope, rope_cos_sin
 
-defined_rotate = unwrap(rope.rotate)
+defined_rotate, defined_back = unwrap(rope.rotate), unwrap(rope.rotate_back)
 
 
 def cos_sin(n: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -36,8 +36,12 @@ def test_any_shape_and_back(shape: tuple[int, int, int], dtype: torch.dtype) -> 
     ours = rotate(x, cos, sin)
     assert ours.is_contiguous()
     assert_no_worse(ours, defined_rotate(x, cos, sin), plain.detach(), exact=exact.detach())
-    back = rotate(dy, cos, sin, back=True)
-    assert_no_worse(back, defined_rotate(dy, cos, sin, True), leaf.grad, exact=wide.grad)
+    back = rotate_back(dy, cos, sin)
+    assert_no_worse(back, defined_back(dy, cos, sin), leaf.grad.flatten(1), exact=wide.grad.flatten(1))
+    for function in (rotate_back, defined_back):
+        roomy = function(dy, cos, sin, room=16)
+        assert roomy.shape == (shape[0], shape[1] * shape[2] + 16)
+        assert torch.equal(roomy[:, :-16], function(dy, cos, sin))
 
 
 def test_each_number_at_its_place() -> None:
@@ -46,7 +50,7 @@ def test_each_number_at_its_place() -> None:
     none, whole = torch.zeros(3, 24, device=DEVICE), torch.ones(3, 24, device=DEVICE)
     a, b = x.chunk(2, dim=-1)
     assert torch.equal(rotate(x, none, whole), torch.cat([-b, a], dim=-1))
-    assert torch.equal(rotate(x, none, whole, back=True), torch.cat([b, -a], dim=-1))
+    assert torch.equal(rotate_back(x, none, whole), torch.cat([b, -a], dim=-1).flatten(1))
     assert torch.equal(rotate(x, whole, none), x)
 
 

@@ -45,6 +45,21 @@ def test_room_behind_h_changes_nothing_else(n: int, f: int, room: int, dtype: to
         torch.testing.assert_close(roomy[:, :f], tight, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "f", "room"), [(3, 14, 16), (2, BLOCK + 5, 1), (1, 100, 200)])
+def test_room_behind_dh_stays_behind_d_gate(n: int, f: int, room: int, dtype: torch.dtype) -> None:
+    wide, gate, up = (random(n, more, seed=seed, dtype=dtype) for seed, more in enumerate((f + room, f, f)))
+    for function in (swiglu_backward, defined_backward):
+        dh = wide.clone()
+        h, d_gate, d_up = function(dh, gate.clone(), up.clone())
+        assert (d_gate.shape, d_gate.data_ptr()) == (wide.shape, dh.data_ptr())
+        assert torch.equal(d_gate[:, f:], wide[:, f:])
+        expected = function(wide[:, :f].clone(), gate.clone(), up.clone())
+        for ours, same in zip((h, d_gate[:, :f], d_up), expected, strict=True):
+            assert torch.equal(ours, same) or function is defined_backward  # see above
+            torch.testing.assert_close(ours, same, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_where_the_results_lie() -> None:
     """d_gate in the memory of dh; the kernel's others in that of gate and up, the definition's in new memory."""
     for function, in_place in ((swiglu_backward, True), (defined_backward, False)):

@@ -86,7 +86,25 @@ def test_slices_change_nothing_but_the_order_of_sums(
     for sliced, expected in zip((multiply(x, weight), multiply_back(dy, weight)), whole, strict=True):
         assert sliced.allclose(expected, rtol=1e-5, atol=1e-4)
     onto = random(9, n_in, seed=3)
-    assert multiply_back(dy, weight, onto.clone()).allclose(onto + whole[1], rtol=1e-5, atol=1e-4)
+    assert multiply_back(dy, weight, onto.clone(), adds=True).allclose(onto + whole[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_grows_by_columns_and_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is decoded, or where it has been decoded with them; what is multiplied may have rows that lie apart."""
+    monkeypatch.setattr(linear_module, "SLICE_BYTES", 20 * 64 * dtype.itemsize)
+    weight, b, a = quantize_nf4(random(60, 64)), random(60, 8, seed=1).to(dtype), random(24, 64, seed=2).to(dtype)
+    x, dy = random(9, 80, seed=3).to(dtype), random(9, 100, seed=4).to(dtype)
+    plain = weight.dequantize(dtype)
+    y, dx = x[:, :72] @ torch.cat([plain, b], dim=1).T, dy[:, :84] @ torch.cat([plain, a])
+    for either in (weight, linear_module.decoded(weight, dtype, b, a)):
+        assert torch.equal(multiply(x[:, :72], either, b), y)
+        assert torch.equal(multiply_back(dy[:, :84], either, below=a), dx)
+        roomy = torch.zeros(9, 70, dtype=dtype)
+        assert multiply_back(dy[:, :84], either, roomy[:, :64], below=a).data_ptr() == roomy.data_ptr()
+        assert torch.equal(roomy[:, :64], dx)
+        assert not roomy[:, 64:].any()
+    assert torch.equal(linear_module.decoded(weight, dtype, b, a), plain)
 
 
 def test_a_dense_weight_of_another_dtype_is_widened_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:

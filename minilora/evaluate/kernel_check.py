@@ -30,7 +30,7 @@ from minilora.errors import UserError
 from minilora.nf4 import NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
 from minilora.norm import add_rms_norm, rms_norm, rms_norm_backward
-from minilora.rope import apply_rope, rotate
+from minilora.rope import apply_rope, rotate, rotate_back
 from minilora.swiglu import swiglu, swiglu_backward
 
 # (N, K): rows of one block, tails of every tile; on a GPU layers, too, for which the interpreter would take minutes
@@ -220,9 +220,9 @@ def _elementwise(
         (rms_norm, (x, weight, EPS, dtype), of_x),
         (rms_norm, (x, weight, EPS, dtype, inverse), of_x),
         (add_rms_norm, (x, dy, weight, EPS, dtype), (x64 + dy64, *normed(total.double()))),
-        (rms_norm_backward, (dy, x, weight, inverse, up), (dx + up64,)),
+        (rms_norm_backward, (dy, x, weight, inverse, up), (dx + up64, of_x[0])),
         (rotate, (x.view(by_head), cos, sin), (turned(x64).view(by_head),)),
-        (rotate, (dy.view(by_head), cos, sin, True), (back.view(by_head),)),
+        (rotate_back, (dy.view(by_head), cos, sin), (back,)),
         (swiglu, (gate, up), (h64,)),
         (swiglu_backward, (dy, gate, up), (h64, *grad(h64, (gate64, up64), dy64, retain_graph=True))),
     ):

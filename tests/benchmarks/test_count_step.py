@@ -90,10 +90,10 @@ def test_launches_are_a_line_in_the_layers(keep: Keep) -> None:
 
 def test_flops_are_the_model_s_and_the_plan_s() -> None:
     """Keeping all, products and attention are `qlora_step_flops`, but that attention makes its scores again, and that
-    forward's products have the adapters' columns."""
+    products have the adapters' columns, forward's of B, and backward's of A, once a group of layers."""
     sums = by_kind(formula(shape(LARGE), 1, LENGTH, RANK, Keep.ALL))
     attention = sums["attention"].flops * 12 / 14
-    columns = 2 * LENGTH * RANK * 32 * sum(out for out, _ in projection_shapes(shape(LARGE)).values())
+    columns = 2 * LENGTH * RANK * 32 * sum(out + in_ for out, in_ in projection_shapes(shape(LARGE)).values())
     assert sums["products"].flops - columns + attention == pytest.approx(
         qlora_step_flops(shape(LARGE), 1, LENGTH) - 2 * LENGTH * 4096 * 6144, rel=1e-3
     )  # the first block's q, k and v give no dx
@@ -115,6 +115,9 @@ def test_the_page_and_the_result_say_what_the_formula_says() -> None:
     assert between(page, told(result["counted"]), BEGIN, END) == page, "run python -m benchmarks.count_step"
     outs = {name: out for name, (out, _) in projection_shapes(shape(LARGE)).items()}
     again = {"ALL": 0, "INPUT": sum(outs.values()) - outs["down_proj"]}
+    shapes = projection_shapes(shape(LARGE))
+    widths = sum(in_ for name, (_, in_) in shapes.items() if name not in ("k_proj", "v_proj", "up_proj"))
+    assert f"onto dx {4 * 32 * widths / 1e6:.1f}" in page  # a product for each group of layers with one input
     for name, said in (("INPUT", "10.5 MB"), ("ALL", "5.5")):  # what the page says that y would take
         assert f"{4 * 32 * (sum(outs.values()) + again[name]) / 1e6:.1f}" == said.split()[0]
         assert said in page

@@ -10,7 +10,7 @@ from minilora.evaluate import kernel_check
 from minilora.evaluate.kernel_check import Check
 from minilora.kernels import nf4_dequantize, nf4_matmul, nf4_matvec, swiglu
 
-ELEMENTWISE = {"rms_norm", "add_rms_norm", "rms_norm_backward", "rotate", "swiglu", "swiglu_backward"}
+ELEMENTWISE = {"rms_norm", "add_rms_norm", "rms_norm_backward", "rotate", "rotate_back", "swiglu", "swiglu_backward"}
 
 
 @pytest.fixture(autouse=True)
