@@ -106,7 +106,7 @@ def test_a_7b_by_hand() -> None:
 
 
 def test_a_gpu_s_loss_by_hand() -> None:
-    """64 MiB of logits, of which nothing else is made; the last block's output in float32, the norm's in 16 bits, and
+    """64 MiB of logits, of which nothing else is made; the last block's output and the norm's in 16 bits, and
     h's gradient, which backward makes anew, scaled. A head that learns: its gradient too, and in 16 bits the head,
     and h without what is no target."""
     config = ModelConfig(
@@ -115,17 +115,18 @@ def test_a_gpu_s_loss_by_hand() -> None:
     of = {"rows": 4, "length": 1024, "targets": 10, "device": torch.device("cuda")}
     h, v = 4096 * 4096, 32768 * 4096
     plan = StepPlan(config, "nf4 double-quantized", "bfloat16", LoraConfig(rank=16), **of)
-    assert plan.loss() == {"final hidden": 6 * h, "logits": (64 << 20) + 2 * h}
+    assert plan.loss() == {"residual stream": 2 * h, "final hidden": 2 * h, "logits": (64 << 20) + 2 * h}
     plan = StepPlan(config, "nf4 double-quantized", "bfloat16", LoraConfig(rank=16, modules_to_save=("lm_head",)), **of)
     in_work = (64 << 20) + 1024 * 4096 * 2 + 2 * v
-    assert plan.loss() == {"final hidden": 6 * h, "logits": max(in_work, 4 * v + 2 * h) + 4 * v + 2 * h}
+    logits = max(in_work, 4 * v + 2 * h) + 4 * v + 2 * h
+    assert plan.loss() == {"residual stream": 2 * h, "final hidden": 2 * h, "logits": logits}
     plan = StepPlan(config, "float32", "float32", None, **of)
     assert plan.loss()["logits"] == max((64 << 20) + 512 * 4096 * 4, 4 * v + 4 * h) + 4 * v + 4 * h
 
 
 def test_a_gpu_s_mlp_by_hand() -> None:
     """dh and the decoded weight beside gate and up, which are kept, or made again; what else backward has of them lies
-    where they were. Two gradients of x, and norm(x) after the first."""
+    where they were. Two gradients of x, and norm(x) with the second."""
     config = ModelConfig(
         dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, vocab_size=32768
     )

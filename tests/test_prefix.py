@@ -77,7 +77,7 @@ def test_it_is_switched_off_with_the_adapters() -> None:
 
 
 def test_checkpointing_and_the_fast_block_change_nothing() -> None:
-    """Under a prefix the fast block is the plain one."""
+    """Under a prefix the fast block is the plain one; the last norm alone is summed in another order."""
     gradients = []
     for way in ("plain", "checkpointing", "fused", "fused, checkpointing"):
         model, ran = with_prefix(4).train(), list[int]()
@@ -90,7 +90,9 @@ def test_checkpointing_and_the_fast_block_change_nothing() -> None:
         gradients.append(model.prefix.prompt_embeddings.grad)
         assert len(ran) == (2 if "checkpointing" in way else 1)  # again in backward
     assert gradients[0].abs().min() > 0
-    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    assert torch.equal(gradients[1], gradients[0])
+    assert torch.equal(gradients[3], gradients[2])
+    torch.testing.assert_close(gradients[2], gradients[0], rtol=1e-5, atol=1e-6 * float(gradients[0].abs().max()))
 
 
 def test_one_thing_is_added_at_a_time() -> None:
