@@ -229,7 +229,10 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, inverse = ctx.saved_tensors
-        dx, _ = rms_norm_backward(_rows(grads[0]), _rows(x), weight, inverse, room=ctx.room)
+        dn = _rows(grads[0])
+        if dn.device.type == "cpu":  # where it would be overwritten, and it is autograd's
+            dn = dn.clone()
+        dx, _ = rms_norm_backward(dn, _rows(x), weight, inverse, room=ctx.room)
         return _shaped(dx, x.shape), None, None, None
 
 

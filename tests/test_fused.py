@@ -256,6 +256,15 @@ def test_it_keeps_what_its_first_lines_say() -> None:
     assert saved_bytes(model) < 0.7 * plain
 
 
+def test_a_gradient_that_is_handed_in_stays_as_it_is() -> None:
+    model = adapted(SHAPES[0])
+    assert fuse(model)
+    hidden = model.hidden(batch(model.config, packed=False)[0])
+    gradient = torch.ones_like(hidden)
+    hidden.backward(gradient)
+    assert torch.equal(gradient, torch.ones_like(hidden))
+
+
 @pytest.mark.parametrize("why", ["dropout", "a norm learns", "the base learns"])
 def test_it_refuses_what_it_does_not_say(why: str) -> None:
     model = adapted(SHAPES[0], LoraConfig(rank=4, dropout=0.1 if why == "dropout" else 0.0), nf4=False)
