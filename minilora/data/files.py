@@ -117,14 +117,10 @@ def _refuse_constant(name: str) -> NoReturn:
 def _read_json(path: str) -> Iterator[tuple[str, Row]]:
     for first, (line, where) in enumerate(read_lines(path)):
         if first == 0 and line.lstrip().startswith(b"["):
-            yield from _read_array(path)
+            for number, item in enumerate(_parse(_read_whole(path)), 1):
+                yield f"{path}:{number}", _row(item)
             return
         yield where, parse_object(line)
-
-
-def _read_array(path: str) -> Iterator[tuple[str, Row]]:
-    for number, item in enumerate(_parse(_read_whole(path)), 1):
-        yield f"{path}:{number}", _row(item)
 
 
 def _read_document(path: str) -> Iterator[tuple[str, Row]]:

@@ -69,16 +69,15 @@ def parse_row(row: Row, where: str, mend: bool = False) -> Record:
             raise row
         form = _form_of(row)
         if form in (TEXT, CONTENT):
-            text = _text(row, form[0])
-            return TextRecord(text, where)
+            return TextRecord(_text(row, form[0]), where)
         messages = row[form[0]] if len(form) == 1 else _pair(row, *form)
         if row.get("system_prompt") and row.get("system"):
             raise UserError('it has "system_prompt" and "system"; drop one of them')
         read = _read_messages(messages, row.get("system_prompt") or row.get("system"), form == SHAREGPT, mend)
         if (only_last := row.get("only_last")) not in (None, False, True):
             raise UserError(f'its "only_last" is {only_last!r}, but must be true, false or null')
-        if only_last:
-            read = _only_last(read)
+        if only_last:  # mistral-finetune's: of all the answers, only the last is trained on
+            read = [m | {"weight": 0} if m["role"] == "assistant" else m for m in read[:-1]] + read[-1:]
         if all(message.get("weight") == 0 for message in read if message["role"] == "assistant"):
             what = "the last answer, of only_last," if only_last else "every assistant message"
             raise UserError(f"no token to train on: {what} has the weight 0; drop the line")
@@ -145,12 +144,13 @@ def _read_messages(messages: Any, system_prompt: Any, alternate: bool, mend: boo
         raise UserError(f"its messages are {_what(messages)}; give it a list of messages, or drop the line")
     if system_prompt:
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    read, last = list[dict[str, Any]](), "assistant"
+    read, last = list[dict[str, Any]](), "assistant"  # the role before, systems left out
     try:
         for n, message in enumerate(messages, 1):
             new = _read_message(message, n)
-            if alternate:
-                _check_turn(last, new, n)
+            if alternate and new["role"] == last:  # ShareGPT's files are cut from longer ones: a message is lost
+                due = "human" if last == "assistant" else "gpt"
+                raise UserError(f"message {n} is of the role {last}, but it is the {due}'s turn; drop it, or the line")
             read.append(new)
             last = last if new["role"] == "system" else new["role"]
     except UserError:
@@ -162,21 +162,6 @@ def _read_messages(messages: Any, system_prompt: Any, alternate: bool, mend: boo
         last = f"the last message is of the role {read[-1]['role']}; drop it" if read else "drop the line"
         raise UserError(f"no answer to train on: {last}")
     return read
-
-
-def _check_turn(last: str, new: dict[str, Any], n: int) -> None:
-    """ShareGPT's files are cut from longer conversations; what does not alternate has lost a message.
-
-    last: the role of the message before, systems left out
-    """
-    if new["role"] == last:
-        due = "human" if last == "assistant" else "gpt"
-        raise UserError(f"message {n} is of the role {last}, but it is the {due}'s turn; drop it, or the line")
-
-
-def _only_last(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """mistral-finetune's `only_last`: of all the answers, only the last is trained on."""
-    return [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages[:-1]] + messages[-1:]
 
 
 def _read_message(message: Any, n: int) -> dict[str, Any]:
