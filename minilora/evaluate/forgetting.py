@@ -9,7 +9,7 @@ it again. Kept are log-probabilities in float32 on the CPU: 4 bytes x vocabulary
 7B (V = 32,768), and exact: an untouched model's KL is 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minilora.config import RunConfig
 from minilora.data.encode import Sample
+from minilora.data.files import read_lines
 from minilora.data.pack import batches
 from minilora.errors import UserError
 from minilora.evaluate.distance import first_tokens
@@ -38,39 +39,23 @@ def read_probes(path: str | None, tokenizer: Tokenizer) -> list[Sample]:
     Raises UserError for a file that cannot be read or holds none.
     """
     file = Path(__file__).with_name("probes.txt") if path is None else Path(path)
+    probes = []
     try:
-        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+        for line, where in read_lines(file):
+            ids, targets = tokenizer.encode_chat([{"role": "user", "content": line.decode().strip()}])
+            probes.append(Sample(np.array(ids, np.int32), np.array(targets), where))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    probes = []
-    for number, line in enumerate(lines, 1):
-        if line:
-            ids, targets = tokenizer.encode_chat([{"role": "user", "content": line}])
-            probes.append(Sample(np.array(ids, np.int32), np.array(targets), f"{file}:{number}"))
     if not probes:
         raise UserError(f"{file}: holds no prompts; write one a line, or leave eval.probes out")
     return probes
-
-
-@torch.no_grad()
-def log_probabilities(
-    model: Mistral, samples: Sequence[Sample], max_seq_len: int, n_tokens: int, batch_size: int = 8
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """ln p(v) of n_tokens targets of the first samples that have so many, or of all, and the targets: (<= ROWS, V)
-    float32 and (<= ROWS,) on the CPU at a time, in the order in which they are packed. For a model in eval mode."""
-    for batch in batches(first_tokens(samples, n_tokens), max_seq_len, batch_size, model.device):
-        here = batch.labels != IGNORE
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)[here][:n_tokens]
-        n_tokens -= len(hidden)
-        for part, labels in zip(hidden.split(ROWS), batch.labels[here].cpu().split(ROWS), strict=False):
-            yield model.lm_head(part).float().log_softmax(-1).cpu(), labels[: len(part)]
 
 
 @dataclass(frozen=True)
 class Forgetting:
     """The general text and the probes of a run, and what its base says of them.
 
-    before: loss and perplexity of the general text, {} without one; log_p: (tokens, V) float32, see above;
+    before: loss and perplexity of the general text, {} without one; log_p: (tokens, V) float32, of `log_probabilities`;
     said: the base's answers to the probes
     """
 
@@ -87,7 +72,7 @@ class Forgetting:
         asked = replace(self, before=self.measure(model), said=self.answers(model))
         if not self.general:
             return asked
-        return replace(asked, log_p=torch.cat([log_p for log_p, _ in self._log_p(model)]))
+        return replace(asked, log_p=torch.cat([log_p for log_p, _ in self.log_probabilities(model)]))
 
     def measure(self, model: Mistral) -> dict[str, float]:
         """Loss and perplexity of the whole general text; {} if there is none."""
@@ -103,7 +88,7 @@ class Forgetting:
             return {}
         loss, kl, start = 0.0, 0.0, 0
         with evaluating(model):
-            for q, labels in self._log_p(model):
+            for q, labels in self.log_probabilities(model):
                 p = self.log_p[start : start + len(q)]
                 kl, start = kl + float((p.exp() * (p - q)).sum()), start + len(q)
                 loss -= float(q.gather(1, labels[:, None]).sum())
@@ -122,8 +107,16 @@ class Forgetting:
         given = answer(model, prompts, limits.max_new_tokens, self.tokenizer.eos_id, limits.batch_size)
         return [self.tokenizer.decode(ids) for ids in given]
 
-    def _log_p(self, model: Mistral) -> Iterator[tuple[Tensor, Tensor]]:
-        limits = self.config.eval
-        return log_probabilities(
-            model, self.general, self.config.data.max_seq_len, limits.general_tokens, limits.batch_size
-        )
+    @torch.no_grad()
+    def log_probabilities(self, model: Mistral) -> Iterator[tuple[Tensor, Tensor]]:
+        """ln p(v) of the first `eval.general_tokens` targets of the general text, or of all, and the targets: (<= ROWS,
+        V) float32 and (<= ROWS,) on the CPU at a time, in the order in which they are packed. For a model in eval mode.
+        """
+        limits, n_tokens = self.config.eval, self.config.eval.general_tokens
+        text = first_tokens(self.general, n_tokens)
+        for batch in batches(text, self.config.data.max_seq_len, limits.batch_size, model.device):
+            here = batch.labels != IGNORE
+            hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)[here][:n_tokens]
+            n_tokens -= len(hidden)
+            for part, labels in zip(hidden.split(ROWS), batch.labels[here].cpu().split(ROWS), strict=False):
+                yield model.lm_head(part).float().log_softmax(-1).cpu(), labels[: len(part)]

@@ -14,7 +14,7 @@ from minilora.config import RunConfig
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.evaluate.forgetting import Forgetting, log_probabilities, read_probes
+from minilora.evaluate.forgetting import Forgetting, read_probes
 from minilora.evaluate.perplexity import mean_loss
 from minilora.tokenizer import load_tokenizer
 from minilora.train.loop import fine_tune
@@ -50,7 +50,9 @@ def forgetting_of(samples: list[Sample], config: RunConfig) -> Forgetting:
 def test_the_log_probabilities_are_those_of_the_first_targets(samples: list[Sample], n_tokens: int) -> None:
     wanted = naive_log_p(0, samples)[:n_tokens]
     # Rows so short that no two samples share one: then the order is the file's.
-    parts = [*log_probabilities(tiny_model(), samples, max(s.length for s in samples), n_tokens, batch_size=2)]
+    data = replace(RunConfig().data, max_seq_len=max(s.length for s in samples))
+    config = RunConfig(data=data, eval=replace(RunConfig().eval, general_tokens=n_tokens, batch_size=2))
+    parts = [*forgetting_of(samples, config).log_probabilities(tiny_model())]
     kept, labels = map(torch.cat, zip(*parts, strict=True))
     assert kept.shape == wanted.shape
     assert max(len(log_p) for log_p, _ in parts) <= 64
