@@ -81,20 +81,14 @@ class MergeAudit:
         """For a table under COLUMNS: a line for each way, and one for the base. KL in nats a token; the share of tokens
         with the same likeliest next; the largest difference of logits."""
 
-        def cells(who: str, d: Distance) -> tuple[str, ...]:
-            figures = (
-                f"{d.mean_kl:.3g}",
-                f"{d.max_kl:.3g}",
-                f"{d.top1_agreement:.2%}",
-                f"{d.max_logit_difference:.3g}",
-            )
-            return who, *figures
+        def figures(d: Distance) -> tuple[str, ...]:
+            return f"{d.mean_kl:.3g}", f"{d.max_kl:.3g}", f"{d.top1_agreement:.2%}", f"{d.max_logit_difference:.3g}"
 
         merged = (
-            (*cells(who, d), as_text(self.n_bytes[who]), "passed" if self.passed(who) else "failed")
+            (who, *figures(d), as_text(self.n_bytes[who]), "passed" if self.passed(who) else "failed")
             for who, d in self.routes.items()
         )
-        return [*merged, (*cells(_BASE, self.base), "", "")]
+        return [*merged, (_BASE, *figures(self.base), "", "")]
 
     def to_dict(self, route: Route) -> dict[str, Any]:
         merged = asdict(self.routes[route]) | {"bytes": self.n_bytes[route]}
@@ -238,7 +232,7 @@ class _Pass:
 
     def _part(self, name: str, specs: list[TensorSpec]) -> Iterator[tuple[TensorSpec, dict[Route, Tensor | NF4Tensor]]]:
         """The weights of one part of the model, merged, once the hidden states have gone through it."""
-        part, plain = self._take(name)
+        part, plain = self._take(name), self._take(name)
         for spec in specs:
             fill(part, self.base.checkpoint, spec, self.storage)
         self.adapter.attach(part)
@@ -266,15 +260,12 @@ class _Pass:
                 self._go_outside(name, route, weight)
         yield from made.items()
 
-    def _take(self, name: str) -> tuple[nn.Module, nn.Module]:
-        """A part of the model out of the skeleton, under its own name in a module that holds nothing else; twice."""
-        parts = []
-        for _ in range(2):
-            parent, part = nn.Module(), deepcopy(self.skeleton.get_submodule(name))
-            above, _, last = name.rpartition(".")
-            parent.add_module(above, nn.ModuleDict({last: part})) if above else parent.add_module(last, part)
-            parts.append(parent)
-        return parts[0], parts[1]
+    def _take(self, name: str) -> nn.Module:
+        """A part of the model out of the skeleton, under its own name in a module that holds nothing else."""
+        parent, part = nn.Module(), deepcopy(self.skeleton.get_submodule(name))
+        above, _, last = name.rpartition(".")
+        parent.add_module(above, nn.ModuleDict({last: part})) if above else parent.add_module(last, part)
+        return parent
 
     def _merged(self, part: nn.Module, spec: TensorSpec, route: Route) -> Tensor | NF4Tensor:
         layer = part.get_submodule(spec.module)
