@@ -9,6 +9,7 @@ import re
 import tomllib
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -92,20 +93,14 @@ def _read_jsonl(path: Path, key: str = "step", kind: type = int) -> list[dict[st
     *whole, rest = _read(path).split("\n")
     records = []
     for number, line in enumerate([*whole, rest], 1):
-        record = _record(line)
+        record = dict[str, Any]()
+        with suppress(ValueError):
+            record = parse_object(line.encode())
         if isinstance(record.get(key), kind):
             records.append(record)
         elif number <= len(whole):
             raise UserError(f"{path} line {number}: not a JSON object with a {key}; remove the line")
     return records
-
-
-def _record(line: str) -> dict[str, Any]:
-    """The object of a line, {} if it holds none."""
-    try:
-        return parse_object(line.encode())
-    except ValueError:
-        return {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

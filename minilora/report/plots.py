@@ -59,12 +59,15 @@ def _series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]
     return [step for step, _ in points], [float("nan") if value is None else float(value) for _, value in points]
 
 
-def _axes(figure: Figure, n: int) -> list[Axes]:
-    """n panels, one above the other, that share the steps below them."""
-    panels: list[Axes] = list(figure.subplots(n, 1, sharex=True, squeeze=False)[:, 0])
+def _panels(*titles: str, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, one above the other, that share the steps below them."""
+    figure = Figure(figsize=(8, height), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(len(titles), 1, sharex=True, squeeze=False)[:, 0])
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title)
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return panels
+    return figure, panels
 
 
 def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, smoothed: str = "") -> None:
@@ -92,9 +95,7 @@ def _start_at_zero(axes: Axes) -> None:
 
 
 def _loss(metrics: Sequence[Record]) -> Figure:
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    (axes,) = _axes(figure, 1)
-    axes.set_title("Loss per target token")
+    figure, [axes] = _panels("Loss per target token", height=4.2)
     axes.set_ylabel("nats")
     steps, values = _series(metrics, "loss")
     _line(axes, steps, values, BLUE, "training, smoothed")
@@ -107,21 +108,18 @@ def _loss(metrics: Sequence[Record]) -> Figure:
     general = _series(metrics, "general_loss")
     if general[0]:
         axes.plot(*general, color=GREEN, marker="s", markersize=4, linewidth=1.4, label="general text")
-    skipped = [r["step"] for r in metrics if r.get("skipped")]
-    for i, step in enumerate(skipped):
-        label = f"{len(skipped)} skipped" if i == 0 else None
-        axes.axvline(step, color=RED, linewidth=1, linestyle=":", label=label)
+    if skipped := [r["step"] for r in metrics if r.get("skipped")]:
+        over = axes.get_xaxis_transform()  # from the bottom of the panel, 0, to its top, 1
+        label = f"{len(skipped)} skipped"
+        axes.vlines(skipped, 0, 1, colors=RED, linestyles=":", linewidth=1, label=label, transform=over)
     legend(axes)
     return figure
 
 
 def _learning_rate(metrics: Sequence[Record], clip_norm: float) -> Figure:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    above, below = _axes(figure, 2)
-    above.set_title("Learning rate")
+    figure, [above, below] = _panels("Learning rate", "Gradient norm, before clipping", height=5)
     above.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     _line(above, *_series(metrics, "lr"), GREEN)
-    below.set_title("Gradient norm, before clipping")
     steps, norms = _series(metrics, "grad_norm")
     _line(below, steps, norms, BLUE, "smoothed")
     positive = [norm for norm in norms if isfinite(norm) and norm > 0]
@@ -136,13 +134,10 @@ def _learning_rate(metrics: Sequence[Record], clip_norm: float) -> Figure:
 
 
 def _speed(timing: Sequence[Record]) -> Figure:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    above, below = _axes(figure, 2)
-    above.set_title("Speed")
+    figure, [above, below] = _panels("Speed", "Memory in use", height=5)
     above.set_ylabel("tokens/s")
     _line(above, *_series(timing, "tok_per_s"), BLUE, "smoothed")
     legend(above, "lower right")
-    below.set_title("Memory in use")
     below.set_ylabel("GB")
     steps, memory = _series(timing, "memory_bytes")
     _line(below, steps, [n_bytes / 1e9 for n_bytes in memory], ORANGE)
