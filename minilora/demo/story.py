@@ -136,9 +136,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
 
 def refuse_other_run(output: Path) -> None:
     """Raise UserError if the folder holds anything but an old demo: that alone may be replaced unasked."""
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not _is_demo(output):
+    if output.is_dir() and any(output.iterdir()) and not _is_demo(output):
         raise UserError(f"{output} holds something other than a demo; name another folder with --output")
 
 
