@@ -80,7 +80,9 @@ def explain_block(weight: Tensor, *, name: str, block: int, console: Console) ->
         f"{start + len(values) - 1}.",
     )
     codes = plain.codes()[start : start + len(values)]
-    _absmax(console, values, plain.absmax[block])
+    at = int(values.abs().argmax())
+    _step(console, "1  absmax: the block's largest magnitude, kept beside it")
+    _say(console, f"absmax = |w[{at}]| = {plain.absmax[block]:.8g}. Divided by it, every number lies from -1 to 1.")
     _levels(console, codes)
     _bytes(console, values, plain, block)
     _double_quantization(console, plain, nested, block)
@@ -138,12 +140,6 @@ def _number(value: float, absmax: float) -> str:
 # The block
 
 
-def _absmax(console: Console, values: Tensor, absmax: Tensor) -> None:
-    at = int(values.abs().argmax())
-    _step(console, "1  absmax: the block's largest magnitude, kept beside it")
-    _say(console, f"absmax = |w[{at}]| = {absmax:.8g}. Divided by it, every number lies from -1 to 1.")
-
-
 def _levels(console: Console, codes: Tensor) -> None:
     _step(console, "2  16 levels: quantiles of the normal distribution, and zero")
     _say(console, "code = number of thresholds strictly below w / absmax; thresholds lie midway between levels.")
@@ -176,7 +172,14 @@ def _bytes(console: Console, values: Tensor, plain: NF4Tensor, block: int) -> No
     console.print(table)
     if len(values) % 2:
         _say(console, f"The last byte's low nibble has no number; it holds {packed[-1] & 15}, the code of zero.")
-    _error(console, values, decoded)
+    errors = (decoded - values).abs()
+    share = float(errors.mean() / values.abs().mean()) if values.any() else 0.0
+    _say(
+        console,
+        f"mean |error| = {errors.mean():.4g}, {share:.1%} of the mean |w|; largest {errors.max():.4g}. It can be "
+        f"{50 * WIDEST_STEP:.1f} % of absmax at most, half the step from -1 to -0.696; green is below a quarter of "
+        "that, red above half of it.",
+    )
 
 
 def _number_cells(w: float, code: int, back: float, absmax: float, unit: float) -> list[Text]:
@@ -189,17 +192,6 @@ def _number_cells(w: float, code: int, back: float, absmax: float, unit: float) 
         Text(_number(back / unit, absmax / unit), style=_level_style(back / absmax)),
         Text(f"{100 * error:+5.1f}", style=_error_style(error, WIDEST_STEP / 2)),
     ]
-
-
-def _error(console: Console, values: Tensor, decoded: Tensor) -> None:
-    error = (decoded - values).abs()
-    share = float(error.mean() / values.abs().mean()) if values.any() else 0.0
-    _say(
-        console,
-        f"mean |error| = {error.mean():.4g}, {share:.1%} of the mean |w|; largest {error.max():.4g}. It can be "
-        f"{50 * WIDEST_STEP:.1f} % of absmax at most, half the step from -1 to -0.696; green is below a quarter of "
-        "that, red above half of it.",
-    )
 
 
 def _double_quantization(console: Console, plain: NF4Tensor, nested: NF4Tensor, block: int) -> None:
