@@ -133,11 +133,8 @@ def _kind(row: Row) -> str:
 
 def _curves(rows: Sequence[Row]) -> list[list[Row]]:
     """Runs that differ in nothing but their share of the data together, that of the largest share last."""
-
-    def rest(row: Row) -> tuple[tuple[str, str], ...]:
-        return tuple(change for change in row["changes"].items() if change[0] != SHARE)
-
-    return [sorted((rows[i] for i in group), key=_share) for group in groups_of_equal(map(rest, rows))]
+    others = (tuple(change for change in row["changes"].items() if change[0] != SHARE) for row in rows)
+    return [sorted((rows[i] for i in group), key=_share) for group in groups_of_equal(others)]
 
 
 def _share(row: Row) -> float:
