@@ -4,11 +4,13 @@ Everything printed is computed by the functions that train, `nf4.quantize_nf4`, 
 only chooses what to show and lays it out, in at most 80 columns, with colour where the output is a terminal.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from math import floor, log10
 
 import torch
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -60,11 +62,11 @@ def explain(weight: Tensor | None, *, name: str, block: int, seed: int, console:
     """
     if weight is None:
         weight = 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
-    explain_block(weight, name=name, block=block, console=console)
-    explain_layer(seed=seed, console=console)
+    for part in chain(_block(weight, name, block), _layer(seed)):
+        console.print(part, width=min(console.width, WIDTH), markup=False, highlight=False)
 
 
-def explain_block(weight: Tensor, *, name: str, block: int, console: Console) -> None:
+def _block(weight: Tensor, name: str, block: int) -> Iterator[RenderableType]:
     """One block of `weight` through quantization, packing, dequantization and double quantization."""
     plain, nested = quantize_nf4(weight, double_quant=False), quantize_nf4(weight)
     n_blocks = len(plain.absmax)
@@ -72,38 +74,32 @@ def explain_block(weight: Tensor, *, name: str, block: int, console: Console) ->
         raise UserError(f"there is no block {block} in {name}: it has {n_blocks}, numbered from 0")
     start = block * plain.block_size
     values = weight.detach().reshape(-1)[start : start + plain.block_size].float()
-    _heading(console, f"{name}: block {block} of {n_blocks} through NF4")
-    _say(
-        console,
+    yield _heading(f"{name}: block {block} of {n_blocks} through NF4")
+    yield (
         f"{name} has shape {tuple(weight.shape)} and dtype {dtype_name(weight.dtype)}. Flattened row "
         f"by row and cut into blocks of {plain.block_size}, its block {block} holds numbers {start} to "
-        f"{start + len(values) - 1}.",
+        f"{start + len(values) - 1}."
     )
     codes = plain.codes()[start : start + len(values)]
     at = int(values.abs().argmax())
-    _step(console, "1  absmax: the block's largest magnitude, kept beside it")
-    _say(console, f"absmax = |w[{at}]| = {plain.absmax[block]:.8g}. Divided by it, every number lies from -1 to 1.")
-    _levels(console, codes)
-    _bytes(console, values, plain, block)
-    _double_quantization(console, plain, nested, block)
-    _storage(console, plain, nested)
+    yield _step("1  absmax: the block's largest magnitude, kept beside it")
+    yield f"absmax = |w[{at}]| = {plain.absmax[block]:.8g}. Divided by it, every number lies from -1 to 1."
+    yield from _levels(codes)
+    yield from _bytes(values, plain, block)
+    yield from _double_quantization(plain, nested, block)
+    yield from _storage(plain, nested)
 
 
 # Layout
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, width=min(console.width, WIDTH), markup=False, highlight=False)
+def _heading(text: str) -> Group:
+    """Below an empty line, as `_step`."""
+    return Group("", Rule(Text(text, style="bold"), align="left", characters="─"))
 
 
-def _heading(console: Console, text: str) -> None:
-    console.print()
-    console.print(Rule(Text(text, style="bold"), align="left", characters="─"), width=min(console.width, WIDTH))
-
-
-def _step(console: Console, text: str) -> None:
-    console.print()
-    console.print(Text(text, style="bold cyan"), width=min(console.width, WIDTH))
+def _step(text: str) -> Group:
+    return Group("", Text(text, style="bold cyan"))
 
 
 def _table(sides: str, *titles: str) -> Table:
@@ -140,28 +136,28 @@ def _number(value: float, absmax: float) -> str:
 # The block
 
 
-def _levels(console: Console, codes: Tensor) -> None:
-    _step(console, "2  16 levels: quantiles of the normal distribution, and zero")
-    _say(console, "code = number of thresholds strictly below w / absmax; thresholds lie midway between levels.")
+def _levels(codes: Tensor) -> Iterator[RenderableType]:
+    yield _step("2  16 levels: quantiles of the normal distribution, and zero")
+    yield "code = number of thresholds strictly below w / absmax; thresholds lie midway between levels."
     counts = codes.int().bincount(minlength=16).tolist()
     table = _table("rlrrl", "code", "bits", "above", "level", "in this block")
     lower_ends = ["", *(f"{t:+.6f}" for t in thresholds().tolist())]
     for code, (low, level, count) in enumerate(zip(lower_ends, levels().tolist(), counts, strict=True)):
         bar = Text(f"{count:3} ") + Text("█" * round(LONGEST_BAR * count / max(counts)), style=_level_style(level))
         table.add_row(f"{code}", f"{code:04b}", low, Text(f"{level:+.6f}", style=_level_style(level)), bar)
-    console.print(table)
+    yield table
 
 
-def _bytes(console: Console, values: Tensor, plain: NF4Tensor, block: int) -> None:
+def _bytes(values: Tensor, plain: NF4Tensor, block: int) -> Iterator[RenderableType]:
     """Two numbers a row, as they share a byte."""
     start, stop = block * plain.block_size, block * plain.block_size + len(values)
     codes, packed = plain.codes()[start:stop], plain.packed[start // 2 : (stop + 1) // 2]
     decoded = plain.dequantize(torch.float32).view(-1)[start:stop]
     absmax = float(plain.absmax[block])
-    _step(console, "3  codes, packed two a byte, the first in the high nibble; and decoded again")
+    yield _step("3  codes, packed two a byte, the first in the high nibble; and decoded again")
     unit = _unit(absmax)
     in_units = f" w and w' are in units of {unit:g}." if unit != 1 else ""
-    _say(console, f"w' = LEVELS[code] * absmax; error = w' - w, in % of absmax.{in_units}")
+    yield f"w' = LEVELS[code] * absmax; error = w' - w, in % of absmax.{in_units}"
     table = _table("rllllll", "", "w", "w / absmax", "code", "hex", "w'", "error")
     rows = zip(values.tolist(), codes.tolist(), decoded.tolist(), strict=True)
     cells = [_number_cells(w, code, back, absmax or 1.0, unit) for w, code, back in rows]
@@ -169,16 +165,15 @@ def _bytes(console: Console, values: Tensor, plain: NF4Tensor, block: int) -> No
         first, second = [*cells, [Text("")] * 5][2 * i : 2 * i + 2]
         w, scaled, code, back, error = (Text(" ").join(pair) for pair in zip(first, second, strict=True))
         table.add_row(f"{2 * i}", w, scaled, code, Text(f"{byte:02x}", style="bold"), back, error)
-    console.print(table)
+    yield table
     if len(values) % 2:
-        _say(console, f"The last byte's low nibble has no number; it holds {packed[-1] & 15}, the code of zero.")
+        yield f"The last byte's low nibble has no number; it holds {packed[-1] & 15}, the code of zero."
     errors = (decoded - values).abs()
     share = float(errors.mean() / values.abs().mean()) if values.any() else 0.0
-    _say(
-        console,
+    yield (
         f"mean |error| = {errors.mean():.4g}, {share:.1%} of the mean |w|; largest {errors.max():.4g}. It can be "
         f"{50 * WIDEST_STEP:.1f} % of absmax at most, half the step from -1 to -0.696; green is below a quarter of "
-        "that, red above half of it.",
+        "that, red above half of it."
     )
 
 
@@ -194,7 +189,7 @@ def _number_cells(w: float, code: int, back: float, absmax: float, unit: float) 
     ]
 
 
-def _double_quantization(console: Console, plain: NF4Tensor, nested: NF4Tensor, block: int) -> None:
+def _double_quantization(plain: NF4Tensor, nested: NF4Tensor, block: int) -> Iterator[RenderableType]:
     assert nested.nested_absmax is not None
     assert nested.nested_offset is not None
     group = block // NESTED_BLOCK_SIZE
@@ -202,12 +197,11 @@ def _double_quantization(console: Console, plain: NF4Tensor, nested: NF4Tensor, 
     shown = range(first, min(first + SHOWN_BLOCKS, (group + 1) * NESTED_BLOCK_SIZE, len(plain.absmax)))
     offset, scale = float(nested.nested_offset), float(nested.nested_absmax[group])
     rebuilt = nested.block_absmax()
-    _step(console, "4  double quantization: the absmax themselves in 8 bits")
-    _say(
-        console,
+    yield _step("4  double quantization: the absmax themselves in 8 bits")
+    yield (
         f"offset, the mean of all {len(plain.absmax)} absmax = {offset:.8g}. What is left is cut into blocks of "
         f"{NESTED_BLOCK_SIZE}; the largest magnitude in this one, its nested absmax = {scale:.8g}. "
-        "absmax' = level * nested absmax + offset.",
+        "absmax' = level * nested absmax + offset."
     )
     table = _table("rrrrrrr", "block", "absmax", "- offset", "code", "level", "absmax'", "error")
     for b in shown:
@@ -220,34 +214,60 @@ def _double_quantization(console: Console, plain: NF4Tensor, nested: NF4Tensor, 
             Text(f"{error:+.3%}", style=_error_style(error, LARGE_NESTED_ERROR)),
             style="bold" if b == block else "",
         )
-    console.print(table)
+    yield table
 
 
-def _storage(console: Console, plain: NF4Tensor, nested: NF4Tensor) -> None:
-    _step(console, "5  what is stored")
+def _storage(plain: NF4Tensor, nested: NF4Tensor) -> Iterator[RenderableType]:
+    yield _step("5  what is stored")
     table = _table("lrr", "", "bytes", "bits a weight")
     in_bf16 = 2 * plain.n
     for label, n_bytes in (("bfloat16", in_bf16), ("NF4", plain.nbytes), ("NF4, double quantization", nested.nbytes)):
         table.add_row(label, f"{n_bytes:,}", f"{8 * n_bytes / plain.n:.3f}")
-    console.print(table)
+    yield table
 
 
 # The layer
 
 
-def explain_layer(*, seed: int, console: Console) -> None:
+def _layer(seed: int) -> Iterator[RenderableType]:
     """A forward and a backward pass of one small QLoRA layer."""
     layer, x = _small_layer(seed)
-    y = layer(x)
-    loss = y.pow(2).sum() / 2
-    _heading(console, "One layer through QLoRA")
-    _say(
-        console,
+    assert isinstance(layer.base, NF4Linear)
+    weight, packed = layer.base.weight, layer.base.packed
+    yield _heading("One layer through QLoRA")
+    yield (
         f"W is {OUT} by {IN}, frozen, in NF4; A is {RANK} by {IN} and B {OUT} by {RANK}, float32, and they learn. B "
-        "starts at zero, so that training starts from the base's outputs; here it has moved a little.",
+        "starts at zero, so that training starts from the base's outputs; here it has moved a little."
     )
-    _forward(console, layer, x, y)
-    _backward(console, layer, x, y, loss)
+    y = layer(x)
+    with torch.no_grad():
+        reduced = linear(x, layer.lora_A)
+        forward = [
+            ("x", x, f"{IN} activations"),
+            ("W'", weight.dequantize(), f"from {packed.nbytes} bytes of codes"),
+            ("W'x", layer.base(x), "NF4Linear"),
+            ("A", layer.lora_A, "learns"),
+            ("Ax", reduced, "rank numbers"),
+            ("B", layer.lora_B, "learns"),
+            ("B(Ax)", linear(reduced, layer.lora_B), ""),
+            ("y", y, "LoRALinear"),
+        ]
+    yield _step(f"6  forward: y = W'x + scale * B(Ax), scale = alpha/rank = {ALPHA:g}/{RANK} = {layer.scale:g}")
+    yield _matrices(forward)
+    loss = y.pow(2).sum() / 2
+    db, da, dx = torch.autograd.grad(loss, (layer.lora_B, layer.lora_A, x))
+    backward = [
+        ("dL/dy", y, "= y for this loss"),
+        ("dL/dB", db, "scale dL/dy (Ax)^T"),
+        ("dL/dA", da, "scale B^T dL/dy x^T"),
+        ("dL/dx", dx, "(W' + scale BA)^T dL/dy"),
+    ]
+    yield _step(f"7  backward: L = |y|^2 / 2 = {loss.item():.4f}; W' is decoded once more, for dL/dx")
+    yield _matrices(backward)
+    yield (
+        f"dL/dW' is never computed: W has no gradient and no optimizer state, only {packed.numel()} bytes of "
+        f"{dtype_name(packed.dtype)} codes (requires_grad = {packed.requires_grad}) and their absmax."
+    )
 
 
 def _small_layer(seed: int) -> tuple[LoRALinear, Tensor]:
@@ -260,45 +280,7 @@ def _small_layer(seed: int) -> tuple[LoRALinear, Tensor]:
     return layer, x.requires_grad_()
 
 
-def _forward(console: Console, layer: LoRALinear, x: Tensor, y: Tensor) -> None:
-    assert isinstance(layer.base, NF4Linear)
-    weight = layer.base.weight
-    with torch.no_grad():
-        reduced = linear(x, layer.lora_A)
-        rows = [
-            ("x", x, f"{IN} activations"),
-            ("W'", weight.dequantize(), f"from {weight.packed.nbytes} bytes of codes"),
-            ("W'x", layer.base(x), "NF4Linear"),
-            ("A", layer.lora_A, "learns"),
-            ("Ax", reduced, "rank numbers"),
-            ("B", layer.lora_B, "learns"),
-            ("B(Ax)", linear(reduced, layer.lora_B), ""),
-            ("y", y, "LoRALinear"),
-        ]
-    _step(console, f"6  forward: y = W'x + scale * B(Ax), scale = alpha/rank = {ALPHA:g}/{RANK} = {layer.scale:g}")
-    _matrices(console, rows)
-
-
-def _backward(console: Console, layer: LoRALinear, x: Tensor, y: Tensor, loss: Tensor) -> None:
-    assert isinstance(layer.base, NF4Linear)
-    db, da, dx = torch.autograd.grad(loss, (layer.lora_B, layer.lora_A, x))
-    rows = [
-        ("dL/dy", y, "= y for this loss"),
-        ("dL/dB", db, "scale dL/dy (Ax)^T"),
-        ("dL/dA", da, "scale B^T dL/dy x^T"),
-        ("dL/dx", dx, "(W' + scale BA)^T dL/dy"),
-    ]
-    _step(console, f"7  backward: L = |y|^2 / 2 = {loss.item():.4f}; W' is decoded once more, for dL/dx")
-    _matrices(console, rows)
-    packed = layer.base.packed
-    _say(
-        console,
-        f"dL/dW' is never computed: W has no gradient and no optimizer state, only {packed.numel()} bytes of "
-        f"{dtype_name(packed.dtype)} codes (requires_grad = {packed.requires_grad}) and their absmax.",
-    )
-
-
-def _matrices(console: Console, rows: list[tuple[str, Tensor, str]]) -> None:
+def _matrices(rows: list[tuple[str, Tensor, str]]) -> Table:
     """One line a matrix row, a vector as one line."""
     table = _table("lll", "", "", "")
     table.show_header = False
@@ -308,4 +290,4 @@ def _matrices(console: Console, rows: list[tuple[str, Tensor, str]]) -> None:
             table.add_row(
                 Text(label if i == 0 else "", style="bold"), numbers, Text(note if i == 0 else "", style="dim")
             )
-    console.print(table)
+    return table
