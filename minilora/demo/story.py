@@ -30,7 +30,7 @@ from minilora.config import (
     TrainConfig,
 )
 from minilora.data.encode import encode_records
-from minilora.data.records import ChatRecord, read_records
+from minilora.data.records import read_records
 from minilora.demo.phonemes import DATA, phoneme_errors, raw_prompt
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer, answer_samples
@@ -99,10 +99,11 @@ def tell(output: Path, seed: int, console: Console) -> None:
         f"(predicted {sum(predicted.values()) / 1e6:.2f})."
     )
     console.print(f"Asking {len(chats)} test words, in chat and raw ...")
-    before = score(answer_samples(model, tokenizer, chats, LONGEST_ANSWER, BATCH))
+    asked = answer_samples(model, tokenizer, chats, LONGEST_ANSWER, BATCH)
+    before = score(asked)
     ceiling = {
-        "nf4": score(ask_raw(model, tokenizer)),
-        "unquantized": score(ask_raw(load_model("demo", dtype=torch.float32), tokenizer)),
+        "nf4": score(ask_raw(model, tokenizer, asked)),
+        "unquantized": score(ask_raw(load_model("demo", dtype=torch.float32), tokenizer, asked)),
     }
     console.print(
         f"Asked in chat, it answers {before['exact_match']:.1%} of {len(chats)} test words; asked in its own raw form, "
@@ -160,14 +161,12 @@ def score(answers: Sequence[Answer]) -> Score:
     return {"exact_match": right, "phoneme_error_rate": sum(edits) / sum(phonemes)}
 
 
-def ask_raw(model: Mistral, tokenizer: Tokenizer) -> list[Answer]:
-    """The test words in the base's own form: it goes on with the line that begins `"word" `."""
-    turns = [record.messages for record in read_records(DATA / "chat_test.jsonl") if isinstance(record, ChatRecord)]
-    prompts = [raw_prompt(question["content"].split('"')[1]) for question, _ in turns]
+def ask_raw(model: Mistral, tokenizer: Tokenizer, asked: Sequence[Answer]) -> list[Answer]:
+    """The words that were asked in chat in the base's own form: it goes on with the line that begins `"word" `."""
+    prompts = [raw_prompt(a.prompt.split('"')[1]) for a in asked]
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    given = [tokenizer.decode(row) for row in answer(model, ids, LONGEST_ANSWER, tokenizer.eos_id, BATCH)]
-    expected = [reply["content"] for _, reply in turns]
-    return [Answer(*row) for row in zip(prompts, expected, given, strict=True)]
+    given = answer(model, ids, LONGEST_ANSWER, tokenizer.eos_id, BATCH)
+    return [replace(a, given=tokenizer.decode(row)) for a, row in zip(asked, given, strict=True)]
 
 
 def write_summary(run: Run, before: Score, after: Score, ceiling: dict[str, Score], audit: MergeAudit) -> None:
