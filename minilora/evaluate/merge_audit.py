@@ -195,7 +195,7 @@ class _Pass:
         """Each weight's name, and what of it is stored by each route."""
         done = 0
         for part, specs in groupby(self.base.checkpoint.tensors(), key=_part_of):
-            for spec, made in self._part(part, list(specs)):
+            for spec, made in self._part(part, list(specs)).items():
                 stored = {route: _stored(weight) for route, weight in made.items()}
                 for route, tensors in stored.items():
                     self.n_bytes[route] += sum(tensor.nbytes for tensor in tensors)
@@ -230,7 +230,7 @@ class _Pass:
             if [_checksum(tensor) for tensor in _stored(weight)] != self.sums[spec.name]:
                 raise UserError(f"{folder}: read back, {spec.name} differs; is the disk sound? merge again")
 
-    def _part(self, name: str, specs: list[TensorSpec]) -> Iterator[tuple[TensorSpec, dict[Route, Tensor | NF4Tensor]]]:
+    def _part(self, name: str, specs: list[TensorSpec]) -> dict[TensorSpec, dict[Route, Tensor | NF4Tensor]]:
         """The weights of one part of the model, merged, once the hidden states have gone through it."""
         part, plain = self._take(name), self._take(name)
         for spec in specs:
@@ -258,7 +258,7 @@ class _Pass:
             for route, weight in made[specs[0]].items():
                 assert isinstance(weight, Tensor)
                 self._go_outside(name, route, weight)
-        yield from made.items()
+        return made
 
     def _take(self, name: str) -> nn.Module:
         """A part of the model out of the skeleton, under its own name in a module that holds nothing else."""

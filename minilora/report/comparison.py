@@ -91,7 +91,7 @@ def best_of(rows: Sequence[Row], rank_by: str) -> str:
     rank_by: "loss", "perplexity" or a figure of eval.metrics
     """
     done = [
-        row for row in ranked({"rows": rows, "ranked_by": rank_by}) if row.get("after", {}).get(rank_by) is not None
+        row for row in ranked({"rows": rows, "ranked_by": rank_by}) if (row.get("after") or {}).get(rank_by) is not None
     ]
     if not done:
         raise UserError(f"no run has a {rank_by} to rank by; the first: {rows[0].get('failed', 'it is not measured')}")

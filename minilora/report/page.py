@@ -105,9 +105,13 @@ def _read_jsonl(path: Path, key: str = "step", kind: type = int) -> list[dict[st
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(_read(path))
+        config = tomllib.loads(_read(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not TOML: {error}") from error
+    for name, section in config.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name} stands in no section; put it below one, such as [train]")
+    return config
 
 
 # Sections
