@@ -36,8 +36,6 @@ _ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
-
-
 _Stamp = tuple[int, int, int]  # inode, size and time of the last change: another one is another file
 _LARGE = 1 << 22
 
@@ -117,17 +115,15 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         stamp = _stamp(file)
         header, data_begin = _parse_header(file)
-        tensors = _tensors(header, stamp[1] - data_begin)
-        return {
-            key: TensorEntry(file, key, dtype, shape, data_begin + begin, stamp)
-            for key, (dtype, shape, begin) in tensors.items()
-        }
+        tensors = {key: _entry(file, stamp, data_begin, key, line) for key, line in header.items()}
+        _check_cover(tensors.values(), data_begin, end=stamp[1])
     except (OSError, ValueError) as error:
         raise UserError(f"corrupt safetensors: {file}: {error}") from None
+    return tensors
 
 
 def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of `file`, and where it ends."""
+    """The lines of the header of `file` by key, and where it ends. Raises ValueError."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         if size < 8:
@@ -138,44 +134,17 @@ def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
         if 8 + length > size:
             raise ValueError(f"truncated: the header claims {length:,} bytes, the file has {size - 8:,} more")
         try:
-            return parse_object(opened.read(length)), 8 + length
+            header = parse_object(opened.read(length))
         except ValueError as error:
             raise ValueError(f"bad header: {error}") from None
-
-
-def _tensors(header: dict[str, Any], data_bytes: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """dtype, shape and begin by key, after every rule about offsets. Raises ValueError."""
-    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
-    header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict | None) or not all(isinstance(text, str) for text in (metadata or {}).values()):
         raise ValueError(f"__metadata__ must be an object of texts, not {short(metadata)}")
-    spans = []
-    tensors = {}
-    for key, line in header.items():
-        dtype, shape, begin, end = _parse_line(key, line)
-        needed = prod(shape) * _ITEM_BYTES[dtype]
-        if end - begin != needed:
-            raise ValueError(
-                f"tensor {short(key)}: {dtype} of shape {short(shape)} has {short(needed)} bytes, not {end - begin:,}"
-            )
-        spans.append((begin, end, key))
-        tensors[key] = (dtype, shape, begin)
-    covered = 0
-    for begin, end, key in sorted(spans):
-        if begin != covered:
-            raise ValueError(
-                f"tensor {short(key)}: {'overlaps the one before' if begin < covered else 'leaves a hole'}"
-            )
-        covered = end
-    if covered > data_bytes:
-        raise ValueError(f"truncated: the tensors have {covered:,} bytes, the file holds {data_bytes:,}")
-    if covered < data_bytes:
-        raise ValueError(f"{data_bytes - covered:,} bytes too many after the last tensor")
-    return tensors
+    return header, 8 + length
 
 
-def _parse_line(key: str, line: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape, begin and end of one tensor, each of the right type and range. Raises ValueError."""
+def _entry(file: Path, stamp: _Stamp, data_begin: int, key: str, line: Any) -> TensorEntry:
+    """What one line of the header says, each value of the right type and range. Raises ValueError."""
     if not isinstance(line, dict) or set(line) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {short(key)}: dtype, shape and data_offsets were expected, not {short(line)}")
     dtype, shape, offsets = line["dtype"], line["shape"], line["data_offsets"]
@@ -185,12 +154,30 @@ def _parse_line(key: str, line: Any) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"tensor {short(key)}: bad shape {short(shape)}")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {short(key)}: bad data_offsets {short(offsets)}")
-    return dtype, tuple(shape), offsets[0], offsets[1]
+    entry = TensorEntry(file, key, dtype, tuple(shape), data_begin + offsets[0], stamp)
+    if entry.nbytes != (n_bytes := offsets[1] - offsets[0]):
+        needed = f"{dtype} of shape {short(entry.shape)} has {short(entry.nbytes)} bytes"
+        raise ValueError(f"tensor {short(key)}: {needed}, not {n_bytes:,}")
+    return entry
 
 
 def _whole_numbers(value: Any) -> bool:
     """A list of integers from 0 to 2^63 - 1 (`True` is none)."""
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+
+
+def _check_cover(entries: Iterable[TensorEntry], begin: int, end: int) -> None:
+    """Raise ValueError unless the tensors cover the file's bytes from `begin` to `end`, each of them once."""
+    covered = begin
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.nbytes)):
+        if entry.begin != covered:
+            fault = "overlaps the one before" if entry.begin < covered else "leaves a hole"
+            raise ValueError(f"tensor {short(entry.key)}: {fault}")
+        covered += entry.nbytes
+    if covered > end:
+        raise ValueError(f"truncated: the tensors have {covered - begin:,} bytes, the file holds {end - begin:,}")
+    if covered < end:
+        raise ValueError(f"{end - covered:,} bytes too many after the last tensor")
 
 
 def write_safetensors(file: Path, tensors: Iterable[Tensor], lines: Sequence[Line]) -> None:
