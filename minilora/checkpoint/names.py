@@ -8,6 +8,7 @@ same tensors otherwise and order the rows of W_q and W_k otherwise (`minilora.ro
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -72,19 +73,6 @@ class TensorSpec:
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor of the model, in the order of a forward pass; without the head if it is tied to the embedding."""
-    heads = {"self_attn.q_proj": config.n_heads, "self_attn.k_proj": config.n_kv_heads}
-    for ours, theirs, letters in _FIRST:
-        yield TensorSpec(ours, theirs, _shape(letters, config))
-    for layer in range(config.n_layers):
-        for ours, theirs, letters in _BLOCK:
-            shape = _shape(letters, config)
-            yield TensorSpec(f"layers.{layer}.{ours}", f"layers.{layer}.{theirs}", shape, heads.get(ours, 0))
-    for ours, theirs, letters in _LAST:
-        if not (ours == "lm_head" and config.tied_embeddings):
-            yield TensorSpec(ours, theirs, _shape(letters, config))
-
-
-def _shape(letters: str, config: ModelConfig) -> tuple[int, ...]:
     sizes = {
         "V": config.vocab_size,
         "D": config.dim,
@@ -92,4 +80,10 @@ def _shape(letters: str, config: ModelConfig) -> tuple[int, ...]:
         "Q": config.n_heads * config.head_dim,
         "K": config.n_kv_heads * config.head_dim,
     }
-    return tuple(sizes[letter] for letter in letters)
+    heads = {"self_attn.q_proj": config.n_heads, "self_attn.k_proj": config.n_kv_heads}
+    blocks = ((f"layers.{layer}.", _BLOCK) for layer in range(config.n_layers))
+    for prefix, table in chain([("", _FIRST)], blocks, [("", _LAST)]):
+        for ours, theirs, letters in table:
+            if not (ours == "lm_head" and config.tied_embeddings):
+                shape = tuple(sizes[letter] for letter in letters)
+                yield TensorSpec(prefix + ours, prefix + theirs, shape, heads.get(ours, 0))
