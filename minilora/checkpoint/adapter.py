@@ -74,7 +74,7 @@ def save_adapter(
 
     Raises UserError if the model has no adapters, one of their numbers is not finite, or `folder` cannot be written.
     """
-    tensors = added_tensors(model.named_modules())
+    tensors = added_tensors(model)
     config = model.lora_config if model.prefix is None else PrefixConfig(model.prefix.n_tokens)
     if config is None or not tensors:
         raise UserError("the model has no adapters to save")

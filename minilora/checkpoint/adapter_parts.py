@@ -7,7 +7,7 @@
 Which tensors there must be, and of what shape, follows from the config and the base's sizes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,24 +41,21 @@ class Adapter:
         Raises UserError if something was added already. A prefix belongs to a whole Mistral.
         """
         refuse_added(module)
-        parts: dict[str, Any] = {}
         if isinstance(self.config, LoraConfig):
-            parts = dict(new_parts(module, self.config))
-        elif isinstance(module, Mistral):
-            parts = {"prefix": add_prefix(module, self.config).prefix}
-        with torch.no_grad():
-            for name, parameter in added_tensors(parts.items()).items():
-                parameter.copy_(self.tensors[name])
-        if isinstance(self.config, LoraConfig):
-            put_in_place(module, parts)
+            put_in_place(module, new_parts(module, self.config))
             module.lora_config = self.config  # type: ignore[assignment]
+        elif isinstance(module, Mistral):
+            add_prefix(module, self.config)
+        with torch.no_grad():
+            for name, parameter in added_tensors(module).items():
+                parameter.copy_(self.tensors[name])
         return module
 
 
-def added_tensors(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
-    """The tensors of what was added, among `modules` by name; they are the modules' own, detached."""
+def added_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of what was added to `model`, by our names; they are its own, detached."""
     found = dict[str, Tensor]()
-    for name, module in modules:
+    for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False) if isinstance(module, Added) else ():
             ours = key if isinstance(module, Prefix) else f"{name}.{'weight' if key == 'trained' else key}"
             found[ours] = parameter.detach()
