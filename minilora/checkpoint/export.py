@@ -30,8 +30,7 @@ from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import read_provenance, template_of, versions
 from minilora.checkpoint.quantize import quantize_checkpoint, tokenizer_files
-from minilora.checkpoint.safetensors_file import DTYPES
-from minilora.checkpoint.save import SPARE_BYTES, write_layout
+from minilora.checkpoint.save import SPARE_BYTES, as_stored, plan_hf, write_plan
 from minilora.checkpoint.write import atomic_folder, check_target
 from minilora.errors import UserError, need_library
 from minilora.hub import hub_name
@@ -62,9 +61,7 @@ class _Job:
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of the files, by our names."""
-        own = {name: DTYPES[entry.dtype] for name, entry in self.source.entries.items()}
-        own |= {name: entry.dtype for name, entry in self.source.nf4.items()}
-        return {spec.name: self.dtype or own[spec.name] for spec in self.source.tensors()}
+        return {spec.name: self.dtype or self.source.dtype_of(spec) for spec in self.source.tensors()}
 
 
 def export_checkpoint(
@@ -106,10 +103,10 @@ def export_checkpoint(
 
 
 def _write_layout(layout: Layout, job: _Job) -> str:
-    weights = ((spec.name, weight) for spec, weight in job.weights())
-    finish = partial(_compare, job, layout)
-    write_layout(layout, job.source.config, job.dtypes(), weights, job.out, overwrite=job.overwrite, finish=finish)
-    return f"{len(job.dtypes())} tensors reopened and compared: all equal"
+    dtypes = job.dtypes()
+    plan, parts = plan_hf(job.source.config, dtypes, layout=layout), as_stored(job.weights(), dtypes, layout)
+    write_plan(plan, job.out, parts, overwrite=job.overwrite, finish=partial(_compare, job, layout))
+    return f"{len(dtypes)} tensors reopened and compared: all equal"
 
 
 def _write_nf4(job: _Job) -> str:

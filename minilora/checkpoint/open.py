@@ -20,7 +20,7 @@ from minilora.checkpoint.layout import CONFIG_NAMES, Layout, find_layout, read_e
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.nf4_file import PARTS, NF4Entry, is_packed, open_nf4
 from minilora.checkpoint.provenance import read_provenance
-from minilora.checkpoint.safetensors_file import FLOATS, TensorEntry
+from minilora.checkpoint.safetensors_file import DTYPES, FLOATS, TensorEntry
 from minilora.config import ModelConfig
 from minilora.errors import UserError
 from minilora.hub import hub_name, local_folder
@@ -47,6 +47,11 @@ class Checkpoint:
         if spec.name in self.nf4:
             return self.nf4[spec.name].read().dequantize()
         return spec.from_layout(self.entries[spec.name].read(), self.layout)
+
+    def dtype_of(self, spec: TensorSpec) -> torch.dtype:
+        """Of what `read` gives."""
+        packed = self.nf4.get(spec.name)
+        return packed.dtype if packed else DTYPES[self.entries[spec.name].dtype]
 
     def check_unchanged(self) -> None:
         """Raise UserError if one of the files has changed since it was opened."""

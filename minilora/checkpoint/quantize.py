@@ -24,7 +24,6 @@ from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.nf4_file import nf4_tensors
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import read_provenance, versions, write_provenance
-from minilora.checkpoint.safetensors_file import DTYPES
 from minilora.checkpoint.save import MAX_SHARD_BYTES, Finish, plan_hf, write_plan
 from minilora.checkpoint.write import check_target
 from minilora.config import TOKENIZER_FILES
@@ -61,7 +60,7 @@ def quantize_checkpoint(
     check_target(out, overwrite, [checkpoint.folder])
     checkpoint.check_tied_head()
     specs = list(checkpoint.tensors())
-    dtypes = {spec.name: dtype or DTYPES[checkpoint.entries[spec.name].dtype] for spec in specs}
+    dtypes = {spec.name: dtype or checkpoint.dtype_of(spec) for spec in specs}
     plan = plan_hf(checkpoint.config, dtypes, max_shard_bytes, double_quant)
     tokenizers = tokenizer_files(checkpoint.folder)
     made_of = {"to": "bnb-4bit", "from": checkpoint.name, "fingerprint": checkpoint.fingerprint()}

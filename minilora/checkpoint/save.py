@@ -22,7 +22,7 @@ from minilora.checkpoint.finite import cast_finite
 from minilora.checkpoint.json_file import write_json
 from minilora.checkpoint.layout import CONFIG_NAMES, WEIGHTS_NAMES, Layout
 from minilora.checkpoint.merge import plain_weight, refuse_prefix
-from minilora.checkpoint.names import tensor_specs
+from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.nf4_file import nf4_lines
 from minilora.checkpoint.safetensors_file import Line, write_safetensors
 from minilora.checkpoint.write import atomic_folder
@@ -71,10 +71,11 @@ def save_hf(
     Raises UserError if the model has adapters, a weight is not finite in `dtype`, or the folder cannot be written; the
     folder is then as it was.
     """
-    write_layout(
-        layout, model.config, dtype, weights or model_weights(model), folder, max_shard_bytes=max_shard_bytes,
-        beside=[tokenizer] if tokenizer else [], overwrite=overwrite, finish=finish,
-    )  # fmt: skip
+    specs = {spec.name: spec for spec in tensor_specs(model.config)}
+    dtypes = dict.fromkeys(specs, dtype)
+    plan = plan_hf(model.config, dtypes, max_shard_bytes, layout=layout)
+    named = ((specs[name], weight) for name, weight in weights or model_weights(model))
+    write_plan(plan, folder, as_stored(named, dtypes, layout), [tokenizer] if tokenizer else [], overwrite, finish)
 
 
 # As mistral-inference reads it: params.json and consolidated.safetensors, one file whatever its size.
@@ -94,36 +95,12 @@ def model_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:
         yield spec.name, plain_weight(layer)
 
 
-def write_layout(
-    layout: Layout,
-    config: ModelConfig,
-    dtype: torch.dtype | Mapping[str, torch.dtype],
-    weights: Weights,
-    folder: str | Path,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    beside: Sequence[str | Path] = (),
-    overwrite: bool = False,
-    finish: Finish | None = None,
-) -> None:
-    """Write plain weights in either layout; Mistral's has one file of them.
-
-    dtype: of the files, one or each tensor's own by its name
-    max_shard_bytes: as in `plan_hf`; beside, overwrite, finish: as in `write_plan`
-    """
-    specs = list(tensor_specs(config))
-    dtypes = dtype if isinstance(dtype, Mapping) else {spec.name: dtype for spec in specs}
-    if layout == "hf":
-        plan = plan_hf(config, dtypes, max_shard_bytes)
-    else:
-        small, planned = {CONFIG_NAMES[layout]: config_to_params(config)}, _planned(config, dtypes, layout)
-        plan = Plan(small, {WEIGHTS_NAMES[layout]: planned})
-
-    def prepared() -> Iterator[tuple[str, list[Tensor]]]:
-        for spec, (name, weight) in zip(specs, weights, strict=True):
-            yield name, [spec.to_layout(cast_finite(weight.detach(), dtypes[name], name), layout)]
-
-    write_plan(plan, folder, prepared(), beside, overwrite, finish)
+def as_stored(
+    weights: Iterable[tuple[TensorSpec, Tensor]], dtypes: Mapping[str, torch.dtype], layout: Layout
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Plain weights as `layout` has them, for `write_plan`. Raises UserError for numbers that a dtype cannot hold."""
+    for spec, weight in weights:
+        yield spec.name, [spec.to_layout(cast_finite(weight.detach(), dtypes[spec.name], spec.name), layout)]
 
 
 def plan_hf(
@@ -131,40 +108,39 @@ def plan_hf(
     dtypes: Mapping[str, torch.dtype],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     double_quant: bool | None = None,
+    layout: Layout = "hf",
 ) -> Plan:
     """The files of Hugging Face's layout: config.json, and the weights in one file, or in shards and their index.
 
     dtypes: of the plain weights, by our names
     max_shard_bytes: of a shard at most, but it has one weight at least
     double_quant: store the blocks' matrices in NF4, their absmax in 8 bits or not; None stores all weights plain
+    layout: "mistral" is params.json, and all weights, plain, in one file
     """
-    weights, shards = _planned(config, dtypes, "hf", double_quant), list[list[PlannedWeight]]([[]])
+    weights: list[PlannedWeight] = [
+        (spec.name, nf4_lines(spec.key(layout), spec.shape, double_quant))
+        if spec.is_projection and double_quant is not None
+        else (spec.name, [(spec.key(layout), dtypes[spec.name], spec.shape)])
+        for spec in tensor_specs(config)
+    ]
+    single = WEIGHTS_NAMES[layout]
+    if layout == "mistral":
+        return Plan({CONFIG_NAMES[layout]: config_to_params(config)}, {single: weights})
+    shards = list[list[PlannedWeight]]([[]])
     for weight in weights:
         if shards[-1] and _n_bytes([*shards[-1], weight]) > max_shard_bytes:
             shards.append([])
         shards[-1].append(weight)
-    single = WEIGHTS_NAMES["hf"]
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = dict(zip(names if len(shards) > 1 else [single], shards, strict=True))
     small: dict[str, Any] = {
-        CONFIG_NAMES["hf"]: config_to_hf(config, dtype_name(dtypes["embed_tokens.weight"]), double_quant),
+        CONFIG_NAMES[layout]: config_to_hf(config, dtype_name(dtypes["embed_tokens.weight"]), double_quant),
         "generation_config.json": {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2},
     }
     if len(shards) > 1:
         weight_map = {key: name for name, shard in files.items() for _, lines in shard for key, _, _ in lines}
         small[f"{single}.index.json"] = {"metadata": {"total_size": _n_bytes(weights)}, "weight_map": weight_map}
     return Plan(small, files)
-
-
-def _planned(
-    config: ModelConfig, dtypes: Mapping[str, torch.dtype], layout: Layout, double_quant: bool | None = None
-) -> list[PlannedWeight]:
-    return [
-        (spec.name, nf4_lines(spec.key(layout), spec.shape, double_quant))
-        if spec.is_projection and double_quant is not None
-        else (spec.name, [(spec.key(layout), dtypes[spec.name], spec.shape)])
-        for spec in tensor_specs(config)
-    ]
 
 
 def write_plan(
