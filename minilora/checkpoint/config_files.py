@@ -23,6 +23,16 @@ Window = int | tuple[int | None, ...] | None  # as in ModelConfig
 
 # The classes of transformers that are this decoder: Ministral's windows differ by layer, Llama's have none.
 _HF_KINDS = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "llama": "LlamaForCausalLM"}
+_SIZES = {  # ModelConfig's name, which is that of params.json: Hugging Face's
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_seq_len": "max_position_embeddings",
+}
 _HF_MAX_SEQ_LEN = {"mistral": 131_072, "ministral": 131_072, "llama": 2048}  # where the file leaves it out
 # What these keys may say, in either layout's file; absent and null always pass. An empty tuple: the feature is not
 # supported at all.
@@ -74,15 +84,8 @@ def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = No
     made = by_layer | {
         "architectures": [_HF_KINDS[kind]],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
+        **{key: getattr(config, name) for name, key in _SIZES.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "sliding_window": sizes[0] if sizes else None,
@@ -106,8 +109,7 @@ def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = No
 
 def config_to_params(config: ModelConfig) -> dict[str, Any]:
     """params.json for `config`."""
-    names = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
-    params = {name: getattr(config, name) for name in (*names, "rope_theta", "max_seq_len")}
+    params = {name: getattr(config, name) for name in (*_SIZES, "norm_eps", "rope_theta")}
     if config.sliding_window is not None:
         params["sliding_window"] = config.sliding_window
     if config.tied_embeddings:
@@ -163,23 +165,17 @@ def _from_hf(fields: _Fields) -> dict[str, Any]:
     if kind is None:
         raise fields.error("model_type", "is missing; mistral was expected")
     fields.refuse_other_than({"architectures": ([_HF_KINDS[kind]],)})
-    n_layers, n_heads = fields.whole("num_hidden_layers"), fields.whole("num_attention_heads")
-    dim = fields.whole("hidden_size")
+    dim, n_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     if fields.values.get("head_dim") is None and dim % n_heads:
         raise fields.error("head_dim", f"is not given, and {n_heads} heads do not divide hidden_size {dim}")
-    return {
-        "dim": dim,
-        "n_layers": n_layers,
-        "head_dim": fields.whole("head_dim", dim // n_heads),
-        "hidden_dim": fields.whole("intermediate_size"),
-        "n_heads": n_heads,
-        "n_kv_heads": fields.whole("num_key_value_heads", n_heads),
-        "vocab_size": fields.whole("vocab_size"),
+    defaults = {"head_dim": dim // n_heads, "n_kv_heads": n_heads, "max_seq_len": _HF_MAX_SEQ_LEN[kind]}
+    sizes = {name: fields.whole(key, defaults.get(name)) for name, key in _SIZES.items()}
+    window = None if kind == "llama" else _hf_window(fields, sizes["n_layers"], by_layer=kind == "ministral")
+    return sizes | {
         "norm_eps": fields.real("rms_norm_eps", 1e-6),
         "rope_theta": _hf_rope_theta(fields),
-        "sliding_window": None if kind == "llama" else _hf_window(fields, n_layers, by_layer=kind == "ministral"),
+        "sliding_window": window,
         "tied_embeddings": fields.flag("tie_word_embeddings"),
-        "max_seq_len": fields.whole("max_position_embeddings", _HF_MAX_SEQ_LEN[kind]),
     }
 
 
@@ -240,8 +236,10 @@ def _hf_window(fields: _Fields, n_layers: int, by_layer: bool) -> Window:
 def _from_params(fields: _Fields) -> dict[str, Any]:
     """ModelConfig's arguments from params.json."""
     fields.refuse_other_than(_PARAMS_FIXED)
-    n_layers, n_heads = fields.whole("n_layers"), fields.whole("n_heads")
-    windows = {_window(fields, key, n_layers) for key in ("sliding_window", "_sliding_window") if key in fields.values}
+    defaults = {"n_kv_heads": fields.whole("n_heads"), "max_seq_len": fields.whole("max_position_embeddings", 32_768)}
+    sizes = {name: fields.whole(name, defaults.get(name)) for name in _SIZES}
+    keys = [key for key in ("sliding_window", "_sliding_window") if key in fields.values]
+    windows = {_window(fields, key, sizes["n_layers"]) for key in keys}
     if len(windows) > 1:
         raise fields.error("sliding_window", "and _sliding_window differ")
     window = windows.pop() if windows else None
@@ -251,19 +249,11 @@ def _from_params(fields: _Fields) -> dict[str, Any]:
         log.warning("%s: no rope_theta; %g is taken, since sliding_window is %s", fields.file, theta, window)
     else:
         theta = fields.real("rope_theta")
-    return {
-        "dim": fields.whole("dim"),
-        "n_layers": n_layers,
-        "head_dim": fields.whole("head_dim"),
-        "hidden_dim": fields.whole("hidden_dim"),
-        "n_heads": n_heads,
-        "n_kv_heads": fields.whole("n_kv_heads", n_heads),
-        "vocab_size": fields.whole("vocab_size"),
+    return sizes | {
         "norm_eps": fields.real("norm_eps"),
         "rope_theta": theta,
         "sliding_window": window,
         "tied_embeddings": fields.flag("tied_embeddings"),
-        "max_seq_len": fields.whole("max_seq_len", fields.whole("max_position_embeddings", 32_768)),
     }
 
 
