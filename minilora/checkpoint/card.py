@@ -22,10 +22,10 @@ Facts = Mapping[str, Any]  # what minilora.json tells
 _LIBRARY = {"gguf": "gguf", "mistral": "vllm"}  # of the others: transformers
 
 
-def model_card(
-    name: str, kind: str, config: ModelConfig, facts: Facts, *, tokenizer: str | None = None, notes: Sequence[str] = ()
-) -> str:
-    """The card of a model that lies in a folder called `name`.
+def write_card(
+    folder: Path, name: str, kind: str, config: ModelConfig, facts: Facts, tokenizer: str | None, notes: Sequence[str]
+) -> None:
+    """Put README.md into a folder of weights that will be called `name`, and minilora.json, which it was made of.
 
     kind: its format, a key of `export.FORMATS`; "hf" is what a merge writes
     facts: what minilora.json tells, each key of it optional: license, base_path, base_fingerprint, quantization, data,
@@ -38,7 +38,7 @@ def model_card(
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     known = {key: value for key, value in facts.items() if value}
     of_base = {"base_path": Path(base).name} if base else {}
-    return Template((TEMPLATES / "card.md").read_text("utf-8")).substitute(
+    card = Template((TEMPLATES / "card.md").read_text("utf-8")).substitute(
         name=plain,
         kind=kind,
         license=json.dumps(re.sub(r"[^\w.-]", "", str(facts.get("license") or "unknown"), flags=re.ASCII)),
@@ -56,13 +56,7 @@ def model_card(
         limits="".join(f"- {note}\n" for note in (*notes, *([] if tokenizer else ["No tokenizer lies with it."]))),
         versions=_block(facts.get("versions")),
     )
-
-
-def write_card(
-    folder: Path, name: str, kind: str, config: ModelConfig, facts: Facts, tokenizer: str | None, notes: Sequence[str]
-) -> None:
-    """Put README.md into a folder of weights, and minilora.json, which it was made of. Arguments as in `model_card`."""
-    (folder / "README.md").write_text(model_card(name, kind, config, facts, tokenizer=tokenizer, notes=notes), "utf-8")
+    (folder / "README.md").write_text(card, "utf-8")
     write_provenance(folder, facts)
 
 

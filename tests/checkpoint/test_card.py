@@ -2,14 +2,16 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from tiny_runs import TINY
 
-from minilora.checkpoint.card import license_of, model_card
+from minilora.checkpoint.card import license_of, write_card
 from minilora.checkpoint.export import FORMATS
 from minilora.errors import UserError
 
@@ -28,13 +30,21 @@ KNOWN: dict[str, Any] = {
 }
 
 
+def model_card(
+    name: str, kind: str, facts: dict[str, Any], tokenizer: str | None = None, notes: Sequence[str] = ()
+) -> str:
+    with TemporaryDirectory() as folder:
+        write_card(Path(folder), name, kind, TINY, facts, tokenizer, notes)
+        return (Path(folder) / "README.md").read_text("utf-8")
+
+
 def sections(card: str) -> dict[str, str]:
     parts = re.split(r"^## (.*)\n", card, flags=re.MULTILINE)[1:]
     return {name: text.strip() for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def test_all_that_is_known_stands_in_it() -> None:
-    card = model_card("out", "hf", TINY, KNOWN, tokenizer="v3", notes=["A note."])
+    card = model_card("out", "hf", KNOWN, tokenizer="v3", notes=["A note."])
     found = sections(card)
     for section, keys in {
         "Base": ("base_fingerprint", "quantization"), "Made from": ("export",), "Data": ("data",),
@@ -51,7 +61,7 @@ def test_all_that_is_known_stands_in_it() -> None:
 
 
 def test_what_is_not_known_is_said() -> None:
-    card = model_card("out", "hf", TINY, {})
+    card = model_card("out", "hf", {})
     assert [name for name, text in sections(card).items() if text == UNKNOWN] == [
         "Base", "Made from", "Data", "Recipe", "Metrics", "Made with"
     ]  # fmt: skip
@@ -62,7 +72,7 @@ def test_what_is_not_known_is_said() -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_it_says_how_to_use_each_format(kind: str) -> None:
-    usage = sections(model_card("out", kind, TINY, KNOWN, tokenizer="v3"))["How to use it"]
+    usage = sections(model_card("out", kind, KNOWN, tokenizer="v3"))["How to use it"]
     for program in ("vLLM", "llama.cpp", "transformers", "minilora"):
         assert program in usage
     commands = {"hf": "vllm serve out\n", "mistral": "--load-format mistral", "bnb-4bit": "vllm serve out\n"}
@@ -75,7 +85,7 @@ def test_it_says_how_to_use_each_format(kind: str) -> None:
 def test_the_hub_reads_its_head(kind: str, pinned: str) -> None:
     """By the hub's own library. Its model is named without the commit, which is no part of the name there."""
     facts = KNOWN | {"base_path": KNOWN["base_path"] + pinned}
-    head = ModelCard(model_card("out", kind, TINY, facts, tokenizer="v3"), ignore_metadata_errors=False).data
+    head = ModelCard(model_card("out", kind, facts, tokenizer="v3"), ignore_metadata_errors=False).data
     assert (head.license, head.base_model) == ("apache-2.0", "mistralai/Mistral-7B-v0.3")
     assert kind in (head.tags or [])
 
@@ -86,7 +96,7 @@ NASTY = "x\n---\n# Owned\n```sh\nrm -rf ~\n```\n<script>alert(1)</script> $name 
 def test_no_text_of_a_file_is_markup() -> None:
     """Names and values of a stranger's minilora.json, in every place."""
     facts = {key: {NASTY: NASTY} for key in KNOWN} | {"license": NASTY, "base_path": NASTY}
-    card = model_card(NASTY, "hf", TINY, facts, tokenizer="v3")
+    card = model_card(NASTY, "hf", facts, tokenizer="v3")
     head = ModelCard(card, ignore_metadata_errors=False)
     assert set(head.data.to_dict()) == {"license", "library_name", "pipeline_tag", "tags"}
     assert re.fullmatch(r"[\w.-]+", head.data.license or "")
@@ -94,7 +104,7 @@ def test_no_text_of_a_file_is_markup() -> None:
     for word in ("Owned\n", "rm -rf", "<script>", "${"):
         assert not any(word in line for line in outside), word
     assert card.splitlines().count("---") == 2
-    assert sections(card).keys() == sections(model_card("out", "hf", TINY, {})).keys()
+    assert sections(card).keys() == sections(model_card("out", "hf", {})).keys()
 
 
 @pytest.mark.parametrize(
@@ -121,5 +131,5 @@ def test_a_card_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_our_own_card_is_read_back(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(model_card("out", "hf", TINY, {"license": "cc-by-4.0"}))
+    (tmp_path / "README.md").write_text(model_card("out", "hf", {"license": "cc-by-4.0"}))
     assert license_of(tmp_path) == "cc-by-4.0"
