@@ -22,7 +22,7 @@ from minilora.checkpoint.config_files import config_to_params
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short, write_json
 from minilora.checkpoint.names import TensorSpec, tensor_specs
-from minilora.checkpoint.provenance import PROVENANCE
+from minilora.checkpoint.provenance import write_provenance
 from minilora.checkpoint.safetensors_file import read_header, write_safetensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import LoraConfig, ModelConfig, PrefixConfig
@@ -94,11 +94,10 @@ def save_mistral_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Pat
         tensors[name] = adapter.tensors.get(name, torch.zeros(shape)).bfloat16()
         refuse_not_finite(tensors[name], name, "bfloat16 cannot hold it; keep PEFT's layout")
     lora = {"enable": True, "rank": ranks[0], "dropout": config.dropout, "scaling": scales[0]}
-    small = {PARAMS: config_to_params(sizes) | {"lora": lora}, PROVENANCE: adapter.provenance}
     with atomic_folder(folder, overwrite=overwrite) as temp:
-        for name, values in small.items():
-            if values:
-                write_json(temp / name, values)
+        write_json(temp / PARAMS, config_to_params(sizes) | {"lora": lora})
+        if adapter.provenance:
+            write_provenance(temp, adapter.provenance)
         keys, specs = _keys(sizes), {f"{spec.module}.lora_B": spec for spec in _projections(sizes)}
         lines = [(keys[name], torch.bfloat16, tuple(tensor.shape)) for name, tensor in tensors.items()]
         rows = (specs[name].to_layout(t, "mistral") if name in specs else t for name, t in tensors.items())
