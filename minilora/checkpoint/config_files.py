@@ -44,10 +44,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("moe", "num_local_experts", "yarn", "llama_4_scaling", "quantization"), ()),
     **dict.fromkeys(("multimodal", "text_config", "vision_config", "vision_encoder"), ()),
 }
-_HF_FIXED: dict[str, tuple[Any, ...]] = {"model_type": tuple(_HF_KINDS), **_FIXED}
-_PARAMS_FIXED: dict[str, tuple[Any, ...]] = {"model_type": ("transformer",), "rope_scaling": (), **_FIXED}
-
-
 _NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
@@ -159,7 +155,7 @@ class _Fields:
 
 def _from_hf(fields: _Fields) -> dict[str, Any]:
     """ModelConfig's arguments from config.json, as transformers 4 and 5 write it."""
-    fields.refuse_other_than(_HF_FIXED)
+    fields.refuse_other_than({"model_type": tuple(_HF_KINDS), **_FIXED})
     _refuse_other_quantization(fields)
     kind = fields.values.get("model_type")
     if kind is None:
@@ -235,7 +231,7 @@ def _hf_window(fields: _Fields, n_layers: int, by_layer: bool) -> Window:
 
 def _from_params(fields: _Fields) -> dict[str, Any]:
     """ModelConfig's arguments from params.json."""
-    fields.refuse_other_than(_PARAMS_FIXED)
+    fields.refuse_other_than({"model_type": ("transformer",), "rope_scaling": (), **_FIXED})
     defaults = {"n_kv_heads": fields.whole("n_heads"), "max_seq_len": fields.whole("max_position_embeddings", 32_768)}
     sizes = {name: fields.whole(name, defaults.get(name)) for name in _SIZES}
     keys = [key for key in ("sliding_window", "_sliding_window") if key in fields.values]
