@@ -6,7 +6,6 @@ makes them on the way writes a model that is nowhere in memory.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -33,17 +32,11 @@ from minilora.model import Mistral
 
 Weights = Iterable[tuple[str, Tensor]]
 PlannedWeight = tuple[str, list[Line]]  # our name of a weight, and the lines that it takes in a file
+# What goes into a folder: JSON files by name, and the weights of each safetensors file.
+Plan = tuple[dict[str, dict[str, Any]], dict[str, list[PlannedWeight]]]
 Finish = Callable[[Path], None]  # writes more into a folder, or looks at what was written, before it has its name
 SPARE_BYTES = 50_000_000  # for headers, the small files and a tokenizer
 MAX_SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What goes into a folder: JSON files by name, and the weights of each safetensors file."""
-
-    small: dict[str, dict[str, Any]]
-    files: dict[str, list[PlannedWeight]]
 
 
 def save_hf(
@@ -125,7 +118,7 @@ def plan_hf(
     ]
     single = WEIGHTS_NAMES[layout]
     if layout == "mistral":
-        return Plan({CONFIG_NAMES[layout]: config_to_params(config)}, {single: weights})
+        return {CONFIG_NAMES[layout]: config_to_params(config)}, {single: weights}
     shards = list[list[PlannedWeight]]([[]])
     for weight in weights:
         if shards[-1] and _n_bytes([*shards[-1], weight]) > max_shard_bytes:
@@ -140,7 +133,7 @@ def plan_hf(
     if len(shards) > 1:
         weight_map = {key: name for name, shard in files.items() for _, lines in shard for key, _, _ in lines}
         small[f"{single}.index.json"] = {"metadata": {"total_size": _n_bytes(weights)}, "weight_map": weight_map}
-    return Plan(small, files)
+    return small, files
 
 
 def write_plan(
@@ -159,18 +152,19 @@ def write_plan(
 
     Raises UserError if a file to copy is missing, the space is short, or the folder stands or cannot be written.
     """
+    small, files = plan
     for file in beside:
         if not os.path.isfile(file):
             what = "no regular file" if os.path.exists(file) else "no such file"
             raise UserError(f"{file}: {what}; the tokenizer is copied beside the weights")
-    n_bytes = sum(map(_n_bytes, plan.files.values())) + sum(Path(file).stat().st_size for file in beside)
-    with atomic_folder(folder, overwrite=overwrite, needed_bytes=n_bytes + SPARE_BYTES) as temp:
-        for name, values in plan.small.items():
+    needed_bytes = sum(map(_n_bytes, files.values())) + SPARE_BYTES
+    with atomic_folder(folder, overwrite=overwrite, needed_bytes=needed_bytes) as temp:
+        for name, values in small.items():
             write_json(temp / name, values)
         for file in beside:
             copy_file(file, temp / Path(file).name)
         stream = iter(parts)
-        for name, weights in plan.files.items():
+        for name, weights in files.items():
             lines = [line for _, lines in weights for line in lines]
             write_safetensors(temp / name, _in_order(weights, stream), lines)
         if next(stream, None) is not None:
