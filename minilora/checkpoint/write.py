@@ -93,7 +93,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needed_bytes: in
             path.parent.mkdir(parents=True, exist_ok=True)
             temp.mkdir()
             yield temp
-            _write_manifest(temp)
+            listed = {f.relative_to(temp).as_posix(): _facts(f) for f in sorted(temp.rglob("*")) if f.is_file()}
+            write_json(temp / MANIFEST, {"format_version": MANIFEST_VERSION, "files": listed})
             for file in [*temp.rglob("*"), temp]:
                 _fsync(file)
             _swap(temp, path, overwrite)
@@ -192,12 +193,6 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
         if facts != _facts(file):
             raise UserError(f"{file}: altered since it was written; if that was intended, delete {MANIFEST} beside it")
     return manifest
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    listed = {file.relative_to(folder).as_posix(): _facts(file) for file in files}
-    write_json(folder / MANIFEST, {"format_version": MANIFEST_VERSION, "files": listed})
 
 
 def _facts(file: Path) -> dict[str, Any]:
