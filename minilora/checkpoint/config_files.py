@@ -8,7 +8,6 @@ ModelArgs), and a choice made for the reader is logged.
 import json
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from minilora.errors import UserError
 
 log = logging.getLogger(__name__)
 MAX_LAYERS = 10_000  # with an entry each
+Values = dict[str, Any]  # of a config file; what reads one raises UserError that names the key
 Window = int | tuple[int | None, ...] | None  # as in ModelConfig
 
 # The classes of transformers that are this decoder: Ministral's windows differ by layer, Llama's have none.
@@ -54,10 +54,9 @@ def read_config(folder: Path) -> ModelConfig:
     """
     layout = find_layout(folder)
     file = folder / CONFIG_NAMES[layout]
-    fields = _Fields(file, read_json(file))
-    values = _from_hf(fields) if layout == "hf" else _from_params(fields)
+    values, read = read_json(file), _from_hf if layout == "hf" else _from_params
     try:
-        return ModelConfig(**values)
+        return ModelConfig(**read(values, file))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -113,158 +112,152 @@ def config_to_params(config: ModelConfig) -> dict[str, Any]:
     return params
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """The object in a config file, read key by key; each error names file and key."""
-
-    file: Path
-    values: dict[str, Any]
-
-    def error(self, key: str, problem: str) -> UserError:
-        return UserError(f"{self.file}: {key} {problem}")
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = default if self.values.get(key) is None else self.values[key]
-        if value is None:
-            raise self.error(key, "is missing")
-        if type(value) is not int or value < 1:
-            raise self.error(key, f"is {short(value)}, but must be a whole number above 0")
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        value = default if self.values.get(key) is None else self.values[key]
-        if value is None:
-            raise self.error(key, "is missing")
-        if type(value) not in (int, float) or not 0 < value < 1e30:  # false for NaN, too
-            raise self.error(key, f"is {short(value)}, but must be a positive finite number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.values.get(key)
-        if value is not None and type(value) is not bool:
-            raise self.error(key, f"is {short(value)}, but must be true or false")
-        return bool(value)
-
-    def refuse_other_than(self, fixed: dict[str, tuple[Any, ...]]) -> None:
-        for key, allowed in fixed.items():
-            value = self.values.get(key)
-            if value is not None and value not in allowed:
-                supported = " or ".join(map(short, allowed)) if allowed else "only null"
-                raise self.error(key, f"is {short(value)}; supported is {supported}")
+def _whole(values: Values, key: str, default: int | None = None) -> int:
+    value = default if values.get(key) is None else values[key]
+    if value is None:
+        raise UserError(f"{key} is missing")
+    if type(value) is not int or value < 1:
+        raise UserError(f"{key} is {short(value)}, but must be a whole number above 0")
+    return value
 
 
-def _from_hf(fields: _Fields) -> dict[str, Any]:
+def _real(values: Values, key: str, default: float | None = None) -> float:
+    value = default if values.get(key) is None else values[key]
+    if value is None:
+        raise UserError(f"{key} is missing")
+    if type(value) not in (int, float) or not 0 < value < 1e30:  # false for NaN, too
+        raise UserError(f"{key} is {short(value)}, but must be a positive finite number")
+    return float(value)
+
+
+def _flag(values: Values, key: str) -> bool:
+    value = values.get(key)
+    if value is not None and type(value) is not bool:
+        raise UserError(f"{key} is {short(value)}, but must be true or false")
+    return bool(value)
+
+
+def _refuse_other_than(values: Values, fixed: dict[str, tuple[Any, ...]]) -> None:
+    for key, allowed in fixed.items():
+        value = values.get(key)
+        if value is not None and value not in allowed:
+            supported = " or ".join(map(short, allowed)) if allowed else "only null"
+            raise UserError(f"{key} is {short(value)}; supported is {supported}")
+
+
+def _from_hf(values: Values, file: Path) -> dict[str, Any]:
     """ModelConfig's arguments from config.json, as transformers 4 and 5 write it."""
-    fields.refuse_other_than({"model_type": tuple(_HF_KINDS), **_FIXED})
-    _refuse_other_quantization(fields)
-    kind = fields.values.get("model_type")
+    _refuse_other_than(values, {"model_type": tuple(_HF_KINDS), **_FIXED})
+    _refuse_other_quantization(values)
+    kind = values.get("model_type")
     if kind is None:
-        raise fields.error("model_type", "is missing; mistral was expected")
-    fields.refuse_other_than({"architectures": ([_HF_KINDS[kind]],)})
-    dim, n_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-    if fields.values.get("head_dim") is None and dim % n_heads:
-        raise fields.error("head_dim", f"is not given, and {n_heads} heads do not divide hidden_size {dim}")
+        raise UserError("model_type is missing; mistral was expected")
+    _refuse_other_than(values, {"architectures": ([_HF_KINDS[kind]],)})
+    dim, n_heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
+    if values.get("head_dim") is None and dim % n_heads:
+        raise UserError(f"head_dim is not given, and {n_heads} heads do not divide hidden_size {dim}")
     defaults = {"head_dim": dim // n_heads, "n_kv_heads": n_heads, "max_seq_len": _HF_MAX_SEQ_LEN[kind]}
-    sizes = {name: fields.whole(key, defaults.get(name)) for name, key in _SIZES.items()}
-    window = None if kind == "llama" else _hf_window(fields, sizes["n_layers"], by_layer=kind == "ministral")
+    sizes = {name: _whole(values, key, defaults.get(name)) for name, key in _SIZES.items()}
+    window = None if kind == "llama" else _hf_window(values, file, sizes["n_layers"], by_layer=kind == "ministral")
     return sizes | {
-        "norm_eps": fields.real("rms_norm_eps", 1e-6),
-        "rope_theta": _hf_rope_theta(fields),
+        "norm_eps": _real(values, "rms_norm_eps", 1e-6),
+        "rope_theta": _hf_rope_theta(values),
         "sliding_window": window,
-        "tied_embeddings": fields.flag("tie_word_embeddings"),
+        "tied_embeddings": _flag(values, "tie_word_embeddings"),
     }
 
 
-def _refuse_other_quantization(fields: _Fields) -> None:
-    found = fields.values.get("quantization_config")
+def _refuse_other_quantization(values: Values) -> None:
+    found = values.get("quantization_config")
     if found is None:
         return
     for key, expected in _NF4_CONFIG.items():
         value = found.get(key) if isinstance(found, dict) else found
         if type(value) is not type(expected) or value != expected:
             problem = f"is of {key} {short(value)}; only bitsandbytes' 4-bit NF4 can be read"
-            raise fields.error("quantization_config", f"{problem}: {json.dumps(_NF4_CONFIG)}")
+            raise UserError(f"quantization_config {problem}: {json.dumps(_NF4_CONFIG)}")
 
 
-def _hf_rope_theta(fields: _Fields) -> float:
+def _hf_rope_theta(values: Values) -> float:
     """transformers 5 writes rope_parameters, 4 wrote rope_theta and, for stretched positions, rope_scaling."""
-    theta = fields.real("rope_theta", 10_000.0)
+    theta = _real(values, "rope_theta", 10_000.0)
     for key in ("rope_scaling", "rope_parameters"):
-        rope = fields.values.get(key)
+        rope = values.get(key)
         if rope is None:
             continue
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
         if kind != "default" or not isinstance(rope, dict):
-            raise fields.error(key, f"is of type {short(kind)}, but only the default rotary embedding is supported")
+            raise UserError(f"{key} is of type {short(kind)}, but only the default rotary embedding is supported")
         if other := sorted(set(rope) - {"rope_theta", "rope_type", "type"}):
-            raise fields.error(key, f"holds {short(other[0])}, which is not supported")
-        theta = _Fields(fields.file, rope).real("rope_theta", theta)
+            raise UserError(f"{key} holds {short(other[0])}, which is not supported")
+        theta = _real(rope, "rope_theta", theta)
     return theta
 
 
-def _hf_window(fields: _Fields, n_layers: int, by_layer: bool) -> Window:
+def _hf_window(values: Values, file: Path, n_layers: int, by_layer: bool) -> Window:
     """sliding_window; transformers 4 left out what equals its class default, so absence means 4096, null means none.
 
     by_layer: layer_types may say which layers have it
     """
-    kinds = fields.values.get("layer_types")
+    kinds = values.get("layer_types")
     if kinds is None:
         kinds = ["sliding_attention"]
     elif not isinstance(kinds, list) or len(kinds) != n_layers or n_layers > MAX_LAYERS:
-        raise fields.error("layer_types", f"is {short(kinds)}, but must be a list with an entry for each layer")
+        raise UserError(f"layer_types is {short(kinds)}, but must be a list with an entry for each layer")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
-            raise fields.error("layer_types", f"names {short(kind)}; supported are full_attention, sliding_attention")
+            raise UserError(f"layer_types names {short(kind)}; supported are full_attention, sliding_attention")
     if not by_layer and len(set(kinds)) > 1:  # where transformers and vLLM disagree
-        raise fields.error("layer_types", "has layers of different kinds, which only model_type ministral may have")
+        raise UserError("layer_types has layers of different kinds, which only model_type ministral may have")
     if "sliding_attention" not in kinds:
         return None
-    if "sliding_window" not in fields.values:
-        log.warning("%s: no sliding_window; 4096 is taken, the default of its class", fields.file)
-    window = _window(fields, "sliding_window", n_layers) if "sliding_window" in fields.values else 4096
+    if "sliding_window" not in values:
+        log.warning("%s: no sliding_window; 4096 is taken, the default of its class", file)
+    window = _window(values, "sliding_window", n_layers) if "sliding_window" in values else 4096
     if "full_attention" not in kinds:
         return window
     if isinstance(window, tuple):
-        raise fields.error("sliding_window", "and layer_types both say which layers have a window")
+        raise UserError("sliding_window and layer_types both say which layers have a window")
     return _shortest(tuple(window if kind == "sliding_attention" else None for kind in kinds))
 
 
-def _from_params(fields: _Fields) -> dict[str, Any]:
+def _from_params(values: Values, file: Path) -> dict[str, Any]:
     """ModelConfig's arguments from params.json."""
-    fields.refuse_other_than({"model_type": ("transformer",), "rope_scaling": (), **_FIXED})
-    defaults = {"n_kv_heads": fields.whole("n_heads"), "max_seq_len": fields.whole("max_position_embeddings", 32_768)}
-    sizes = {name: fields.whole(name, defaults.get(name)) for name in _SIZES}
-    keys = [key for key in ("sliding_window", "_sliding_window") if key in fields.values]
-    windows = {_window(fields, key, sizes["n_layers"]) for key in keys}
+    _refuse_other_than(values, {"model_type": ("transformer",), "rope_scaling": (), **_FIXED})
+    n_heads, max_seq_len = _whole(values, "n_heads"), _whole(values, "max_position_embeddings", 32_768)
+    defaults = {"n_kv_heads": n_heads, "max_seq_len": max_seq_len}
+    sizes = {name: _whole(values, name, defaults.get(name)) for name in _SIZES}
+    keys = [key for key in ("sliding_window", "_sliding_window") if key in values]
+    windows = {_window(values, key, sizes["n_layers"]) for key in keys}
     if len(windows) > 1:
-        raise fields.error("sliding_window", "and _sliding_window differ")
+        raise UserError("sliding_window and _sliding_window differ")
     window = windows.pop() if windows else None
-    if fields.values.get("rope_theta") is None:
+    if values.get("rope_theta") is None:
         # The original code took 10000 for models with a window, which are the ones from before the key existed.
         theta = 1e6 if window is None else 1e4
-        log.warning("%s: no rope_theta; %g is taken, since sliding_window is %s", fields.file, theta, window)
+        log.warning("%s: no rope_theta; %g is taken, since sliding_window is %s", file, theta, window)
     else:
-        theta = fields.real("rope_theta")
+        theta = _real(values, "rope_theta")
     return sizes | {
-        "norm_eps": fields.real("norm_eps"),
+        "norm_eps": _real(values, "norm_eps"),
         "rope_theta": theta,
         "sliding_window": window,
-        "tied_embeddings": fields.flag("tied_embeddings"),
+        "tied_embeddings": _flag(values, "tied_embeddings"),
     }
 
 
-def _window(fields: _Fields, key: str, n_layers: int) -> Window:
+def _window(values: Values, key: str, n_layers: int) -> Window:
     """W, which files hold as a number, as a string of digits, or as a pattern that is repeated over the layers."""
-    value = fields.values[key]
+    value = values[key]
     windows = [
         int(window) if isinstance(window, str) and re.fullmatch("[0-9]{1,10}", window) else window
         for window in (value if isinstance(value, list) else [value])
     ]
     for window in windows:
         if window is not None and (type(window) is not int or window < 1):
-            raise fields.error(key, f"is {short(value)}, but must be a whole number above 0, or null")
+            raise UserError(f"{key} is {short(value)}, but must be a whole number above 0, or null")
     if not windows or n_layers % len(windows) or len(windows) > MAX_LAYERS:
-        raise fields.error(key, f"has {len(windows)} entries, which cannot be repeated over {n_layers} layers")
+        raise UserError(f"{key} has {len(windows)} entries, which cannot be repeated over {n_layers} layers")
     return _shortest(tuple(windows))
 
 
