@@ -99,7 +99,7 @@ def open_nf4(key: str, shape: tuple[int, ...], held: Mapping[str, TensorEntry]) 
         found = f"{packed.nbytes:,} bytes of {packed.dtype}"
         raise UserError(f"{_where(packed)} has {found}; a weight of shape {shape} in NF4 has {(n + 1) // 2:,}")
     dtype = getattr(torch, state["dtype"])
-    return NF4Entry(packed, parts, shape, dtype, block_size, state["nested_offset"] if nested else None)
+    return NF4Entry(packed, parts, shape, dtype, block_size, float(state["nested_offset"]) if nested else None)
 
 
 def nf4_lines(key: str, shape: tuple[int, ...], nested: bool) -> list[Line]:
@@ -154,11 +154,10 @@ def _read_state(entry: TensorEntry, shape: tuple[int, ...], nested: bool) -> dic
         "shape": [list(shape)],
     }
     if nested:
-        allowed |= {key: [value] for key, value in _NESTED_FIXED.items()}
-        offset = state.pop("nested_offset", None)
+        offset: Any = state.get("nested_offset")
         if type(offset) not in (int, float) or not abs(offset) < torch.finfo(torch.float32).max:  # false for NaN, too
             raise UserError(f"{_where(entry)}: nested_offset is {short(offset)}, but must be a finite number")
-        allowed["nested_offset"], state["nested_offset"] = [float(offset)], float(offset)
+        allowed |= {key: [value] for key, value in {**_NESTED_FIXED, "nested_offset": offset}.items()}
     for key in sorted(allowed.keys() | state.keys()):
         if repr(state.get(key)) not in map(repr, allowed.get(key, [])):  # 64.0 and true are other values than 64 and 1
             wanted = " or ".join(map(str, allowed.get(key, ["absent"])))
