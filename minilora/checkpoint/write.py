@@ -145,10 +145,8 @@ def not_ours(folder: Path) -> list[str]:
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Raise UserError if fewer than `needed_bytes` are free where `folder` is or will be."""
     if (free := shutil.disk_usage(_nearest(folder)).free) < needed_bytes:
-        need, have = needed_bytes / 1e9, free / 1e9
-        raise UserError(
-            f"{folder}: {need:.3g} GB are needed, {have:.3g} GB are free; free some or choose another folder"
-        )
+        found = f"{needed_bytes / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
+        raise UserError(f"{folder}: {found}; free some or choose another folder")
 
 
 def sweep_stale(folder: str | Path, name: str | None = None) -> None:
@@ -178,14 +176,13 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     Raises UserError that names the file which is missing or altered. Files that are not listed are not looked at.
     """
     folder = Path(folder)
-    manifest = read_json(folder / MANIFEST)
+    own = folder / MANIFEST
+    manifest = read_json(own)
     version, listed = manifest.get("format_version"), manifest.get("files")
     if version != MANIFEST_VERSION:
-        raise UserError(
-            f"{folder / MANIFEST}: format_version is {short(version)}; this minilora knows {MANIFEST_VERSION}"
-        )
+        raise UserError(f"{own}: format_version is {short(version)}; this minilora knows {MANIFEST_VERSION}")
     if not isinstance(listed, dict):
-        raise UserError(f"{folder / MANIFEST}: files must be an object")
+        raise UserError(f"{own}: files must be an object")
     for name, facts in listed.items():
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not os.path.isfile(file):
