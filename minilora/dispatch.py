@@ -16,11 +16,11 @@ block takes it, too, where nothing is differentiated: `undifferentiated_on_gpu`.
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from minilora.nf4 import quantize_nf4 as quantize_by_definition
 
 TABLE = Path(__file__).with_name("dispatch.json")
 OLDEST = 75
-MOST = {"least_weights": 1 << 34, "matvec": 2, "matmul": 256}  # what the launchers take
+MAX_BYTES = 1_000_000
 FLOAT32_ROWS = 32  # one tile of `nf4_matmul`, estimated; with two, each weight is decoded twice
 Way = Literal["matvec", "matmul", "dequantize"]
 P = ParamSpec("P")
@@ -46,13 +46,6 @@ class Limits:
     least_weights: int
     matvec: int
     matmul: int
-
-    def __post_init__(self) -> None:
-        """Raises ValueError."""
-        for name, most in MOST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value <= most:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number from 0 to {most}")
 
 
 @dataclass(frozen=True)
@@ -69,15 +62,6 @@ class Entry:
     shuffle: bool
     limits: tuple[Limits, ...]
 
-    def __post_init__(self) -> None:
-        """Raises ValueError."""
-        for name, kind in (("arch", int), ("card", str | None), ("shuffle", bool), ("limits", tuple)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, which is of the wrong type")
-        floors = [limits.least_weights for limits in self.limits]
-        if not floors or floors[0] != 0 or floors != sorted(set(floors)):
-            raise ValueError(f"limits have the least_weights {floors}, but must rise from 0")
-
     def way(self, m: int, n: int, k: int, dtype: torch.dtype) -> Way:
         """How M rows of x in `dtype` are multiplied by a weight (N, K)."""
         limits = [limits for limits in self.limits if n * k >= limits.least_weights][-1]
@@ -89,38 +73,24 @@ class Entry:
 def table() -> tuple[Entry, ...]:
     """The entries of dispatch.json, by rising architecture. Raises UserError where the file is damaged."""
     try:
-        if not TABLE.is_file() or TABLE.stat().st_size > 1_000_000:  # a device would never end
-            raise ValueError("no such file, or not ours")
-        found = json.loads(TABLE.read_text("utf-8"))
-        if not isinstance(found, list):
-            raise ValueError("there must be a list of entries")
-        entries = sorted((_entry(item, f"[{i}]") for i, item in enumerate(found)), key=lambda entry: entry.arch)
-        if not entries or entries[0].arch > OLDEST:
+        with TABLE.open("rb") as file:
+            entries = sorted((_entry(**found) for found in json.loads(file.read(MAX_BYTES))), key=lambda e: e.arch)
+        if entries[0].arch > OLDEST:
             raise ValueError(f"there is no entry for arch {OLDEST}")
-    except (OSError, RecursionError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{TABLE}: {why}; install minilora again, then measure this GPU with python -m benchmarks.calibrate"
-        ) from None
+    except (OSError, RecursionError, LookupError, TypeError, ValueError) as error:
+        remedy = "install minilora again, then measure this GPU with python -m benchmarks.calibrate"
+        raise UserError(f"{TABLE} is damaged: {error}; {remedy}") from None
     return tuple(entries)
 
 
-def _entry(found: Any, where: str) -> Entry:
-    if isinstance(found, dict) and isinstance(rows := found.get("limits"), list):
-        found = found | {"limits": tuple(_built(Limits, row, f"{where}.limits[{i}]") for i, row in enumerate(rows))}
-    entry: Entry = _built(Entry, found, where)
-    return entry
-
-
-def _built(kind: Any, found: Any, where: str) -> Any:
-    """A dataclass from an object of just its keys. Raises ValueError that says where in the file."""
-    names = [field.name for field in fields(kind)]
-    if not isinstance(found, dict) or found.keys() != set(names):
-        raise ValueError(f"{where} must have just {', '.join(names)}")
-    try:
-        return kind(**found)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+def _entry(arch: int, card: str | None, shuffle: bool, limits: list[dict[str, int]]) -> Entry:
+    """From the keys of an object in dispatch.json. Raises TypeError, LookupError or ValueError if they are no entry."""
+    rows = tuple(Limits(**row) for row in limits)
+    numbers = (arch, *(n for row in rows for n in astuple(row)))
+    typed = all(type(n) is int for n in numbers) and isinstance(shuffle, bool) and isinstance(card, str | None)
+    if not typed or rows[0].least_weights != 0:
+        raise ValueError(f"the entry of arch {arch} is not as it was written")
+    return Entry(arch, card, shuffle, rows)
 
 
 def entry_for(arch: int) -> Entry:

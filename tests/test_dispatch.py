@@ -13,7 +13,7 @@ from kernel_cases import DEVICE, random
 import minilora.dispatch as dispatch
 from minilora.backend import Backend, backend_for
 from minilora.config import LoraConfig
-from minilora.dispatch import FLOAT32_ROWS, MOST, TABLE, Entry, Limits, entry_for, table
+from minilora.dispatch import FLOAT32_ROWS, TABLE, Entry, Limits, entry_for, table
 from minilora.errors import UserError
 from minilora.kernels import nf4_matmul, nf4_matvec
 from minilora.kernels.nf4_matmul import MAX_ROWS, tile
@@ -46,7 +46,9 @@ def test_the_table_is_whole() -> None:
         floors = [limits.least_weights for limits in entry.limits]
         assert floors == sorted(set(floors))
         assert floors[0] == 0
-        assert all(0 <= limits.matvec <= 2 and limits.matvec <= limits.matmul <= 256 for limits in entry.limits)
+        for limits in entry.limits:  # what the launchers take
+            assert 0 <= limits.matvec <= MAX_VECTORS
+            assert limits.matvec <= limits.matmul <= MAX_ROWS
         # What no card has shown to be right is off.
         assert entry.card is not None or not entry.shuffle
     assert json.loads(TABLE.read_text())
@@ -88,54 +90,37 @@ def test_float32_that_triton_rounds_is_decoded(monkeypatch: pytest.MonkeyPatch) 
     assert dispatch.fused_product(random(3, 64).half(), weight) is not None
 
 
-def test_the_table_and_the_launchers_agree() -> None:
-    assert (MOST["matvec"], MOST["matmul"]) == (MAX_VECTORS, MAX_ROWS)
-
-
 LIMITS = {"least_weights": 0, "matvec": 2, "matmul": 2}
 ENTRY = {"arch": 75, "card": None, "shuffle": False, "limits": [LIMITS]}
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    "text",
     [
-        ({}, "there must be a list of entries"),
-        ([], "there is no entry for arch 75"),
-        ([ENTRY | {"arch": 80}], "there is no entry for arch 75"),
-        ([7], "[0] must have just arch, card, shuffle, limits"),
-        ([ENTRY, {"arch": 80}], "[1] must have just arch, card, shuffle, limits"),
-        ([ENTRY | {"more": 1}], "[0] must have just"),
-        ([ENTRY | {"arch": "75"}], "[0]: arch is '75', which is of the wrong type"),
-        ([ENTRY | {"shuffle": 0}], "[0]: shuffle is 0"),
-        ([ENTRY | {"limits": None}], "[0]: limits is None"),
-        ([ENTRY | {"limits": []}], "[0]: limits have the least_weights [], but must rise from 0"),
-        ([ENTRY | {"limits": [LIMITS, LIMITS]}], "[0]: limits have the least_weights [0, 0]"),
-        ([ENTRY | {"limits": [{"matvec": 2}]}], "[0].limits[0] must have just least_weights, matvec, matmul"),
-        ([ENTRY | {"limits": [LIMITS | {"matmul": 257}]}], "[0].limits[0]: matmul is 257"),
-        ([ENTRY | {"limits": [LIMITS | {"matvec": 3}]}], "[0].limits[0]: matvec is 3"),
-        ([ENTRY | {"limits": [LIMITS | {"matvec": True}]}], "[0].limits[0]: matvec is True"),
+        *("", "{", "7", "{}", "[]", "[7]", '[{"arch": 75}]', "[" * 100_000),
+        json.dumps([ENTRY | {"arch": 80}]),
+        json.dumps([ENTRY | {"more": 1}]),
+        json.dumps([ENTRY | {"arch": "75"}]),
+        json.dumps([ENTRY | {"limits": None}]),
+        json.dumps([ENTRY | {"limits": []}]),
+        json.dumps([ENTRY | {"limits": [{"matvec": 2}]}]),
+        json.dumps([ENTRY | {"limits": [LIMITS | {"least_weights": 1}]}]),
+        json.dumps([ENTRY | {"limits": [LIMITS | {"matmul": "2"}]}]),
     ],
 )
-def test_a_damaged_table(found: object, words: str, table_file: Path) -> None:
-    table_file.write_text(json.dumps(found))
+def test_a_damaged_table(text: str, table_file: Path) -> None:
+    table_file.write_text(text)
     with pytest.raises(UserError) as told:
         table()
-    assert str(told.value).startswith(f"{table_file}: {words}")
+    assert str(told.value).startswith(f"{table_file} is damaged: ")
     assert "install minilora again" in str(told.value)
 
 
-def test_a_table_that_is_not_there_or_no_json(table_file: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+def test_a_table_that_is_not_there(table_file: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
         table()
-    table_file.write_text("{")
-    with pytest.raises(UserError, match="Expecting property name"):
-        table()
-    table_file.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="recursion depth"):
-        table()
-    table_file.unlink()
     table_file.symlink_to("/dev/zero")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is damaged"):
         table()
 
 

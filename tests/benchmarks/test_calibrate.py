@@ -62,7 +62,7 @@ def test_a_damaged_table_is_found_before_measuring(
     dispatch.table.cache_clear()
     assert calibrate.main([]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"calibrate: {tmp_path / 'dispatch.json'}: no such file")
+    assert err.startswith(f"calibrate: {tmp_path / 'dispatch.json'} is damaged")
     assert err.count("\n") == 1
 
 
