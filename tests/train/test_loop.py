@@ -357,8 +357,8 @@ def test_a_forgotten_adapter_stops_the_run_by_name(
 ) -> None:
     of = Projections.of
 
-    def forgetful(*layers: torch.nn.Module) -> Projections:
-        parts = of(*layers)
+    def forgetful(*layers: torch.nn.Module, **options: int) -> Projections:
+        parts = of(*layers, **options)
         return replace(parts, adapters=(None,)) if parts.weights[0].shape[1] == TINY.hidden_dim else parts
 
     monkeypatch.setattr(Projections, "of", staticmethod(forgetful))
