@@ -3,7 +3,6 @@
 Each run is a process of its own, so its memory and its speed are its own, and one that fails ends nothing but itself.
 """
 
-import fcntl
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ from itertools import product
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.provenance import read_provenance
@@ -30,7 +29,7 @@ from minilora.report.console import Console
 from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
-from minilora.train.run_folder import LOCK, config_toml, refuse_both
+from minilora.train.run_folder import LOCK, config_toml, hold, refuse_both
 from minilora.train.setup import settled
 from minilora.train.signals import SIGNALS, Stopped, StopRequest
 from minilora.train.state import refuse_other_run
@@ -142,7 +141,7 @@ def compare(
         raise UserError(f"{output} is not empty; add --resume to go on, --overwrite to begin anew, or --output")
     rows = list[dict[str, Any]]()
     configs = {v.name: replace(v.config, train=replace(v.config.train, output=str(output / v.name))) for v in variants}
-    with _held(output):
+    with hold(output, "comparison", "--output"):  # two would mix their runs
         finished = {name for name, config in configs.items() if resume and _is_finished(config)}
         for n, variant in enumerate(variants, 1):
             config = configs[variant.name]
@@ -161,21 +160,6 @@ def compare(
         result = {"ranked_by": rank_by, "winner": best, "test": test, "rows": rows}
         atomic_json(output / RESULT, result)
     return result
-
-
-def _held(output: Path) -> TextIO:
-    """The folder, made, and its lock: two comparisons would mix their runs."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = (output / LOCK).open("w")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(f"--output cannot be made: {error!s:.300}; name another") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise UserError(f"{output}: another comparison writes here; wait for it, or name another --output") from error
-    return lock
 
 
 def _figures(config: RunConfig) -> dict[str, Any]:

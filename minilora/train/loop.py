@@ -46,7 +46,7 @@ def fine_tune(
 
     Raises UserError for what the user can mend, and Stopped (from signals.py) once a signal was followed.
     """
-    folder = RunFolder.open(config, resume, overwrite)
+    folder = RunFolder(config, resume, overwrite)
     try:
         run = set_up(config, folder, reporter)
         go_on_or_begin(run, resume)

@@ -16,7 +16,7 @@ import tomllib
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minilora.checkpoint.json_file import read_json, to_json
 from minilora.checkpoint.write import atomic_json, atomic_write, not_ours, sweep_stale
@@ -74,25 +74,15 @@ class LineLog:
 class RunFolder:
     """A run's folder, held by one process at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.is_new = path, not path.exists()
-        self.checkpoints = path / "checkpoints"
-        self.metrics, self.timing = LineLog(path / "metrics.jsonl"), LineLog(path / "timing.jsonl")
-
-    @classmethod
-    def open(cls, config: RunConfig, resume: bool, overwrite: bool) -> "RunFolder":
+    def __init__(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
         """Make the folder or go on in it; what it holds stays. Raises UserError if it cannot be had, or is in use."""
         refuse_output(config, resume, overwrite)
-        folder = cls(path := Path(config.train.output))
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            folder._lock()
-            sweep_stale(path)
-            sweep_stale(folder.checkpoints)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", error)
-            raise UserError(f"{path!s:.200}: cannot write here: {reason}; name another --train.output") from error
-        return folder
+        self.path = path = Path(config.train.output)
+        self.is_new, self.checkpoints = not path.exists(), path / "checkpoints"
+        self._lock = hold(path, "run", "--train.output")
+        sweep_stale(path)
+        sweep_stale(self.checkpoints)
+        self.metrics, self.timing = LineLog(path / "metrics.jsonl"), LineLog(path / "timing.jsonl")
 
     def begin(self, config: RunConfig) -> None:
         """Delete what an earlier run wrote, and write the configuration: now the folder is the new run's.
@@ -121,16 +111,6 @@ class RunFolder:
             with suppress(OSError):  # there is none, or something of a user's in it
                 folder.rmdir()
 
-    def _lock(self) -> None:
-        self._lock_file = (self.path / LOCK).open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock_file.close()
-            raise UserError(
-                f"{self.path}: another run writes here; wait for it, or name another --train.output"
-            ) from error
-
     def close(self) -> None:
         """Let others write here. A run that never began leaves nothing, not even an empty folder that it made."""
         with suppress(OSError):
@@ -138,7 +118,7 @@ class RunFolder:
                 (self.path / LOCK).unlink()
                 if self.is_new:
                     self.path.rmdir()
-        self._lock_file.close()
+        self._lock.close()
 
     def checkpoint(self, kind: str, step: int) -> Path:
         """The folder of the "step" or "best" checkpoint of a step."""
@@ -166,6 +146,26 @@ class RunFolder:
 
     def read_json(self, name: str) -> dict[str, Any]:
         return read_json(self.path / name, RUN_BYTES)
+
+
+def hold(folder: Path, work: str, option: str) -> TextIO:
+    """Make the folder, if it is not there, and lock it until the file is closed.
+
+    work: what is done there, by one process at a time; option: names the folder
+
+    Raises UserError if it cannot be made or written to, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(f"{folder}: another {work} writes here; wait for it, or name another {option}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{folder!s:.200}: cannot write here: {reason}; name another {option}") from error
+    return lock
 
 
 def refuse_both(resume: bool, overwrite: bool) -> None:

@@ -24,8 +24,8 @@ from minilora.cli import compare as compare_verb
 from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
-from minilora.train.compare import STRATEGIES, Variant, _held, all_variants, combinations, compare
-from minilora.train.run_folder import LOCK, config_toml
+from minilora.train.compare import STRATEGIES, Variant, all_variants, combinations, compare
+from minilora.train.run_folder import LOCK, config_toml, hold
 
 
 def names(*arguments: object) -> list[str]:
@@ -277,12 +277,12 @@ def test_runs_that_are_measured_otherwise_are_refused_before_one_is_trained(
 def test_an_output_that_cannot_be_made_is_told_before_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file" / "x", tmp_path / "a\0b"):
-        with pytest.raises(UserError, match=r"--output cannot be made: .*; name another"):
+        with pytest.raises(UserError, match=r"cannot write here: .*; name another --output"):
             compare(variants(make_config()), output, pytest.fail)
 
 
 def test_a_folder_takes_one_comparison_at_a_time(make_config: MakeConfig, tmp_path: Path) -> None:
-    with _held(tmp_path / "out"):
+    with hold(tmp_path / "out", "comparison", "--output"):
         for ways in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(UserError, match=r"out: another comparison writes here; .* name another --output"):
                 compare(variants(make_config()), tmp_path / "out", pytest.fail, **ways)

@@ -247,7 +247,7 @@ def test_what_is_seen_is_every_sample_once_an_epoch(
 @pytest.mark.parametrize(("epochs", "share"), [(0.5, 0.5), (1.0, 1.0), (1e-6, 0.0)])
 def test_part_of_an_epoch(make_config: MakeConfig, quiet: Quiet, epochs: float, share: float) -> None:
     config = make_config(train__max_steps=None, train__epochs=epochs, train__accumulate=2)
-    folder = loop.RunFolder.open(config, resume=False, overwrite=False)
+    folder = loop.RunFolder(config, resume=False, overwrite=False)
     run = loop.set_up(config, folder, quiet)
     folder.close()
     assert run.n_steps == max(1, math.ceil(share * len(run.state.sampler.rows) / 4))

@@ -124,7 +124,7 @@ def test_sigterm_and_sigint_save_and_stop(make_config: MakeConfig, tmp_path: Pat
     wait_for(process, lambda: lines(folder) >= 6)
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(UserError, match=f"{folder}: another run writes here"):
-        RunFolder.open(run_config(make_config, folder), resume=True, overwrite=False)
+        RunFolder(run_config(make_config, folder), resume=True, overwrite=False)
     process.send_signal(signal.SIGCONT)
     status, errors = stop(process, signal.SIGTERM)
     assert status == 143, errors

@@ -24,7 +24,7 @@ from minilora.train.run_folder import FILES, LEARNT, LineLog, RunFolder, config_
 
 
 def open_folder(config: RunConfig, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    return RunFolder.open(config, resume, overwrite)
+    return RunFolder(config, resume, overwrite)
 
 
 @pytest.fixture
