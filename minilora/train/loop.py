@@ -128,7 +128,7 @@ def run_steps(run: Run) -> None:
         def follow() -> None:
             stop.follow(f"{run.folder.path}: stopped after step {counters.step}, saved; go on with --resume")
 
-        while counters.step < run.n_steps and not _out_of_patience(run):
+        while not _why_over(run):
             random = random_state()
             try:
                 metrics, timing = one_step(run, follow)
@@ -147,12 +147,11 @@ def run_steps(run: Run) -> None:
                 log_scalars(record)
             run.reporter.step(metrics, timing)
             _refuse_bad_steps(run)
-            is_last = counters.step == run.n_steps or _out_of_patience(run)
-            if stop.requested or is_last or counters.step % run.config.train.checkpoint_every == 0:
+            is_due = counters.step % run.config.train.checkpoint_every == 0
+            if is_due or stop.signum is not None or _why_over(run):
                 save(run)
             follow()
-    if counters.step < run.n_steps and _out_of_patience(run):
-        run.stopped_because = f"no better validation in {run.config.eval.patience} since step {counters.best_step}"
+    run.stopped_because = _why_over(run)
     _make_room(run)
     run.model.eval()
 
@@ -237,8 +236,14 @@ def validate(run: Run) -> dict[str, float]:
     return {"val_loss": loss, "val_perplexity": perplexity(loss)} | general
 
 
-def _out_of_patience(run: Run) -> bool:
-    return 0 < run.config.eval.patience <= run.state.counters.validations_since_best
+def _why_over(run: Run) -> str:
+    """Why there is no further step; nothing while there is one."""
+    counters, patience = run.state.counters, run.config.eval.patience
+    if counters.step >= run.n_steps:
+        return "all steps done"
+    if 0 < patience <= counters.validations_since_best:
+        return f"no better validation in {patience} since step {counters.best_step}"
+    return ""
 
 
 def save(run: Run, random: dict[str, Tensor] | None = None) -> None:

@@ -68,7 +68,7 @@ class Run:
     held_out: str  # JSONL of the validation, if it was drawn from the training data
     before: dict[str, Any] = field(default_factory=dict)
     after: list[Answer] = field(default_factory=list)
-    stopped_because: str = "all steps done"
+    stopped_because: str = ""
 
 
 def settled(config: RunConfig) -> tuple[RunConfig, Checkpoint]:

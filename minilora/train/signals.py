@@ -23,10 +23,6 @@ class StopRequest:
 
     signum: int | None = None
 
-    @property
-    def requested(self) -> bool:
-        return self.signum is not None
-
     def follow(self, message: str) -> None:
         """Raise Stopped if a signal has come."""
         if self.signum is not None:
