@@ -23,7 +23,7 @@ from minilora.adamw import FlatAdamW
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short
 from minilora.checkpoint.provenance import versions
-from minilora.checkpoint.safetensors_file import read_header, write_safetensors
+from minilora.checkpoint.safetensors_file import TensorEntry, read_header, write_safetensors
 from minilora.checkpoint.write import atomic_folder, verify_manifest
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
@@ -81,7 +81,9 @@ class RunState:
             "format": FORMAT, "counters": asdict(self.counters), "sampler": self.sampler.state_dict(),
             "loss_scale": asdict(self.loss_scale), "origin": self.origin, "versions": versions(),
         }  # fmt: skip
-        tensors = self._weights() if weights_only else self._tensors() | (random or random_state())
+        tensors = _of_weights(self.weights)
+        if not weights_only:
+            tensors |= (self._moments() if self.optimizer.steps else {}) | (random or random_state())
         lines = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with atomic_folder(folder, overwrite=True) as new:
             write_safetensors(new / TENSORS, tensors.values(), lines)
@@ -97,7 +99,13 @@ class RunState:
         for name, kinds in {**_PARTS, "versions": known}.items():
             _check(document.get(name), kinds, f"{folder / STATE}: {name}")
         refuse_other_run(document.get("origin"), self.origin, folder)
-        tensors = _read_tensors(folder, self.weights, self.optimizer)
+        held = read_header(folder / TENSORS)
+        like = _of_weights(self.weights) | {"rng.cpu": torch.get_rng_state()}
+        if any(key.startswith("optimizer.") for key in held):  # before the first update there are none
+            like |= self._moments()
+        if "rng.cuda" in held and torch.cuda.is_available():
+            like["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors = _read_tensors(folder, held, like)
         try:
             self.sampler.load_state_dict(document["sampler"])
             torch.set_rng_state(tensors["rng.cpu"])
@@ -115,15 +123,15 @@ class RunState:
         written_by: dict[str, Any] = document["versions"]
         return written_by
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {f"weight.{name}": p.detach() for name, p in self.weights.items()}
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimizer's, and its steps beside each."""
+        steps = {"step": torch.tensor(float(self.optimizer.steps))}
+        moments = {name: steps | self.optimizer.state[p] for name, p in self.weights.items()}
+        return {f"optimizer.{name}.{key}": value for name, held in moments.items() for key, value in held.items()}
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = self._weights()
-        for name, parameter in self.weights.items() if self.optimizer.steps else ():
-            moments = {"step": torch.tensor(float(self.optimizer.steps)), **self.optimizer.state[parameter]}
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
-        return tensors
+
+def _of_weights(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {f"weight.{name}": p.detach() for name, p in weights.items()}
 
 
 def random_state() -> dict[str, Tensor]:
@@ -166,22 +174,9 @@ def _check(values: Any, kinds: Mapping[str, Any], what: str) -> None:
     raise UserError(f"{what} is {short(values)}, which no run of this version writes; resume from another checkpoint")
 
 
-def _read_tensors(folder: Path, weights: Mapping[str, nn.Parameter], optimizer: FlatAdamW | None) -> dict[str, Tensor]:
-    """The checkpoint's tensors for these weights, and for an optimizer's state if that is to go on from it.
-
-    Raises UserError if they are not all, others, or not finite.
-    """
-    held = read_header(folder / TENSORS)
-    like: dict[str, Tensor] = {f"weight.{name}": weight for name, weight in weights.items()}
-    if optimizer:
-        for name, weight in weights.items():
-            moments = {"step": weight.new_empty((), dtype=torch.float32), **optimizer.state[weight]}
-            new = {f"optimizer.{name}.{key}": tensor for key, tensor in moments.items()}
-            like |= new if new.keys() & held.keys() else {}  # before the first update there are none
-        like["rng.cpu"] = torch.get_rng_state()
-        if "rng.cuda" in held and torch.cuda.is_available():
-            like["rng.cuda"] = torch.cuda.get_rng_state()
-    wrong = like.keys() ^ held.keys() if optimizer else like.keys() - held.keys()
+def _read_tensors(folder: Path, held: Mapping[str, TensorEntry], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the checkpoint has held, by key. Raises UserError where that is not what is in `like`, or not finite."""
+    wrong = like.keys() ^ held.keys()
     wrong |= {k for k in like.keys() & held.keys() if (like[k].dtype, like[k].shape) != held[k].kind}
     if wrong:
         raise UserError(f"{folder / TENSORS}: {short(min(wrong))} is not as this run writes it; it is another run's")
@@ -212,7 +207,8 @@ def refuse_other_run(saved: Any, current: dict[str, Any], folder: Path, prefix: 
 def load_weights(weights: dict[str, nn.Parameter], folder: Path) -> None:
     """Only the trained weights of a checkpoint: how the best one is put back."""
     read_document(folder)
-    _copy(_read_tensors(folder, weights, None), weights)
+    held, like = read_header(folder / TENSORS), _of_weights(weights)
+    _copy(_read_tensors(folder, {key: held[key] for key in held.keys() & like.keys()}, like), weights)
 
 
 @torch.no_grad()
