@@ -50,7 +50,9 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
         parsed: Namespace = parser.parse_args(quoted(args))
         for name in PATHS:
             if isinstance(path := parsed.get(name), str):
-                parsed[name] = _path(path, name)
+                if not path:  # what an unset variable gives
+                    raise UserError(f"{name} is empty; name a file or folder, or leave it out")
+                parsed[name] = os.path.expanduser(path)  # which a shell leaves in --name=~/x
         return parser.instantiate(parsed) if instantiate else parsed
     except (ArgumentError, OverflowError) as error:
         said = re.sub(
@@ -58,13 +60,6 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
         )
         print(f"{parser.prog}: {said}; see {parser.prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _path(path: str, name: str) -> str:
-    """With ~ as the home, which a shell leaves in --name=~/x. Raises UserError for "", what an unset variable gives."""
-    if not path:
-        raise UserError(f"{name} is empty; name a file or folder, or leave it out")
-    return os.path.expanduser(path)
 
 
 def quoted(args: Sequence[str]) -> list[str]:

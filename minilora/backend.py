@@ -112,13 +112,9 @@ def whole_shapes(n: int, dtype: torch.dtype) -> int:
 @cache
 def _cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.bfloat16:
-        return dtype if _multiplies_bfloat16() else torch.float32
+        # oneDNN says yes to any AVX512, and where AVX512_BF16 is missing makes do with float32's.
+        emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+        return dtype if not emulated and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     if dtype == torch.float16:
         return dtype if torch.ops.mkldnn._is_mkldnn_fp16_supported() else torch.float32
     return dtype
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU does; oneDNN says yes to any AVX512, and where AVX512_BF16 is missing makes do with float32's."""
-    emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
-    return not emulated and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
