@@ -130,9 +130,8 @@ class Base:
         return model.eval()
 
     def read_adapter(self) -> Adapter:
-        """The adapter. Raises UserError where there is none."""
-        if self.adapter is None:
-            raise UserError("no adapter is named; name its folder")
+        """The adapter, which must have been named."""
+        assert self.adapter is not None
         return read_adapter(self.adapter, self.checkpoint.config, scaling=self.scaling)
 
 

@@ -203,12 +203,11 @@ def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: b
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        told = False
-        while process.is_alive():
+        while process.is_alive() and stop.signum is None:
             process.join(0.1)
-            if stop.signum is not None and not told:
-                os.kill(process.pid or 0, stop.signum)
-                told = True
+        if stop.signum is not None and process.is_alive():
+            os.kill(process.pid or 0, stop.signum)
+        process.join()
         stop.follow(f"{Path(config.train.output).parent}: stopped; go on with --resume")
     try:
         message: str = ours.recv()
