@@ -358,8 +358,7 @@ class TrainConfig:
         each("neftune_alpha", lambda alpha: 0 <= alpha <= 1e4, "be from 0 to 10,000")
         each("epochs lr", lambda x: 0 < x <= 1e4, "be above 0 and at most 10,000")
         each("min_lr_ratio", lambda share: 0 <= share <= 1, "be from 0 to 1")
-        each("weight_decay", lambda x: 0 <= x < inf, "not be negative")
-        each("clip_norm", lambda norm: norm >= 0, "not be negative")
+        each("weight_decay clip_norm", lambda x: 0 <= x < inf, "be finite and not negative")
         each("seed", lambda seed: 0 <= seed < 2**63, "be from 0 to 2^63 - 1")
         each("beta1 beta2", lambda beta: 0 <= beta < 1, "be at least 0 and below 1")
 
@@ -437,10 +436,8 @@ class RunConfig:
 
     @property
     def quantize(self) -> Literal["nf4"] | None:
-        """`model.quantize` with "auto" resolved by the strategy."""
-        if self.model.quantize == "auto":
-            return "nf4" if self.train.strategy == "qlora" else None
-        return "nf4" if self.model.quantize == "nf4" else None
+        """`model.quantize` with "auto" resolved by the strategy: qlora's base is in NF4."""
+        return "nf4" if self.train.strategy == "qlora" or self.model.quantize == "nf4" else None
 
 
 def base_folder(path: str | Path) -> Path:

@@ -56,7 +56,7 @@ SECTIONS: list[tuple[type, str, Any]] = [
     *((TrainConfig, "warmup_steps", value) for value in (-1, 10**400, 2.5)),
     *((TrainConfig, "min_lr_ratio", value) for value in (-0.1, 1.1, nan)),
     *((TrainConfig, "weight_decay", value) for value in (-0.1, nan, inf)),
-    *((TrainConfig, "clip_norm", value) for value in (-1.0, nan)),
+    *((TrainConfig, "clip_norm", value) for value in (-1.0, nan, inf)),
     *((TrainConfig, name, value) for name in ("beta1", "beta2") for value in (-0.1, 1.0, nan)),
     *((EvalConfig, name, value) for name in ("every", "batch_size", "max_new_tokens", "general_tokens")
       for value in (0, -1, 2**31)),

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import shutil
-import tomllib
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -90,11 +89,9 @@ class RunFolder:
         Raises UserError, and deletes nothing, as `refuse_strangers`.
         """
         refuse_strangers(self.path)
-        text = config_toml(config)
         try:
-            tomllib.loads(text)
-            data = text.encode()
-        except ValueError as error:
+            data = config_toml(config).encode()
+        except UnicodeEncodeError as error:  # the bytes of a file's name need not be text
             raise UserError(f"{self.path}: the configuration cannot be written as TOML: {error}") from error
         self._remove_run()
         atomic_write(self.path / "config.toml", data)
