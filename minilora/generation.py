@@ -84,7 +84,7 @@ def stream(
     tokens = tokens.to(model.device)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     positions, last = None, torch.full((B, 1), T - 1, device=model.device)
-    if n_padding is not None and bool(n_padding.any()):
+    if n_padding is not None and bool(n_padding.any()):  # without padding prompts need no mask
         positions = torch.arange(T, device=model.device) - n_padding.to(model.device)[:, None]
         last = positions[:, -1:]
     max_len = -(-(T + max_new_tokens) // 8) * 8  # a GPU's attention takes masks whose rows are whole 16 bytes
@@ -143,8 +143,7 @@ def answer(
         longest = len(prompts[batch[-1]])
         n_padding = torch.tensor([longest - len(prompts[i]) for i in batch])
         tokens = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
-        padding = n_padding if n_padding.any() else None  # without it prompts need no mask
-        steps = list(stream(model, tokens, max_new_tokens, eos_id=eos_id, n_padding=padding))
+        steps = list(stream(model, tokens, max_new_tokens, eos_id=eos_id, n_padding=n_padding))
         for i, row in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
             answers[i] = row[: row.index(eos_id)] if eos_id in row else row
     return answers

@@ -37,8 +37,7 @@ class StepGraphs:
     def serve(model: Mistral) -> bool:
         """Whether every launch of this model's step follows from a batch's shape alone."""
         return (
-            model.device.type == "cuda"
-            and Runs.serve(model.device, model.dtype, model.config.head_dim)
+            Runs.serve(model.device, model.dtype, model.config.head_dim)
             and all(isinstance(block, FusedBlock) for block in model.layers)
             and not any(isinstance(module, TrainedCopy) for module in model.modules())
             and model.prefix is None

@@ -253,7 +253,7 @@ def save(run: Run, random: dict[str, Tensor] | None = None) -> None:
     counters.peak_private_bytes = memory.private
     counters.peak_device_allocated, counters.peak_device_reserved = memory.device_allocated, memory.device_reserved
     run.state.save(folder.checkpoint("step", counters.step), random=random)
-    folder.prune(run.config.train.keep_checkpoints, {counters.best_step})
+    folder.prune(run.config.train.keep_checkpoints, counters.best_step)
 
 
 def finish(run: Run, with_test: bool, anew: bool) -> None:

@@ -130,13 +130,11 @@ class RunFolder:
         found = sorted(self.checkpoints.glob(f"{kind}-{'[0-9]' * 8}"))
         return [path for path in found if path.is_dir() and not path.is_symlink()]
 
-    def prune(self, keep: int, best: set[int]) -> None:
-        """Delete all but the last `keep` "step" checkpoints and the "best" ones of the given steps."""
-        for old in self._all("step")[:-keep]:
+    def prune(self, keep: int, best: int) -> None:
+        """Delete all but the last `keep` "step" checkpoints and the "best" one of that step."""
+        best_ones = [path for path in self._all("best") if path != self.checkpoint("best", best)]
+        for old in (*self._all("step")[:-keep], *best_ones):
             shutil.rmtree(old)
-        for old in self._all("best"):
-            if int(old.name[5:]) not in best:
-                shutil.rmtree(old)
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         atomic_json(self.path / name, document)
