@@ -68,8 +68,7 @@ class ModelConfig:
     max_seq_len: int = 32_768
 
     def __post_init__(self) -> None:
-        sizes = "dim n_layers head_dim hidden_dim n_heads n_kv_heads vocab_size max_seq_len"
-        _counts(self, "", sizes)
+        _counts(self, "", "dim n_layers head_dim hidden_dim n_heads n_kv_heads vocab_size max_seq_len")
         is_positive = "be a positive finite number"
         _each(self, "", "norm_eps rope_theta", lambda x: type(x) in (int, float) and 0 < x < inf, is_positive)
         for window in self.windows:
@@ -451,8 +450,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs if value is not None}
 
-    made: dict[str, Any] = asdict(config, dict_factory=plain)
-    return made
+    return asdict(config, dict_factory=plain)
 
 
 def _peft_name(name: str) -> str:
