@@ -15,7 +15,7 @@ from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunC
 from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.train import ledger
-from minilora.train.ledger import Ledger, on_gpu
+from minilora.train.ledger import SPARE, Ledger, on_gpu
 
 RUN = RunConfig(
     model=BaseConfig(dtype="float32"),
@@ -51,6 +51,19 @@ def refusal(monkeypatch: pytest.MonkeyPatch, run: RunConfig, free: float, longes
         of(run, longest).check()
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_on_a_gpu_blocks_keep_what_leaves_some_of_the_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what its allocator rounds up and libraries take; a run that fits without that is not refused."""
+    run = replace(changed(model={"dtype": "bfloat16"}), train=replace(RUN.train, batch_size=16))
+    here = replace(of(run), device=torch.device("cuda"), flash=True)
+    most, fewest = (sum(replace(here, keep=(keep,) * 30).predict().values()) for keep in (Keep.ALL, Keep.INPUT))
+    free = (most + fewest) / 2
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: free)
+    kept = sum(here.fitted().predict().values())
+    assert (1 - 2 * SPARE) * free < kept <= (1 - SPARE) * free
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: fewest)
+    assert sum(here.fitted().check().values()) == fewest
 
 
 def test_what_fits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
