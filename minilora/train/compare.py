@@ -206,7 +206,8 @@ def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: b
         while process.is_alive() and stop.signum is None:
             process.join(0.1)
         if stop.signum is not None and process.is_alive():
-            os.kill(process.pid or 0, stop.signum)
+            assert process.pid is not None
+            os.kill(process.pid, stop.signum)
         process.join()
         stop.follow(f"{Path(config.train.output).parent}: stopped; go on with --resume")
     try:

@@ -106,6 +106,11 @@ class RunState:
         if "rng.cuda" in held and torch.cuda.is_available():
             like["rng.cuda"] = torch.cuda.get_rng_state()
         tensors = _read_tensors(folder, held, like)
+        steps = {
+            int(tensor) for key, tensor in tensors.items() if key.startswith("optimizer.") and key.endswith(".step")
+        }
+        if len(steps) > 1:
+            raise UserError(f"{folder / TENSORS}: its weights have taken unlike numbers of steps, {sorted(steps)}")
         try:
             self.sampler.load_state_dict(document["sampler"])
             torch.set_rng_state(tensors["rng.cpu"])
@@ -117,7 +122,7 @@ class RunState:
         for name, parameter in self.weights.items():
             for key, moment in self.optimizer.state[parameter].items():
                 moment.copy_(tensors.get(f"optimizer.{name}.{key}", torch.zeros(())))
-            self.optimizer.steps = int(tensors.get(f"optimizer.{name}.step", 0))
+        self.optimizer.steps = max(steps, default=0)
         self.loss_scale = LossScale(**document["loss_scale"])
         self.counters = Counters(**document["counters"])
         written_by: dict[str, Any] = document["versions"]
