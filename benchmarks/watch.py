@@ -96,7 +96,7 @@ def _owner(operator: str) -> str:
         return "scratch"
     if within == "_TiledCrossEntropy.forward":
         return "logits"
-    if "cross_entropy_sum" in called or (within == "RMSNorm.forward" and not in_block):
+    if "cross_entropy_sum" in called or (within in ("RMSNorm.forward", "_Norm.forward") and not in_block):
         return "final hidden"
     if not in_block and "Mistral.hidden" not in called:
         return "scratch"  # a gradient on its way

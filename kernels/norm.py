@@ -5,7 +5,7 @@ added first, the sum of both is written on the way, and not read again. Backward
 and makes the norm again, which would be a pass each.
 
 Bytes moved a number of 16 bits: 2 read, 2 written; with a sum 4 and 4; backward 4 read, with the residual's gradient 6,
-4 written. The 12 to 18 instructions a number (sm_90) are a third of what a GPU issues in that time.
+4 written. The 12 to 21 instructions a number (sm_90) are a third of what a GPU issues in that time, or less.
 
 All arithmetic is float32. x = residual + y is the definition's bit for bit; the sums over a row have another order.
 """

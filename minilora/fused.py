@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from minilora.attention import attend_back, attend_kept
-from minilora.backend import product_dtype
+from minilora.backend import backend_for, product_dtype
 from minilora.lora import LoRALinear
 from minilora.model import Block, Context, Mistral
 from minilora.norm import RMSNorm, add_rms_norm, rms_norm, rms_norm_backward
@@ -230,8 +230,8 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, inverse = ctx.saved_tensors
         dn = _rows(grads[0])
-        if dn.device.type == "cpu":  # where it would be overwritten, and it is autograd's
-            dn = dn.clone()
+        if dn.dtype == torch.float32 and backend_for(dn.device).name != "triton":
+            dn = dn.clone()  # it would be overwritten, and it is autograd's
         dx, _ = rms_norm_backward(dn, _rows(x), weight, inverse, room=ctx.room)
         return _shaped(dx, x.shape), None, None, None
 
@@ -256,11 +256,13 @@ def _shaped(roomy: Tensor, shape: torch.Size) -> Tensor:
 
 def _roomy(grad: Tensor, room: int) -> Tensor:
     """A gradient (B, T, D) as (N, D + room)."""
-    roomy: Tensor | None = getattr(grad, "roomy", None)
     rows = _rows(grad)
-    if roomy is not None and roomy.shape[1] == rows.shape[1] + room:
-        return roomy
-    return pad(rows, (0, room)) if room else rows
+    if room == 0:
+        return rows
+    roomy: Tensor | None = getattr(grad, "roomy", None)
+    if roomy is None or roomy.data_ptr() != grad.data_ptr() or roomy.shape != (len(rows), rows.shape[1] + room):
+        return pad(rows, (0, room))
+    return roomy
 
 
 class FusedBlock(Block):
@@ -284,7 +286,9 @@ class FusedBlock(Block):
         attention, mlp = self.self_attn, self.mlp
         layers = _Layers(
             self.input_layernorm,
-            Projections.of(attention.q_proj, attention.k_proj, attention.v_proj, carrier=1),  # of q, k, v the last made
+            Projections.of(
+                attention.q_proj, attention.k_proj, attention.v_proj, carrier=1
+            ),  # v's dy is attention's own
             Projections.of(attention.o_proj),
             self.post_attention_layernorm,
             Projections.of(mlp.gate_proj, mlp.up_proj),
@@ -307,13 +311,14 @@ class FusedNorm(RMSNorm):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.weight.requires_grad:
             return super().forward(x)
         return _norm(x, self.weight, self.eps, getattr(x, "grad_room", 0))
 
 
 def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
-    """Put the fast block in place of each plain one, if it applies to all of them; whether it did.
+    """Put the fast block in place of each plain one, and its norm in that of the last, if it applies to all of them;
+    whether it did.
 
     keep: of each block; none: everything, or the input alone with activation checkpointing
 

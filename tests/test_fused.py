@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minilora import backend, linear, projections
+from minilora import backend, fused, linear, projections
 from minilora.config import LoraConfig, ModelConfig
 from minilora.fused import FusedBlock, Keep, fuse
 from minilora.linear import NF4Linear
@@ -134,8 +134,8 @@ def test_what_is_not_kept_is_made_again_to_the_same_bits(
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(("rank", "backend_name", "joins"), [(8, "triton", 8), (12, "triton", 0), (8, "torch", 0)])
-def test_columns_are_for_gpus_and_rows_that_begin_at_16_bytes(
+@pytest.mark.parametrize(("rank", "backend_name", "joins"), [(16, "triton", 16), (8, "triton", 0), (16, "torch", 0)])
+def test_columns_are_for_gpus_and_rows_of_so_many_numbers(
     rank: int, backend_name: str, joins: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlps = [adapted(SHAPES[0], LoraConfig(rank=rank), nf4).layers[0].mlp for nf4 in (True, False)]
@@ -263,6 +263,38 @@ def test_a_gradient_that_is_handed_in_stays_as_it_is() -> None:
     gradient = torch.ones_like(hidden)
     hidden.backward(gradient)
     assert torch.equal(gradient, torch.ones_like(hidden))
+
+
+@pytest.mark.usefixtures("columns")
+def test_gradients_are_made_with_room_and_none_is_copied_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "pad", lambda *_: pytest.fail("copied"))
+    model = adapted(SHAPES[1])
+    assert fuse(model)
+    assert gradients(model)[1]
+
+
+@pytest.mark.usefixtures("columns")
+def test_what_a_hook_makes_of_a_gradient_counts() -> None:
+    """Also where it puts other numbers into the tensor that has the room."""
+    found = []
+    for fast in (False, True):
+        model = adapted(SHAPES[1])
+        assert not fast or fuse(model)
+        hidden: list[Tensor] = []
+        model.layers[0].register_forward_hook(lambda _module, _given, made, to=hidden: to.append(made))
+        tokens, positions, segments, labels = batch(model.config, packed=False)
+        loss = cross_entropy_sum(model.hidden(tokens, positions, segments), model.lm_head.weight, labels)
+        hidden[0].register_hook(lambda grad: setattr(grad, "data", 2 * grad.data))
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert distance(found[1], found[0]) < 1e-5
+
+
+def test_a_last_norm_that_comes_to_learn_gets_its_gradient() -> None:
+    model = adapted(SHAPES[0])
+    assert fuse(model)
+    model.norm.weight.requires_grad_()
+    assert "norm.weight" in gradients(model)[1]
 
 
 @pytest.mark.parametrize("why", ["dropout", "a norm learns", "the base learns"])
