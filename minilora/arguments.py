@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt, restricted_number_type
 
 from minilora.config import UNNAMED, BaseConfig, RunConfig, TooLong
 from minilora.errors import UserError
@@ -22,6 +22,7 @@ from minilora.recipes import recipe_file
 
 Verb = Callable[[list[str]], None]
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
+Steps = restricted_number_type("Steps", int, [(">=", 2), ("<", 2**31)])  # that can be interrupted
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
 
 # Of files and folders that verbs name. Those of data may have weights, and are looked at in data/sources.py.
@@ -159,6 +160,15 @@ def add_adapter(parser: ArgumentParser, also: str = "") -> None:
     parser.add_argument(
         "--force", action="store_true", help=f"take it for another base or tokenizer, or if altered{also}"
     )
+
+
+def add_sampling(parser: ArgumentParser, max_new_tokens: int) -> None:
+    """Of a verb that answers."""
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=max_new_tokens, help="of an answer")
+    parser.add_argument("--temperature", type=NonNegativeFloat, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=PositiveInt, help="draw among the k likeliest tokens only")
+    parser.add_argument("--top_p", type=Share, default=1.0, help="draw among the smallest set that holds this share")
+    parser.add_argument("--seed", type=Seed, help="of the draws")
 
 
 def add_length(parser: ArgumentParser, too_long: TooLong) -> None:

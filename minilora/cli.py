@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -18,8 +18,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from minilora import arguments
 from minilora.arguments import Verb
@@ -269,22 +269,12 @@ def generate(args: list[str]) -> None:
     parser = arguments.verb_parser(generate)
     parser.add_argument("prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
-    parser.add_argument("--max_new_tokens", type=PositiveInt, default=128)
-    parser.add_argument("--temperature", type=NonNegativeFloat, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("--top_k", type=PositiveInt, help="draw among the k likeliest tokens only")
-    parser.add_argument(
-        "--top_p", type=arguments.Share, default=1.0, help="draw among the smallest set that holds this share"
-    )
-    parser.add_argument("--seed", type=arguments.Seed, help="of the draws")
+    arguments.add_sampling(parser, max_new_tokens=128)
     arguments.add_base(parser)
     parsed = arguments.parse(parser, args)
-    if parsed.temperature == 0:
-        _refuse_idle(parsed, {"top_k": None, "top_p": 1.0, "seed": None}, "at --temperature 0")
+    sampling = _sampling(parsed)
 
-    import torch
-
-    from minilora.generation import stream
-    from minilora.tokenizer import TextStream
+    from minilora.chat import answer_text
 
     base = _find(parsed, parsed.adapter)
     tokenizer = base.tokenizer
@@ -292,13 +282,43 @@ def generate(args: list[str]) -> None:
     if not parsed.raw:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": parsed.prompt}])
     model = _loaded(base, (1, len(ids), parsed.max_new_tokens))
-    text = TextStream(tokenizer)
-    options = {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    for token in stream(model, torch.tensor([ids]), parsed.max_new_tokens, eos_id=tokenizer.eos_id, **options):
-        if int(token) == tokenizer.eos_id:
-            break
-        print(text.add(int(token)), end="", flush=True)
-    print(text.end())
+    for piece in answer_text(model, tokenizer, ids, parsed.max_new_tokens, **sampling):
+        print(piece, end="", flush=True)
+    print()
+
+
+def chat(args: list[str]) -> None:
+    """Talk, a line a turn, until the input ends: minilora chat [--adapter FOLDER] [--model.path FOLDER]"""
+    parser = arguments.verb_parser(chat)
+    parser.add_argument("--system", help="what the model is told before the first turn")
+    parser.add_argument(
+        "--max_tokens", type=PositiveInt, default=4096, help="of the conversation that is looked back on"
+    )
+    arguments.add_sampling(parser, max_new_tokens=512)
+    arguments.add_base(parser)
+    parsed = arguments.parse(parser, args)
+    sampling = _sampling(parsed)
+
+    from minilora.chat import converse
+
+    def typed() -> Iterator[str]:
+        with suppress(EOFError):
+            while True:
+                yield input("> " if sys.stdin.isatty() else "")
+
+    base = _find(parsed, parsed.adapter)
+    model = _loaded(base, (1, parsed.max_tokens, parsed.max_new_tokens))
+    say, note = partial(print, end="", flush=True), partial(print, file=sys.stderr)
+    converse(
+        model, base.tokenizer, typed(), say, note, parsed.system, parsed.max_tokens, parsed.max_new_tokens, **sampling
+    )
+
+
+def _sampling(parsed: Namespace) -> dict[str, Any]:
+    """How tokens are drawn, as `generation.stream` takes it."""
+    if parsed.temperature == 0:
+        _refuse_idle(parsed, {"top_k": None, "top_p": 1.0, "seed": None}, "at --temperature 0")
+    return {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
 def merge(args: list[str]) -> None:
@@ -493,9 +513,17 @@ def explain(args: list[str]) -> None:
 
 
 def verify(args: list[str]) -> None:
-    """Hold this machine's kernels against their definitions and against float64: minilora verify kernels"""
+    """What a machine does, against what it should: minilora verify kernels | verify resume [CONFIG.toml]"""
+    if args[:1] == ["resume"]:
+        _verify_resume(args[1:])
+        return
     parser = arguments.verb_parser(verify)
-    parser.add_argument("what", choices=["kernels"])
+    parser.add_argument(
+        "what",
+        choices=["kernels", "resume"],
+        help="kernels: against their definitions and float64; resume: a run against its interrupted twin, "
+        "with the options of train (minilora verify resume --help)",
+    )
     parser.add_argument("--model.device", default="auto", help="auto, cpu or cuda")
     parsed = arguments.parse(parser, args)
 
@@ -514,6 +542,22 @@ def verify(args: list[str]) -> None:
     print(f"{len(checks)} checks passed")
 
 
+def _verify_resume(args: list[str]) -> None:
+    parser = arguments.run_parser(verify)
+    parser.prog = "minilora verify resume"
+    parser.usage = "minilora verify resume [CONFIG.toml] [--section.key value ...] [--steps N]"
+    parser.add_argument(
+        "--steps", type=arguments.Steps, default=6, help="of the run; in their middle it is interrupted"
+    )
+    _demo_unless_named(parser, args)
+    config, parsed = arguments.parse_run(parser, args)
+
+    from minilora.train.progress import ConsoleReporter
+    from minilora.train.twins import compare_twins
+
+    print(compare_twins(config, int(parsed.steps), ConsoleReporter(_console())))
+
+
 def compare(args: list[str]) -> None:
     """Strategies, or any keys, on the same data and seed, ranked on validation: minilora compare [CONFIG.toml]"""
     parser = arguments.run_parser(compare)
@@ -529,13 +573,7 @@ def compare(args: list[str]) -> None:
     parser.add_argument("--output", default="runs/compare", help="a folder with a run folder for each")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are finished, go on with the others")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a comparison")
-    embedded = not arguments.names_data(parser, args)
-    if embedded:
-        from minilora.demo.story import comparison_config
-
-        parser.set_defaults(
-            {f"{section}.{key}": v for section, keys in to_dict(comparison_config()).items() for key, v in keys.items()}
-        )
+    embedded = _demo_unless_named(parser, args)
     _, parsed = arguments.parse_run(parser, args)
 
     from minilora.report.comparison import show
@@ -558,6 +596,18 @@ def compare(args: list[str]) -> None:
         raise UserError(f"{len(failed)} of {len(variants)} runs failed, the first, {first}")
 
 
+def _demo_unless_named(parser: ArgumentParser, args: Sequence[str]) -> bool:
+    """Begin from the demo's configuration where nothing names data; whether it does."""
+    if arguments.names_data(parser, args):
+        return False
+    from minilora.demo.story import comparison_config
+
+    parser.set_defaults(
+        {f"{section}.{key}": v for section, keys in to_dict(comparison_config()).items() for key, v in keys.items()}
+    )
+    return True
+
+
 def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
@@ -576,5 +626,5 @@ def demo(args: list[str]) -> None:
 
 VERBS: dict[str, Verb] = {
     f.__name__: f
-    for f in (demo, train, data, compare, evaluate, generate, quantize, merge, export, inspect, explain, verify)
+    for f in (demo, train, data, compare, evaluate, generate, chat, quantize, merge, export, inspect, explain, verify)
 }

@@ -26,7 +26,7 @@ LAYERS = (
     ),
     ("model", "fused"),
     ("base", "hub", "memory", "decode_graph", "generation", "conversation", "tokenizer", "checkpoint", "data"),
-    ("evaluate", "report"),
+    ("evaluate", "report", "chat"),
     ("train",),
     ("demo",),
     ("arguments", "cli"),
@@ -43,14 +43,14 @@ OF_EXTRAS = {  # imported where they are used
     "minilora.data.files": {"pyarrow"},
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
 }
-MAX_LINES = 10_400
-# What the README calls what trains, "some 3,800 lines".
+MAX_LINES = 10_480
+# What the README calls what trains, "some 3,900 lines".
 READING_PATH = {
     *("config", "nf4", "backend", "dispatch", "compiled", "scratch", "paging", "kv_cache"),
     *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
     *("model", "projections", "fused", "train"),
 }
-MAX_PATH_LINES = 3_850
+MAX_PATH_LINES = 3_930
 
 
 def modules() -> dict[str, Path]:
