@@ -286,9 +286,7 @@ class FusedBlock(Block):
         attention, mlp = self.self_attn, self.mlp
         layers = _Layers(
             self.input_layernorm,
-            Projections.of(
-                attention.q_proj, attention.k_proj, attention.v_proj, carrier=1
-            ),  # v's dy is attention's own
+            Projections.of(attention.q_proj, attention.k_proj, attention.v_proj, carrier=1),  # v's dy is torch's
             Projections.of(attention.o_proj),
             self.post_attention_layernorm,
             Projections.of(mlp.gate_proj, mlp.up_proj),
