@@ -27,7 +27,7 @@ from minilora.linear import add_product_
 
 IGNORE = -100  # the label of a row that is no target
 ROWS = 512  # of a tile, at most: the more, the less often W is read
-TILE_BYTES = 4 << 20  # of float32 logits: a CPU's cache
+COLUMNS = 2048  # the same: 4 MiB of float32 logits are in a CPU's cache; few rows have no more, as W's may be widened
 WHOLE_BYTES = 64 << 20  # where a tile has all columns
 GPU_ROWS = 128  # of a GPU's products: a tile's are a multiple
 
@@ -51,8 +51,7 @@ def tile(n_rows: int, n_columns: int, head_learns: bool) -> tuple[int, int]:
     """Rows and columns of the (n_rows, n_columns) logits that a CPU has in work at a time, at least one of each."""
     if head_learns:
         return max(1, min(n_rows, WHOLE_BYTES // (4 * n_columns))), n_columns
-    rows = max(1, min(n_rows, ROWS))
-    return rows, max(1, min(n_columns, TILE_BYTES // (4 * rows)))
+    return max(1, min(n_rows, ROWS)), max(1, min(n_columns, COLUMNS))
 
 
 def whole_rows(n_rows: int, n_columns: int, itemsize: int) -> int:
@@ -130,7 +129,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad_head is not None:  # one tile, so `sums` is whole
                     p.scatter_add_(1, y, -sums)
                     _add_product(grad_head, p.to(dtype).T, (h / sums).to(dtype))
-                del z, p  # before the next tile is made
+                del z, p, w  # before the next tile is made
             total += (largest + sums.log() - label_logit)[:n].sum()
             of_label = head.index_select(0, y[:, 0])  # an error where there is no such label, without gradients too
             if grad_hidden is not None:

@@ -43,7 +43,7 @@ def plain(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 def set_tile(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int = V) -> None:
     monkeypatch.setattr(loss_module, "ROWS", rows)
-    monkeypatch.setattr(loss_module, "TILE_BYTES", 4 * rows * columns)
+    monkeypatch.setattr(loss_module, "COLUMNS", columns)
     monkeypatch.setattr(loss_module, "WHOLE_BYTES", 4 * rows * V)
 
 
@@ -63,7 +63,7 @@ def test_value_and_gradients_equal_torch_wherever_the_tiles_end(
 
 @pytest.mark.parametrize("head_learns", [True, False])
 def test_a_tile_holds_at_least_one_number(head_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "TILE_BYTES", 1)
+    monkeypatch.setattr(loss_module, "COLUMNS", 0)
     monkeypatch.setattr(loss_module, "WHOLE_BYTES", 1)
     assert loss_module.tile(N, V, head_learns) == ((1, V) if head_learns else (N, 1))
     torch.testing.assert_close(cross_entropy_sum(*problem()), plain(*problem()), rtol=1e-5, atol=0)
