@@ -124,7 +124,7 @@ def _list_recipes() -> None:
     for name in recipe_names():
         config, _ = arguments.parse_run(arguments.run_parser(train), ["--recipe", name])
         predicted = as_text(sum(on_gpu(config, MISTRAL_7B).values()))
-        print(f"{name:18} {predicted:>8} at least, predicted for a 7B  {summary(name)}")
+        print(f"{name:18} {predicted:>8} predicted for a 7B  {summary(name)}")
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:

@@ -30,17 +30,15 @@ LEAST_LENGTH = 64  # shorter rows are not advised
 SPARE = 0.05  # of a GPU's free memory: what its allocator rounds up and libraries take is in no prediction
 
 
-def on_gpu(config: RunConfig, sizes: ModelConfig, keep: Keep = Keep.INPUT) -> dict[str, int]:
+def on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
     """Bytes by owner on a GPU that need not be here, before there are data: full rows, every token a target.
 
-    keep: what each block keeps for backward, if it is a fast one: by default as little as can be
     `model.dtype` must be named: a card that has bfloat16 has FlashAttention, too.
     """
     shape = (config.train.batch_size, config.data.max_seq_len)
     zeros, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).expand(shape)
     full, flash = PackedBatch(zeros, zeros, positions, zeros.int()), config.model.dtype == "bfloat16"
-    ledger = Ledger(config, sizes, torch.device("cuda"), full, shape[1], flash=flash)
-    return replace(ledger, keep=(keep,) * sizes.n_layers if ledger._plan().fused else ()).predict()
+    return Ledger(config, sizes, torch.device("cuda"), full, shape[1], flash=flash).predict()
 
 
 def ledger_of(
