@@ -33,6 +33,7 @@ from minilora.nf4 import quantize_nf4 as quantize_by_definition
 TABLE = Path(__file__).with_name("dispatch.json")
 OLDEST = 75
 MAX_BYTES = 1_000_000
+MOST_VECTORS, MOST_ROWS = 2, 256  # of matvec and matmul: what the launchers take
 FLOAT32_ROWS = 32  # one tile of `nf4_matmul`, estimated; with two, each weight is decoded twice
 Way = Literal["matvec", "matmul", "dequantize"]
 P = ParamSpec("P")
@@ -88,7 +89,9 @@ def _entry(arch: int, card: str | None, shuffle: bool, limits: list[dict[str, in
     rows = tuple(Limits(**row) for row in limits)
     numbers = (arch, *(n for row in rows for n in astuple(row)))
     typed = all(type(n) is int for n in numbers) and isinstance(shuffle, bool) and isinstance(card, str | None)
-    if not typed or rows[0].least_weights != 0:
+    in_range = all(0 <= row.matvec <= MOST_VECTORS and 0 <= row.matmul <= MOST_ROWS for row in rows) if typed else False
+    floors = [row.least_weights for row in rows]
+    if not in_range or floors[0] != 0 or floors != sorted({*floors}):
         raise ValueError(f"the entry of arch {arch} is not as it was written")
     return Entry(arch, card, shuffle, rows)
 
