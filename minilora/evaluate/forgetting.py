@@ -42,8 +42,9 @@ def read_probes(path: str | None, tokenizer: Tokenizer) -> list[Sample]:
     probes = []
     try:
         for line, where in read_lines(file):
-            ids, targets = tokenizer.encode_chat([{"role": "user", "content": line.decode().strip()}])
-            probes.append(Sample(np.array(ids, np.int32), np.array(targets), where))
+            if text := line.decode().strip():
+                ids, targets = tokenizer.encode_chat([{"role": "user", "content": text}])
+                probes.append(Sample(np.array(ids, np.int32), np.array(targets), where))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not probes:
