@@ -46,14 +46,14 @@ def converse(
     first = [{"role": "system", "content": system}] if system else []
     said = list[dict[str, str]]()
     for question in filter(str.strip, questions):
-        said.append({"role": "user", "content": question})
-        while len(prompt := tokenizer.encode_chat([*first, *said])[0]) > limit and len(said) > 1:
+        turn = {"role": "user", "content": question}
+        if (alone := len(tokenizer.encode_chat([*first, turn])[0])) > limit:
+            note(f"this has {alone:,} tokens{' with the system text' * bool(system)}, but may have {limit:,}: ask less")
+            continue
+        said.append(turn)
+        while len(prompt := tokenizer.encode_chat([*first, *said])[0]) > limit:
             note(f"the conversation has {len(prompt):,} tokens, of at most {limit:,}: its oldest exchange is left out")
             del said[:2]
-        if len(prompt) > limit:
-            note(f"this has {len(prompt):,} tokens, but may have {limit:,}: ask less at a time")
-            said.clear()
-            continue
         answer = ""
         try:
             for piece in answer_text(model, tokenizer, prompt, max_new_tokens, **sampling):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return 0 if args else 2
@@ -301,10 +302,18 @@ def chat(args: list[str]) -> None:
 
     from minilora.chat import converse
 
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    prompt = ""
+    if sys.stdin.isatty():
+        prompt = "> "
+        with suppress(ImportError):
+            import_module("readline")  # `input` edits lines by it
+
     def typed() -> Iterator[str]:
         with suppress(EOFError):
             while True:
-                yield input("> " if sys.stdin.isatty() else "")
+                yield input(prompt)
 
     base = _find(parsed, parsed.adapter)
     model = _loaded(base, (1, parsed.max_tokens, parsed.max_new_tokens))
@@ -521,11 +530,13 @@ def verify(args: list[str]) -> None:
     parser.add_argument(
         "what",
         choices=["kernels", "resume"],
-        help="kernels: against their definitions and float64; resume: a run against its interrupted twin, "
-        "with the options of train (minilora verify resume --help)",
+        help="kernels: against their definitions and float64; resume: a run against its interrupted twin "
+        "(minilora verify resume --help)",
     )
     parser.add_argument("--model.device", default="auto", help="auto, cpu or cuda")
     parsed = arguments.parse(parser, args)
+    if parsed.what == "resume":
+        raise UserError("name resume first, then its options: minilora verify resume [CONFIG.toml] [--steps N]")
 
     if find_spec("triton") is None:
         raise UserError("Triton is not installed; there are no kernels to verify")
@@ -552,10 +563,9 @@ def _verify_resume(args: list[str]) -> None:
     _demo_unless_named(parser, args)
     config, parsed = arguments.parse_run(parser, args)
 
-    from minilora.train.progress import ConsoleReporter
     from minilora.train.twins import compare_twins
 
-    print(compare_twins(config, int(parsed.steps), ConsoleReporter(_console())))
+    print(compare_twins(config, int(parsed.steps), partial(print, flush=True)))
 
 
 def compare(args: list[str]) -> None:

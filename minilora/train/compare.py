@@ -148,13 +148,13 @@ def compare(
             what = f"{n} of {len(variants)}  {variant.name}"
             if variant.name not in finished:
                 say(f"{what} ...  (its steps are in {config.train.output}.log)")
-            failed = None if variant.name in finished else _in_a_process(config, resume, overwrite)
+            failed = None if variant.name in finished else in_a_process(config, resume, overwrite)
             row = {"name": variant.name, "changes": variant.changes} | (_figures(config) if failed is None else {})
             rows.append(row | ({"failed": failed} if failed else {}))
             say(f"{what}: {failed or figures_of(row['after'])}")
         best = best_of(rows, rank_by)
         winner = configs[best]
-        if failed := _in_a_process(winner, resume=True, overwrite=False, with_test=True):
+        if failed := in_a_process(winner, resume=True, overwrite=False, with_test=True):
             raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
         test = read_json(Path(winner.train.output) / "summary.json")["test"]
         result = {"ranked_by": rank_by, "winner": best, "test": test, "rows": rows}
@@ -184,13 +184,18 @@ def _is_finished(config: RunConfig) -> bool:
     return True
 
 
-def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: bool = False) -> str | None:
-    """Run it; why it failed, if it did. A signal is handed on, and raises Stopped once the run has saved."""
+def in_a_process(
+    config: RunConfig, resume: bool = False, overwrite: bool = False, with_test: bool = False, stop_after: int = 0
+) -> str | None:
+    """Run it; why it failed, if it did. A signal is handed on, and raises Stopped once the run has saved.
+
+    stop_after: the step after which the run stops as if by a signal; 0: none
+    """
     context = get_context("forkserver")  # torch is imported once, and each run starts from there
     context.set_forkserver_preload(["minilora.train.compare"])
     ours, theirs = context.Pipe(duplex=False)
     resume = resume and (Path(config.train.output) / "config.toml").exists()
-    process = context.Process(target=_run, args=(config, resume, overwrite, with_test, theirs))
+    process = context.Process(target=_run, args=(config, resume, overwrite, with_test, stop_after, theirs))
     resource_tracker.ensure_running()  # else `start` runs it, and that lets signals through
     with StopRequest() as stop:
         # What is sent to all of us, as by a Ctrl-C, must not end the fork server, or a run that is yet to be set up.
@@ -217,17 +222,32 @@ def _in_a_process(config: RunConfig, resume: bool, overwrite: bool, with_test: b
     return message or None
 
 
-def _run(config: RunConfig, resume: bool, overwrite: bool, with_test: bool, result: Connection) -> None:
+class _Stopping(ConsoleReporter):
+    """Has the run stopped after a step."""
+
+    def __init__(self, console: Console, at: int) -> None:
+        super().__init__(console)
+        self._at = at
+
+    def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        super().step(metrics, timing)
+        if metrics["step"] == self._at:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _run(
+    config: RunConfig, resume: bool, overwrite: bool, with_test: bool, stop_after: int, result: Connection
+) -> None:
     """In the new process: "" is sent when all is well, else what is wrong."""
     os.setsid()  # a Ctrl-C goes to the parent alone, which hands it on
     log, said = Path(f"{config.train.output}.log"), ""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         with log.open("a" if resume else "w") as file:
-            run = fine_tune(config, ConsoleReporter(Console(file=file)), resume, overwrite, with_test)
+            run = fine_tune(config, _Stopping(Console(file=file), stop_after), resume, overwrite, with_test)
         write_report(run.folder.path)
     except (UserError, Stopped) as error:
-        said = str(error)
+        said = "" if stop_after and isinstance(error, Stopped) else str(error)
     except KeyboardInterrupt:  # before its steps, or after them
         said = "stopped"
     except Exception as error:

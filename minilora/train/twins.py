@@ -7,80 +7,61 @@ On a CPU both leave the same bytes. On a GPU no two runs do, as sums of attentio
 so a second whole run says how far apart two of them come, and the interrupted one may not lie further.
 """
 
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from minilora.backend import pick_device
 from minilora.checkpoint.safetensors_file import read_header
 from minilora.config import RunConfig
 from minilora.errors import UserError
-from minilora.train.loop import fine_tune
-from minilora.train.setup import Reporter
+from minilora.train.compare import in_a_process
 from minilora.train.signals import Stopped
 
 CHANCE = 4.0  # times as far apart as two whole runs: differences of rounding grow by chance
 
 
-def compare_twins(config: RunConfig, n_steps: int, reporter: Reporter) -> str:
-    """Run both in a folder that is thrown away; what came of them, in words. Raises UserError where they differ by more
-    than chance."""
-    with tempfile.TemporaryDirectory() as name:
+def compare_twins(config: RunConfig, n_steps: int, say: Callable[[str], object]) -> str:
+    """Run both in a folder that is thrown away, each in a process of its own; what came of them, in words.
+
+    Raises UserError where they differ by more than chance, and Stopped once a signal was followed.
+    """
+    with tempfile.TemporaryDirectory(prefix="minilora-verify-") as name:
         whole, interrupted, again = (_short(config, Path(name, twin), n_steps) for twin in ("whole", "twin", "again"))
         middle = n_steps // 2
-        reporter.say(f"whole: {n_steps} steps")
-        fine_tune(whole, reporter, with_test=False)
-        reporter.say(f"interrupted: a signal after step {middle}")
-        try:
-            fine_tune(interrupted, _Interrupting(reporter, middle), with_test=False)
-            raise UserError("the signal did not stop the run: please report this bug")
-        except Stopped as stopped:
-            reporter.say(str(stopped))
-        _resume(Path(interrupted.train.output))
+        say(f"a run of {n_steps} steps ...")
+        _run(whole)
+        say(f"its twin, stopped after step {middle} ...")
+        _run(interrupted, stop_after=middle)
+        say("and resumed ...")
+        _run(interrupted, resume=True)
         told = f"{n_steps} steps, and {n_steps} interrupted after {middle}"
         if _bytes(whole) == _bytes(interrupted):
             return f"{told}: figures and weights are the same bytes"
         if pick_device(config.model.device).type == "cpu":
             raise UserError(f"{_first_difference(whole, interrupted)}: please report this bug")
-        reporter.say("whole, once more: how far apart two runs come on a GPU")
-        fine_tune(again, reporter, with_test=False)
+        say("a second whole run, to see how far apart two come on a GPU ...")
+        _run(again)
         apart, by_chance = _apart(whole, interrupted), _apart(whole, again)
         if apart > CHANCE * by_chance:
             raise UserError(f"{told} lie {apart:.2g} apart, two whole runs {by_chance:.2g}: please report this bug")
         return f"{told}: weights lie {apart:.2g} apart, and those of two whole runs {by_chance:.2g}, by chance"
 
 
+def _run(config: RunConfig, resume: bool = False, stop_after: int = 0) -> None:
+    try:
+        if failed := in_a_process(config, resume=resume, stop_after=stop_after):
+            raise UserError(failed)
+    except Stopped as stopped:
+        raise Stopped("stopped; nothing was kept", stopped.exit_status - 128) from None
+
+
 def _short(config: RunConfig, output: Path, n_steps: int) -> RunConfig:
     """Of so many steps, with a validation in each half and nothing that is not the training's."""
     train = replace(config.train, output=str(output), max_steps=n_steps, warmup_steps=min(1, config.train.warmup_steps))
     limits = replace(config.eval, every=max(1, n_steps // 2 - 1), patience=0, answers=0, samples=0, probes=None)
-    return replace(config, train=train, eval=limits, data=replace(config.data, general=None))
-
-
-class _Interrupting:
-    """Another reporter, which has the run stopped after a step."""
-
-    def __init__(self, reporter: Reporter, at: int) -> None:
-        self.say, self.begin, self.end = reporter.say, reporter.begin, reporter.end
-        self._step, self._at = reporter.step, at
-
-    def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
-        self._step(metrics, timing)
-        if metrics["step"] == self._at:
-            signal.raise_signal(signal.SIGTERM)
-
-
-def _resume(folder: Path) -> None:
-    """In a new process, as a user would."""
-    command = [sys.executable, "-m", "minilora", "train", str(folder / "config.toml"), "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"the run could not be resumed: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    return replace(config, train=train, eval=limits, data=replace(config.data, general=None, test=None))
 
 
 def _learnt(config: RunConfig) -> Path:

@@ -1,35 +1,43 @@
 """A run against its interrupted twin: equal as they come, and told where they are not."""
 
+import os
+import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
-from tiny_runs import MakeConfig, Quiet
+from tiny_runs import MakeConfig
 
 from minilora.cli import main
+from minilora.config import RunConfig
 from minilora.errors import UserError
 from minilora.train import twins
 from minilora.train.run_folder import config_toml
+from minilora.train.signals import Stopped
 from minilora.train.twins import compare_twins
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("strategy", ["qlora", "partial"])
-def test_twins_leave_the_same_bytes(strategy: str, make_config: MakeConfig) -> None:
+def test_twins_leave_the_same_bytes(
+    strategy: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dropout, accumulation and validation are on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = make_config(
         train__strategy=strategy, train__layers=1 if strategy == "partial" else None, train__accumulate=2,
         lora__dropout=0.1, eval__every=100,
     )  # fmt: skip
-    quiet = Quiet()
-    assert (
-        compare_twins(config, 6, quiet) == "6 steps, and 6 interrupted after 3: figures and weights are the same bytes"
-    )
-    assert [step["step"] for step in quiet.steps] == [1, 2, 3, 4, 5, 6, 1, 2, 3]  # the others in a process of their own
-    assert any("stopped after step 3" in said for said in quiet.said)
+    said: list[str] = []
+    found = compare_twins(config, 6, said.append)
+    assert found == "6 steps, and 6 interrupted after 3: figures and weights are the same bytes"
+    assert said == ["a run of 6 steps ...", "its twin, stopped after step 3 ...", "and resumed ..."]
     assert not Path(config.train.output).exists()
+    assert not [*tmp_path.glob("minilora-verify-*")]
 
 
 def spoil_line(folder: Path) -> None:
@@ -51,15 +59,17 @@ def spoil_weights(folder: Path) -> None:
 def test_twins_that_differ(
     spoil: Callable[[Path], None], words: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resume = twins._resume
+    run = twins.in_a_process
 
-    def and_spoil(folder: Path) -> None:
-        resume(folder)
-        spoil(folder)
+    def and_spoil(config: RunConfig, resume: bool, stop_after: int) -> str | None:
+        failed = run(config, resume, stop_after=stop_after)
+        if resume:
+            spoil(Path(config.train.output))
+        return failed
 
-    monkeypatch.setattr(twins, "_resume", and_spoil)
+    monkeypatch.setattr(twins, "in_a_process", and_spoil)
     with pytest.raises(UserError, match="please report this bug") as told:
-        compare_twins(make_config(), 4, Quiet())
+        compare_twins(make_config(), 4, list[str]().append)
     assert words in str(told.value)
 
 
@@ -67,32 +77,46 @@ def test_on_a_gpu_twins_may_be_as_far_apart_as_any_two_runs(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There a second whole run says how far that is."""
-    distances = iter([3e-6, 1e-6, 5e-6, 1e-6])  # of the twins, and of two whole runs
+    runs, distances = list[tuple[str, bool, int]](), iter([3e-6, 1e-6, 5e-6, 1e-6])  # of the twins, of two whole runs
     monkeypatch.setattr(twins, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(twins, "_apart", lambda *_: next(distances))
     monkeypatch.setattr(twins, "_bytes", lambda config: config.train.output)
-    assert compare_twins(make_config(), 2, quiet := Quiet()).endswith(
+    monkeypatch.setattr(
+        twins,
+        "in_a_process",
+        lambda c, resume, stop_after: runs.append((Path(c.train.output).name, resume, stop_after)),
+    )
+    said: list[str] = []
+    assert compare_twins(make_config(), 2, said.append).endswith(
         "weights lie 3e-06 apart, and those of two whole runs 1e-06, by chance"
     )
-    assert [step["step"] for step in quiet.steps] == [1, 2, 1, 1, 2]
+    assert runs == [("whole", False, 0), ("twin", False, 1), ("twin", True, 0), ("again", False, 0)]
     with pytest.raises(UserError, match="lie 5e-06 apart, two whole runs 1e-06: please report this bug"):
-        compare_twins(make_config(), 2, Quiet())
+        compare_twins(make_config(), 2, said.append)
 
 
-def test_a_run_that_cannot_be_resumed_says_why(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = twins.fine_tune
+def test_a_run_that_fails_says_why(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such"):
+        compare_twins(make_config(model__path="nowhere"), 2, list[str]().append)
 
-    def and_remove(*args: object, **kwargs: bool) -> None:
-        try:
-            train(*args, **kwargs)  # type: ignore[arg-type]
-        finally:
-            for checkpoint in Path(args[0].train.output).glob("checkpoints/*/*"):  # type: ignore[attr-defined]
-                checkpoint.write_text("spoilt")
 
-    monkeypatch.setattr(twins, "fine_tune", and_remove)
-    with pytest.raises(UserError, match="the run could not be resumed: minilora train: ") as told:
-        compare_twins(make_config(), 2, Quiet())
-    assert "\n" not in str(told.value)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_signal_ends_it_and_nothing_is_left(
+    at: int, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever of its runs it comes, also the one that is stopped in any case."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    started: list[str] = []
+
+    def say(text: str) -> None:
+        started.append(text)
+        if len(started) == at:
+            Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    with pytest.raises(Stopped, match="stopped; nothing was kept") as stopped:
+        compare_twins(make_config(), 100, say)
+    assert (stopped.value.exit_status, len(started)) == (128 + signal.SIGTERM, at)
+    assert not [*tmp_path.glob("minilora-verify-*")]
 
 
 def test_the_verb(make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +125,8 @@ def test_the_verb(make_config: MakeConfig, tmp_path: Path, capsys: pytest.Captur
     assert main(["verify", "resume", str(file), "--steps", "2"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "2 steps, and 2 interrupted after 1: figures and weights are the same bytes"
+    assert main(["verify", "--model.device", "cpu", "resume"]) == 1
+    assert "name resume first" in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
         main(["verify", "resume", str(file), "--steps", "1"])  # which has no middle
     assert usage.value.code == 2
