@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -716,7 +717,9 @@ def test_other_versions_are_told(make_config: MakeConfig, quiet: Quiet, monkeypa
     interrupted(make_config)
     monkeypatch.setattr(loop, "versions", lambda: {"minilora": "9", "torch": torch.__version__, "threads": 1})
     fine_tune(make_config(), quiet, resume=True)
-    assert any(said.startswith("warning: minilora 0.1.0 -> 9 since step-00000002") for said in quiet.said)
+    assert any(
+        said.startswith(f"warning: minilora {version('minilora')} -> 9 since step-00000002") for said in quiet.said
+    )
 
 
 def test_a_finished_run_resumed_is_the_same(make_config: MakeConfig, quiet: Quiet) -> None:
