@@ -279,6 +279,19 @@ def test_what_no_run_has_written_is_refused(saved: Path, part: str, changes: dic
     assert state.counters == Counters()
 
 
+def test_weights_of_unlike_steps_are_refused(saved: Path) -> None:
+    document, tensors = read_document(saved), load_file(saved / "state.safetensors")
+    steps = [key for key in tensors if key.endswith(".step")]
+    assert len(steps) > 1
+    tensors[steps[-1]] += 1
+    resealed(saved, document, tensors)
+    state = fresh(1)
+    before = {name: weight.detach().clone() for name, weight in state.weights.items()}
+    with pytest.raises(UserError, match="have taken unlike numbers of steps"):
+        state.load(saved)
+    assert all(torch.equal(weight, before[name]) for name, weight in state.weights.items())
+
+
 def test_parts_that_are_missing_or_no_objects(saved: Path) -> None:
     document, tensors = read_document(saved), load_file(saved / "state.safetensors")
     for part in ("counters", "loss_scale", "sampler", "versions", "origin"):
