@@ -89,9 +89,9 @@ def _entry(arch: int, card: str | None, shuffle: bool, limits: list[dict[str, in
     rows = tuple(Limits(**row) for row in limits)
     numbers = (arch, *(n for row in rows for n in astuple(row)))
     typed = all(type(n) is int for n in numbers) and isinstance(shuffle, bool) and isinstance(card, str | None)
-    in_range = all(0 <= row.matvec <= MOST_VECTORS and 0 <= row.matmul <= MOST_ROWS for row in rows) if typed else False
+    fits = typed and all(0 <= row.matvec <= MOST_VECTORS and 0 <= row.matmul <= MOST_ROWS for row in rows)
     floors = [row.least_weights for row in rows]
-    if not in_range or floors[0] != 0 or floors != sorted({*floors}):
+    if not fits or floors[0] != 0 or floors != sorted({*floors}):
         raise ValueError(f"the entry of arch {arch} is not as it was written")
     return Entry(arch, card, shuffle, rows)
 

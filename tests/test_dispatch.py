@@ -106,6 +106,9 @@ ENTRY = {"arch": 75, "card": None, "shuffle": False, "limits": [LIMITS]}
         json.dumps([ENTRY | {"limits": [{"matvec": 2}]}]),
         json.dumps([ENTRY | {"limits": [LIMITS | {"least_weights": 1}]}]),
         json.dumps([ENTRY | {"limits": [LIMITS | {"matmul": "2"}]}]),
+        *(json.dumps([ENTRY | {"limits": [LIMITS | {"matvec": n}]}]) for n in (-1, MAX_VECTORS + 1)),
+        json.dumps([ENTRY | {"limits": [LIMITS | {"matmul": MAX_ROWS + 1}]}]),
+        json.dumps([ENTRY | {"limits": [LIMITS, LIMITS]}]),
     ],
 )
 def test_a_damaged_table(text: str, table_file: Path) -> None:
@@ -128,6 +131,10 @@ def test_entries_in_any_order(table_file: Path) -> None:
     table_file.write_text(json.dumps([ENTRY | {"arch": arch} for arch in (90, 75, 80)]))
     assert [entry.arch for entry in table()] == [75, 80, 90]
     assert entry_for(86).arch == 80
+
+
+def test_the_table_and_the_launchers_agree() -> None:
+    assert (dispatch.MOST_VECTORS, dispatch.MOST_ROWS) == (MAX_VECTORS, MAX_ROWS)
 
 
 def test_a_cpu_has_the_definitions() -> None:
