@@ -11,6 +11,7 @@ A new setting begins with fresh adapters and an empty cache of memory; its first
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from benchmarks.feeds import packed_batches, peer_batches
 from benchmarks.gpu_harness import sixteen_bits
 from benchmarks.harness import Step
 from benchmarks.shapes import shape
+from minilora.ahead import Ahead
 from minilora.checkpoint.config_files import config_to_hf
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -33,7 +35,7 @@ from minilora.memory import DenseDtype, StepPlan
 from minilora.model import Mistral
 from minilora.train.graph import StepGraphs
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, train_step
+from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
 Work = Callable[..., dict[str, Any]]
@@ -50,27 +52,30 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
     weights = trainable(model) if adapters else {}
     state: dict[str, Any] = {}
 
-    def begin() -> None:
+    def begin(ahead: bool = False, **_: Any) -> None:
         state.clear()
         same_adapters(weights.items())
-        state["optimizer"] = optimizer_for(weights, run) if weights else None
-        state["backward"] = StepGraphs(model, state["optimizer"]) if weights and StepGraphs.serve(model) else None
+        state["optimizer"] = optimizer = optimizer_for(weights, run) if weights else None
+        if optimizer is not None:
+            decodes = Ahead(where) if ahead else None
+            graphs = StepGraphs.serve(model)
+            state["backward"] = (StepGraphs if graphs else backward_of)(model, optimizer, ahead=decodes)
 
-    def train(rows: int, length: int, keep: str) -> dict[str, Any]:
+    def train(rows: int, length: int, keep: str, ahead: bool = False) -> dict[str, Any]:
         for block in model.layers:
             assert isinstance(block, FusedBlock)
             block.keep = Keep[keep]
         [batch] = packed_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size})
         optimizer, backward = state["optimizer"], state["backward"]
         done = train_step(model, optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False), backward)
-        return {"loss": done.loss, "predicted_bytes": predicted_bytes(rows, length, keep)}
+        return {"loss": done.loss, "predicted_bytes": predicted_bytes(rows, length, keep, ahead)}
 
     @cache
-    def predicted_bytes(rows: int, length: int, keep: str) -> int:
+    def predicted_bytes(rows: int, length: int, keep: str, ahead: bool) -> int:
         dense = cast(DenseDtype, str(compute_dtype(where)).removeprefix("torch."))
         kept = (Keep[keep],) * config.n_layers
         plan = StepPlan(config, "nf4 double-quantized", dense, run.lora, rows, length, device=where, keep=kept)
-        return sum(plan.predict().values())
+        return sum(replace(plan, ahead=ahead).predict().values())
 
     def continue_(prompt: int, new: int) -> dict[str, Any]:
         tokens = generate(model, random_prompt(config, prompt, where), new)
@@ -87,7 +92,7 @@ def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False) -
     weights = [(name, p) for name, p in model.named_parameters() if p.requires_grad] if adapters else []
     state: dict[str, Any] = {}
 
-    def begin() -> None:
+    def begin(**_: Any) -> None:
         same_adapters(weights)
         state["optimizer"] = adamw(p for _, p in weights) if weights else None
 
@@ -114,14 +119,14 @@ def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False) -
     return _steps(where, begin, {"train": train, "generate": continue_})
 
 
-def _steps(device: torch.device, begin: Callable[[], None], works: Mapping[str, Work]) -> Step:
+def _steps(device: torch.device, begin: Callable[..., None], works: Mapping[str, Work]) -> Step:
     """Each step ends when the device has done it; its result holds the device's memory at its peak."""
     last: list[object] = []
 
     def step(work: str, **setting: Any) -> dict[str, Any]:
         if [work, setting] != last:
             last[:] = [work, setting]
-            begin()
+            begin(**setting)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -2,8 +2,8 @@
 
 Each side is a process with its model on the device (`gpu_models`); they step in turns. Ours and the peer, plain and
 prepared for k-bit training, each keep all activations or checkpoint them; ours can keep the decoded weights as well,
-and races alone then, right after the others. A ratio is against the fastest of the peer's that does the same, and of
-all that the peer has. Who has another first loss did other work and is out.
+or decode them ahead (`ahead.py`), and races alone then, right after the others. A ratio is against the fastest of the
+peer's that does the same, and of all that the peer has. Who has another first loss did other work and is out.
 
 Then our memory: of each policy what the ledger predicts, what was allocated at most in a step that ran as it came, and
 what was reserved when steps are replayed, from the recorded one on; and last, when those processes have gone, for one
@@ -51,7 +51,8 @@ def measure(device: torch.device) -> dict[str, Any]:
             for policy, keep in POLICIES.items():
                 racers = entrants[:1] if keep == Keep.WEIGHTS else entrants
                 records[policy] = _race(racers, 1 if is_dry else ROUNDS, length=length, keep=keep)
-            cases |= _cases(name, length, records, ceiling)
+            [ahead] = _race(entrants[:1], 1 if is_dry else ROUNDS, length=length, keep=Keep.ALL, ahead=True)
+            cases |= _cases(name, length, records, ceiling) | _ahead(name, length, records["kept"][0], ahead)
         for keep in Keep:
             cases |= _memory(entrants[:1], name, lengths[-1], keep, 2)
     with started(contestants[:1]) as entrants:
@@ -72,8 +73,20 @@ def _memory(ours: Sequence[Entrant], name: str, length: int, keep: Keep, warm_up
     return {what: {**found, "rows": [row(what, said, "", "")] if len(found) > 1 else []}}
 
 
-def _race(entrants: Sequence[Entrant], rounds: int, warm_ups: int = 2, *, length: int, keep: Keep) -> list[Record]:
-    setting = {"rows": 1, "length": length, "keep": keep.name}
+def _ahead(name: str, length: int, plain: Record, ahead: Record) -> dict[str, Any]:
+    """Ours, all activations kept, with weights decoded ahead and without."""
+    what = f"QLoRA step, {name}, 1 x {length} tokens, weights decoded ahead"
+    if not agreeing(plain, ahead):
+        return {what: {"error": ahead.error or plain.error or "another loss", "rows": []}}
+    rates = [f"{length / record.seconds:.0f} tokens/s" for record in (ahead, plain)]
+    line = row(what, rates[0], f"{rates[1]} (ours without)", f"{plain.seconds / ahead.seconds:.2f}")
+    return {what: {"seconds": ahead.seconds, "seconds_without": plain.seconds, "rows": [line]}}
+
+
+def _race(
+    entrants: Sequence[Entrant], rounds: int, warm_ups: int = 2, *, length: int, keep: Keep, **more: Any
+) -> list[Record]:
+    setting = {"rows": 1, "length": length, "keep": keep.name, **more}
     return race(entrants, rounds, warm_ups, CAP_S, STEP_CAP_S, watch=False, work="train", **setting)
 
 

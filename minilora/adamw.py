@@ -134,6 +134,7 @@ class FlatAdamW:
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
         self._flat: list[tuple[Tensor, Sequence[nn.Parameter]]] = []
         self._gradients: list[Tensor] = []
+        self._casts: dict[torch.dtype, list[Tensor]] = {}
         self._pieces = [(*key, piece) for key, parameters in groups.items() for piece in self._flatten(parameters)]
         parts = [(PAGE // shared, dtype) for dtype, shared in STATE[kind].values()]
         self._lanes = [Lane(parts, self._gradients[0].device) for _ in range(2)] if paged else []
@@ -174,15 +175,21 @@ class FlatAdamW:
 
     @contextmanager
     def casts(self, dtype: torch.dtype) -> Iterator[None]:
-        """While entered, each parameter has a copy in `dtype`, `p.cast`, of what it was then: all by one launch."""
-        made = [(flat.to(dtype), parameters) for flat, parameters in self._flat if dtype != torch.float32]
-        for flat, parameters in made:
+        """While entered, each parameter has a copy in `dtype`, `p.cast`, of what it was then: all by one launch, into
+        memory that stays."""
+        if dtype == torch.float32:
+            yield
+            return
+        if dtype not in self._casts:
+            self._casts[dtype] = [torch.empty_like(flat, dtype=dtype) for flat, _ in self._flat]
+        for cast, (flat, parameters) in zip(self._casts[dtype], self._flat, strict=True):
+            cast.copy_(flat)
             for p in parameters:
-                p.cast = flat[(at := p.storage_offset()) : at + p.numel()].view(p.shape)  # type: ignore[attr-defined]
+                p.cast = cast[(at := p.storage_offset()) : at + p.numel()].view(p.shape)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            for _, parameters in made:
+            for _, parameters in self._flat:
                 for p in parameters:
                     del p.cast  # type: ignore[attr-defined]
 

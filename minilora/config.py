@@ -308,6 +308,7 @@ class TrainConfig:
         clip_norm: longest gradient allowed; 0 does not clip
         activation_checkpointing: keep only each block's input and compute the block again in backward; adapters without
             dropout do so by themselves, as far as memory demands it
+        decode_ahead: on a GPU, decode the next frozen weight while this one is multiplied; takes memory for one more
         compile: on a CPU, compile what is elementwise to C++: faster steps in 16 bits, after some seconds of compiling
         checkpoint_every: steps between saved states
         keep_checkpoints: how many of them to keep
@@ -339,6 +340,7 @@ class TrainConfig:
     paged: bool = False
     clip_norm: float = 1.0
     activation_checkpointing: bool = False
+    decode_ahead: bool = False
     compile: bool = False
     checkpoint_every: int = 100
     keep_checkpoints: int = 2

@@ -3,19 +3,22 @@
 The weight is decoded for the product and thrown away; backward decodes it again, so that no full-size weight is kept
 between the two. W' gets no gradient: only dL/dx = dL/dy W' is needed to train what lies before and beside it.
 
-Few rows of x are multiplied without decoding the weight first, where a kernel can (`dispatch.py`).
+Few rows of x are multiplied without decoding the weight first, where a kernel can (`dispatch.py`); and where steps are
+told to, the next weight is decoded while this one is multiplied (`ahead.py`).
 
 On a CPU the weight is decoded a few rows at a time, into one small buffer that stays in the cache: the product then
 reads what was just written, and the full-size weight exists nowhere. (New memory costs more than the decoding does.)
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from math import gcd
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from minilora.ahead import current
 from minilora.backend import product_dtype
 from minilora.dispatch import decode, fused_product
 from minilora.nf4 import BLOCK_SIZE, NF4Tensor
@@ -102,12 +105,17 @@ def slices(
         dense = weight.as_strided((height, width), weight.stride()) if grows else weight
         yield from ((i, min(i + rows, height), dense[i : i + rows]) for i in range(0, n_out, rows))
         return
+    if isinstance(weight, NF4Tensor) and (ahead := current()) is not None:
+        key = tuple(part.data_ptr() for part in (weight.packed, columns, below) if part is not None)
+        fill = partial(_decode_and_grow, weight, 0, n_out, columns, below)
+        yield 0, height, ahead.filled(key, (height, width), like.dtype, fill)
+        return
     buffer = scratch("weight", rows * width, like.dtype, like.device).view(rows, width)
     for start in range(0, n_out, rows):
         stop = min(start + rows, height)
         part = buffer[: stop - start]
         if isinstance(weight, NF4Tensor):
-            _decode_and_grow(weight, start, min(stop, n_out), part, columns, below)
+            _decode_and_grow(weight, start, min(stop, n_out), columns, below, part)
         else:
             assert columns is None
             assert below is None
@@ -126,7 +134,7 @@ def decoded(
         return weight.to(dtype)
     n_out, n_in = weight.shape
     out = torch.empty(_grown(weight.shape, columns, below), dtype=dtype, device=weight.packed.device)
-    _decode_and_grow(weight, 0, n_out, out, columns, below)
+    _decode_and_grow(weight, 0, n_out, columns, below, out)
     return out[:n_out, :n_in]
 
 
@@ -136,7 +144,7 @@ def _grown(shape: tuple[int, ...], columns: Tensor | None, below: Tensor | None)
 
 
 def _decode_and_grow(
-    weight: NF4Tensor, start: int, stop: int, out: Tensor, columns: Tensor | None, below: Tensor | None
+    weight: NF4Tensor, start: int, stop: int, columns: Tensor | None, below: Tensor | None, out: Tensor
 ) -> None:
     """Rows start..stop of the weight, and what they are followed by, into the rows of `out`."""
     n_in = weight.shape[1]

@@ -131,6 +131,7 @@ class StepPlan:
     sees: a row falls into causal runs, or a mask says who sees whom (`visible.causal_runs`)
     masks: bytes of those that a CPU's pieces have (`visible.Pieces`)
     paged: the optimizer's state is in the host's memory but for two pages
+    ahead: a weight is decoded while another is multiplied (ahead.py)
     keep: of each fast block; none: all of them everything or, with checkpointing, their input
 
     What follows of them:
@@ -158,6 +159,7 @@ class StepPlan:
     device: torch.device = CPU
     optimizer: Optimizer = "adamw"
     paged: bool = False
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         config, self.tokens = self.config, self.rows * self.length
@@ -204,10 +206,11 @@ class StepPlan:
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
         head = 4 * learns.head if learns and config.tied_embeddings else 0
         # Copies of what learns, in the products' dtype (adamw.py).
-        casts = self.computed * learns.n if learns and self.fused and self.computed != 4 else 0
+        rest["scratch"] = self.computed * learns.n if learns and self.fused and self.computed != 4 else 0
+        rest["scratch"] += 2 * self.computed * config.dim * config.hidden_dim if self.ahead else 0
         moments: list[dict[str, int]] = [
-            add_up(shared, blocks, self.loss(), {"scratch": casts}),
-            add_up(shared, blocks, of_last, {"scratch": head + casts}),
+            add_up(shared, blocks, self.loss()),
+            add_up(shared, blocks, of_last, {"scratch": head}),
             {"scratch": 2 * head},
             *in_between,
         ]
@@ -306,7 +309,7 @@ class StepPlan:
         padded = new is not None and self.rows > 1  # prompts of unlike lengths
         mask = self.tokens * (self.length + self.before) if padded else self.mask
         lora = replace(self.lora or LoraConfig(), modules_to_save=())  # without gradients a head that learns has none
-        frozen = replace(self, adapter=lora if self.lora or self.adapter is None else self.adapter)
+        frozen = replace(self, adapter=lora if self.lora or self.adapter is None else self.adapter, ahead=False)
         decoded = frozen.decoded(config.dim, config.hidden_dim, self.storage)
         mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + decoded
         repeated = 0 if self.on_cpu else config.n_heads
@@ -348,7 +351,7 @@ class StepPlan:
         if self.adapter is None or _DENSE_BYTES.get(storage) == self.computed:
             return 0
         if not self.on_cpu:  # whole, and by a kernel
-            return size * self.computed
+            return 0 if self.ahead else size * self.computed
         in_work = size // ceil(size * self.computed / SLICE_BYTES)
         decoding = 6 * min(nf4.chunk_of(self.device), in_work) + 4 * size // BLOCK_SIZE
         return in_work * self.computed + (0 if storage in _DENSE_BYTES else decoding)

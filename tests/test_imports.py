@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "compiled", "scratch", "paging", "patterns", "config", "recipes", "nf4", "kv_cache"),
+    ("errors", "compiled", "scratch", "ahead", "paging", "patterns", "config", "recipes", "nf4", "kv_cache"),
     ("kernels",),
     ("backend", "dispatch"),
     (
@@ -43,14 +43,14 @@ OF_EXTRAS = {  # imported where they are used
     "minilora.data.files": {"pyarrow"},
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
 }
-MAX_LINES = 10_480
-# What the README calls what trains, "some 3,900 lines".
+MAX_LINES = 10_560
+# What the README calls what trains, "some 4,000 lines".
 READING_PATH = {
-    *("config", "nf4", "backend", "dispatch", "compiled", "scratch", "paging", "kv_cache"),
+    *("config", "nf4", "backend", "dispatch", "compiled", "scratch", "ahead", "paging", "kv_cache"),
     *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
     *("model", "projections", "fused", "train"),
 }
-MAX_PATH_LINES = 3_930
+MAX_PATH_LINES = 4_010
 
 
 def modules() -> dict[str, Path]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minilora.adamw import FlatAdamW
+from minilora.ahead import Ahead
 from minilora.data.pack import PackedBatch
 from minilora.fused import FusedBlock
 from minilora.lora import TrainedCopy
@@ -29,8 +30,8 @@ MOST_GRAPHS = 6  # each holds its launches in the GPU's memory; the oldest goes 
 class StepGraphs:
     """A `Backward` by CUDA graphs; the optimizer's parameters and gradients have memory that stays."""
 
-    def __init__(self, model: Mistral, optimizer: FlatAdamW) -> None:
-        self._model, self._plain = model, backward_of(model, optimizer)
+    def __init__(self, model: Mistral, optimizer: FlatAdamW, ahead: Ahead | None = None) -> None:
+        self._model, self._plain = model, backward_of(model, optimizer, ahead=ahead)
         self._seen, self._graphs = set[tuple[int, ...]](), dict[tuple[int, ...], _Recorded]()
 
     @staticmethod

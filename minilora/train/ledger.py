@@ -103,7 +103,7 @@ class Ledger:
             sees="runs" if runs or (at_once and not is_prefix) else "mask",
             masks=sum(Pieces.of(runs, window).mask_bytes for window in set(self.sizes.windows)) if runs else 0,
             checkpointing=train.activation_checkpointing, device=self.device,
-            optimizer=train.optimizer, paged=train.paged and not on_cpu,
+            optimizer=train.optimizer, paged=train.paged and not on_cpu, ahead=train.decode_ahead and not on_cpu,
         )  # fmt: skip
 
     def _scores(self) -> bool:
@@ -163,6 +163,8 @@ class Ledger:
             yield "train.activation_checkpointing", "true", {"train": {"activation_checkpointing": True}}
         if self.device.type == "cuda" and not train.paged:
             yield "train.paged", "true", {"train": {"paged": True}}
+        if self._plan().ahead:
+            yield "train.decode_ahead", "false", {"train": {"decode_ahead": False}}
         if train.optimizer == "adamw":
             yield "train.optimizer", "adamw_8bit", {"train": {"optimizer": "adamw_8bit"}}
         small = [n for n in range(1, isqrt(train.batch_size) + 1) if train.batch_size % n == 0]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from minilora.adamw import FlatAdamW
+from minilora.ahead import Ahead
 from minilora.backend import dtype_name, pick_device, pick_dtype, told
 from minilora.base import tokenizer_for
 from minilora.checkpoint.load import load_model
@@ -127,9 +128,10 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
         where = "in the host's memory" if optimizer.paged else "is in the host's memory anyway, where there is no GPU"
         reporter.say(f"paged: {n_bytes} of the optimizer's state {where}")
-    backward: Backward = backward_of(model, optimizer, memory.note)
+    ahead = Ahead(device) if config.train.decode_ahead and not on_cpu else None
+    backward: Backward = backward_of(model, optimizer, memory.note, ahead)
     if StepGraphs.serve(model):
-        backward = StepGraphs(model, optimizer)
+        backward = StepGraphs(model, optimizer, ahead)
         reporter.say("steps are replayed as CUDA graphs")
     state = RunState(
         weights, optimizer, sampler, LossScale(dtype == torch.float16), _origin(config, model, tokenizer, device, dtype)
@@ -225,7 +227,7 @@ def _what_must_stay(config: RunConfig) -> dict[str, Any]:
     is told."""
     may_change = {
         "model": ("path", "tokenizer"), "data": FILE_KEYS, "eval": ("probes",),
-        "train": ("output", "checkpoint_every", "keep_checkpoints", "tensorboard", "paged"),
+        "train": ("output", "checkpoint_every", "keep_checkpoints", "tensorboard", "paged", "decode_ahead"),
     }  # fmt: skip
     settings = to_dict(config)
     for section, keys in may_change.items():

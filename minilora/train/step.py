@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minilora.adamw import FlatAdamW
+from minilora.ahead import Ahead
 from minilora.backend import product_dtype
 from minilora.data.pack import PackedBatch
 from minilora.fused import FusedBlock
@@ -75,17 +76,20 @@ def loss_sum(model: Mistral, batch: PackedBatch) -> Tensor:
 Backward = Callable[[PackedBatch, float | Tensor], Tensor]
 
 
-def backward_of(model: Mistral, optimizer: FlatAdamW, after_forward: Callable[[], None] = lambda: None) -> Backward:
+def backward_of(
+    model: Mistral, optimizer: FlatAdamW, after_forward: Callable[[], None] = lambda: None, ahead: Ahead | None = None
+) -> Backward:
     """Forward and backward as autograd does it. `graph.py` has the other way.
 
-    after_forward is called when a micro-batch's activations are all alive: the moment of most memory.
+    after_forward is called when a micro-batch's activations are all alive: the moment of most memory
+    ahead: decodes frozen weights ahead of their use
     """
 
     multiplied = product_dtype(torch.empty(0, dtype=model.dtype, device=model.device))
     reads_casts = any(isinstance(block, FusedBlock) for block in model.layers)  # projections.py does, nobody else
 
     def both(batch: PackedBatch, factor: float | Tensor) -> Tensor:
-        with optimizer.casts(multiplied) if reads_casts else nullcontext():
+        with optimizer.casts(multiplied) if reads_casts else nullcontext(), ahead.step() if ahead else nullcontext():
             loss = loss_sum(model, batch) * factor
             after_forward()
             loss.backward()

@@ -1,6 +1,7 @@
 """The count of a step's launches: the formula is what was executed, what was executed is right, the page says it."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,10 +30,11 @@ from benchmarks.harness import RESULTS, _rounded
 from benchmarks.ledger import Cell, random_model, run_config
 from benchmarks.shapes import projection_shapes, qlora_step_flops, shape
 from benchmarks.table import between
+from minilora.ahead import Ahead
 from minilora.dispatch import entry_for
 from minilora.fused import Keep
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, StepResult, train_step
+from minilora.train.step import LossScale, StepResult, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended by Triton's interpreter")
@@ -46,7 +48,7 @@ def test_the_formula_is_the_count(name: str, keep: Keep) -> None:
     assert differences(name, keep) == []
 
 
-def step(pretends: bool) -> tuple[StepResult, list[Tensor], int]:
+def step(pretends: bool, n_steps: int = 1, ahead: Ahead | None = None) -> tuple[StepResult, list[Tensor], int]:
     """Of a small shape in float16: what it did, what it learnt and how many launches were seen."""
     sizes, rows, length, rank = SMALL["grouped heads"]
     run = run_config(Cell("", rows, length, "float16"), rank)
@@ -56,12 +58,12 @@ def step(pretends: bool) -> tuple[StepResult, list[Tensor], int]:
         torch.nn.init.normal_(weight, std=0.05)
     batch, scale = random_batch(rows, length, sizes.vocab_size), LossScale(True)
     gpu = PretendedGPU()
-    if pretends:
-        with gpu:
-            assert model.device == GPU
-            done = train_step(model, optimizer_for(trainable(model), run), [batch], 1e-2, 0.0, scale)
-    else:
-        done = train_step(model, optimizer_for(trainable(model), run), [batch], 1e-2, 0.0, scale)
+    with gpu if pretends else nullcontext():
+        assert (model.device == GPU) == pretends
+        optimizer = optimizer_for(trainable(model), run)
+        backward = backward_of(model, optimizer, ahead=ahead)
+        for _ in range(n_steps):
+            done = train_step(model, optimizer, [batch], 1e-2, 0.0, scale, backward)
     assert model.device.type == "cpu"
     return done, [weight.detach().clone() for weight in trainable(model).values()], len(gpu.launches)
 
@@ -76,6 +78,20 @@ def test_what_is_counted_is_a_step() -> None:
     # A first update is lr by the gradient's sign, so 2 lr apart where rounding turns it: 1 in 100, of weights of 0.05.
     assert max(float((a - b).norm() / a.norm()) for a, b in zip(learnt, counted, strict=True)) < 2 * 1e-2 / 0.05 * 0.1
     assert some > 100
+
+
+@interpreted
+@pytest.mark.slow
+def test_weights_decoded_ahead_are_the_same_with_what_follows_them() -> None:
+    """B's columns and A's rows, which each step casts anew."""
+    ahead = Ahead(torch.device("cpu"))
+    (done, learnt, _), (done_ahead, learnt_ahead, _) = step(True, 2), step(True, 2, ahead)
+    sizes, *_, rank = SMALL["grouped heads"]
+    shapes = {asked.shape for asked in ahead._order}
+    assert {(sizes.hidden_dim, sizes.dim + rank), (sizes.hidden_dim + 2 * rank, sizes.dim)} <= shapes
+    assert len(ahead._rooms) == 2
+    assert done == done_ahead
+    assert all(map(torch.equal, learnt, learnt_ahead))
 
 
 @pytest.mark.parametrize("keep", Keep)

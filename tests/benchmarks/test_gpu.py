@@ -64,8 +64,10 @@ def test_a_dry_run_of_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixt
     for part in ("train", "decode"):
         assert gpu.main(["--dry", "--only", part, "--out", str(out)]) == 0
     parts = json.loads(out.read_text())["parts"]
-    raced, memory = list(parts["train"]["cases"].values())[:3], list(parts["train"]["cases"].values())[3:]
+    cases = list(parts["train"]["cases"].values())
+    raced, ahead, memory = cases[:3], cases[3], cases[4:]
     assert [len(case["sides"]) for case in raced] == [2, 2, 1]  # the decoded weights are kept by ours alone
+    assert ahead["seconds"] > 0
     assert len(memory) == len(Keep) + 1
     assert all(case["predicted"] > 0 for case in memory)
     for case in raced:
@@ -74,7 +76,7 @@ def test_a_dry_run_of_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixt
         assert ours["losses"][0] < ours["first_loss"]
     [decoding] = parts["decode"]["cases"].values()
     assert decoding["share_of_equal_tokens"] == 1
-    assert len(parts["train"]["rows"]) == 4
+    assert len(parts["train"]["rows"]) == 5
     assert len(parts["decode"]["rows"]) == 1
     assert "failed" not in capsys.readouterr().out
 

@@ -222,6 +222,20 @@ def test_the_optimizer_s_state() -> None:
     assert of(replace(full, train=replace(full.train, paged=True))).predict()["optimizer"] == 8 * n
 
 
+def test_decoding_ahead_takes_memory_for_two_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, in bfloat16; these are there when the logits are, too, where the step is largest. On a CPU none is."""
+    runs = [changed(model={"dtype": "bfloat16"}, train={"decode_ahead": ahead}) for ahead in (False, True)]
+    sizes = shape("135m")
+    plain, ahead = (on_gpu(run, sizes) for run in runs)
+    assert ahead["scratch"] - plain["scratch"] == 2 * 2 * sizes.dim * sizes.hidden_dim
+    assert {**ahead, "scratch": 0} == {**plain, "scratch": 0}
+    assert of(runs[0]).predict() == of(runs[1]).predict()
+    on_card = replace(of(runs[1]), device=torch.device("cuda"), flash=True)
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: sum(on_card.predict().values()) - 1)
+    with pytest.raises(UserError, match=r"train\.decode_ahead false"):
+        on_card.check()
+
+
 def test_a_smaller_state_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
     full, coded = (changed(train={"strategy": "full", "optimizer": kind}) for kind in ("adamw", "adamw_8bit"))

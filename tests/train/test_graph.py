@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_runs import TINY, tiny_model
 
+from minilora.ahead import Ahead
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig, RunConfig, TrainConfig
@@ -65,7 +66,10 @@ def batches(n: int, most_samples: int = 6) -> list[PackedBatch]:
 @needs_gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("n_micro", [1, 2])
-def test_a_run_by_graphs_is_the_run_without(adapted: Callable[[], Mistral], checkpointing: bool, n_micro: int) -> None:
+@pytest.mark.parametrize("decode_ahead", [False, True])
+def test_a_run_by_graphs_is_the_run_without(
+    adapted: Callable[[], Mistral], checkpointing: bool, n_micro: int, decode_ahead: bool
+) -> None:
     """Sums of FlashAttention's backward have no fixed order, so bits may differ: in bfloat16 2^-8 a number, and
     Adam's first steps are of the learning rate's size whatever the gradient is. So gradients are compared in norm,
     and losses over the run."""
@@ -76,7 +80,8 @@ def test_a_run_by_graphs_is_the_run_without(adapted: Callable[[], Mistral], chec
         config = RunConfig(train=TrainConfig(weight_decay=0.0))
         optimizer = optimizer_for(trainable(model), config)
         assert StepGraphs.serve(model)
-        backward = StepGraphs(model, optimizer) if by_graphs else backward_of(model, optimizer)
+        ahead = Ahead(model.device) if decode_ahead else None
+        backward = StepGraphs(model, optimizer, ahead) if by_graphs else backward_of(model, optimizer)
         found, data = [], batches(12)
         for start in range(0, len(data), n_micro):
             step = data[start : start + n_micro]
