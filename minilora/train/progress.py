@@ -47,7 +47,8 @@ class ConsoleReporter:
         self._last = now
         tokens, in_steps, in_all = map(sum, zip(*self._recent, strict=True))
         memory = f"{timing['memory_bytes'] / 1e9:.2f} GB"
-        text = f"loss {metrics['loss']:.3f}{self._val_loss}  {tokens / in_steps:,.0f} tok/s  {memory}"
+        rate = f"{tokens / in_steps:,.{0 if tokens >= 10 * in_steps else 1}f} tok/s"
+        text = f"loss {metrics['loss']:.3f}{self._val_loss}  {rate}  {memory}"
         step = metrics["step"]
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)

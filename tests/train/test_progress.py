@@ -46,6 +46,14 @@ def test_a_file_gets_twenty_lines_and_the_last(clock: list[float]) -> None:
     assert lines[-1].startswith("step 205/205")
 
 
+def test_a_slow_machine_is_not_told_that_it_stands_still(clock: list[float]) -> None:
+    reporter, out = plain()
+    reporter.begin(0, 1)
+    clock[0] += 300
+    reporter.step(metrics(1), timing(300.0))
+    assert " 0.3 tok/s " in out.getvalue()
+
+
 def test_one_slow_step_does_not_spoil_the_guess(clock: list[float]) -> None:
     reporter, out = plain()
     reporter.begin(100, 200)
