@@ -81,7 +81,7 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
         tokens = generate(model, random_prompt(config, prompt, where), new)
         return {"tokens": tokens[0, prompt:].tolist()}
 
-    return _steps(where, begin, {"train": train, "generate": continue_})
+    return steps(where, begin, {"train": train, "generate": continue_})
 
 
 def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False) -> Step:
@@ -116,10 +116,10 @@ def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False) -
         )
         return {"tokens": ids[0, prompt:].tolist()}
 
-    return _steps(where, begin, {"train": train, "generate": continue_})
+    return steps(where, begin, {"train": train, "generate": continue_})
 
 
-def _steps(device: torch.device, begin: Callable[..., None], works: Mapping[str, Work]) -> Step:
+def steps(device: torch.device, begin: Callable[..., None], works: Mapping[str, Work]) -> Step:
     """Each step ends when the device has done it; its result holds the device's memory at its peak."""
     last: list[object] = []
 

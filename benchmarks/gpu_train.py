@@ -3,7 +3,8 @@
 Each side is a process with its model on the device (`gpu_models`); they step in turns. Ours and the peer, plain and
 prepared for k-bit training, each keep all activations or checkpoint them; ours can keep the decoded weights as well,
 or decode them ahead (`ahead.py`), and races alone then, right after the others. A ratio is against the fastest of the
-peer's that does the same, and of all that the peer has. Who has another first loss did other work and is out.
+peer's that does the same, and of all that the peer has. Who has another first loss did other work and is out. Where
+torchtune can be imported it is one more peer (`gpu_torchtune`), with ratios of its own.
 
 Then our memory: of each policy what the ledger predicts, what was allocated at most in a step that ran as it came, and
 what was reserved when steps are replayed, from the recorded one on; and last, when those processes have gone, for one
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_torchtune
 from benchmarks.gpu_harness import matmul_tflop_per_s, run_part
 from benchmarks.harness import Contestant, Entrant, Record, race, ratio, ratio_text, row, started
 from benchmarks.shapes import qlora_step_flops, shape
@@ -43,6 +45,8 @@ def measure(device: torch.device) -> dict[str, Any]:
             for said, prepared in ((", prepared", True), (", plain", False))[: 1 if is_dry else 2]
         ),
     ]
+    if gpu_torchtune.is_there() and not is_dry:  # whose quantizer takes no weights as small as a dry run's
+        contestants.append(Contestant("torchtune", "benchmarks.gpu_torchtune:torchtune", arguments))
     ceiling = matmul_tflop_per_s(device)
     cases: dict[str, Any] = {}
     with started(contestants, at_once=not is_dry) as entrants:
@@ -91,31 +95,49 @@ def _race(
 
 
 def _cases(name: str, length: int, records: Mapping[str, list[Record]], ceiling: float) -> dict[str, Any]:
-    flops, cases = qlora_step_flops(shape(name), 1, length), {}
+    """By policy; each stack of the peers' apart, the first without its name in what a line says."""
+    flops, cases = qlora_step_flops(shape(name), 1, length), dict[str, Any]()
     peers = [peer for policy in records.values() for peer in agreeing(*policy)]
+    stacks = dict.fromkeys(map(_stack, (peer for _, *theirs in records.values() for peer in theirs)))
     for policy, (ours, *theirs) in records.items():
-        what = f"QLoRA step, {name}, 1 x {length} tokens, activations {policy}"
         sides = {record.name: _figures(record, length, flops, ceiling) for record in (ours, *theirs)}
-        case: dict[str, Any] = {"sides": sides, "rows": []}
-        same = agreeing(ours, *theirs)
-        for against, rivals in (("the same", same), ("its fastest", peers)):
-            if not ours.steps or not rivals or (against == "its fastest" and POLICIES[policy] == Keep.INPUT):
-                continue
-            rival = min(rivals, key=lambda record: record.seconds)
-            case[f"ratio to {against}"] = {"peer": rival.name, **ratio(ours, rival)}
-            rate, rival_rate = (f"{length / record.seconds:.0f} tokens/s" for record in (ours, rival))
-            if against == "the same":
-                case["rows"].append(row(what, rate, rival_rate, ratio_text(ratio(ours, rival))))
-            else:  # which may have run in another race: no pairs
-                times = f"{rival.seconds / ours.seconds:.2f}"
-                case["rows"].append(row(f"{what}, the peer at its fastest", rate, rival_rate, times))
-        if same and "peak_reserved_bytes" in sides[ours.name]:
-            lean = min(same, key=_reserved)
-            peak, lean_peak = (f"{_reserved(record) / 1e9:.2f} GB" for record in (ours, lean))
-            times = f"{_reserved(lean) / _reserved(ours):.2f}"
-            case["rows"].append(row(f"{what}: peak memory", peak, lean_peak, times))
-        cases[what] = case
+        what = f"QLoRA step, {name}, 1 x {length} tokens, activations {policy}"
+        case = cases[what] = {"sides": sides, "rows": []}
+        for number, stack in enumerate(stacks):
+            of_stack = [[peer for peer in some if _stack(peer) == stack] for some in (agreeing(ours, *theirs), peers)]
+            case |= _ratios(
+                case["rows"], f"{what}, beside {stack}" if number else what, policy, length, ours, *of_stack
+            )
     return cases
+
+
+def _ratios(
+    rows: list[Any], what: str, policy: str, length: int, ours: Record, same: list[Record], peers: list[Record]
+) -> dict[str, Any]:
+    """Ours against the fastest that does the same, and the fastest of all; lines of them go to `rows`."""
+    found = dict[str, Any]()
+    for against, rivals in (("the same", same), ("its fastest", peers)):
+        if not ours.steps or not rivals or (against == "its fastest" and POLICIES[policy] == Keep.INPUT):
+            continue
+        rival = min(rivals, key=lambda record: record.seconds)
+        found[f"ratio to {against} of {_stack(rival)}"] = {"peer": rival.name, **ratio(ours, rival)}
+        rate, rival_rate = (f"{length / record.seconds:.0f} tokens/s" for record in (ours, rival))
+        if against == "the same":
+            rows.append(row(what, rate, rival_rate, ratio_text(ratio(ours, rival))))
+        else:  # which may have run in another race: no pairs
+            rows.append(
+                row(f"{what}, the peer at its fastest", rate, rival_rate, f"{rival.seconds / ours.seconds:.2f}")
+            )
+    if same and "peak_reserved_bytes" in ours.steps[0].result:
+        lean = min(same, key=_reserved)
+        peak, lean_peak = (f"{_reserved(record) / 1e9:.2f} GB" for record in (ours, lean))
+        rows.append(row(f"{what}: peak memory", peak, lean_peak, f"{_reserved(lean) / _reserved(ours):.2f}"))
+    return found
+
+
+def _stack(record: Record) -> str:
+    """The libraries, whatever the variant."""
+    return record.name.partition(",")[0]
 
 
 def agreeing(ours: Record, *theirs: Record) -> list[Record]:

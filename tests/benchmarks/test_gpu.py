@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import benchmarks.gpu as gpu
+from benchmarks import gpu_models, gpu_torchtune
 from benchmarks.gpu_harness import Timing, in_turns, peer_sets, report, run_part
 from benchmarks.gpu_train import _cases, agreeing
 from benchmarks.harness import Measured, Record, rows_of
+from benchmarks.shapes import SHAPES
+from minilora.config import ModelConfig
 from minilora.fused import Keep
 
 RATES = (("gb", "copy_gb"), ("tflop", "matmul_tflop"))
@@ -110,9 +113,34 @@ def test_a_policy_that_ours_fails_at_loses_no_other() -> None:
     assert len(told["rows"]) == 1
 
 
-def record(loss: float) -> Record:
-    step = Measured(1.0, 0, 0, {"loss": loss})
-    return Record("a side", [step], step)
+def test_each_stack_has_ratios_of_its_own() -> None:
+    """Of the stack's fastest variant with the same loss; where ours alone keeps weights, of its fastest of all."""
+    kept = [record(10.0), record(10.0, "peft, prepared", 2.0), record(10.0, "peft, plain", 3.0)]
+    records = {"kept": [*kept, record(10.0, "torchtune", 4.0)], "kept with the decoded weights": [record(10.0)]}
+    both, alone = _cases("tiny", 16, records, 1.0).values()
+    assert both["ratio to the same of peft"]["peer"] == "peft, prepared"
+    assert both["ratio to the same of peft"]["of_medians"] == 2.0
+    assert both["ratio to the same of torchtune"]["of_medians"] == 4.0
+    assert len({line["what"] for line in both["rows"]}) == 4
+    assert [line["ratio"] for line in alone["rows"]] == ["2.00", "4.00"]
+
+
+def record(loss: float, name: str = "a side", seconds: float = 1.0) -> Record:
+    step = Measured(seconds, 0, 0, {"loss": loss})
+    return Record(name, [step], step)
+
+
+@pytest.mark.skipif(not gpu_torchtune.is_there(), reason="torchtune is not installed: it pins other versions")
+@pytest.mark.filterwarnings("ignore")
+def test_torchtune_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same weights; absmax in other 8 bits differ by up to 1 in 256, losses of random tokens by some 1e-4."""
+    config = ModelConfig(256, 2, 32, 512, n_heads=8, n_kv_heads=4, vocab_size=4096)  # its quantizer wants as much
+    monkeypatch.setitem(SHAPES, "tiny", config)
+    steps = [make("tiny", "cpu", True) for make in (gpu_models.ours, gpu_torchtune.torchtune)]
+    for keep in ("ALL", "INPUT"):
+        for _ in range(3):
+            ours, theirs = (step(work="train", rows=1, length=48, keep=keep)["loss"] for step in steps)
+            assert ours == pytest.approx(theirs, rel=3e-4)
 
 
 def test_a_part_that_fails_does_not_stop_the_others(
