@@ -4,7 +4,7 @@ It is encoded anew for each answer, since some templates put the system's text i
 its limit the oldest exchanges are left out.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,11 @@ from minilora.tokenizer import TextStream, Tokenizer
 
 def answer_text(
     model: Mistral, tokenizer: Tokenizer, prompt: Sequence[int], max_new_tokens: int, **sampling: Any
-) -> Iterator[str]:
-    """The answer to a prompt's ids, piece by piece; sampling: as in `generation.stream`."""
+) -> Generator[str, None, None]:
+    """The answer to a prompt's ids: a piece, often "", for each token before </s>, and one more of what was held back.
+
+    sampling: as in `generation.stream`
+    """
     text = TextStream(tokenizer)
     for token in stream(model, torch.tensor([prompt]), max_new_tokens, eos_id=tokenizer.eos_id, **sampling):
         if int(token) == tokenizer.eos_id:
