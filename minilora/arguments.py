@@ -23,6 +23,7 @@ from minilora.recipes import recipe_file
 Verb = Callable[[list[str]], None]
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 Steps = restricted_number_type("Steps", int, [(">=", 2), ("<", 2**31)])  # that can be interrupted
+Port = restricted_number_type("Port", int, [(">=", 0), ("<", 2**16)])
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
 
 # Of files and folders that verbs name. Those of data may have weights, and are looked at in data/sources.py.

@@ -25,7 +25,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from minilora import arguments
 from minilora.arguments import Verb
 from minilora.config import MISTRAL_7B, UNNAMED, BaseConfig, EvalConfig, Route, RunConfig, to_dict
-from minilora.errors import UserError, is_out_of_memory
+from minilora.errors import UserError, is_out_of_memory, need_library
 from minilora.recipes import recipe_names, summary
 from minilora.report.console import Console
 
@@ -323,9 +323,38 @@ def chat(args: list[str]) -> None:
     )
 
 
-def _sampling(parsed: Namespace) -> dict[str, Any]:
-    """How tokens are drawn, as `generation.stream` takes it."""
-    if parsed.temperature == 0:
+def serve(args: list[str]) -> None:
+    """Answer OpenAI's clients over HTTP, and on a page: minilora serve [--adapter FOLDER] [--model.path FOLDER]"""
+    parser = arguments.verb_parser(serve)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=arguments.Port, default=8000, help="0 takes a free one")
+    parser.add_argument("--system", help="what the model is told where a conversation has no system text")
+    parser.add_argument("--max_tokens", type=PositiveInt, default=4096, help="of a conversation and its answer")
+    arguments.add_sampling(parser, max_new_tokens=512)
+    arguments.add_base(parser)
+    parsed = arguments.parse(parser, args)
+    for library in ("starlette", "uvicorn"):
+        need_library(library, "serve", "minilora serve")
+
+    from minilora.serve.line import Line
+    from minilora.serve.request import Offer
+    from minilora.serve.server import listen, make_app, run
+
+    listening = listen(parsed.host, int(parsed.port))  # what is wrong with it is said before a model is loaded
+    base = _find(parsed, parsed.adapter)
+    limit = min(parsed.max_tokens, base.checkpoint.config.max_seq_len)
+    line = Line(_loaded(base, (1, limit, 1)), base.tokenizer)
+    name = parsed.adapter or base.checkpoint.name
+    sampling = _sampling(parsed, fixed=False)
+    offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, sampling)
+    host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
+    hello = f"minilora {version('minilora')} serves {name}: http://{host}:{listening.getsockname()[1]}"
+    run(make_app(line, offer), line, listening, hello)
+
+
+def _sampling(parsed: Namespace, fixed: bool = True) -> dict[str, Any]:
+    """How tokens are drawn, as `generation.stream` takes it; fixed: no request may ask for another temperature."""
+    if parsed.temperature == 0 and fixed:
         _refuse_idle(parsed, {"top_k": None, "top_p": 1.0, "seed": None}, "at --temperature 0")
     return {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
@@ -636,5 +665,8 @@ def demo(args: list[str]) -> None:
 
 VERBS: dict[str, Verb] = {
     f.__name__: f
-    for f in (demo, train, data, compare, evaluate, generate, chat, quantize, merge, export, inspect, explain, verify)
+    for f in (
+        *(demo, train, data, compare, evaluate, generate, chat, serve),
+        *(quantize, merge, export, inspect, explain, verify),
+    )
 }

@@ -28,6 +28,7 @@ LAYERS = (
     ("base", "hub", "memory", "decode_graph", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report", "chat"),
     ("train",),
+    ("serve",),
     ("demo",),
     ("arguments", "cli"),
     ("__main__",),
@@ -42,9 +43,9 @@ OF_EXTRAS = {  # imported where they are used
     "minilora.checkpoint.gguf_file": {"gguf"},
     "minilora.data.files": {"pyarrow"},
     "minilora.evaluate.metrics": {"sacrebleu", "rouge_score"},
+    "minilora.serve.server": {"starlette", "uvicorn"},
 }
-MAX_LINES = 10_560
-# What the README calls what trains, "some 4,000 lines".
+MAX_LINES = 10_880
 READING_PATH = {
     *("config", "nf4", "backend", "dispatch", "compiled", "scratch", "ahead", "paging", "kv_cache"),
     *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
