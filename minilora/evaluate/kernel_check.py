@@ -8,14 +8,16 @@ computes rightly.
 
 Triton compiles a kernel for each dtype and way, and again for sizes that are 1 or multiples of 16, which is what the
 time goes to. So not every pair is tried of what knows nothing of each other: absmax without a second quantization, and
-a layer's size, with a dtype that the card does not train in, or the first with the shuffle. Weights of one row are left
-to each kernel's tests.
+a layer's size, with a dtype that the card does not train in, or the first with the shuffle or with columns behind the
+rows. Weights of one row are left to each kernel's tests.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from inspect import unwrap
+from math import nan
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ COLUMNS = (1, 999, 4097)  # of logits
 VOCABULARIES = (32000, 32768, 131072)
 # (N, H, Dh) of what is elementwise: no multiples of 16; on a GPU a layer's, too
 SMALL, WIDE = (5, 3, 34), (512, 32, 128)
+ROOM = 16  # columns behind rows, which a kernel leaves alone
 EPS = 1e-5
 TWICE = 2.0
 ROUNDINGS = 10 * 2**-24
@@ -88,7 +91,7 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
             case = f"{n} x {k}" + ", nested" * double_quant
             yield _quantized(dense, weight, case)
             for dtype in dtypes if double_quant and (n, k) not in LAYERS else dtypes[-1:]:
-                yield _dequantized(weight, dtype, case)
+                yield from _dequantized(weight, dtype, case)
                 for m in ROWS:
                     x = torch.randn(m, k, generator=generator).to(device, dtype)
                     yield from _products(x, weight, f"{m} rows, {case}")
@@ -110,11 +113,13 @@ def _quantized(dense: Tensor, weight: NF4Tensor, case: str) -> Check:
     return Check("quantize", "float32", case, sum(int((a != b).sum()) for a, b in pairs), 0)
 
 
-def _dequantized(weight: NF4Tensor, dtype: torch.dtype, case: str) -> Check:
+def _dequantized(weight: NF4Tensor, dtype: torch.dtype, case: str) -> Iterator[Check]:
     from minilora.kernels.nf4_dequantize import dequantize
 
-    differ = int((dequantize(weight, dtype) != weight.dequantize(dtype)).sum())
-    return Check("dequantize", dtype_name(dtype), case, differ, 0)
+    for more in (0, ROOM)[: 1 + (weight.nested_absmax is not None)]:  # columns behind the rows, as adapters have them
+        columns = weight.dequantize(dtype)[:, :more].contiguous() if more else None
+        differ = int((dequantize(weight, dtype, None, columns) != weight.dequantize(dtype, None, columns)).sum())
+        yield Check("dequantize", dtype_name(dtype), case + f", {more} columns behind" * bool(more), differ, 0)
 
 
 def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
@@ -196,7 +201,8 @@ def _beside(
 def _elementwise(
     n: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Iterator[Check]:
-    """What the fast block does between its products, forward and backward, against autograd in float64."""
+    """What the fast block does between its products, forward and backward, against autograd in float64; on rows that
+    lie one behind the other, and on some with room behind them."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
@@ -214,27 +220,33 @@ def _elementwise(
         return functional.rms_norm(x, (d,), weight.double(), EPS), (x.square().mean(1, keepdim=True) + EPS).rsqrt()
 
     of_x, total, h64 = normed(x64), x + dy, functional.silu(gate64) * up64
+    of_h = (h64, *grad(h64, (gate64, up64), dy64))
     inverse, [back], [dx] = of_x[1].detach().float(), grad(turned(x64), x64, dy64), grad(of_x[0], x64, dy64)
     by_head = (n, heads, head_dim)
-    for definition, given, exact in (
-        (rms_norm, (x, weight, EPS, dtype), of_x),
-        (rms_norm, (x, weight, EPS, dtype, inverse), of_x),
-        (add_rms_norm, (x, dy, weight, EPS, dtype), (x64 + dy64, *normed(total.double()))),
-        (rms_norm_backward, (dy, x, weight, inverse, up), (dx + up64, of_x[0])),
-        (rotate, (x.view(by_head), cos, sin), (turned(x64).view(by_head),)),
-        (rotate_back, (dy.view(by_head), cos, sin), (back,)),
-        (swiglu, (gate, up), (h64,)),
-        (swiglu_backward, (dy, gate, up), (h64, *grad(h64, (gate64, up64), dy64, retain_graph=True))),
-    ):
-        yield _no_worse(definition, given, [tensor.detach() for tensor in exact], "x".join(map(str, by_head)))
+    for room in (0, ROOM):
+        roomy_x, roomy_dy, roomy_up = (functional.pad(tensor, (0, room), value=nan) for tensor in (x, dy, up))
+        heads_of_x, heads_of_dy = (tensor[:, :d].unflatten(1, by_head[1:]) for tensor in (roomy_x, roomy_dy))
+        for definition, given, exact in (
+            (rms_norm, (x, weight, EPS, dtype, None, room), of_x),
+            (rms_norm, (x, weight, EPS, dtype, inverse, room), of_x),
+            (add_rms_norm, (x, dy, weight, EPS, dtype, room), (x64 + dy64, *normed(total.double()))),
+            (rms_norm_backward, (dy, x, weight, inverse, roomy_up[:, :d], room), (dx + up64, of_x[0])),
+            (rotate, (heads_of_x, cos, sin), (turned(x64).view(by_head),)),
+            (rotate_back, (heads_of_dy, cos, sin, room), (back,)),
+            (swiglu, (gate, up, room), (h64,)),
+            (swiglu_backward, (roomy_dy, gate, up), of_h),
+        ):
+            case = "x".join(map(str, by_head)) + f", {room} columns behind" * bool(room)
+            yield _no_worse(definition, given, [tensor.detach() for tensor in exact], case)
 
 
 def _no_worse(definition: Callable[..., Any], given: tuple[Any, ...], exact: Sequence[Tensor], case: str) -> Check:
     """The worst of a kernel's results, each beside the definition's own error."""
     made = []
     for function in (launcher(definition), unwrap(definition)):
-        result = function(*(thing.clone() if isinstance(thing, Tensor) else thing for thing in given))
-        made.append((result,) if isinstance(result, Tensor) else result)
+        result = function(*deepcopy(given))  # in the same strides, which `clone` would make plain
+        results = (result,) if isinstance(result, Tensor) else result
+        made.append([each[:, : right.shape[1]] for each, right in zip(results, exact, strict=True)])
     name, dtype = definition.__name__, given[0].dtype
     checks = [_beside(name, dtype, case, results, ROUNDINGS) for results in zip(*made, exact, strict=True)]
     return max(checks, key=lambda check: (not check.passed, check.error / check.allowed))

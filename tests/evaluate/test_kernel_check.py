@@ -8,7 +8,7 @@ import torch
 from minilora.cli import main
 from minilora.evaluate import kernel_check
 from minilora.evaluate.kernel_check import Check
-from minilora.kernels import nf4_dequantize, nf4_matmul, nf4_matvec, swiglu
+from minilora.kernels import nf4_dequantize, nf4_matmul, nf4_matvec, norm, rope, swiglu
 
 ELEMENTWISE = {"rms_norm", "add_rms_norm", "rms_norm_backward", "rotate", "rotate_back", "swiglu", "swiglu_backward"}
 
@@ -51,7 +51,7 @@ def test_a_bit_that_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(nf4_dequantize, "dequantize", wrong)
     assert main(["verify", "kernels"]) == 1
     captured = capsys.readouterr()
-    assert "2 of 2 failed" in captured.out
+    assert "4 of 4 failed" in captured.out
     assert captured.err.startswith("minilora verify: ")
     assert "the first: dequantize in float16, 3 x 64: 1 where 0 is allowed" in captured.err
     assert captured.err.count("\n") == 1
@@ -75,6 +75,40 @@ def test_what_is_elementwise_and_off(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(swiglu, "swiglu_backward", wrong)
     assert main(["verify", "kernels"]) == 1
     assert "the first: swiglu_backward in float32, 5x3x34" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(ELEMENTWISE))
+def test_what_is_off_where_rows_have_room_behind_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is written with room behind it the room's size is lost, of what is read the strides of the rows are."""
+    monkeypatch.setattr(kernel_check, "SHAPES", ())
+    monkeypatch.setattr(kernel_check, "COLUMNS", ())
+    module = next(module for module in (norm, rope, swiglu) if hasattr(module, name))
+    right = getattr(module, name)
+
+    def wrong(*args: Any) -> Any:
+        if isinstance(args[-1], int) and args[-1]:
+            results = right(*args)
+            for each in (results,) if isinstance(results, torch.Tensor) else results:
+                each[1] = each[0].clone()
+            return results
+        first, *rest = args
+        width = rest[0].shape[1] if name == "swiglu_backward" else first[0].numel()
+        return right(torch.as_strided(first, first.shape, (width, *first.stride()[1:])), *rest)
+
+    monkeypatch.setattr(module, name, wrong)
+    failed = [check for check in kernel_check.check_kernels(torch.device("cpu")) if not check.passed]
+    assert {(check.operation, check.case) for check in failed} == {(name, "5x3x34, 16 columns behind")}
+
+
+def test_columns_behind_decoded_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = nf4_dequantize.dequantize
+
+    def wrong(weight: Any, dtype: Any, out: Any = None, columns: torch.Tensor | None = None) -> torch.Tensor:
+        return right(weight, dtype, out, None if columns is None else columns.roll(1))
+
+    monkeypatch.setattr(nf4_dequantize, "dequantize", wrong)
+    assert main(["verify", "kernels"]) == 1
+    assert "the first: dequantize in float32, 3 x 64, nested, 16 columns behind" in capsys.readouterr().err
 
 
 def test_a_card_whose_table_has_no_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
