@@ -79,8 +79,6 @@ class RunFolder:
         self.path = path = Path(config.train.output)
         self.is_new, self.checkpoints = not path.exists(), path / "checkpoints"
         self._lock = hold(path, "run", "--train.output")
-        sweep_stale(path)
-        sweep_stale(self.checkpoints)
         self.metrics, self.timing = LineLog(path / "metrics.jsonl"), LineLog(path / "timing.jsonl")
 
     def begin(self, config: RunConfig) -> None:
@@ -144,22 +142,26 @@ class RunFolder:
 
 
 def hold(folder: Path, work: str, option: str) -> TextIO:
-    """Make the folder, if it is not there, and lock it until the file is closed.
+    """Make the folder, if it is not there, lock it until the file is closed, and put right what killed processes left.
 
     work: what is done there, by one process at a time; option: names the folder
 
     Raises UserError if it cannot be made or written to, or another process holds it.
     """
+    lock: TextIO | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UserError(f"{folder}: another {work} writes here; wait for it, or name another {option}") from error
+        for written in (folder, folder / "checkpoints"):
+            sweep_stale(written)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", error)
-        raise UserError(f"{folder!s:.200}: cannot write here: {reason}; name another {option}") from error
+        why = f"cannot write here: {getattr(error, 'strerror', error)};"
+        if isinstance(error, BlockingIOError):
+            why = f"another {work} writes here; wait for it, or"
+        if lock is not None:
+            lock.close()
+        raise UserError(f"{folder!s:.200}: {why} name another {option}") from error
     return lock
 
 

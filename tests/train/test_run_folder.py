@@ -1,5 +1,6 @@
 """The run folder: whose it is, what may be deleted, and logs that survive a full disk."""
 
+import errno
 import fcntl
 import json
 import math
@@ -19,6 +20,7 @@ from minilora.checkpoint.write import atomic_folder
 from minilora.config import RunConfig, to_dict
 from minilora.errors import UserError
 from minilora.report.facts import gather
+from minilora.train import run_folder
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import FILES, LEARNT, LineLog, RunFolder, config_toml
 
@@ -178,6 +180,26 @@ def test_two_runs_do_not_share_a_folder(make_config: MakeConfig, a_run: Path, ov
             open_folder(make_config(), resume=not overwrite, overwrite=overwrite)
     assert (a_run / "checkpoints" / "step-00000001" / "file").exists()
     open_folder(make_config(), resume=True).close()
+
+
+def test_a_folder_that_cannot_be_locked_or_swept(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails there, the line says what to do, and the lock's file is closed: the next one can have it."""
+
+    def fails(at: object, *_: object) -> None:
+        files.append(at)
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "run").mkdir()
+    for module, name in ((fcntl, "flock"), (run_folder, "sweep_stale")):
+        files: list[object] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fails)
+            with pytest.raises(UserError, match=r"run: cannot write here: Permission denied; name another --train\."):
+                open_folder(make_config())
+        assert all(getattr(file, "closed", True) for file in files)
+        open_folder(make_config()).close()
 
 
 def test_what_killed_processes_left_is_swept(make_config: MakeConfig, a_run: Path) -> None:
