@@ -9,7 +9,7 @@ so a second whole run says how far apart two of them come, and the interrupted o
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from minilora.backend import pick_device
@@ -30,7 +30,7 @@ def compare_twins(config: RunConfig, n_steps: int, say: Callable[[str], object])
     with tempfile.TemporaryDirectory(prefix="minilora-verify-") as name:
         whole, interrupted, again = (_short(config, Path(name, twin), n_steps) for twin in ("whole", "twin", "again"))
         middle = n_steps // 2
-        say(f"a run of {n_steps} steps ...")
+        say(f"a run of {n_steps} steps, whatever is configured with {_instead(config, whole)} ...")
         _run(whole)
         say(f"its twin, stopped after step {middle} ...")
         _run(interrupted, stop_after=middle)
@@ -62,6 +62,13 @@ def _short(config: RunConfig, output: Path, n_steps: int) -> RunConfig:
     train = replace(config.train, output=str(output), max_steps=n_steps, warmup_steps=min(1, config.train.warmup_steps))
     limits = replace(config.eval, every=max(1, n_steps // 2 - 1), patience=0, answers=0, samples=0, probes=None)
     return replace(config, train=train, eval=limits, data=replace(config.data, general=None, test=None))
+
+
+def _instead(config: RunConfig, short: RunConfig) -> str:
+    """What the short run has other than the configuration, but for its folder, which is thrown away."""
+    pairs = ((s.name, getattr(config, s.name), vars(getattr(short, s.name))) for s in fields(config))
+    changed = [(f"{s}.{key}", new) for s, old, ours in pairs for key, new in ours.items() if new != getattr(old, key)]
+    return ", ".join(f"{key} {'unset' if new is None else new}" for key, new in changed if key != "train.output")
 
 
 def _learnt(config: RunConfig) -> Path:

@@ -35,7 +35,9 @@ def test_twins_leave_the_same_bytes(
     said: list[str] = []
     found = compare_twins(config, 6, said.append)
     assert found == "6 steps, and 6 interrupted after 3: figures and weights are the same bytes"
-    assert said == ["a run of 6 steps ...", "its twin, stopped after step 3 ...", "and resumed ..."]
+    instead = "train.max_steps 6, eval.every 2, eval.answers 0, eval.samples 0"
+    first = f"a run of 6 steps, whatever is configured with {instead} ..."
+    assert said == [first, "its twin, stopped after step 3 ...", "and resumed ..."]
     assert not Path(config.train.output).exists()
     assert not [*tmp_path.glob("minilora-verify-*")]
 
@@ -87,9 +89,11 @@ def test_on_a_gpu_twins_may_be_as_far_apart_as_any_two_runs(
         lambda c, resume, stop_after: runs.append((Path(c.train.output).name, resume, stop_after)),
     )
     said: list[str] = []
-    assert compare_twins(make_config(), 2, said.append).endswith(
+    assert compare_twins(make_config(data__test="test.jsonl"), 2, said.append).endswith(
         "weights lie 3e-06 apart, and those of two whole runs 1e-06, by chance"
     )
+    instead = "data.test unset, train.max_steps 2, eval.every 1, eval.answers 0, eval.samples 0"
+    assert said[0] == f"a run of 2 steps, whatever is configured with {instead} ..."
     assert runs == [("whole", False, 0), ("twin", False, 1), ("twin", True, 0), ("again", False, 0)]
     with pytest.raises(UserError, match="lie 5e-06 apart, two whole runs 1e-06: please report this bug"):
         compare_twins(make_config(), 2, said.append)
