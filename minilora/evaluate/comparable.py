@@ -30,9 +30,7 @@ def refuse_unranked(runs: Mapping[str, RunConfig], rank_by: str) -> None:
     """
     config = next(iter(runs.values()))
     if not config.data.validation and not config.data.validation_share:
-        raise UserError(
-            "runs are ranked on validation, and there is none: name data.validation or data.validation_share"
-        )
+        raise UserError("runs are ranked on validation; there is none: name data.validation or data.validation_share")
     measured = ["loss", "perplexity", *(figure_names(config.eval.metrics) if config.eval.answers else ())]
     if rank_by not in measured:
         raise UserError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")

@@ -90,9 +90,8 @@ def best_of(rows: Sequence[Row], rank_by: str) -> str:
 
     rank_by: "loss", "perplexity" or a figure of eval.metrics
     """
-    done = [
-        row for row in ranked({"rows": rows, "ranked_by": rank_by}) if (row.get("after") or {}).get(rank_by) is not None
-    ]
+    in_order = ranked({"rows": rows, "ranked_by": rank_by})
+    done = [row for row in in_order if (row.get("after") or {}).get(rank_by) is not None]
     if not done:
         raise UserError(f"no run has a {rank_by} to rank by; the first: {rows[0].get('failed', 'it is not measured')}")
     best: str = next((row for row in done if SHARE not in row["changes"]), done[0])["name"]

@@ -17,16 +17,9 @@ from minilora.report.page import html_page
 LISTED = 100  # faults, and as many warnings, that are listed; all are counted
 BAR = 40
 STYLES = {
-    "prompt": "bright_black",
-    "target": "green",
-    "good": "green",
-    "control": "dim cyan",
-    "eos": "white on green",
-    "eos, not trained on": "white on red",
-    "fault": "red",
-    "warning": "yellow",
-    "": "",
-}
+    "prompt": "bright_black", "target": "green", "control": "dim cyan", "eos": "white on green",
+    "eos, not trained on": "white on red", "good": "green", "fault": "red", "warning": "yellow", "": "",
+}  # fmt: skip
 TRAINED = ("target", "eos")  # in \u27e6 \u27e7 where there is no colour
 Line = list[tuple[str, str]]  # texts, each with a key of STYLES
 

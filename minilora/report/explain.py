@@ -272,9 +272,8 @@ def _layer(seed: int) -> Iterator[RenderableType]:
 
 def _small_layer(seed: int) -> tuple[LoRALinear, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    weight, a, b, x = (
-        torch.randn(*shape, generator=generator) for shape in ((OUT, IN), (RANK, IN), (OUT, RANK), (IN,))
-    )
+    sizes = ((OUT, IN), (RANK, IN), (OUT, RANK), (IN,))
+    weight, a, b, x = (torch.randn(*size, generator=generator) for size in sizes)
     layer = LoRALinear(NF4Linear(quantize_nf4(weight)), LoraConfig(rank=RANK, alpha=ALPHA))
     layer.lora_A.data, layer.lora_B.data = a / IN**0.5, 0.1 * b
     return layer, x.requires_grad_()

@@ -20,16 +20,12 @@ def print_ways(device: torch.device, console: Console) -> None:
         console.print("the kernels are run by Triton's interpreter", highlight=False)
     rows = [
         [
-            f"sm_{entry.arch}",
-            "any" if limits.least_weights == 0 else f"{limits.least_weights:,} weights and more",
-            str(limits.matvec),
-            str(limits.matmul),
-            "yes" if entry.shuffle else "no",
-            entry.card or "an estimate",
+            f"sm_{entry.arch}", "any" if limits.least_weights == 0 else f"{limits.least_weights:,} weights and more",
+            str(limits.matvec), str(limits.matmul), "yes" if entry.shuffle else "no", entry.card or "an estimate",
         ]
         for entry in dispatch_table()
         for limits in entry.limits
-    ]
+    ]  # fmt: skip
     console.print(table(["since", "N * K", "matvec up to M", "matmul up to M", "shuffle", "measured on"], rows))
     console.print(f"in float32, matmul up to M = {FLOAT32_ROWS} at most", highlight=False)
 

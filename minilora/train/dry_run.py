@@ -35,11 +35,8 @@ def dry_run(config: RunConfig, reporter: Reporter, resume: bool = False, overwri
     except UserError as error:
         reporter.say(f"warning: the run itself would be refused: {error}")
     with tempfile.TemporaryDirectory() as folder:
-        short = replace(
-            config,
-            train=replace(config.train, output=folder, max_steps=1, warmup_steps=0),
-            eval=replace(config.eval, answers=0, samples=0),
-        )
+        train = replace(config.train, output=folder, max_steps=1, warmup_steps=0)
+        short = replace(config, train=train, eval=replace(config.eval, answers=0, samples=0))
         settled, tokenizer, sample, trained = _one_step(short, reporter)
         model = _reload(settled, Path(folder))
         reloaded = _logits(model, sample)

@@ -156,9 +156,8 @@ def hold(folder: Path, work: str, option: str) -> TextIO:
         for written in (folder, folder / "checkpoints"):
             sweep_stale(written)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        why = f"cannot write here: {getattr(error, 'strerror', error)};"
-        if isinstance(error, BlockingIOError):
-            why = f"another {work} writes here; wait for it, or"
+        cannot = f"cannot write here: {getattr(error, 'strerror', error)};"
+        why = f"another {work} writes here; wait for it, or" if isinstance(error, BlockingIOError) else cannot
         if lock is not None:
             lock.close()
         raise UserError(f"{folder!s:.200}: {why} name another {option}") from error

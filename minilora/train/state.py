@@ -106,9 +106,8 @@ class RunState:
         if "rng.cuda" in held and torch.cuda.is_available():
             like["rng.cuda"] = torch.cuda.get_rng_state()
         tensors = _read_tensors(folder, held, like)
-        steps = {
-            int(tensor) for key, tensor in tensors.items() if key.startswith("optimizer.") and key.endswith(".step")
-        }
+        moments = {key: tensor for key, tensor in tensors.items() if key.startswith("optimizer.")}
+        steps = {int(tensor) for key, tensor in moments.items() if key.endswith(".step")}
         if len(steps) > 1:
             raise UserError(f"{folder / TENSORS}: its weights have taken unlike numbers of steps, {sorted(steps)}")
         try:
