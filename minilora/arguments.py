@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -21,10 +22,15 @@ from minilora.errors import UserError
 from minilora.recipes import recipe_file
 
 Verb = Callable[[list[str]], None]
+_parser = partial(ArgumentParser, exit_on_error=False, parser_mode="toml", print_config=None)
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 Steps = restricted_number_type("Steps", int, [(">=", 2), ("<", 2**31)])  # that can be interrupted
 Port = restricted_number_type("Port", int, [(">=", 0), ("<", 2**16)])
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
+
+# What a value must be, by what jsonargparse calls its type.
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "a table"}
+_KINDS |= dict.fromkeys(("tuple", "list"), "a list such as [a,b]")
 
 # Of files and folders that verbs name. Those of data may have weights, and are looked at in data/sources.py.
 PATHS = (
@@ -35,10 +41,7 @@ PATHS = (
 
 def verb_parser(verb: Verb) -> ArgumentParser:
     """A parser without arguments, with the verb's name and what it says of itself."""
-    prog = f"minilora {verb.__name__}"
-    return ArgumentParser(
-        prog=prog, description=verb.__doc__, exit_on_error=False, parser_mode="toml", print_config=None
-    )
+    return _parser(prog=f"minilora {verb.__name__}", description=verb.__doc__)
 
 
 def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True) -> Namespace:
@@ -49,7 +52,7 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
     Raises UserError for a path that is empty.
     """
     try:
-        parsed: Namespace = parser.parse_args(quoted(args))
+        parsed: Namespace = parser.parse_args(quoted(_spelled(parser, args)))
         for name in PATHS:
             if isinstance(path := parsed.get(name), str):
                 if not path:  # what an unset variable gives
@@ -57,11 +60,30 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
                 parsed[name] = os.path.expanduser(path)  # which a shell leaves in --name=~/x
         return parser.instantiate(parsed) if instantiate else parsed
     except (ArgumentError, OverflowError) as error:
-        said = re.sub(
-            r"Expected a <class '(tuple|list)'>", "Expected a list, such as [a,b]", " ".join(str(error).split())
-        )
-        print(f"{parser.prog}: {said}; see {parser.prog} --help", file=sys.stderr)
+        print(f"{parser.prog}: {_in_our_words(error)}; see {parser.prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _in_our_words(error: Exception) -> str:
+    """What jsonargparse says of a value: the key, the value, and what it must be, by `_KINDS`."""
+    said = " ".join(str(error).split())
+    if section := re.match(r'Parser key "(.*?)": Unable to load config (\S+)', said):
+        return f"{section[1]} is a section, and {section[2]} no TOML file of it; name a key, as in --{section[1]}.KEY"
+    if limits := re.fullmatch(r'Parser key "(.*?)": [\w ]+: (\S+) does not conform to restriction (.*)', said):
+        return f"{limits[1]} is {limits[2]}, but must be {limits[3].replace('v', '')}"
+    if not (found := re.fullmatch(r'Parser key "(.*?)": (.*(?:value|base 10|to float)): (.*)', said)):
+        return said
+    key, types, value = found.groups()
+    kinds = re.findall(rf"\b({'|'.join(_KINDS)})\b|Literal\[(.*?)\]", types.partition("Given")[0])
+    must = " or ".join(dict.fromkeys(_KINDS[name] if name else f"one of {words}" for name, words in kinds))
+    return f"{key} is {value}, but must be {must}"
+
+
+def _spelled(parser: ArgumentParser, args: Sequence[str]) -> list[str]:
+    """With each option as the parser spells it, who has some with hyphens and some with underscores."""
+    known = {option.replace("-", "_"): option for option in parser._option_string_actions if option[:2] == "--"}
+    parts = (arg.partition("=") for arg in args)
+    return ["".join((known.get(option.replace("-", "_"), option), *value)) for option, *value in parts]
 
 
 def quoted(args: Sequence[str]) -> list[str]:
@@ -82,9 +104,7 @@ def quoted(args: Sequence[str]) -> list[str]:
 def run_parser(verb: Verb) -> ArgumentParser:
     """Of a verb that takes a configuration."""
     parser = verb_parser(verb)
-    parser.add_argument(
-        "--config", action="config", help="a TOML file; the first word of train and compare is the same"
-    )
+    parser.add_argument("--config", action="config", help="a TOML file; as train's and compare's first word")
     parser.add_argument("--recipe", metavar="NAME", help="begin with one of `minilora train --list-recipes`")
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
@@ -108,7 +128,7 @@ def _files_then_options(parser: ArgumentParser, args: Sequence[str], file_first:
     """`args` with each file and recipe as --config=FILE, which lie below the options."""
     named: dict[str, list[str]] = {"--recipe": [], "--config": []}
     switches = {option for action in parser._actions if action.nargs == 0 for option in action.option_strings}
-    first, rest, words = list[str](), list[str](), iter(args)
+    first, rest, words = list[str](), list[str](), iter(_spelled(parser, args))
     for arg in words:
         option, given, value = arg.partition("=")
         if option in named and (given or (value := next(words, ""))):
@@ -130,7 +150,7 @@ def _check_toml(path: str) -> None:
     """Read the file alone first, so that what is wrong in it is said with its name. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; `minilora train --print-config > {path}` writes one to start from")
-    parser = ArgumentParser(exit_on_error=False, parser_mode="toml")
+    parser = _parser()
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
         for name, section in tomllib.loads(Path(path).read_text("utf-8")).items():
@@ -138,7 +158,7 @@ def _check_toml(path: str) -> None:
                 raise UserError(f"{name} = {section!r:.40} stands in no section; put it below one, such as [train]")
         parser.instantiate(parser.parse_path(path))
     except (ArgumentError, OverflowError, RecursionError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {_in_our_words(error)}") from None
 
 
 # -- What several verbs have -------------------------------------------------------------------------------------------
@@ -158,9 +178,8 @@ def add_model(parser: ArgumentParser) -> None:
 
 def add_adapter(parser: ArgumentParser, also: str = "") -> None:
     parser.add_argument("--adapter_scaling", type=PositiveFloat, help="of mistral-finetune, if no params.json says it")
-    parser.add_argument(
-        "--force", action="store_true", help=f"take it for another base or tokenizer, or if altered{also}"
-    )
+    given = f"take it for another base or tokenizer, or if altered{also}"
+    parser.add_argument("--force", action="store_true", help=given)
 
 
 def add_sampling(parser: ArgumentParser, max_new_tokens: int) -> None:

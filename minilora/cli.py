@@ -5,6 +5,7 @@ Heavy modules are imported inside the verbs, so that help and usage errors come 
 """
 
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -102,9 +103,7 @@ def train(args: list[str]) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the complete TOML file and exit")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in train.output, exactly")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="config, data, shapes, one step, save, reload, generate; keeps nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="data, one step, save, reload, generate; keep nothing")
     config, parsed = arguments.parse_run(parser, args)
     if parsed.list_recipes:
         _list_recipes()
@@ -292,9 +291,7 @@ def chat(args: list[str]) -> None:
     """Talk, a line a turn, until the input ends: minilora chat [--adapter FOLDER] [--model.path FOLDER]"""
     parser = arguments.verb_parser(chat)
     parser.add_argument("--system", help="what the model is told before the first turn")
-    parser.add_argument(
-        "--max_tokens", type=PositiveInt, default=4096, help="of the conversation that is looked back on"
-    )
+    parser.add_argument("--max_tokens", type=PositiveInt, default=4096, help="of the conversation, looked back on")
     arguments.add_sampling(parser, max_new_tokens=512)
     arguments.add_base(parser)
     parsed = arguments.parse(parser, args)
@@ -316,11 +313,10 @@ def chat(args: list[str]) -> None:
                 yield input(prompt)
 
     base = _find(parsed, parsed.adapter)
-    model = _loaded(base, (1, parsed.max_tokens, parsed.max_new_tokens))
+    limits = parsed.max_tokens, parsed.max_new_tokens
+    model = _loaded(base, (1, *limits))
     say, note = partial(print, end="", flush=True), partial(print, file=sys.stderr)
-    converse(
-        model, base.tokenizer, typed(), say, note, parsed.system, parsed.max_tokens, parsed.max_new_tokens, **sampling
-    )
+    converse(model, base.tokenizer, typed(), say, note, parsed.system, *limits, **sampling)
 
 
 def serve(args: list[str]) -> None:
@@ -364,13 +360,8 @@ def merge(args: list[str]) -> None:
     parser = arguments.verb_parser(merge)
     parser.add_argument("adapter_folder", metavar="ADAPTER")
     parser.add_argument("out", metavar="OUT", nargs="?", help="the new folder; without it every way is only measured")
-    parser.add_argument(
-        "--onto",
-        type=Route,
-        default="trained",
-        help="what B A is added to: the weights it was trained beside (NF4, dequantized), the original ones, or "
-        "requantized: as trained, and the sum in NF4 again",
-    )
+    onto = "B A is added to the weights it was trained beside (NF4, dequantized), to the original ones, or requantized:"
+    parser.add_argument("--onto", type=Route, default="trained", help=f"{onto} as trained, and the sum in NF4 again")
     parser.add_argument("--text", help="held-out data to compare on; by default the run's own validation file")
     parser.add_argument("--audit_tokens", type=PositiveInt, default=4096, help="target tokens of it to compare on")
     arguments.add_length(parser, "truncate")
@@ -417,9 +408,7 @@ def quantize(args: list[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face's layout or Mistral's own, or demo")
     parser.add_argument("out", metavar="OUT", help="the new folder, in Hugging Face's layout")
     parser.add_argument("--double_quant", type=bool, default=True, help="also store each block's absmax in 8 bits")
-    arguments.add_dtype(
-        parser, "of embeddings, norms and head, and what the rest is dequantized to; auto is MODEL's own"
-    )
+    arguments.add_dtype(parser, "of what stays plain, and what the rest is dequantized to; auto is MODEL's own")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parsed = arguments.parse(parser, args)
 
@@ -442,21 +431,16 @@ def export(args: list[str]) -> None:
     parser.add_argument("source", metavar="FROM", help="a model's folder in either layout, plain or in NF4, or demo")
     parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument("--to", required=True, choices=of_model + of_adapter, help="the last two: FROM is an adapter")
-    arguments.add_dtype(
-        parser, "of the weights, for hf and mistral, and as in quantize for bnb-4bit; auto is FROM's own"
-    )
+    arguments.add_dtype(parser, "of the weights, for hf and mistral; for bnb-4bit as in quantize; auto is FROM's own")
     parser.add_argument("--model.tokenizer", help="file or folder of the tokenizer, where it does not lie with FROM")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--model.path", default=UNNAMED, help="of an adapter that does not say where its base lies")
     arguments.add_adapter(parser)
     parsed = arguments.parse(parser, args)
-    of_the_other = {"model.path": UNNAMED, "adapter_scaling": None, "force": False}
-    if parsed.to in of_adapter:
-        of_the_other = {"dtype": "auto", "model.tokenizer": None}
-    _refuse_idle(parsed, of_the_other, f"with --to {parsed.to}")
     if parsed.to in of_adapter:
         _export_adapter(parsed)
         return
+    _refuse_idle(parsed, {"model.path": UNNAMED, "adapter_scaling": None, "force": False}, f"with --to {parsed.to}")
 
     from minilora.checkpoint.export import export_checkpoint
     from minilora.hub import local_folder
@@ -472,18 +456,18 @@ def export(args: list[str]) -> None:
 
 
 def _export_adapter(parsed: Namespace) -> None:
+    _refuse_idle(parsed, {"dtype": "auto", "model.tokenizer": None}, f"with --to {parsed.to}")
+
     from minilora.base import Base
     from minilora.checkpoint.adapter import save_peft_adapter
     from minilora.checkpoint.mistral_adapter import save_mistral_adapter
     from minilora.checkpoint.write import check_target
 
-    config = BaseConfig(path=parsed.model.path)
-    base = Base.find(config, parsed.source, scaling=parsed.adapter_scaling, force=parsed.force)
-    sizes = base.checkpoint.config
+    base = Base.find(BaseConfig(parsed.model.path), parsed.source, scaling=parsed.adapter_scaling, force=parsed.force)
     check_target(parsed.out, parsed.overwrite, [parsed.source, base.checkpoint.folder])
     save = save_peft_adapter if parsed.to == "peft" else save_mistral_adapter
     adapter = base.read_adapter()
-    save(adapter, sizes, parsed.out, overwrite=parsed.overwrite)
+    save(adapter, base.checkpoint.config, parsed.out, overwrite=parsed.overwrite)
     _warn(base.warnings)
     print(f"{len(adapter.tensors)} tensors reopened and compared: all equal\nwritten to {parsed.out}")
 
@@ -537,9 +521,7 @@ def explain(args: list[str]) -> None:
     parser.add_argument("--weights", type=list[float], help="the numbers of the block, such as [0.1,-0.2]")
     parser.add_argument("--tensor", help="take the block from this tensor of --model.path, such as model.norm.weight")
     parser.add_argument("--block", type=int, default=0, help="which block of the tensor")
-    parser.add_argument(
-        "--seed", type=arguments.Seed, default=0, help="of the random block, where neither of them is given"
-    )
+    parser.add_argument("--seed", type=arguments.Seed, default=0, help="of a random block, where neither is given")
     parser.add_argument("--model.path", default="demo")
     parsed = arguments.parse(parser, args)
 
@@ -556,12 +538,8 @@ def verify(args: list[str]) -> None:
         _verify_resume(args[1:])
         return
     parser = arguments.verb_parser(verify)
-    parser.add_argument(
-        "what",
-        choices=["kernels", "resume"],
-        help="kernels: against their definitions and float64; resume: a run against its interrupted twin "
-        "(minilora verify resume --help)",
-    )
+    kinds = "kernels: against definitions and float64; resume: a run against its twin (minilora verify resume --help)"
+    parser.add_argument("what", choices=["kernels", "resume"], help=kinds)
     parser.add_argument("--model.device", default="auto", help="auto, cpu or cuda")
     parsed = arguments.parse(parser, args)
     if parsed.what == "resume":
@@ -586,9 +564,7 @@ def _verify_resume(args: list[str]) -> None:
     parser = arguments.run_parser(verify)
     parser.prog = "minilora verify resume"
     parser.usage = "minilora verify resume [CONFIG.toml] [--section.key value ...] [--steps N]"
-    parser.add_argument(
-        "--steps", type=arguments.Steps, default=6, help="of the run; in their middle it is interrupted"
-    )
+    parser.add_argument("--steps", type=arguments.Steps, default=6, help="in their middle the run is interrupted")
     _demo_unless_named(parser, args)
     config, parsed = arguments.parse_run(parser, args)
 
@@ -648,7 +624,7 @@ def _demo_unless_named(parser: ArgumentParser, args: Sequence[str]) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+    return [word for word in re.split(r"[\[\],\s]+", text) if word]
 
 
 def demo(args: list[str]) -> None:

@@ -259,7 +259,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test", "replay_from"):
             value = getattr(self, name)
-            if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":  # of the command line
+            if isinstance(value, str) and value[:1] == "[" and (value[-1:] == "]" or "]" not in value):  # of a command
+                _check("]" in value, f"data.{name} is {value}, but a list must end with ]")
                 value = tuple(part.strip() for part in value[1:-1].split(","))
                 object.__setattr__(self, name, value)
             _check(not isinstance(value, tuple) or all(value), f"data.{name} holds an empty name; name a file")

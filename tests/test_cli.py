@@ -10,19 +10,25 @@ import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from tiny_runs import TOKENIZER, MakeConfig, Run, chat, tiny_model, write_jsonl
 from transformers import MistralForCausalLM
 
-from minilora.arguments import quoted
+from minilora import arguments
+from minilora.arguments import PATHS, quoted
 from minilora.base import Base
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.cli import VERBS, _console, exit_status
 from minilora.config import UNNAMED, BaseConfig, LoraConfig, RunConfig, base_folder, to_dict
+from minilora.data.sources import FILE_KEYS
+from minilora.errors import UserError
 from minilora.generation import generate
 from minilora.lora import add_lora
 from minilora.train import ledger, loop
@@ -143,6 +149,68 @@ def test_a_wrong_file_is_named_with_its_key(run: Run, tmp_path: Path, text: str,
     path = tmp_path / "wrong.toml"
     path.write_text(text)
     refused(run("train", path), 1, "wrong.toml", *words)
+
+
+NUMBER, LIST = "but must be a whole number", "but must be a list such as [a,b]"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["train", "--train.max_steps", "x"], f"train.max_steps is x, {NUMBER}"),
+        (["train", "--train.lr", "abc"], "train.lr is abc, but must be a number"),
+        (["train", "--eval.every", "1.5"], f"eval.every is 1.5, {NUMBER}"),
+        (["train", "--train.strategy", "lra"], "train.strategy is lra, but must be one of 'qlora', 'lora',"),
+        (["train", "--train.paged", "maybe"], "train.paged is maybe, but must be true or false"),
+        (["train", "--eval.metrics", "f1"], f"eval.metrics is f1, {LIST}"),
+        (["train", "--lora.rank_pattern", "3"], "lora.rank_pattern is 3, but must be a table"),
+        (["train", "--model", "x"], "model is a section, and 'x' no TOML file of it; name a key, as in --model.KEY"),
+        (["generate", "hi", "--max_new_tokens", "0"], "max_new_tokens is 0, but must be >0"),
+        (["generate", "hi", "--max_new_tokens", "x"], f"max_new_tokens is 'x', {NUMBER}"),
+        (["generate", "hi", "--temperature", "x"], "temperature is 'x', but must be a number"),
+        (["generate", "hi", "--top_p", "2"], "top_p is 2, but must be >0 and <=1"),
+        (["generate", "hi", "--seed", "-1"], f"seed is -1, but must be >=0 and <{2**63}"),
+        (["verify", "resume", "--steps", "1"], "steps is 1, but must be >=2 and <2147483648"),
+        (["explain", "--weights", "[1,a]"], f"weights is [1,a], {LIST}"),
+    ],
+)
+def test_a_value_of_another_type_is_told_in_words_of_ours(run: Run, args: list[str], words: str) -> None:
+    got = run(*args)
+    refused(got, 2)
+    verb = " ".join(args[: 2 if args[0] == "verify" else 1])
+    assert got[2].startswith(f"minilora {verb}: {words}")
+    assert got[2].endswith(f"; see minilora {verb} --help\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[train]\nmax_steps = "x"\n', f"train.max_steps is x, {NUMBER}"),
+        ("[train]\nlr = true\n", "train.lr is True, but must be a number"),
+        ('[data]\ntrain = ["a:2", 3]\n', f"data.train is ['a:2', 3], {LIST} or text"),
+        ("[model]\npath = 3\n", "model.path is 3, but must be text"),
+        ('[data]\ntrain = "[a:2, b"\n', "data.train is [a:2, b, but a list must end with ]"),
+    ],
+)
+def test_in_a_file_too(run: Run, tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    assert run("train", path) == (1, "", f"minilora train: {path}: {words}\n")
+
+
+def test_options_are_spelled_with_hyphens_or_underscores(run: Run, toml: Path) -> None:
+    expected = run("train", toml, "--eval.max_new_tokens", 3, "--print-config")
+    assert expected[0] == 0
+    assert run("train", "--print_config", toml, "--eval.max-new-tokens", 3) == expected
+    assert run("train", toml, "--eval.max-new-tokens=3", "--print_config") == expected
+    refused(run("generate", "hi", "--max-new-tokens", 0), 2, "max_new_tokens is 0")
+    refused(run("merge", "a", "--audit-tokens=0"), 2, "audit_tokens is 0")
+    refused(run("train", "--list_recipes", "--no-such_thing"), 2, "--no-such_thing")
+
+
+def test_lists_of_compare_may_stand_in_brackets(run: Run, toml: Path) -> None:
+    for given in ("full,x", "[full,x]", "[full, x]", "full, x"):
+        refused(run("compare", toml, "--strategies", given), 1, "there is no strategy 'x' to compare")
 
 
 def test_config_as_an_option_is_the_word_after_the_verb(run: Run, toml: Path, chats: Path, tmp_path: Path) -> None:
@@ -726,6 +794,34 @@ def test_the_home_is_found_in_every_path(
 )
 def test_an_empty_path_is_refused(run: Run, args: list[str]) -> None:
     refused(run(*args), 1, "is empty; name a file or folder, or leave it out")
+
+
+NO_PATHS = {
+    *("prompt", "system", "tensor", "model.device", "lora.targets", "train.reinit"),
+    *("config", "recipe", "strategies", "grid", "shares", "rank_by"),
+    *(f"data.{key}" for key in FILE_KEYS), "files",  # which may have weights
+}  # fmt: skip
+
+
+def test_every_argument_that_is_text_is_a_path_or_known_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none that is added is forgotten in `arguments.PATHS`."""
+    texts = set[str]()
+
+    def look(parser: ArgumentParser, *_: object, **__: object) -> None:
+        for action in parser._actions:
+            kind = getattr(action, "_typehint", action.type)
+            is_text = kind in (None, str) or (get_origin(kind) in (Union, UnionType) and str in get_args(kind))
+            is_section = type(action).__name__ == "_ActionConfigLoad"
+            if is_text and not is_section and action.nargs != 0 and not action.choices:
+                texts.add(action.dest)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(arguments, "parse", look)
+    for verb, *args in (*([verb] for verb in VERBS), ["verify", "resume"]):
+        with pytest.raises(UserError, match="seen enough"):
+            VERBS[verb](args)
+    assert texts == NO_PATHS | {*PATHS}
+    assert not NO_PATHS & {*PATHS}
 
 
 def test_a_link_to_itself_is_one_line(run: Run, tmp_path: Path) -> None:
