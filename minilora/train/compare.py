@@ -32,7 +32,7 @@ from minilora.train.progress import ConsoleReporter
 from minilora.train.run_folder import LOCK, config_toml, hold, refuse_both
 from minilora.train.setup import settled
 from minilora.train.signals import SIGNALS, Stopped, StopRequest
-from minilora.train.state import refuse_other_run
+from minilora.train.state import STATE, refuse_other_run
 
 RESULT = "compare.json"
 
@@ -79,7 +79,7 @@ def combinations(
     axes = list[list[tuple[str, str]]]()
     for axis in grid:
         key, _, text = axis.partition("=")
-        values = re.split(r",(?![^\[{]*[\]}])", text)
+        values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]
         if not key or not all(values):
             raise UserError(f"--grid {axis}: it must be KEY=A,B, such as train.lr=1e-4,2e-4")
         if key not in _KEYS:
@@ -149,9 +149,9 @@ def compare(
             if variant.name not in finished:
                 say(f"{what} ...  (its steps are in {config.train.output}.log)")
             failed = None if variant.name in finished else in_a_process(config, resume, overwrite)
-            row = {"name": variant.name, "changes": variant.changes} | (_figures(config) if failed is None else {})
-            rows.append(row | ({"failed": failed} if failed else {}))
-            say(f"{what}: {failed or figures_of(row['after'])}")
+            figures: dict[str, Any] = {"failed": failed} if failed else _figures(config)
+            rows.append({"name": variant.name, "changes": variant.changes} | figures)
+            say(f"{what}: {failed or figures_of(figures['after'])}")
         best = best_of(rows, rank_by)
         winner = configs[best]
         if failed := in_a_process(winner, resume=True, overwrite=False, with_test=True):
@@ -171,17 +171,20 @@ def _figures(config: RunConfig) -> dict[str, Any]:
 
 
 def _is_finished(config: RunConfig) -> bool:
-    """Whether the folder holds that run whole. Raises UserError if its data, base or tokenizer are others by now."""
+    """Whether the folder holds that run whole. Raises UserError if data, base or tokenizer of the run that it holds,
+    whole or not, are others by now."""
     folder = Path(config.train.output)
-    if not (folder / "config.toml").exists() or not (folder / "summary.json").exists():
+    if not (folder / "config.toml").exists():
         return False
     config, checkpoint = settled(config)
-    told = read_provenance(folder / ("model" if config.train.base_learns else "adapter"))
-    if not told or (folder / "config.toml").read_bytes() != config_toml(config).encode():
-        return False  # its process goes on with it, or says why it cannot
-    now = made_of(config, checkpoint)
-    refuse_other_run({key: told.get(key) for key in now}, now, folder)
-    return True
+    same = (folder / "config.toml").read_bytes() == config_toml(config).encode()
+    is_whole = same and (folder / "summary.json").exists()
+    told = read_provenance(folder / ("model" if config.train.base_learns else "adapter")) if is_whole else {}
+    latest = max(folder.glob(f"checkpoints/step-{'[0-9]' * 8}/{STATE}"), default=None)
+    if began := told or (read_json(latest).get("origin", {}) if latest else {}):
+        now = made_of(config, checkpoint)
+        refuse_other_run({key: began.get(key, began.get("base")) for key in now}, now, folder)  # as a state has it
+    return bool(told)  # else its process goes on with it, or says why it cannot
 
 
 def in_a_process(

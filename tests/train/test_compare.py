@@ -62,6 +62,7 @@ def test_a_grid_alone_and_a_grid_of_two_keys() -> None:
     assert names([], ["train.lr=1e-4,2e-4"], [], 1.0) == ["lr=1e-4", "lr=2e-4"]
     assert len(names([], ["train.lr=1,2", "lora.rank=4,8,16"], [], 1.0)) == 6
     assert names([], [], [], 1.0) == ["run"]
+    assert names([], ["train.lr=1e-4, 2e-4"], [], 1.0) == ["lr=1e-4", "lr=2e-4"]
     assert names([], ["model.path=a/b,c/b"], [], 1.0) == ["path=a_b", "path=c_b"]  # each is a folder
 
 
@@ -226,10 +227,12 @@ def test_what_is_finished_is_kept_also_where_the_base_says_how_it_is_stored(
     assert log.count("weights learn") == 1
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("changed", ["data.train", "base_fingerprint", "tokenizer.sha256"])
 def test_what_was_made_of_other_files_is_not_kept(
-    make_config: MakeConfig, data_folder: Path, tmp_path: Path, changed: str
+    make_config: MakeConfig, data_folder: Path, tmp_path: Path, changed: str, whole: bool
 ) -> None:
+    """Nor gone on with, where it is not finished."""
     train, base, tokenizer = tmp_path / "train.jsonl", tmp_path / "base", tmp_path / "tokenizer.model"
     copyfile(data_folder / "train.jsonl", train)
     copyfile(TOKENIZER, tokenizer)
@@ -238,6 +241,8 @@ def test_what_was_made_of_other_files_is_not_kept(
         data__train=str(train), model__path=str(base), model__tokenizer=str(tokenizer), train__max_steps=1
     )
     compare([Variant("kept", {}, config)], tmp_path / "out", print)
+    if not whole:
+        (tmp_path / "out/kept/summary.json").unlink()
     if changed == "data.train":
         train.write_text("".join(train.read_text().splitlines(keepends=True)[1:]))
     elif changed == "base_fingerprint":
