@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from minilora.errors import UserError
 from minilora.lora import add_lora
 from minilora.memory import predict
 from minilora.prefix import add_prefix
+from minilora.report.console import Console
 from minilora.report.facts import fold, gather
+from minilora.report.inspect import show_facts
 from minilora.train.loop import fine_tune
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -222,6 +225,14 @@ def test_a_run_and_its_parts(make_config: MakeConfig, tmp_path: Path, run: Run) 
     assert state["read_by"] == "minilora train --resume"
     [best] = (tmp_path / "run" / "checkpoints").glob("best-*")
     assert "--resume" not in gather(best)["read_by"], "it is no optimizer's state"
+    shown = StringIO()
+    show_facts(gather(tmp_path / "run"), Console(file=shown, width=80, force_terminal=True, color_system=None))
+    lines = shown.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines if len(line.split()) > 3), "folded"
+    assert f"adapter  {tmp_path}/run/adapter" in lines, "the result's own facts stand below its name"
+    assert sum("lora  rank 4, alpha" in line for line in lines) == 2, "of config.toml, and of the provenance"
+    assert not any(word in line for line in lines for word in ("None", "[]", "reason"))
+    assert sum(line.startswith("files              .lock  0 bytes") for line in lines) == 1
     status, out, err = run("inspect", tmp_path / "run")
     assert (status, err) == (0, "")
     assert re.search(r"^latest checkpoint +step-00000004$", out, re.MULTILINE)
