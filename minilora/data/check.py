@@ -94,9 +94,7 @@ def load_data(
     if mismatch := tokenizer.mismatch(vocab_size):
         data.findings.append(Finding("template", mismatch))
     elif more := vocab_size - tokenizer.vocab_size:
-        padded = (
-            f"{tokenizer.path}: the model's vocabulary has {more:,} more, padding or added tokens that no text gets"
-        )
+        padded = f"{tokenizer.path}: the model's vocabulary has {more:,} more, padding or added tokens no text gets"
         data.findings.append(Finding("vocabulary", padded, False))
     parts = [part for part in FILE_KEYS if part != "replay_from" or config.replay]
     named = [(part, source) for part in parts for source in sources(getattr(config, part))]
@@ -209,7 +207,7 @@ def _duplicates(data: Data) -> Iterator[Finding]:
     for first, *others in equal:
         yield from (_twice(placed[first], placed[i], "the same record as") for i in others)
     for a, b in near_pairs([texts[first] for first, *_ in equal]):
-        yield _twice(placed[equal[a][0]], placed[equal[b][0]], "nearly the same record as", "near ")
+        yield _twice(placed[equal[a][0]], placed[equal[b][0]], "nearly the same text, answers and all, as", "near ")
 
 
 def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, near: str = "") -> Finding:

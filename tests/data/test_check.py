@@ -170,7 +170,8 @@ def test_leaks_and_duplicates_name_both_lines(tmp_path: Path) -> None:
         ("leak", "train.jsonl:4", True),
         ("near leak", "train.jsonl:7", False),
     ]
-    leak = next(f.text for f in data.findings if f.kind == "leak")
+    leak, near_leak = (next(f.text for f in data.findings if f.kind == kind) for kind in ("leak", "near leak"))
+    assert ": nearly the same text, answers and all, as " in near_leak, "which is what is compared"
     assert leak == (
         f"{tmp_path}/train.jsonl:4: the same record as {tmp_path}/test.jsonl:1, "
         "which data.test measures on; drop it here"
