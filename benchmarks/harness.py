@@ -41,7 +41,10 @@ from minilora.errors import UserError
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_S = 0.005  # between two readings of a child's memory
-LIBRARIES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "mistral-common", "safetensors")
+LIBRARIES = (
+    *("torch", "triton", "transformers", "peft", "bitsandbytes", "mistral-common", "safetensors"),
+    *("torchtune", "torchao"),
+)
 LOAD_1MIN = os.getloadavg()[0]  # before measuring: what others did on these cores
 CPU_FLAGS = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 

@@ -58,9 +58,9 @@ class Ahead:
         finally:
             _current = before
             self._settle()
-            if not self._rooms and self._order:
-                n_bytes = max(asked.n_bytes for asked in self._order)
-                self._rooms = [torch.empty(n_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
+        if not self._rooms and self._order:  # after a whole step
+            n_bytes = max(asked.n_bytes for asked in self._order)
+            self._rooms = [torch.empty(n_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
 
     def filled(self, key: Hashable, shape: tuple[int, int], dtype: torch.dtype, fill: Fill) -> Tensor:
         """Memory that `fill` has filled, the caller's until the next call: by then its work on it must have been given
@@ -80,9 +80,9 @@ class Ahead:
         if not is_begun:
             fill(out)
         if here and at + 1 < len(order) and self._fits(order[at + 1]):
+            self._begun = at + 1  # so that it is waited for if it fails halfway
             with self._beside():
                 order[at + 1].fill(self._room(at + 1, order[at + 1]))
-            self._begun = at + 1
         return out
 
     def _fits(self, asked: _Asked) -> bool:

@@ -309,7 +309,8 @@ class TrainConfig:
         clip_norm: longest gradient allowed; 0 does not clip
         activation_checkpointing: keep only each block's input and compute the block again in backward; adapters without
             dropout do so by themselves, as far as memory demands it
-        decode_ahead: on a GPU, decode the next frozen weight while this one is multiplied; takes memory for one more
+        decode_ahead: on a GPU, decode the next weight in NF4 while this one is multiplied; takes memory for one more.
+            Where memory holds all weights decoded there is nothing to do
         compile: on a CPU, compile what is elementwise to C++: faster steps in 16 bits, after some seconds of compiling
         checkpoint_every: steps between saved states
         keep_checkpoints: how many of them to keep

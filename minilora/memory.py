@@ -141,7 +141,7 @@ class StepPlan:
     adapted: each block's layers with an adapter, by name; block_weights: numbers in the linear layers of a block
     base, learns: what of the base learns, what at all; None: nothing of it, a prefix
     stored, computed: bytes of a number, in the residual stream and in products; cast: they differ
-    fused: the fast block serves; keeps: `keep`, or what stands for none
+    fused: the fast block serves; keeps: `keep`, or what stands for none; decodes_ahead: `ahead`, where it can be
     """
 
     config: ModelConfig
@@ -183,6 +183,8 @@ class StepPlan:
         self.cast = self.stored != self.computed
         self.mask = self.tokens * (self.length + self.before) if self.sees == "mask" else 0
         self.keeps = self.keep or (Keep.INPUT if self.checkpointing else Keep.ALL,) * config.n_layers
+        decodes = self.storage not in _DENSE_BYTES and not (self.fused and set(self.keeps) == {Keep.WEIGHTS})
+        self.decodes_ahead = self.ahead and decodes and not self.on_cpu
 
     def predict(self, in_between: Sequence[dict[str, int]] = ()) -> dict[str, int]:
         """By owner, at the moment of the step when they are most, the optimizer's moments there already.
@@ -207,7 +209,7 @@ class StepPlan:
         head = 4 * learns.head if learns and config.tied_embeddings else 0
         # Copies of what learns, in the products' dtype (adamw.py).
         rest["scratch"] = self.computed * learns.n if learns and self.fused and self.computed != 4 else 0
-        rest["scratch"] += 2 * self.computed * config.dim * config.hidden_dim if self.ahead else 0
+        rest["scratch"] += 2 * self.computed * config.dim * config.hidden_dim if self.decodes_ahead else 0
         moments: list[dict[str, int]] = [
             add_up(shared, blocks, self.loss()),
             add_up(shared, blocks, of_last, {"scratch": head}),
@@ -351,7 +353,7 @@ class StepPlan:
         if self.adapter is None or _DENSE_BYTES.get(storage) == self.computed:
             return 0
         if not self.on_cpu:  # whole, and by a kernel
-            return 0 if self.ahead else size * self.computed
+            return 0 if self.decodes_ahead else size * self.computed
         in_work = size // ceil(size * self.computed / SLICE_BYTES)
         decoding = 6 * min(nf4.chunk_of(self.device), in_work) + 4 * size // BLOCK_SIZE
         return in_work * self.computed + (0 if storage in _DENSE_BYTES else decoding)

@@ -36,6 +36,23 @@ def of(weights: Sequence[nn.Parameter]) -> dict[tuple[float, float], Sequence[nn
     return {(0.1, 1.0): [p for p in weights if p.dim() > 1], (0.0, 4.0): [p for p in weights if p.dim() == 1]}
 
 
+def test_casts_are_of_now_and_where_they_were() -> None:
+    """What refers to them (ahead.py, CUDA graphs) finds there what the parameters are at this entry."""
+    weights, places = parameters(), []
+    optimizer = FlatAdamW(of(weights))
+    for _ in range(2):
+        with torch.no_grad():
+            for p in weights:
+                p.add_(1)
+        with optimizer.casts(torch.float16):
+            assert all(torch.equal(p.cast, p.half()) for p in weights)
+            places.append([p.cast.data_ptr() for p in weights])
+        assert not any(hasattr(p, "cast") for p in weights)
+    assert places[0] == places[1]
+    with optimizer.casts(torch.float32):
+        assert not any(hasattr(p, "cast") for p in weights)
+
+
 @pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("piece", [64, 1 << 16])
 def test_it_is_torch_s_adamw(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:

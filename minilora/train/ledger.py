@@ -103,8 +103,13 @@ class Ledger:
             sees="runs" if runs or (at_once and not is_prefix) else "mask",
             masks=sum(Pieces.of(runs, window).mask_bytes for window in set(self.sizes.windows)) if runs else 0,
             checkpointing=train.activation_checkpointing, device=self.device,
-            optimizer=train.optimizer, paged=train.paged and not on_cpu, ahead=train.decode_ahead and not on_cpu,
+            optimizer=train.optimizer, paged=train.paged and not on_cpu, ahead=train.decode_ahead,
         )  # fmt: skip
+
+    @property
+    def decodes_ahead(self) -> bool:
+        """Whether there is something to decode while something is multiplied, and `train.decode_ahead` says so."""
+        return self._plan().decodes_ahead
 
     def _scores(self) -> bool:
         data = self.config.data
@@ -163,7 +168,7 @@ class Ledger:
             yield "train.activation_checkpointing", "true", {"train": {"activation_checkpointing": True}}
         if self.device.type == "cuda" and not train.paged:
             yield "train.paged", "true", {"train": {"paged": True}}
-        if self._plan().ahead:
+        if self.decodes_ahead:
             yield "train.decode_ahead", "false", {"train": {"decode_ahead": False}}
         if train.optimizer == "adamw":
             yield "train.optimizer", "adamw_8bit", {"train": {"optimizer": "adamw_8bit"}}

@@ -128,7 +128,9 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
         n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
         where = "in the host's memory" if optimizer.paged else "is in the host's memory anyway, where there is no GPU"
         reporter.say(f"paged: {n_bytes} of the optimizer's state {where}")
-    ahead = Ahead(device) if config.train.decode_ahead and not on_cpu else None
+    ahead = Ahead(device) if ledger.decodes_ahead else None
+    if config.train.decode_ahead and ahead is None:
+        reporter.say("nothing is decoded ahead: that is for weights in NF4 on a GPU that does not keep them decoded")
     backward: Backward = backward_of(model, optimizer, memory.note, ahead)
     if StepGraphs.serve(model):
         backward = StepGraphs(model, optimizer, ahead)

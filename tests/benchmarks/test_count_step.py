@@ -70,8 +70,8 @@ def step(pretends: bool, n_steps: int = 1, ahead: Ahead | None = None) -> tuple[
 
 @interpreted
 def test_what_is_counted_is_a_step() -> None:
-    """The pretended GPU's loss, gradient and update are the CPU's, but for 16-bit rounding."""
-    (here, learnt, none), (there, counted, some) = step(False), step(True)
+    """The pretended GPU's loss, gradient and second update are the CPU's, but for 16-bit rounding."""
+    (here, learnt, none), (there, counted, some) = step(False, 2), step(True, 2)
     assert (here.updated, there.updated, none) == (True, True, 0)
     assert there.loss == pytest.approx(here.loss, rel=1e-3)
     assert there.grad_norm == pytest.approx(here.grad_norm, rel=1e-2)

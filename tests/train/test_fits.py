@@ -231,9 +231,27 @@ def test_decoding_ahead_takes_memory_for_two_weights(monkeypatch: pytest.MonkeyP
     assert {**ahead, "scratch": 0} == {**plain, "scratch": 0}
     assert of(runs[0]).predict() == of(runs[1]).predict()
     on_card = replace(of(runs[1]), device=torch.device("cuda"), flash=True)
+    plan, plan_ahead = replace(on_card._plan(), ahead=False), on_card._plan()
+    assert plan_ahead.forward() == plan.forward()
+    decoded = [p.decoded(sizes.dim, sizes.hidden_dim, p.storage) for p in (plan, plan_ahead)]
+    assert decoded == [2 * sizes.dim * sizes.hidden_dim, 0], "it lies in one of the two"
     monkeypatch.setattr(ledger, "free_bytes", lambda _: sum(on_card.predict().values()) - 1)
     with pytest.raises(UserError, match=r"train\.decode_ahead false"):
         on_card.check()
+
+
+@pytest.mark.parametrize("changes", [{"train": {"strategy": "lora"}}, {"train": {"strategy": "full"}}, {}])
+def test_nothing_is_decoded_ahead_where_nothing_is_decoded(
+    changes: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain weights; those that memory holds decoded; and on a CPU."""
+    train = changes.get("train", {}) | {"decode_ahead": True}
+    run = changed(model={"dtype": "auto" if train.get("strategy") == "full" else "bfloat16"}, train=train)
+    monkeypatch.setattr(ledger, "free_bytes", lambda _: 1e12)
+    on_card = replace(of(run), device=torch.device("cuda"), flash=True)
+    assert on_card.decodes_ahead == (not changes)
+    assert not on_card.fitted().decodes_ahead
+    assert not of(run).decodes_ahead
 
 
 def test_a_smaller_state_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
