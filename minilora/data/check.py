@@ -206,15 +206,18 @@ def _duplicates(data: Data) -> Iterator[Finding]:
     equal = groups_of_equal(texts)
     for first, *others in equal:
         yield from (_twice(placed[first], placed[i], "the same record as") for i in others)
-    for a, b in near_pairs([texts[first] for first, *_ in equal]):
-        yield _twice(placed[equal[a][0]], placed[equal[b][0]], "nearly the same text, answers and all, as", "near ")
+    firsts = [placed[first] for first, *_ in equal]
+    n_learnt = sum(part in LEARNT for part, _ in firsts)
+    for a, b in near_pairs([texts[first] for first, *_ in equal], n_learnt):
+        yield _twice(firsts[a], firsts[b], "nearly the same text, answers and all, as", "near ")
 
 
 def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, near: str = "") -> Finding:
     (part, record), (other, again) = first, second
     if other == part or (part in LEARNT) == (other in LEARNT):
         return Finding(f"{near}duplicate", f"{again.where}: {what} {record.where}", False, other)
-    leak = f"{record.where}: {what} {again.where}, which data.{other} measures on; drop it here"
+    remedy = "look whether it gives the answer away (--fix keeps it)" if near else "drop it here"
+    leak = f"{record.where}: {what} {again.where}, which data.{other} measures on; {remedy}"
     return Finding(f"{near}leak", leak, not near, part)
 
 

@@ -5,11 +5,13 @@
     MinHash         P(min h(S(x)) = min h(S(y))) = J, for a random h; 64 of them, in 16 bands of 4 (Broder 1997)
 
 Two records that agree in all 4 of a band are held against each other by their real J: at J = 0.8 that happens to all
-but 0.02 % of the pairs, 1 - (1 - J^4)^16. Within a band, each is compared with the four before it alone, so that
-thousands of records of one template cost no more than others.
+but 0.02 % of the pairs, 1 - (1 - J^4)^16. Within a band, each is compared with the four before it alone, and with the
+first four of those that are measured on, so that thousands of records of one template cost no more than others.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +29,22 @@ def groups_of_equal(keys: Iterable[object]) -> list[list[int]]:
     return list(found.values())
 
 
-def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """(i, j), i < j, for each of these different texts j that is near one before it: the first that is found."""
+def near_pairs(texts: Sequence[str], n_learnt: int | None = None) -> list[tuple[int, int]]:
+    """(i, j), i < j, of these different texts: for each j that is near one before it the first that is found.
+
+    n_learnt: so many are learnt, the others measured on. Then pairs of both sides are told apart from the others, and
+        for each i that is learnt, since it is that which must go
+    """
+    n = len(texts) if n_learnt is None else n_learnt
     sets = [_shingles(text) for text in texts]
     factors = np.random.default_rng(0).integers(0, 2**63, BANDS * ROWS, np.uint64) * np.uint64(2) + np.uint64(1)
     least = np.array([_min_hashes(shingles, factors) for shingles in sets]).reshape(-1, BANDS, ROWS)
-    near = dict[int, int]()
-    for i, j in sorted(set(_candidates(least))):
-        if j not in near and _jaccard(sets[i], sets[j]) >= NEAR:
-            near[j] = i
-    return [(i, j) for j, i in near.items()]
+    near = dict[tuple[bool, int], tuple[int, int]]()
+    for i, j in sorted(set(_candidates(least, n))):
+        told = (True, i) if i < n <= j else (False, j)
+        if told not in near and _jaccard(sets[i], sets[j]) >= NEAR:
+            near[told] = i, j
+    return list(near.values())
 
 
 def _shingles(text: str) -> NDArray[np.uint64]:
@@ -57,12 +65,14 @@ def _min_hashes(shingles: NDArray[np.uint64], factors: NDArray[np.uint64]) -> ND
     return least
 
 
-def _candidates(least: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
-    """Pairs that agree in a whole band, neighbours in it or not far."""
+def _candidates(least: NDArray[np.uint64], n_learnt: int) -> Iterator[tuple[int, int]]:
+    """Pairs that agree in a whole band, neighbours in it or not far, or of both sides."""
     for band in range(BANDS):
         for group in groups_of_equal(row.tobytes() for row in np.ascontiguousarray(least[:, band])):
             for near in range(1, NEIGHBOURS + 1):
                 yield from zip(group, group[near:], strict=False)
+            first = bisect_left(group, n_learnt)
+            yield from product(group[:first], group[first : first + NEIGHBOURS])
 
 
 def _jaccard(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> float:

@@ -178,6 +178,17 @@ def test_leaks_and_duplicates_name_both_lines(tmp_path: Path) -> None:
     )
 
 
+def test_each_record_that_is_near_a_held_out_one_is_told(tmp_path: Path) -> None:
+    """However many they are, and near each other."""
+    essay = " ".join(f"word{n}" for n in range(40))
+    held_out = write_jsonl(tmp_path / "test.jsonl", [{"text": f"{essay} test"}])
+    data = load(tmp_path, [{"text": f"{essay} {n}"} for n in range(10, 20)], test=str(held_out), max_seq_len=500)
+    leaks = [finding for finding in data.findings if finding.kind == "near leak"]
+    assert [finding.where for finding in leaks] == [f"{tmp_path}/train.jsonl:{n}" for n in range(1, 11)]
+    assert "--fix keeps it" in leaks[0].text
+    assert mended(data)[0].count("\n") == 10
+
+
 def test_what_validation_and_test_share_is_told(tmp_path: Path) -> None:
     for name in ("validation", "test"):
         write_jsonl(tmp_path / f"{name}.jsonl", [chat("the same", "in both")])

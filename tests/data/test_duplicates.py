@@ -34,6 +34,15 @@ def test_the_pairs_are_those_of_the_definition() -> None:
     assert sorted(j for _, j in found) == sorted({j for _, j in all_near}), "and none is missed, or told twice"
 
 
+def test_of_two_sides_each_that_is_learnt_is_held_against_the_other() -> None:
+    draw = random.Random(0)
+    texts = [words(40, draw) for _ in range(3)] * 4
+    near = [" ".join([*text[:-1], str(n)]) for n, text in enumerate(texts)]  # 0, 3, 6, 9 are near, and so on
+    within = [(i, i + 3) for i in range(6)]
+    across = [(i, 9 + i % 3) for i in range(9)]
+    assert sorted(near_pairs(near, 9)) == sorted([(i % 3, j) for i, j in within] + across)
+
+
 def test_short_and_foreign_texts() -> None:
     texts = [
         "",
