@@ -81,6 +81,10 @@ class RunFolder:
         self._lock = hold(path, "run", "--train.output")
         self.metrics, self.timing = LineLog(path / "metrics.jsonl"), LineLog(path / "timing.jsonl")
 
+    def n_bytes(self) -> int:
+        """Of all that lies in the folder."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
     def begin(self, config: RunConfig) -> None:
         """Delete what an earlier run wrote, and write the configuration: now the folder is the new run's.
 

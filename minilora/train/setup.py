@@ -7,15 +7,16 @@ from typing import Any, Protocol
 
 import torch
 
-from minilora.adamw import FlatAdamW
+from minilora.adamw import FlatAdamW, state_bytes
 from minilora.ahead import Ahead
 from minilora.backend import dtype_name, pick_device, pick_dtype, told
 from minilora.base import tokenizer_for
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import tokenizer_of
+from minilora.checkpoint.write import check_space
 from minilora.compiled import compile_loops
-from minilora.config import RunConfig, to_dict
+from minilora.config import RunConfig, TrainConfig, to_dict
 from minilora.data.check import Data, load_data
 from minilora.data.encode import Sample
 from minilora.data.pack import Mix, RowSampler, epoch_rows
@@ -113,6 +114,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     reporter.say(one_line(predicted))
     if kept := ledger.kept():
         reporter.say(kept)
+    n_steps = steps_of_run([s.length for s in data.learnt], config, data.mix)
+    check_space(folder.path, _saved_bytes(config.train, predicted.get("gradients", 0) // 4, n_steps) - folder.n_bytes())
     model = load_model(
         checkpoint.folder, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
@@ -122,7 +125,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if on_cpu and 1.5 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to
         keep_freed_memory(short=True)
 
-    weights, n_steps = trainable(model), _n_steps(config, data, model, sampler, reporter)
+    weights = trainable(model)
+    _tell_steps(n_steps, config, data, model, sampler, reporter)
     memory, optimizer = PeakMemory(device), optimizer_for(weights, config)
     if config.train.paged:
         n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
@@ -157,18 +161,24 @@ def _pick_dtype(config: RunConfig, checkpoint: Checkpoint, device: torch.device)
     return torch.float32, "weights of the base learn"
 
 
-def _n_steps(config: RunConfig, data: Data, model: Mistral, sampler: RowSampler, reporter: Reporter) -> int:
-    """How many steps the run has; told, with what they are made of."""
-    train, lengths = config.train, [s.length for s in data.learnt]
-    n_rows, n_steps = train.batch_size * train.accumulate, steps_of_run(lengths, config, data.mix)
+def _tell_steps(
+    n_steps: int, config: RunConfig, data: Data, model: Mistral, sampler: RowSampler, reporter: Reporter
+) -> None:
+    """How many steps the run has, with what they are made of."""
+    train = config.train
     reporter.say(
         f"{train.strategy}: {sum(p.numel() for p in trainable(model).values()):,} weights learn, the base has "
-        f"{model.config.n_parameters:,}; {len(lengths):,} samples in {len(sampler.rows):,} rows of "
-        f"{config.data.max_seq_len}, {n_steps:,} steps of {n_rows} rows"
+        f"{model.config.n_parameters:,}; {len(data.learnt):,} samples in {len(sampler.rows):,} rows of "
+        f"{config.data.max_seq_len}, {n_steps:,} steps of {train.batch_size * train.accumulate} rows"
     )
     if warning := too_short(n_steps, train):
         reporter.say(f"warning: {warning}")
-    return n_steps
+
+
+def _saved_bytes(train: TrainConfig, n_learned: int, n_steps: int) -> int:
+    """The most that a run has on the disk: checkpoints, one of them new, the best step's weights and the last ones."""
+    weights, state = 4 * n_learned, state_bytes(train.optimizer, n_learned)
+    return min(train.keep_checkpoints + 1, ceil(n_steps / train.checkpoint_every)) * (weights + state) + 2 * weights
 
 
 def _origin(

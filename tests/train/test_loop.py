@@ -42,6 +42,7 @@ from minilora.train.run_folder import LineLog
 from minilora.train.setup import Run
 from minilora.train.signals import Stopped
 from minilora.train.step import StepResult
+from minilora.train.strategies import trainable
 
 Steps = list[dict[str, Any]]
 
@@ -492,6 +493,27 @@ def test_a_run_without_any_log_still_ends_well(
     monkeypatch.setattr(LineLog, "append", lambda *_: None)
     summary = fine_tune(make_config(), quiet).folder.read_json("summary.json")
     assert summary["tok_per_s"] is None
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_base_is_loaded(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two checkpoints, of weights and two moments, and twice the weights; what a run has written counts as free."""
+    config = make_config(train__checkpoint_every=2)
+    run = fine_tune(config, Quiet())
+    needed = 4 * sum(p.numel() for p in trainable(run.model).values()) * (2 * 3 + 2)
+    assert run.folder.n_bytes() > needed
+
+    def disk_with(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2 * free, free, free))  # type: ignore[attr-defined]
+
+    disk_with(needed - 1)
+    with pytest.raises(UserError, match=r"new: .* GB are needed, .* are free; free some or choose another folder"):
+        fine_tune(replace(config, train=replace(config.train, output=str(tmp_path / "new"))), quiet)
+    assert not (tmp_path / "new").exists()
+    assert not any("weights learn" in said for said in quiet.said)
+    disk_with(0)
+    fine_tune(config, quiet, resume=True)
 
 
 def test_a_failed_start_leaves_nothing_in_the_way(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
