@@ -324,6 +324,7 @@ def serve(args: list[str]) -> None:
     parser = arguments.verb_parser(serve)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=arguments.Port, default=8000, help="0 takes a free one")
+    parser.add_argument("--name", help="of the model, as clients ask for it; by default its run's, or its folder's")
     parser.add_argument("--system", help="what the model is told where a conversation has no system text")
     parser.add_argument("--max_tokens", type=PositiveInt, default=4096, help="of a conversation and its answer")
     arguments.add_sampling(parser, max_new_tokens=512)
@@ -340,7 +341,11 @@ def serve(args: list[str]) -> None:
     base = _find(parsed, parsed.adapter)
     limit = min(parsed.max_tokens, base.checkpoint.config.max_seq_len)
     line = Line(_loaded(base, (1, limit, 1)), base.tokenizer)
-    name = parsed.adapter or base.checkpoint.name
+    name = base.checkpoint.name
+    if base.adapter:  # where it lies is nobody's business; RUN/adapter is a run's
+        folder = Path(os.path.abspath(base.adapter))
+        name = (folder.name == "adapter" and folder.parent.name) or folder.name
+    name = parsed.name or name
     sampling = _sampling(parsed, fixed=False)
     offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, sampling)
     host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host

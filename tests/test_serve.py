@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
@@ -60,9 +61,8 @@ def offer(tokenizer: Tokenizer) -> Offer:
     return Offer("demo", tokenizer, LIMIT, 16, None, sampling)
 
 
-@pytest.fixture(scope="module")
-def address(model: Mistral, offer: Offer) -> Iterator[tuple[str, int]]:
-    """Where the server listens, as long as the module's tests run."""
+@contextmanager
+def serving(model: Mistral, offer: Offer) -> Iterator[tuple[str, int]]:
     listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(make_config(make_app(Line(model, offer.tokenizer), offer)))
     thread = Thread(target=server.run, args=[[listening]])
@@ -70,6 +70,13 @@ def address(model: Mistral, offer: Offer) -> Iterator[tuple[str, int]]:
     yield listening.getsockname()
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(model: Mistral, offer: Offer) -> Iterator[tuple[str, int]]:
+    """Where the server listens, as long as the module's tests run."""
+    with serving(model, offer) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,17 @@ def until(happened: Callable[[], bool]) -> None:
 def test_the_model_is_listed(client: OpenAI) -> None:
     [listed] = client.models.list().data
     assert (listed.id, listed.object, listed.owned_by) == ("demo", "model", "minilora")
+    assert client.models.retrieve("demo") == listed
+    for other in ("gpt-4", "demo/x", "../demo"):
+        with pytest.raises(openai.NotFoundError, match=rf"there is no model '{other}', but demo") as unknown:
+            client.models.retrieve(other)
+        assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize("name", ["mistralai/Mistral-7B", "你好", "a b"])
+def test_any_name_is_found(name: str, offer: Offer, model: Mistral) -> None:
+    with serving(model, replace(offer, name=name)) as there, OpenAI(base_url=f"{url_of(there)}/v1", api_key="x") as one:
+        assert one.models.retrieve(name).id == name
 
 
 def test_answers_are_those_of_generate(client: OpenAI, ask: Callable[..., ChatCompletion], run: Run) -> None:
@@ -606,9 +624,7 @@ def test_where_it_cannot_listen(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert err.endswith("needs starlette, which is not installed: pip install 'minilora[serve]'\n")
 
 
-def test_the_verb_serves_what_it_is_told_to(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_the_verb_serves_what_it_is_told_to(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> None:
     made: list[Any] = []
     monkeypatch.setattr(server_module, "make_app", lambda _, offer: made.append(offer))
     monkeypatch.setattr(server_module, "run", lambda *given: (made.append(given[3]), given[2].close()))
@@ -619,11 +635,28 @@ def test_the_verb_serves_what_it_is_told_to(
     assert (offer.name, offer.limit, offer.max_new_tokens, offer.system) == ("tiny", 99, 512, "Be brief.")
     assert offer.sampling == {"temperature": 0, "top_k": None, "top_p": 0.5, "seed": None}
     assert "serves tiny: http://localhost:" in hello
-    save_adapter(
-        add_lora(load_model(tiny_base), LoraConfig(rank=2)), tmp_path, provenance={"base_path": str(tiny_base)}
-    )
-    run("serve", "--adapter", tmp_path, "--max_tokens", 10**6, "--port", 0)
-    assert (made[2].name, made[2].limit) == (str(tmp_path), 32_768), "the model's own limit"
+    run("serve", "--model.path", tiny_base, "--max_tokens", 10**6, "--port", 0)
+    assert made[2].limit == 32_768, "the model's own limit"
+
+
+def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path) -> None:
+    """By the run, and by no path."""
+    made: list[Offer] = []
+    monkeypatch.setattr(server_module, "make_app", lambda _, offer: made.append(offer))
+    monkeypatch.setattr(server_module, "run", lambda *given: given[2].close())
+    monkeypatch.chdir(tmp_path)
+    model = add_lora(load_model(tiny_base), LoraConfig(rank=2))
+    for folder in ("mine/adapter", "alone"):
+        save_adapter(model, tmp_path / folder, provenance={"base_path": str(tiny_base)})
+    weights = "mine/adapter/adapter_model.safetensors"
+    for typed in ("mine", "mine/", "mine/adapter", weights, tmp_path / "mine/adapter", "alone", "./mine/../alone/"):
+        assert run("serve", "--adapter", typed, "--port", 0)[0] == 0
+        assert made[-1].name == ("alone" if "alone" in str(typed) else "mine")
+    run("serve", "--adapter", "alone", "--port", 0, "--name", "our model")
+    assert made[-1].name == "our model"
+    monkeypatch.chdir(tmp_path / "mine/adapter")
+    run("serve", "--adapter", ".", "--port", 0)
+    assert made[-1].name == "mine"
 
 
 @pytest.mark.slow

@@ -62,6 +62,11 @@ class Offer:
     system: str | None
     sampling: Mapping[str, Any]
 
+    def check_model(self, name: Any) -> None:
+        """Raises Refused for another model."""
+        if name != self.name:
+            raise Refused(f"there is no model {short(name)}, but {self.name}", "model", 404, "model_not_found")
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -84,8 +89,7 @@ def read_ask(data: bytes, offer: Offer) -> Ask:
     for name, value in fields.items():
         if name not in (*FOLLOWED, *PASSED_OVER) and value not in ASKS_FOR_NOTHING.get(name, ()):
             raise Refused(f"{name} {short(value)} is not supported; leave it out", short(name)[1:-1])
-    if (model := fields.get("model", offer.name)) != offer.name:
-        raise Refused(f"there is no model {short(model)}, but {offer.name}", "model", 404, "model_not_found")
+    offer.check_model(fields.get("model", offer.name))
     if "max_tokens" in fields and "max_completion_tokens" in fields:
         raise Refused("max_tokens and max_completion_tokens are two names of one limit; give one", "max_tokens")
     sampling = {

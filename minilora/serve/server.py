@@ -1,7 +1,8 @@
 """The API over HTTP, by Starlette and uvicorn (the extra `serve`).
 
     GET  /                      the page to chat in
-    GET  /v1/models             the one that is served
+    GET  /v1/models             the one that is served, in a list
+    GET  /v1/models/NAME        by itself
     POST /v1/chat/completions   an answer, whole or as a stream of events
 
 A page of another origin can ask nothing: JSON alone is taken, which a browser sends to strangers only if these say so,
@@ -45,9 +46,12 @@ def make_app(line: Line, offer: Offer) -> Starlette:
     async def show_page(_: Request) -> Response:
         return HTMLResponse(page)
 
-    async def models(_: Request) -> Response:
+    async def models(request: Request) -> Response:
         model = {"id": offer.name, "object": "model", "created": began, "owned_by": "minilora"}
-        return _json({"object": "list", "data": [model]})
+        if "id" not in request.path_params:
+            return _json({"object": "list", "data": [model]})
+        offer.check_model(request.path_params["id"])
+        return _json(model)
 
     async def complete(request: Request) -> Response:
         try:
@@ -69,6 +73,7 @@ def make_app(line: Line, offer: Offer) -> Starlette:
         routes=[
             Route("/", show_page),
             Route("/v1/models", models),
+            Route("/v1/models/{id:path}", models),  # a name may hold slashes
             Route("/v1/chat/completions", complete, methods=["POST"]),
         ],
         exception_handlers=dict.fromkeys((Refused, HTTPException, Exception), _wrong),
