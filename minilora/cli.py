@@ -349,7 +349,8 @@ def serve(args: list[str]) -> None:
     sampling = _sampling(parsed, fixed=False)
     offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, sampling)
     host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
-    hello = f"minilora {version('minilora')} serves {name}: http://{host}:{listening.getsockname()[1]}"
+    url = f"http://{host}:{listening.getsockname()[1]}"
+    hello = f"minilora {version('minilora')} serves {name}: {url} (a page), {url}/v1 (OpenAI's API)"
     run(make_app(line, offer), line, listening, hello)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -634,7 +635,8 @@ def test_the_verb_serves_what_it_is_told_to(run: Run, monkeypatch: pytest.Monkey
     offer, hello = made
     assert (offer.name, offer.limit, offer.max_new_tokens, offer.system) == ("tiny", 99, 512, "Be brief.")
     assert offer.sampling == {"temperature": 0, "top_k": None, "top_p": 0.5, "seed": None}
-    assert "serves tiny: http://localhost:" in hello
+    url = r"http://localhost:(\d+)"
+    assert re.fullmatch(rf"minilora \S+ serves tiny: {url} \(a page\), {url}/v1 \(OpenAI's API\)", hello)
     run("serve", "--model.path", tiny_base, "--max_tokens", 10**6, "--port", 0)
     assert made[2].limit == 32_768, "the model's own limit"
 
@@ -679,8 +681,8 @@ def test_a_signal_ends_the_server(signum: int, status: int, asked: list[str]) ->
         try:
             assert process.stdout is not None
             hello = process.stdout.readline()
-            assert "serves demo: http://127.0.0.1:" in hello
-            address = ("127.0.0.1", int(hello.rpartition(":")[2]))
+            assert hello.endswith("/v1 (OpenAI's API)\n")
+            address = ("127.0.0.1", int(hello.rpartition(":")[2].partition("/")[0]))
             assert post(address, json.dumps({"messages": MESSAGES, "max_tokens": 2}).encode())[0] == 200
             hot: dict[str, Any] = {"temperature": 2, "stream": True}
             clients = [connect(address, messages=[{"role": "user", "content": text}], **hot) for text in asked]
