@@ -232,6 +232,14 @@ def test_a_request_needs_no_model(address: tuple[str, int]) -> None:
     assert (status, answer["model"]) == (200, "demo")
 
 
+def test_the_readme_s_examples_are_answered(address: tuple[str, int], client: OpenAI) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [curl] = re.findall(r"^  -d '(.*)'$", readme, re.MULTILINE)
+    [call] = re.findall(r"`(client\.chat\..*?)`", readme)
+    assert eval(call, {"client": client}).choices[0].message.content
+    assert post(address, curl.encode())[0] == 200
+
+
 def test_the_conversation_and_the_system_text_are_what_the_model_sees(offer: Offer) -> None:
     def prompt(offer: Offer, *messages: dict[str, Any]) -> list[int]:
         return read_ask(json.dumps({"messages": messages}).encode(), offer).prompt
