@@ -337,21 +337,20 @@ def serve(args: list[str]) -> None:
     from minilora.serve.request import Offer
     from minilora.serve.server import listen, make_app, run
 
-    listening = listen(parsed.host, int(parsed.port))  # what is wrong with it is said before a model is loaded
-    base = _find(parsed, parsed.adapter)
-    limit = min(parsed.max_tokens, base.checkpoint.config.max_seq_len)
-    line = Line(_loaded(base, (1, limit, 1)), base.tokenizer)
-    name = base.checkpoint.name
-    if base.adapter:  # where it lies is nobody's business; RUN/adapter is a run's
-        folder = Path(os.path.abspath(base.adapter))
-        name = (folder.name == "adapter" and folder.parent.name) or folder.name
-    name = parsed.name or name
-    sampling = _sampling(parsed, fixed=False)
-    offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, sampling)
-    host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
-    url = f"http://{host}:{listening.getsockname()[1]}"
-    hello = f"minilora {version('minilora')} serves {name}: {url} (a page), {url}/v1 (OpenAI's API)"
-    run(make_app(line, offer), line, listening, hello)
+    with listen(parsed.host, int(parsed.port)) as listening:  # what is wrong with it is said before a model is loaded
+        base = _find(parsed, parsed.adapter)
+        limit = min(parsed.max_tokens, base.checkpoint.config.max_seq_len)
+        # RUN/adapter has the run's name; where it lies is nobody's business.
+        of_adapter = re.sub(r"(?s).*?([^/]+)(/adapter)?\Z", r"\1", os.path.abspath(base.adapter or ""))
+        name = parsed.name or (of_adapter if base.adapter else base.checkpoint.name)
+        sampling = _sampling(parsed, fixed=False)
+        offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, sampling)
+        offer.check_room()
+        line = Line(_loaded(base, (1, limit, 1)), base.tokenizer)
+        host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        hello = f"minilora {version('minilora')} serves {name}: {url} (a page), {url}/v1 (OpenAI's API)"
+        run(make_app(line, offer), line, listening, hello)
 
 
 def _sampling(parsed: Namespace, fixed: bool = True) -> dict[str, Any]:

@@ -61,11 +61,16 @@ def content_text(content: Any) -> str:
     """A message's content, a text or a list of {"type": "text", "text"} joined by empty lines, as one text."""
     if isinstance(content, str):
         return content
+    what = kind(content)
     if isinstance(content, list):
         texts = [p.get("text") if isinstance(p, Mapping) and p.get("type") == "text" else None for p in content]
         if all(isinstance(text, str) for text in texts):
             return "\n\n".join(text for text in texts if text)
-    raise UserError(f"its content is {kind(content)}, but must be text or a list of text parts")
+        n = next(n for n, text in enumerate(texts) if not isinstance(text, str))
+        what += f" whose part {n + 1} is {kind(part := content[n])}"
+        if isinstance(part, Mapping):
+            what += f" (type {part.get('type')!r}, text {kind(part.get('text'))})"
+    raise UserError(f"its content is {what}, but must be text or a list of text parts")
 
 
 def _read_message(message: Mapping[str, Any], n: int, version: str) -> Turn:

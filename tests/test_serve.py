@@ -315,7 +315,7 @@ def test_an_answer_ends_before_its_stop(ask: Callable[..., ChatCompletion], clie
 @pytest.mark.parametrize(
     ("changed", "field", "words"),
     [
-        ({"messages": []}, "messages", "must be a list of messages"),
+        ({"messages": []}, "messages", "messages is empty, but must be a list of messages"),
         ({"messages": None}, "messages", "messages is missing"),
         ({"messages": "hi"}, "messages", "messages is text"),
         ({"messages": ["hi"]}, "messages", "message 1"),
@@ -325,7 +325,15 @@ def test_an_answer_ends_before_its_stop(ask: Callable[..., ChatCompletion], clie
         ({"messages": [{"role": "user", "content": 3}]}, "messages", "a number"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text parts"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "text parts"),
+        *(
+            ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}, "messages", words)
+            for part, words in (
+                ({"type": "input_audio"}, "its content is a list whose part 2 is an object (type 'input_audio',"),
+                ({}, "part 2 is an object (type None, text missing)"),
+                ({"type": "text", "text": 3}, "part 2 is an object (type 'text', text a number)"),
+                ("b", "part 2 is text, but must be text or a list of text parts"),
+            )
+        ),
         ({"messages": [*MESSAGES, {"role": "assistant", "content": "a"}]}, "messages", "let a user's follow"),
         ({"messages": [*MESSAGES, {"role": "tool", "content": "a"}]}, "messages", "role tool cannot follow user"),
         ({"messages": [{"role": "user", "content": "a" * 500}]}, "messages", "there is room for 200"),
@@ -647,6 +655,22 @@ def test_the_verb_serves_what_it_is_told_to(run: Run, monkeypatch: pytest.Monkey
     assert re.fullmatch(rf"minilora \S+ serves tiny: {url} \(a page\), {url}/v1 \(OpenAI's API\)", hello)
     run("serve", "--model.path", tiny_base, "--max_tokens", 10**6, "--port", 0)
     assert made[2].limit == 32_768, "the model's own limit"
+
+
+def test_a_system_text_that_leaves_no_room_is_refused_at_once(
+    run: Run, offer: Offer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "run", lambda *given: given[2].close())
+    n = len(
+        offer.tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, MESSAGES[0] | {"content": "a"}])[0]
+    )
+    flags = ["--system", "Be brief.", "--port", 0, "--max_tokens"]
+    said = f"one letter under --system has {n} of {n} tokens, none is left: raise --max_tokens"
+    assert run("serve", *flags, n) == (1, "", f"minilora serve: {said} or shorten --system\n")
+    assert run("serve", *flags, n + 1)[0] == 0
+    status, _, err = run("serve", "--port", 0, "--max_tokens", 1)
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.endswith(" of 1 tokens, none is left: raise --max_tokens\n")
 
 
 def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ class Offer:
     system: str | None
     sampling: Mapping[str, Any]
 
+    def check_room(self) -> None:
+        """Raises UserError where no question could be answered."""
+        if (n := len(_prompt([{"role": "user", "content": "a"}], self))) >= self.limit:
+            under, say = (" under --system", " or shorten --system") if self.system else ("", "")
+            raise UserError(
+                f"one letter{under} has {n:,} of {self.limit:,} tokens, none is left: raise --max_tokens{say}"
+            )
+
     def check_model(self, name: Any) -> None:
         """Raises Refused for another model."""
         if name != self.name:
@@ -120,7 +128,8 @@ def read_ask(data: bytes, offer: Offer) -> Ask:
 
 def _prompt(messages: Any, offer: Offer) -> list[int]:
     if not isinstance(messages, list) or not messages:
-        raise Refused(f"messages is {kind(messages)}, but must be a list of messages", "messages")
+        what = "empty" if messages == [] else kind(messages)
+        raise Refused(f"messages is {what}, but must be a list of messages", "messages")
     said = [{k: m[k] for k in OF_A_MESSAGE if k in m} if isinstance(m, dict) else m for m in messages]
     said = [m | {"role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m for m in said]
     try:

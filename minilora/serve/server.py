@@ -48,10 +48,8 @@ def make_app(line: Line, offer: Offer) -> Starlette:
 
     async def models(request: Request) -> Response:
         model = {"id": offer.name, "object": "model", "created": began, "owned_by": "minilora"}
-        if "id" not in request.path_params:
-            return _json({"object": "list", "data": [model]})
-        offer.check_model(request.path_params["id"])
-        return _json(model)
+        offer.check_model(request.path_params.get("id", offer.name))
+        return _json(model if request.path_params else {"object": "list", "data": [model]})
 
     async def complete(request: Request) -> Response:
         try:
