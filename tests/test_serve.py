@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -616,6 +617,51 @@ def test_the_page_needs_nothing_else(address: tuple[str, int]) -> None:
         assert needed in page
 
 
+PAGE_IN_NODE = """
+const parts = {}, asked = [];
+const element = () => ({ textContent: "", value: "", remove() {}, scrollIntoView() {}, focus() {}, replaceChildren() {},
+  appendChild: (child) => child });
+globalThis.document = { getElementById: (id) => parts[id] ??= element(), createElement: element };
+globalThis.fetch = async (url, options) => {
+  if (url === "v1/models") return Response.json({ data: [{ id: "demo" }] });
+  const { messages } = JSON.parse(options.body), last = messages.at(-1).content;
+  asked.push(messages.map((message) => message.content).join(" "));
+  if (messages.length > 3 || last === "long")
+    return Response.json({ error: { message: "no room", code: "context_length_exceeded" } }, { status: 400 });
+  const event = (delta, finish_reason) => `data: ${JSON.stringify({ choices: [{ delta, finish_reason }] })}\\n\\n`;
+  return new Response(event({ content: last === "empty" ? "" : last.toUpperCase() }, null)
+    + event({}, last === "cut" ? "length" : "stop") + "data: [DONE]\\n\\n");
+};
+globalThis.test = async () => {
+  const notes = [];
+  for (const question of ["a", "b", "long", "empty", "cut"]) {
+    await ask(question);
+    notes.push(parts.note.textContent);
+  }
+  console.log(JSON.stringify({ asked, notes }));
+};
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="runs the page's script in node")
+def test_the_page_says_what_becomes_of_an_answer(tmp_path: Path) -> None:
+    page = Path(server_module.__file__).with_name("page.html").read_text("utf-8")
+    [script] = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    (tmp_path / "page.js").write_text(f"{PAGE_IN_NODE}\n(() => {{{script}\nglobalThis.ask = ask;\n}})();\ntest();\n")
+    done = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["asked"] == [
+        *("a", "a A b"),
+        *("a A b B long", "b B long", "long"),  # after which all is as it was
+        *("a A b B empty", "b B empty"),
+        "b B cut",
+    ]
+    too_long = "the conversation is too long: its oldest part is left out"
+    cut = "the answer is cut: it may have no more tokens"
+    assert told["notes"] == ["", "", "no room", f"{too_long}; there is no answer", cut]
+
+
 # --- The verb -------------------------------------------------------------------------------------------------------
 
 
@@ -665,12 +711,12 @@ def test_a_system_text_that_leaves_no_room_is_refused_at_once(
         offer.tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, MESSAGES[0] | {"content": "a"}])[0]
     )
     flags = ["--system", "Be brief.", "--port", 0, "--max_tokens"]
-    said = f"one letter under --system has {n} of {n} tokens, none is left: raise --max_tokens"
+    said = f"one letter under --system fills {n} of {n} tokens: raise --max_tokens"
     assert run("serve", *flags, n) == (1, "", f"minilora serve: {said} or shorten --system\n")
     assert run("serve", *flags, n + 1)[0] == 0
     status, _, err = run("serve", "--port", 0, "--max_tokens", 1)
     assert (status, err.count("\n")) == (1, 1)
-    assert err.endswith(" of 1 tokens, none is left: raise --max_tokens\n")
+    assert err.endswith(" of 1 tokens: raise --max_tokens\n")
 
 
 def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path) -> None:

@@ -66,9 +66,7 @@ class Offer:
         """Raises UserError where no question could be answered."""
         if (n := len(_prompt([{"role": "user", "content": "a"}], self))) >= self.limit:
             under, say = (" under --system", " or shorten --system") if self.system else ("", "")
-            raise UserError(
-                f"one letter{under} has {n:,} of {self.limit:,} tokens, none is left: raise --max_tokens{say}"
-            )
+            raise UserError(f"one letter{under} fills {n:,} of {self.limit:,} tokens: raise --max_tokens{say}")
 
     def check_model(self, name: Any) -> None:
         """Raises Refused for another model."""
