@@ -335,7 +335,7 @@ def serve(args: list[str]) -> None:
 
     from minilora.serve.line import Line
     from minilora.serve.request import Offer
-    from minilora.serve.server import listen, make_app, run
+    from minilora.serve.server import listen, make_app, names_of, run
 
     with listen(parsed.host, int(parsed.port)) as listening:  # what is wrong with it is said before a model is loaded
         base = _find(parsed, parsed.adapter)
@@ -343,14 +343,13 @@ def serve(args: list[str]) -> None:
         # RUN/adapter has the run's name; where it lies is nobody's business.
         of_adapter = re.sub(r"(?s).*?([^/]+)(/adapter)?\Z", r"\1", os.path.abspath(base.adapter or ""))
         name = parsed.name or (of_adapter if base.adapter else base.checkpoint.name)
-        sampling = _sampling(parsed, fixed=False)
-        offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, sampling)
+        offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, _sampling(parsed, fixed=False))
         offer.check_room()
         line = Line(_loaded(base, (1, limit, 1)), base.tokenizer)
         host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         url = f"http://{host}:{listening.getsockname()[1]}"
         hello = f"minilora {version('minilora')} serves {name}: {url} (a page), {url}/v1 (OpenAI's API)"
-        run(make_app(line, offer), line, listening, hello)
+        run(make_app(line, offer, names_of(listening, host)), line, listening, hello)
 
 
 def _sampling(parsed: Namespace, fixed: bool = True) -> dict[str, Any]:

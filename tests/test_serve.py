@@ -1,5 +1,6 @@
 """The server, asked by OpenAI's own client over a socket; what it refuses, whom it lets wait, and how it ends."""
 
+import http.client
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
@@ -39,7 +40,7 @@ from minilora.serve import line as line_module
 from minilora.serve import server as server_module
 from minilora.serve.line import Line, Stops
 from minilora.serve.request import Ask, Offer, Refused, read_ask
-from minilora.serve.server import MAX_BODY, listen, make_app, make_config
+from minilora.serve.server import MAX_BODY, listen, make_app, make_config, names_of
 from minilora.tokenizer import Tokenizer, load_tokenizer
 
 QUESTION = 'How is "mistral" pronounced?'
@@ -66,7 +67,9 @@ def offer(tokenizer: Tokenizer) -> Offer:
 @contextmanager
 def serving(model: Mistral, offer: Offer) -> Iterator[tuple[str, int]]:
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(make_config(make_app(Line(model, offer.tokenizer), offer)))
+    server = uvicorn.Server(
+        make_config(make_app(Line(model, offer.tokenizer), offer, names_of(listening, "127.0.0.2")))
+    )
     thread = Thread(target=server.run, args=[[listening]])
     thread.start()
     yield listening.getsockname()
@@ -120,7 +123,7 @@ def post(address: tuple[str, int], body: bytes, kind: str = "application/json") 
 def connect(address: tuple[str, int], **fields: Any) -> socket.socket:
     """A client that has asked, and reads when it is told to."""
     body = json.dumps({"messages": MESSAGES, **fields}).encode()
-    head = "POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"
+    head = "POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"
     made = socket.create_connection(address, timeout=60)
     made.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
     return made
@@ -454,6 +457,29 @@ def test_what_is_not_there(address: tuple[str, int], method: str, path: str, sta
         assert not [name for name in error.headers if name.lower().startswith("access-control")]
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/chat/completions", "/nothing"])
+def test_a_server_on_loopback_is_not_called_by_another_name(address: tuple[str, int], path: str) -> None:
+    """As a page would whose own name leads here."""
+    ours = ("localhost", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:8000", "127.0.0.2")
+    others = ("evil.example", "evil.example:8000", "localhost.evil.example", "x@localhost", "::1", "127.0.0.1:x", "")
+    for host in (*ours, *others):
+        with closing(http.client.HTTPConnection(*address, timeout=60)) as connection:
+            connection.request("GET", path, headers={"Host": host})
+            response = connection.getresponse()
+            status, body = response.status, response.read()
+        assert (status == 403) == (host in others), host
+        if status == 403:
+            error = json.loads(body)["error"]
+            assert (set(error), error["type"]) == ({"message", "type", "param", "code"}, "invalid_request_error")
+            assert error["message"].startswith(f"the host {host!r} is none of localhost, 127.0.0.1, [::1]")
+
+
+def test_a_server_for_others_may_have_any_name() -> None:
+    for host, names in {"0.0.0.0": 0, "::": 0, "127.0.0.1": 3, "localhost": 3, "LocalHost": 3, "127.0.0.3": 4}.items():
+        with listen(host, 0) as listening:
+            assert len(names_of(listening, host)) == names, host
+
+
 def test_openai_s_client_knows_what_is_wrong(ask: Callable[..., ChatCompletion]) -> None:
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4', but demo") as unknown:
         ask(model="gpt-4")
@@ -523,7 +549,7 @@ def test_who_goes_away_in_the_midst_of_asking_is_forgotten(
     address: tuple[str, int], ask: Callable[..., ChatCompletion], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_connection(address) as half:
-        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         half.sendall(b'Content-Length: 100\r\n\r\n{"messages": ')
     assert text_of(ask())
     assert capsys.readouterr() == ("", "")
@@ -689,7 +715,7 @@ def test_where_it_cannot_listen(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_verb_serves_what_it_is_told_to(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(server_module, "make_app", lambda _, offer: made.append(offer))
+    monkeypatch.setattr(server_module, "make_app", lambda _, offer, __: made.append(offer))
     monkeypatch.setattr(server_module, "run", lambda *given: (made.append(given[3]), given[2].close()))
     flags = ["--system", "Be brief.", "--top_p", 0.5, "--max_tokens", 99, "--host", "localhost", "--port", 0]
     status, out, err = run("serve", "--model.path", tiny_base, *flags)
@@ -722,7 +748,7 @@ def test_a_system_text_that_leaves_no_room_is_refused_at_once(
 def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path) -> None:
     """By the run, and by no path."""
     made: list[Offer] = []
-    monkeypatch.setattr(server_module, "make_app", lambda _, offer: made.append(offer))
+    monkeypatch.setattr(server_module, "make_app", lambda _, offer, __: made.append(offer))
     monkeypatch.setattr(server_module, "run", lambda *given: given[2].close())
     monkeypatch.chdir(tmp_path)
     model = add_lora(load_model(tiny_base), LoraConfig(rank=2))

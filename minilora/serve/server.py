@@ -6,17 +6,19 @@
     POST /v1/chat/completions   an answer, whole or as a stream of events
 
 A page of another origin can ask nothing: JSON alone is taken, which a browser sends to strangers only if these say so,
-and no answer does.
+and no answer does. Nor can one whose own name leads to a loopback address here: see `names_of`.
 """
 
 import asyncio
 import os
+import re
 import socket
 import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from ipaddress import ip_address
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -28,8 +30,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from minilora.checkpoint.json_file import to_json
+from minilora.checkpoint.json_file import short, to_json
 from minilora.errors import UserError
 from minilora.serve.line import Line
 from minilora.serve.request import Ask, Offer, Refused, read_ask
@@ -40,7 +43,8 @@ GRACE_S = 1  # that a token may take where the server is to end
 GONE = Response(status_code=400)  # to a client that does not read it any more
 
 
-def make_app(line: Line, offer: Offer) -> Starlette:
+def make_app(line: Line, offer: Offer, names: tuple[str, ...] = ()) -> ASGIApp:
+    """names: what the server may be called in a request, see `names_of`"""
     began, page = int(time.time()), Path(__file__).with_name("page.html").read_text("utf-8")
 
     async def show_page(_: Request) -> Response:
@@ -67,7 +71,7 @@ def make_app(line: Line, offer: Offer) -> Starlette:
             work.cancel()
             gone.cancel()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", show_page),
             Route("/v1/models", models),
@@ -76,6 +80,14 @@ def make_app(line: Line, offer: Offer) -> Starlette:
         ],
         exception_handlers=dict.fromkeys((Refused, HTTPException, Exception), _wrong),
     )
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        host = (request := Request(scope)).headers.get("host", "")
+        known = not names or re.sub(r":\d*\Z", "", host).lower() in names
+        refused = Refused(f"the host {short(host)} is none of {', '.join(names)}; ask by one of these", status=403)
+        await (app if known else await _wrong(request, refused))(scope, receive, send)
+
+    return answer
 
 
 async def _body(request: Request) -> bytes:
@@ -181,7 +193,17 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"{host}:{port}: cannot listen there: {why}; name another --port or --host") from None
 
 
-def run(app: Starlette, line: Line, listening: socket.socket, hello: str) -> None:
+def names_of(listening: socket.socket, host: str) -> tuple[str, ...]:
+    """What requests to a loopback address may call it; () for another address: any name.
+
+    Else a page that someone visits could have its own name lead to it (DNS rebinding), and would be of one origin with
+    the server.
+    """
+    local = ip_address(listening.getsockname()[0]).is_loopback
+    return tuple(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", host.lower()))) if local else ()
+
+
+def run(app: ASGIApp, line: Line, listening: socket.socket, hello: str) -> None:
     """Say hello and serve until a signal. Raises Stopped."""
     server = uvicorn.Server(make_config(app))
     thread = Thread(target=server.run, args=[[listening]])
@@ -197,7 +219,7 @@ def run(app: Starlette, line: Line, listening: socket.socket, hello: str) -> Non
         stop.follow("stopped")
 
 
-def make_config(app: Starlette) -> uvicorn.Config:
+def make_config(app: ASGIApp) -> uvicorn.Config:
     """uvicorn says nothing, waits a second for answers where it is to end, and is the same whatever is installed."""
     return uvicorn.Config(
         app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
