@@ -798,7 +798,7 @@ def test_an_empty_path_is_refused(run: Run, args: list[str]) -> None:
 
 NO_PATHS = {
     *("prompt", "system", "tensor", "model.device", "lora.targets", "train.reinit"),
-    *("config", "recipe", "strategies", "grid", "shares", "rank_by", "host"),
+    *("config", "recipe", "strategies", "grid", "shares", "rank_by", "host", "name"),
     *(f"data.{key}" for key in FILE_KEYS), "files",  # which may have weights
 }  # fmt: skip
 
