@@ -594,6 +594,8 @@ def compare(args: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a comparison")
     embedded = _demo_unless_named(parser, args)
     _, parsed = arguments.parse_run(parser, args)
+    if any(arg.startswith("--train.output") for arg in args):
+        raise UserError("--train.output: folders go by --output; drop it")
 
     from minilora.report.comparison import show
     from minilora.train.compare import STRATEGIES, all_variants
