@@ -109,15 +109,18 @@ def _folder_name(name: str) -> str:
 def all_variants(
     strategies: Sequence[str], grid: Sequence[str], shares: Sequence[str], configured: Configured
 ) -> list[Variant]:
-    """The `combinations` as runs. configured: the common configuration with these keys changed.
+    """The `combinations` as runs, those of one configuration as one, such as a share that is the configuration's own.
 
-    Raises UserError as `combinations` does, and where two runs are the same.
+    configured: the common configuration with these keys changed
+
+    Raises UserError as `combinations` does, and where two runs have one name.
     """
     pairs = combinations(strategies, grid, shares, configured({}).train.lr)
     made = [Variant(name, changes, configured(changes)) for name, changes in pairs]
     if twins := [name for name, n in Counter(variant.name for variant in made).items() if n > 1]:
         raise UserError(f"two of the runs are {twins[0]}; name each strategy and value once")
-    return made
+    configs = [variant.config for variant in made]
+    return [variant for n, variant in enumerate(made) if variant.config not in configs[:n]]
 
 
 def compare(

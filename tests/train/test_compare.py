@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from sentencepiece import sentencepiece_model_pb2
-from tiny_runs import TOKENIZER, MakeConfig, tiny_model
+from tiny_runs import TOKENIZER, MakeConfig, Run, tiny_model
 
 from minilora.arguments import parse_run, run_parser
 from minilora.checkpoint.quantize import quantize_checkpoint
@@ -77,6 +77,13 @@ def test_a_key_stands_in_one_grid_and_folders_in_none() -> None:
         names([], ["train.output=a,b"], [], 1.0)
 
 
+def test_the_run_s_own_folder_is_not_named(make_config: MakeConfig, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "run.toml").write_text(config_toml(make_config()))
+    for given in (["--train.output", tmp_path / "cmp"], [f"--train.output={tmp_path / 'cmp'}"]):
+        status, _, err = run("compare", tmp_path / "run.toml", "--grid", "train.lr=x,y", *given)
+        assert (status, err) == (1, "minilora compare: --train.output: folders go by --output; drop it\n")
+
+
 def test_a_grid_varies_keys_of_a_configuration_and_none_of_the_verb_s_own_options() -> None:
     for key in ("strategies", "shares", "rank_by", "output", "grid", "lora", "train.learning_rate"):
         with pytest.raises(UserError, match=rf"--grid {key}=a,b: {key} is no key of a configuration"):
@@ -131,6 +138,16 @@ def test_every_strategy_can_be_compared_from_a_configuration_of_another(
     assert list(made) == list(STRATEGIES)
     assert {name for name, config in made.items() if config.lora.dora} == {"dora"}
     assert {name for name, config in made.items() if config.train.layers} == {"partial"}
+
+
+def test_runs_that_come_to_the_same_configuration_are_one(make_config: MakeConfig) -> None:
+    config = make_config(train__strategy="qlora", data__share=1.0)
+
+    def configured(changes: Mapping[str, str]) -> RunConfig:
+        return replace(config, data=replace(config.data, share=float(changes.get("data.share", 1))))
+
+    made = all_variants(["qlora"], [], ["0.5", "1", "1.0", ".5"], configured)
+    assert [variant.name for variant in made] == ["qlora", "qlora-share=0.5"]
 
 
 def test_resume_and_overwrite_contradict_each_other(make_config: MakeConfig, tmp_path: Path) -> None:
