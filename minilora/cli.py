@@ -70,11 +70,11 @@ def exit_status(name: str, work: Callable[[], object]) -> int:
             work()
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `minilora ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt as error:
+        said, status = str(error) or "stopped", 130
     except (UserError, Stopped) as error:
         said, status = str(error), getattr(error, "exit_status", 1)
     except (OSError, UnicodeError) as error:  # what no one closer to it has explained
@@ -134,7 +134,11 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     from minilora.train.progress import ConsoleReporter
 
     console = _console()
-    run = fine_tune(config, ConsoleReporter(console), resume, overwrite)
+    try:
+        run = fine_tune(config, ConsoleReporter(console), resume, overwrite)
+    except KeyboardInterrupt:  # before its steps, or after them
+        begun = Path(config.train.output, "config.toml").exists()
+        raise KeyboardInterrupt(f"{config.train.output}: stopped; go on with --resume" if begun else "") from None
     report = write_report(run.folder.path)
     measured = run.folder.read_json("summary.json")
     for name in ("before", "after", "test"):
@@ -308,9 +312,13 @@ def chat(args: list[str]) -> None:
             import_module("readline")  # `input` edits lines by it
 
     def typed() -> Iterator[str]:
-        with suppress(EOFError):
+        try:
             while True:
                 yield input(prompt)
+        except EOFError:
+            return
+        except KeyboardInterrupt:  # a way to leave
+            raise SystemExit(130) from None
 
     base = _find(parsed, parsed.adapter)
     limits = parsed.max_tokens, parsed.max_new_tokens

@@ -91,6 +91,11 @@ def test_answers_come_from_the_model(tokenizer: Tokenizer) -> None:
     assert "".join(said) == "".join(answer_text(model, tokenizer, prompt, 6)) + "\n"
 
 
+def leave(_prompt: str) -> str:
+    """A Ctrl-C at the prompt."""
+    raise KeyboardInterrupt
+
+
 def test_the_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     question = 'How is "mistral" pronounced?'
     assert main(["generate", question, "--max_new_tokens", "6"]) == 0
@@ -101,6 +106,10 @@ def test_the_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     monkeypatch.setattr(sys, "stdin", StringIO(f"{question}\n"))
     assert main(["chat", "--max_tokens", "3"]) == 0
     assert capsys.readouterr().err.splitlines()[-1].startswith("this has ")
+    monkeypatch.setattr("builtins.input", leave)
+    with pytest.raises(SystemExit, match="130"):
+        main(["chat"])
+    assert "stopped" not in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
         main(["chat", "--max_tokens", "0"])
     assert usage.value.code == 2

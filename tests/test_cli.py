@@ -398,9 +398,24 @@ def test_ctrl_c_before_the_first_step(run: Run, toml: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "set_up", interrupt)
-    status, _, err = run("train", toml)
-    assert status == 130
-    assert "Traceback" not in err
+    assert run("train", toml) == (130, "", "minilora train: stopped\n")
+    monkeypatch.setattr("minilora.report.inspect.show_facts", interrupt)
+    assert run("inspect", "demo") == (130, "", "minilora inspect: stopped\n")
+
+
+@pytest.mark.parametrize("where", ["_measure", "finish"])
+def test_ctrl_c_outside_of_the_steps_of_a_run_that_has_begun(
+    run: Run, toml: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, where, interrupt)
+        status, _, err = run("train", toml)
+    output = tomllib.loads(toml.read_text())["train"]["output"]
+    assert (status, err) == (130, f"minilora train: {output}: stopped; go on with --resume\n")
+    assert run("train", toml, "--resume")[::2] == (0, "")
 
 
 # --- Using what was trained -----------------------------------------------------------------------------------------
