@@ -56,7 +56,11 @@ class Base:
         if adapter is not None:
             adapter = str(adapter_folder(adapter))
             if not os.path.isfile(Path(adapter) / CONFIG) and not is_mistral(Path(adapter)):
-                raise UserError(f"{adapter}: holds no {CONFIG}; name the folder of an adapter, such as RUN/adapter")
+                why = "this run is not finished" if os.path.isfile(Path(adapter) / "config.toml") else ""
+                if os.path.isfile(Path(adapter) / "model" / "config.json"):
+                    why = f"this run left a whole model: --model.path {adapter}/model"
+                why = why or "name the folder of an adapter, such as RUN/adapter"
+                raise UserError(f"{adapter}: holds no {CONFIG}; {why}")
         made_on = read_provenance(adapter) if adapter is not None else {}
         quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
         if (trained_on := made_on.get("quantization")) and config.quantize == "auto":

@@ -563,6 +563,24 @@ def test_what_is_wrong_is_one_line(
     refused(got, got[0], *words)
 
 
+def test_a_run_that_left_a_model_or_nothing_yet_says_so(run: Run, tmp_path: Path) -> None:
+    """Where an adapter or a model is looked for in its folder."""
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    for folder in (whole, begun):
+        folder.mkdir()
+        (folder / "config.toml").touch()
+    shutil.copytree(base_folder("demo"), whole / "model")
+    lacks = "holds no adapter_config.json;"
+    as_adapter, as_model = ["generate", "hi", "--adapter"], ["generate", "hi", "--model.path"]
+    refused(run(*as_adapter, whole), 1, f"{whole}: {lacks} this run left a whole model: --model.path {whole}/model\n")
+    refused(run(*as_adapter, begun), 1, f"{begun}: {lacks} this run is not finished\n")
+    refused(run(*as_model, whole), 1, f"{whole}/model/config.json: this is a run's model; name its own folder\n")
+    refused(run(*as_model, begun), 1, f"{begun}/config.toml: this run is not finished; minilora train --resume goes on\n")
+    shutil.copytree(base_folder("demo"), begun / "adapter")
+    (begun / "adapter" / "adapter_config.json").touch()
+    refused(run(*as_model, begun), 1, f"{begun}/adapter/adapter_config.json: this is a run's adapter; name its base")
+
+
 def test_export_ignores_no_flag(run: Run) -> None:
     refused(run("export", "a", "b", "--to", "peft", "--dtype", "float16"), 1, "--dtype does nothing with --to peft")
     refused(run("export", "a", "b", "--to", "hf", "--model.path", "c"), 1, "--model.path does nothing with --to hf")
