@@ -577,12 +577,13 @@ def _verify_resume(args: list[str]) -> None:
     parser.prog = "minilora verify resume"
     parser.usage = "minilora verify resume [CONFIG.toml] [--section.key value ...] [--steps N]"
     parser.add_argument("--steps", type=arguments.Steps, default=6, help="in their middle the run is interrupted")
-    _demo_unless_named(parser, args)
+    embedded = ["the demo's configuration"] if _demo_unless_named(parser, args) else []
     config, parsed = arguments.parse_run(parser, args)
 
     from minilora.train.twins import compare_twins
 
-    print(compare_twins(config, int(parsed.steps), partial(print, flush=True)))
+    named = " and ".join([*embedded, *map(str, parsed.config or [])]) or "a configuration"
+    print(compare_twins(config, int(parsed.steps), partial(print, flush=True), named))
 
 
 def compare(args: list[str]) -> None:

@@ -575,7 +575,9 @@ def test_a_run_that_left_a_model_or_nothing_yet_says_so(run: Run, tmp_path: Path
     refused(run(*as_adapter, whole), 1, f"{whole}: {lacks} this run left a whole model: --model.path {whole}/model\n")
     refused(run(*as_adapter, begun), 1, f"{begun}: {lacks} this run is not finished\n")
     refused(run(*as_model, whole), 1, f"{whole}/model/config.json: this is a run's model; name its own folder\n")
-    refused(run(*as_model, begun), 1, f"{begun}/config.toml: this run is not finished; minilora train --resume goes on\n")
+    refused(
+        run(*as_model, begun), 1, f"{begun}/config.toml: this run is not finished; minilora train --resume goes on\n"
+    )
     shutil.copytree(base_folder("demo"), begun / "adapter")
     (begun / "adapter" / "adapter_config.json").touch()
     refused(run(*as_model, begun), 1, f"{begun}/adapter/adapter_config.json: this is a run's adapter; name its base")

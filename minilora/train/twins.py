@@ -22,15 +22,15 @@ from minilora.train.signals import Stopped
 CHANCE = 4.0  # times as far apart as two whole runs: differences of rounding grow by chance
 
 
-def compare_twins(config: RunConfig, n_steps: int, say: Callable[[str], object]) -> str:
+def compare_twins(config: RunConfig, n_steps: int, say: Callable[[str], object], named: str = "a configuration") -> str:
     """Run both in a folder that is thrown away, each in a process of its own; what came of them, in words.
 
     Raises UserError where they differ by more than chance, and Stopped once a signal was followed.
     """
     with tempfile.TemporaryDirectory(prefix="minilora-verify-") as name:
         whole, interrupted, again = (_short(config, Path(name, twin), n_steps) for twin in ("whole", "twin", "again"))
-        middle = n_steps // 2
-        say(f"a run of {n_steps} steps, whatever is configured with {_instead(config, whole)} ...")
+        middle, device = n_steps // 2, pick_device(config.model.device).type
+        say(f"a run of {n_steps} steps of {named} on {device}; set for the check: {_set(config, whole)} ...")
         _run(whole)
         say(f"its twin, stopped after step {middle} ...")
         _run(interrupted, stop_after=middle)
@@ -39,7 +39,7 @@ def compare_twins(config: RunConfig, n_steps: int, say: Callable[[str], object])
         told = f"{n_steps} steps, and {n_steps} interrupted after {middle}"
         if _bytes(whole) == _bytes(interrupted):
             return f"{told}: figures and weights are the same bytes"
-        if pick_device(config.model.device).type == "cpu":
+        if device == "cpu":
             raise UserError(f"{_first_difference(whole, interrupted)}: please report this bug")
         say("a second whole run, to see how far apart two come on a GPU ...")
         _run(again)
@@ -64,11 +64,12 @@ def _short(config: RunConfig, output: Path, n_steps: int) -> RunConfig:
     return replace(config, train=train, eval=limits, data=replace(config.data, general=None, test=None))
 
 
-def _instead(config: RunConfig, short: RunConfig) -> str:
-    """What the short run has other than the configuration, but for its folder, which is thrown away."""
+def _set(config: RunConfig, short: RunConfig) -> str:
+    """What the short run has other than the configuration, but for its steps and its folder, which is thrown away."""
     pairs = ((s.name, getattr(config, s.name), vars(getattr(short, s.name))) for s in fields(config))
     changed = [(f"{s}.{key}", new) for s, old, ours in pairs for key, new in ours.items() if new != getattr(old, key)]
-    return ", ".join(f"{key} {'unset' if new is None else new}" for key, new in changed if key != "train.output")
+    told = [(key, new) for key, new in changed if key not in ("train.output", "train.max_steps")]
+    return ", ".join(f"{key} {'unset' if new is None else new}" for key, new in told) or "nothing"
 
 
 def _learnt(config: RunConfig) -> Path:

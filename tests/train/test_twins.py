@@ -33,10 +33,9 @@ def test_twins_leave_the_same_bytes(
         lora__dropout=0.1, eval__every=100,
     )  # fmt: skip
     said: list[str] = []
-    found = compare_twins(config, 6, said.append)
+    found = compare_twins(config, 6, said.append, "my.toml")
     assert found == "6 steps, and 6 interrupted after 3: figures and weights are the same bytes"
-    instead = "train.max_steps 6, eval.every 2, eval.answers 0, eval.samples 0"
-    first = f"a run of 6 steps, whatever is configured with {instead} ..."
+    first = "a run of 6 steps of my.toml on cpu; set for the check: eval.every 2, eval.answers 0, eval.samples 0 ..."
     assert said == [first, "its twin, stopped after step 3 ...", "and resumed ..."]
     assert not Path(config.train.output).exists()
     assert not [*tmp_path.glob("minilora-verify-*")]
@@ -92,8 +91,8 @@ def test_on_a_gpu_twins_may_be_as_far_apart_as_any_two_runs(
     assert compare_twins(make_config(data__test="test.jsonl"), 2, said.append).endswith(
         "weights lie 3e-06 apart, and those of two whole runs 1e-06, by chance"
     )
-    instead = "data.test unset, train.max_steps 2, eval.every 1, eval.answers 0, eval.samples 0"
-    assert said[0] == f"a run of 2 steps, whatever is configured with {instead} ..."
+    changed = "data.test unset, eval.every 1, eval.answers 0, eval.samples 0"
+    assert said[0] == f"a run of 2 steps of a configuration on cuda; set for the check: {changed} ..."
     assert runs == [("whole", False, 0), ("twin", False, 1), ("twin", True, 0), ("again", False, 0)]
     with pytest.raises(UserError, match="lie 5e-06 apart, two whole runs 1e-06: please report this bug"):
         compare_twins(make_config(), 2, said.append)
@@ -123,12 +122,23 @@ def test_a_signal_ends_it_and_nothing_is_left(
     assert not [*tmp_path.glob("minilora-verify-*")]
 
 
-def test_the_verb(make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def refuse(_config: RunConfig) -> None:
+    raise UserError("no run here")
+
+
+def test_the_verb(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "my.toml"
     file.write_text(config_toml(make_config()))
     assert main(["verify", "resume", str(file), "--steps", "2"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"a run of 2 steps of {file} on cpu; set for the check: eval.every 1, ")
     assert last == "2 steps, and 2 interrupted after 1: figures and weights are the same bytes"
+    monkeypatch.setattr(twins, "_run", refuse)
+    for more, named in (([], ""), ([str(file), "--data.train", ""], f" and {file}")):
+        assert main(["verify", "resume", *more]) == 1
+        assert capsys.readouterr().out.startswith(f"a run of 6 steps of the demo's configuration{named} on ")
     assert main(["verify", "--model.device", "cpu", "resume"]) == 1
     assert "name resume first" in capsys.readouterr().err
     with pytest.raises(SystemExit) as usage:
