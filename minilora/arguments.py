@@ -7,8 +7,10 @@ import os
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -60,13 +62,19 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
                 parsed[name] = os.path.expanduser(path)  # which a shell leaves in --name=~/x
         return parser.instantiate(parsed) if instantiate else parsed
     except (ArgumentError, OverflowError) as error:
-        print(f"{parser.prog}: {_in_our_words(error)}; see {parser.prog} --help", file=sys.stderr)
+        print(f"{parser.prog}: {_in_our_words(error, parser)}; see {parser.prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _in_our_words(error: Exception) -> str:
-    """What jsonargparse says of a value: the key, the value, and what it must be, by `_KINDS`."""
+def _in_our_words(error: Exception, parser: ArgumentParser) -> str:
+    """What jsonargparse says of a value: key, value, and what it must be, by `_KINDS`; of a key: the nearest."""
     said = " ".join(str(error).split())
+    in_file = r"(?:Group '(.*?)' does not accept option|Option) '(.*?)'(?: is not accepted)?"
+    if unknown := re.fullmatch(rf"{in_file}|unrecognized arguments: (--)([^ =]*).*", said):
+        *names, dashes, option = unknown.groups("")
+        key = option or ".".join(filter(None, names))
+        near = get_close_matches(key.replace("-", "_"), [o[2:] for o in parser._option_string_actions], 1, 0.75)
+        return f"there is no {dashes or 'key '}{key}" + "".join(f"; did you mean {dashes}{name}?" for name in near)
     if section := re.match(r'Parser key "(.*?)": Unable to load config (\S+)', said):
         return f"{section[1]} is a section, and {section[2]} no TOML file of it; name a key, as in --{section[1]}.KEY"
     if limits := re.fullmatch(r'Parser key "(.*?)": [\w ]+: (\S+) does not conform to restriction (.*)', said):
@@ -139,26 +147,34 @@ def _files_then_options(parser: ArgumentParser, args: Sequence[str], file_first:
             rest.append(arg)
             if arg.startswith("-") and not given and arg not in switches:
                 rest += islice(words, 1)
-    files = [*(str(recipe_file(name)) for name in named["--recipe"]), *first, *named["--config"]]
-    for file in map(os.path.expanduser, files):
-        _check_toml(file)
-        yield f"--config={file}"
-    yield from rest
+    recipes = [str(recipe_file(name)) for name in named["--recipe"]]
+    files = [os.path.expanduser(file) for file in (*first, *named["--config"])]
+    set_there = set[str]().union(*map(_keys, files))
+    for name, keys in zip(named["--recipe"], map(_keys, recipes), strict=True):
+        if lost := keys & set_there:
+            what = "all that it sets" if lost == keys else ", ".join(sorted(lost))
+            warnings.warn(f"--recipe {name}: the file overrides {what}", stacklevel=2)
+    yield from (*(f"--config={file}" for file in (*recipes, *files)), *rest)
 
 
-def _check_toml(path: str) -> None:
-    """Read the file alone first, so that what is wrong in it is said with its name. Raises UserError."""
+def _keys(path: str) -> set[str]:
+    """Of a TOML file, read alone first, so that what is wrong in it is said with its name. Raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; `minilora train --print-config > {path}` writes one to start from")
+        how = f"no such file; `minilora train --print-config > {path}` writes one to start from"
+        raise UserError(f"{path}: {'a folder; name a TOML file' if Path(path).is_dir() else how}")
     parser = _parser()
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
-        for name, section in tomllib.loads(Path(path).read_text("utf-8")).items():
+        sections = tomllib.loads(Path(path).read_text("utf-8"))
+        for name, section in sections.items():
             if not isinstance(section, dict):
                 raise UserError(f"{name} = {section!r:.40} stands in no section; put it below one, such as [train]")
         parser.instantiate(parser.parse_path(path))
     except (ArgumentError, OverflowError, RecursionError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{path}: {_in_our_words(error)}") from None
+        other = isinstance(error, tomllib.TOMLDecodeError | UnicodeDecodeError) and not path.endswith(".toml")
+        said = "no TOML file; data go to --data.train" if other else _in_our_words(error, parser)
+        raise UserError(f"{path}: {said}") from None
+    return {f"{name}.{key}" for name, section in sections.items() for key in section}
 
 
 # -- What several verbs have -------------------------------------------------------------------------------------------

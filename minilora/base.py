@@ -56,10 +56,9 @@ class Base:
         if adapter is not None:
             adapter = str(adapter_folder(adapter))
             if not os.path.isfile(Path(adapter) / CONFIG) and not is_mistral(Path(adapter)):
-                why = "this run is not finished" if os.path.isfile(Path(adapter) / "config.toml") else ""
-                if os.path.isfile(Path(adapter) / "model" / "config.json"):
-                    why = f"this run left a whole model: --model.path {adapter}/model"
-                why = why or "name the folder of an adapter, such as RUN/adapter"
+                run, whole = (os.path.isfile(f"{adapter}/{name}") for name in ("config.toml", "model/config.json"))
+                why = "this run is not finished" if run else "name the folder of an adapter, such as RUN/adapter"
+                why = f"this run left a whole model: --model.path {adapter}/model" if whole else why
                 raise UserError(f"{adapter}: holds no {CONFIG}; {why}")
         made_on = read_provenance(adapter) if adapter is not None else {}
         quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None

@@ -260,6 +260,51 @@ def test_a_missing_file_says_how_to_get_one(run: Run, tmp_path: Path) -> None:
     refused(run("evaluate", tmp_path / "no.jsonl", "--model.path", tmp_path), 1, str(tmp_path))
 
 
+def test_what_is_no_toml_file_is_told(run: Run, chats: Path, tmp_path: Path) -> None:
+    refused(run("train", tmp_path), 1, f"{tmp_path}: a folder; name a TOML file\n")
+    refused(run("train", chats), 1, f"{chats}: no TOML file; data go to --data.train\n")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1\xff")
+    refused(run("compare", "--config", tmp_path / "x.parquet"), 1, "x.parquet: no TOML file; data go to --data.train\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\nmax_step = 3\n", "train.max_step; did you mean train.max_steps?"),
+        ("[train]\nmax-steps = 3\n", "train.max-steps; did you mean train.max_steps?"),
+        ("[trian]\nx = 3\n", "trian.x"),
+        ("[trian]\nmax_steps = 3\n", "trian.max_steps; did you mean train.max_steps?"),
+        ("[lora.rank_patern]\na = 3\n", "lora.rank_patern.a; did you mean lora.rank_pattern?"),
+        ("[zoo]\nelephants = 3\n", "zoo.elephants"),
+    ],
+)
+def test_an_unknown_key_of_a_file_comes_with_the_nearest(run: Run, tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    assert run("train", path) == (1, "", f"minilora train: {path}: there is no key {words}\n")
+
+
+def test_an_unknown_option_comes_with_the_nearest(run: Run) -> None:
+    for given, words in {
+        ("train", "--train.max-step", "3"): "--train.max-step; did you mean --train.max_steps?",
+        ("generate", "hi", "--adaptr=x"): "--adaptr; did you mean --adapter?",
+        ("chat", "--elephants"): "--elephants",
+    }.items():
+        told = f"minilora {given[0]}: there is no {words}; see minilora {given[0]} --help\n"
+        assert run(*given) == (2, "", told)
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_a_file_overrides_of_a_recipe_is_told(run: Run, toml: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some.toml"
+    some.write_text("[train]\nlr = 1e-3\nmax_steps = 4\n[lora]\nrank = 3\n")
+    said = "warning: --recipe 24gb: the file overrides"
+    assert run("train", "--recipe", "24gb", toml, "--print-config")[2] == f"{said} all that it sets\n"
+    assert run("train", some, "--recipe", "24gb", "--print-config")[2] == f"{said} lora.rank, train.lr\n"
+    some.write_text("[train]\nmax_steps = 4\n")
+    assert run("train", some, "--recipe", "24gb", "--print-config", "--train.lr", 1)[2] == ""
+
+
 def test_help_and_usage_errors_import_no_torch() -> None:
     code = """
 import sys

@@ -37,6 +37,7 @@ def test_a_recipe_fits_the_card_that_it_names(name: str) -> None:
     assert sum(on_gpu(config_of(name), MISTRAL_7B).values()) < 0.9 * CARDS[name]
 
 
+@pytest.mark.filterwarnings("ignore:--recipe")  # which of its keys the file overrides
 def test_the_file_and_the_command_line_lie_over_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my.toml").write_text("[lora]\nrank = 3\nalpha = 5\n")
     assert main(["train", "--recipe", "24gb", str(tmp_path / "my.toml"), "--lora.alpha", "7", "--print-config"]) == 0

@@ -78,7 +78,7 @@ def combinations(
         raise UserError(f"there is no strategy {unknown[0]!r} to compare; there are {', '.join(STRATEGIES)}")
     axes = list[list[tuple[str, str]]]()
     for axis in grid:
-        key, _, text = axis.partition("=")
+        key, text = axis.partition("=")[0].replace("-", "_"), axis.partition("=")[2]
         values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]
         if not key or not all(values):
             raise UserError(f"--grid {axis}: it must be KEY=A,B, such as train.lr=1e-4,2e-4")
@@ -109,9 +109,7 @@ def _folder_name(name: str) -> str:
 def all_variants(
     strategies: Sequence[str], grid: Sequence[str], shares: Sequence[str], configured: Configured
 ) -> list[Variant]:
-    """The `combinations` as runs, those of one configuration as one, such as a share that is the configuration's own.
-
-    configured: the common configuration with these keys changed
+    """The `combinations` as runs, one a configuration. configured: the common configuration with these keys changed.
 
     Raises UserError as `combinations` does, and where two runs have one name.
     """
@@ -119,8 +117,7 @@ def all_variants(
     made = [Variant(name, changes, configured(changes)) for name, changes in pairs]
     if twins := [name for name, n in Counter(variant.name for variant in made).items() if n > 1]:
         raise UserError(f"two of the runs are {twins[0]}; name each strategy and value once")
-    configs = [variant.config for variant in made]
-    return [variant for n, variant in enumerate(made) if variant.config not in configs[:n]]
+    return [one for n, one in enumerate(made) if one.config not in [earlier.config for earlier in made[:n]]]
 
 
 def compare(

@@ -88,6 +88,7 @@ def test_a_grid_varies_keys_of_a_configuration_and_none_of_the_verb_s_own_option
     for key in ("strategies", "shares", "rank_by", "output", "grid", "lora", "train.learning_rate"):
         with pytest.raises(UserError, match=rf"--grid {key}=a,b: {key} is no key of a configuration"):
             names([], [f"{key}=a,b"], [], 1.0)
+    assert names([], ["train.max-steps=3,4"], [], 1.0) == ["max_steps=3", "max_steps=4"]
     assert names([], ["recipe=12gb,24gb"], [], 1.0) == ["recipe=12gb", "recipe=24gb"]
 
 
