@@ -112,7 +112,11 @@ def train(args: list[str]) -> None:
 
         print(config_toml(config), end="")
     elif parsed.dry_run:
-        _dry_run(config, parsed.resume, parsed.overwrite)
+        from minilora.train.dry_run import dry_run
+        from minilora.train.progress import ConsoleReporter
+
+        dry_run(config, ConsoleReporter(_console()), parsed.resume, parsed.overwrite)
+        print("dry run: config, data, shapes, one step, save, reload and generate all work; nothing was kept")
     else:
         _train(config, parsed.resume, parsed.overwrite)
 
@@ -145,14 +149,6 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
         if measured[name]:
             console.print(f"{name:7}{figures_of(measured[name])}", highlight=False, soft_wrap=True)
     console.print(f"done: {run.stopped_because}; report in {report}", highlight=False, soft_wrap=True)
-
-
-def _dry_run(config: RunConfig, resume: bool, overwrite: bool) -> None:
-    from minilora.train.dry_run import dry_run
-    from minilora.train.progress import ConsoleReporter
-
-    dry_run(config, ConsoleReporter(_console()), resume, overwrite)
-    print("dry run: config, data, shapes, one step, save, reload and generate all work; nothing was kept")
 
 
 def _find(parsed: Namespace, adapter: str | None) -> "Base":
