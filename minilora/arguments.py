@@ -152,7 +152,7 @@ def _files_then_options(parser: ArgumentParser, args: Sequence[str], file_first:
     set_there = set[str]().union(*map(_keys, files))
     for name, keys in zip(named["--recipe"], map(_keys, recipes), strict=True):
         if lost := keys & set_there:
-            what = "all that it sets" if lost == keys else ", ".join(sorted(lost))
+            what = ", ".join(sorted(lost)) if lost < keys else "all that it sets"
             warnings.warn(f"--recipe {name}: the file overrides {what}", stacklevel=2)
     yield from (*(f"--config={file}" for file in (*recipes, *files)), *rest)
 

@@ -106,7 +106,13 @@ def train(args: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="data, one step, save, reload, generate; keep nothing")
     config, parsed = arguments.parse_run(parser, args)
     if parsed.list_recipes:
-        _list_recipes()
+        from minilora.memory import as_text
+        from minilora.train.ledger import on_gpu
+
+        for name in recipe_names():
+            recipe, _ = arguments.parse_run(arguments.run_parser(train), ["--recipe", name])
+            predicted = as_text(sum(on_gpu(recipe, MISTRAL_7B).values()))
+            print(f"{name:18} {predicted:>8} predicted for a 7B  {summary(name)}")
     elif parsed.print_config:
         from minilora.train.run_folder import config_toml
 
@@ -119,16 +125,6 @@ def train(args: list[str]) -> None:
         print("dry run: config, data, shapes, one step, save, reload and generate all work; nothing was kept")
     else:
         _train(config, parsed.resume, parsed.overwrite)
-
-
-def _list_recipes() -> None:
-    from minilora.memory import as_text
-    from minilora.train.ledger import on_gpu
-
-    for name in recipe_names():
-        config, _ = arguments.parse_run(arguments.run_parser(train), ["--recipe", name])
-        predicted = as_text(sum(on_gpu(config, MISTRAL_7B).values()))
-        print(f"{name:18} {predicted:>8} predicted for a 7B  {summary(name)}")
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
@@ -308,13 +304,9 @@ def chat(args: list[str]) -> None:
             import_module("readline")  # `input` edits lines by it
 
     def typed() -> Iterator[str]:
-        try:
+        with suppress(EOFError):
             while True:
                 yield input(prompt)
-        except EOFError:
-            return
-        except KeyboardInterrupt:  # a way to leave
-            raise SystemExit(130) from None
 
     base = _find(parsed, parsed.adapter)
     limits = parsed.max_tokens, parsed.max_new_tokens
@@ -609,10 +601,10 @@ def compare(args: list[str]) -> None:
     def configured(changes: Mapping[str, str]) -> RunConfig:
         return arguments.parse_run(parser, [*args, *(f"--{key}={value}" for key, value in changes.items())])[0]
 
-    console, output = _console(), Path(parsed.output)
-    strategies = _words(parsed.strategies or ("" if parsed.grid else ",".join(STRATEGIES)))
+    console, output, words = _console(), Path(parsed.output), re.compile(r"[^][,\s]+").findall
+    strategies = words(parsed.strategies or ("" if parsed.grid else ",".join(STRATEGIES)))
     grid = parsed.grid or (["data.replay=0,0.2"] if embedded else [])
-    shares = _words(parsed.shares or ("0.25,0.5" if embedded else ""))
+    shares = words(parsed.shares or ("0.25,0.5" if embedded else ""))
     variants = all_variants(strategies, grid, shares, configured)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     result = run_all(variants, output, say, parsed.rank_by, parsed.resume, parsed.overwrite)
@@ -632,10 +624,6 @@ def _demo_unless_named(parser: ArgumentParser, args: Sequence[str]) -> bool:
         {f"{section}.{key}": v for section, keys in to_dict(comparison_config()).items() for key, v in keys.items()}
     )
     return True
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in re.split(r"[\[\],\s]+", text) if word]
 
 
 def demo(args: list[str]) -> None:
