@@ -255,7 +255,10 @@ class StepPlan:
         """What of a `whole` block stays from its forward to its backward: see `fused.Keep`, or its input alone."""
         keep, x = self.keeps[layer], self.d * self.stored
         if keep == Keep.WEIGHTS and self.fused and _DENSE_BYTES.get(self.storage) != self.computed:
-            return whole | {"decoded weights": self.block_weights * self.computed}
+            ranks = {spec: self.lora.rank_of(spec.module) if self.lora else 0 for spec in self.adapted[layer].values()}
+            joined = () if self.on_cpu else ranks.items()  # B behind the rows and A below them (projections.py)
+            grown = sum(rank * sum(spec.shape) for spec, rank in joined if rank % 16 == 0)
+            return whole | {"decoded weights": (self.block_weights + grown) * self.computed}
         if keep >= Keep.ALL:
             return whole
         if not self.fused:

@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import TINY, TOKENIZER, tiny_model
+from torch import Tensor
 
-from minilora import memory
+from benchmarks.ledger import random_model
+from minilora import memory, projections
+from minilora.backend import Backend
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig
+from minilora.fused import Keep
 from minilora.lora import add_lora
 from minilora.memory import PeakMemory, StepPlan, free_bytes, max_rss_bytes, measure, predict, private_bytes
 from minilora.model import Mistral
+from minilora.projections import Projections
 
 ODD = dataclasses.replace(TINY, dim=36, hidden_dim=52)  # blocks that end in the middle
 KINDS: list[tuple[Any, dict[str, Any]]] = [
@@ -122,6 +127,27 @@ def test_a_gpu_s_loss_by_hand() -> None:
     assert plan.loss() == {"residual stream": 2 * h, "final hidden": 2 * h, "logits": logits}
     plan = StepPlan(config, "float32", "float32", None, **of)
     assert plan.loss()["logits"] == max((64 << 20) + 512 * 4096 * 4, 4 * v + 4 * h) + 4 * v + 4 * h
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_kept_weights_have_what_the_adapters_join_to_them(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, for ranks that 16 divides; not counted is the corner between B's columns and A's rows."""
+    monkeypatch.setattr(projections, "backend_for", lambda _: Backend("triton", "as if"))
+    model = add_lora(random_model(TINY, torch.float32), LoraConfig(rank=rank))
+    attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
+    groups = [
+        Projections.of(attention.q_proj, attention.k_proj, attention.v_proj, carrier=1),
+        Projections.of(attention.o_proj),
+        Projections.of(mlp.gate_proj, mlp.up_proj),
+        Projections.of(mlp.down_proj),
+    ]
+    decoded = [weight for group in groups for weight in group.decoded(torch.float32).weights]
+    assert all(isinstance(weight, Tensor) for weight in decoded)
+    n_bytes = sum(weight.untyped_storage().nbytes() for weight in decoded if isinstance(weight, Tensor))
+    gpu, keep = torch.device("cuda"), (Keep.WEIGHTS,) * TINY.n_layers
+    plan = StepPlan(TINY, "nf4 double-quantized", "float32", LoraConfig(rank=rank), 1, 8, device=gpu, keep=keep)
+    corners = 4 * 7 * rank * rank if rank == 16 else 0
+    assert plan.kept(0, plan.block())["decoded weights"] == n_bytes - corners
 
 
 def test_a_gpu_s_mlp_by_hand() -> None:
