@@ -801,7 +801,7 @@ def test_a_signal_ends_the_server(signum: int, status: int, asked: list[str]) ->
         finally:
             process.kill()
     assert (process.returncode, out) == (status, ""), err
-    assert took < 5
+    assert took < 15, "it waited for what nobody reads"
     device, memory, *stopped = err.splitlines()
     assert (device[:7], memory[:7]) == ("device:", "memory:")
     assert stopped in ([], ["minilora serve: stopped"])
