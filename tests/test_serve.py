@@ -765,20 +765,34 @@ def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base
     assert made[-1].name == "mine"
 
 
+STUCK = """
+import sys, time
+from minilora import cli
+from minilora.serve import line
+
+def never(*_, **__):
+    time.sleep(1e6)
+    yield ""
+
+line.answer_text = never
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signum", "status", "asked"),
+    ("signum", "status", "run_by", "asked"),
     [
-        (signal.SIGTERM, 143, []),
-        (signal.SIGHUP, 129, []),
-        (signal.SIGINT, 130, [QUESTION] * 300),
-        (signal.SIGTERM, 143, ["a" * 32_000] * 3),
+        (signal.SIGTERM, 143, ["-m", "minilora"], []),
+        (signal.SIGHUP, 129, ["-m", "minilora"], []),
+        (signal.SIGINT, 130, ["-m", "minilora"], [QUESTION] * 300),
+        (signal.SIGTERM, 143, ["-c", STUCK], [QUESTION] * 3),
     ],
-    ids=["idle", "hangup", "a line", "long prompts"],
+    ids=["idle", "hangup", "a line", "a token that never comes"],
 )
-def test_a_signal_ends_the_server(signum: int, status: int, asked: list[str]) -> None:
-    """Also where answering all who wait, or reading a prompt, would take far longer."""
-    command = [sys.executable, "-W", "error", "-m", "minilora", "serve", "--port", "0", "--max_tokens", "32768"]
+def test_a_signal_ends_the_server(signum: int, status: int, run_by: list[str], asked: list[str]) -> None:
+    """Also where many wait, and where the model cannot be stopped, as while it reads a prompt."""
+    command = [sys.executable, "-W", "error", *run_by, "serve", "--port", "0", "--max_tokens", "32768"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
@@ -787,21 +801,19 @@ def test_a_signal_ends_the_server(signum: int, status: int, asked: list[str]) ->
             hello = process.stdout.readline()
             assert hello.endswith("/v1 (OpenAI's API)\n")
             address = ("127.0.0.1", int(hello.rpartition(":")[2].partition("/")[0]))
-            assert post(address, json.dumps({"messages": MESSAGES, "max_tokens": 2}).encode())[0] == 200
+            if STUCK not in run_by:
+                assert post(address, json.dumps({"messages": MESSAGES, "max_tokens": 2}).encode())[0] == 200
             hot: dict[str, Any] = {"temperature": 2, "stream": True}
             clients = [connect(address, messages=[{"role": "user", "content": text}], **hot) for text in asked]
             for client in clients:
                 assert client.recv(12) == b"HTTP/1.1 200"  # it is in line
-            began = time.monotonic()
             process.send_signal(signum)
             out, err = process.communicate(timeout=60)
-            took = time.monotonic() - began
             for client in clients:
                 client.close()
         finally:
             process.kill()
     assert (process.returncode, out) == (status, ""), err
-    assert took < 15, "it waited for what nobody reads"
     device, memory, *stopped = err.splitlines()
     assert (device[:7], memory[:7]) == ("device:", "memory:")
     assert stopped in ([], ["minilora serve: stopped"])
