@@ -152,6 +152,7 @@ def test_a_wrong_file_is_named_with_its_key(run: Run, tmp_path: Path, text: str,
 
 
 NUMBER, LIST = "but must be a whole number", "but must be a list such as [a,b]"
+NO_KEY = "there is no key"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,12 @@ def test_a_value_of_another_type_is_told_in_words_of_ours(run: Run, args: list[s
         ('[data]\ntrain = ["a:2", 3]\n', f"data.train is ['a:2', 3], {LIST} or text"),
         ("[model]\npath = 3\n", "model.path is 3, but must be text"),
         ('[data]\ntrain = "[a:2, b"\n', "data.train is [a:2, b, but a list must end with ]"),
+        ("[train]\nmax_step = 3\n", f"{NO_KEY} train.max_step; did you mean train.max_steps?"),
+        ("[train]\nmax-steps = 3\n", f"{NO_KEY} train.max-steps; did you mean train.max_steps?"),
+        ("[trian]\nx = 3\n", f"{NO_KEY} trian.x"),
+        ("[trian]\nmax_steps = 3\n", f"{NO_KEY} trian.max_steps; did you mean train.max_steps?"),
+        ("[lora.rank_patern]\na = 3\n", f"{NO_KEY} lora.rank_patern.a; did you mean lora.rank_pattern?"),
+        ("[zoo]\nelephants = 3\n", f"{NO_KEY} zoo.elephants"),
     ],
 )
 def test_in_a_file_too(run: Run, tmp_path: Path, text: str, words: str) -> None:
@@ -265,23 +272,6 @@ def test_what_is_no_toml_file_is_told(run: Run, chats: Path, tmp_path: Path) -> 
     refused(run("train", chats), 1, f"{chats}: no TOML file; data go to --data.train\n")
     (tmp_path / "x.parquet").write_bytes(b"PAR1\xff")
     refused(run("compare", "--config", tmp_path / "x.parquet"), 1, "x.parquet: no TOML file; data go to --data.train\n")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[train]\nmax_step = 3\n", "train.max_step; did you mean train.max_steps?"),
-        ("[train]\nmax-steps = 3\n", "train.max-steps; did you mean train.max_steps?"),
-        ("[trian]\nx = 3\n", "trian.x"),
-        ("[trian]\nmax_steps = 3\n", "trian.max_steps; did you mean train.max_steps?"),
-        ("[lora.rank_patern]\na = 3\n", "lora.rank_patern.a; did you mean lora.rank_pattern?"),
-        ("[zoo]\nelephants = 3\n", "zoo.elephants"),
-    ],
-)
-def test_an_unknown_key_of_a_file_comes_with_the_nearest(run: Run, tmp_path: Path, text: str, words: str) -> None:
-    path = tmp_path / "wrong.toml"
-    path.write_text(text)
-    assert run("train", path) == (1, "", f"minilora train: {path}: there is no key {words}\n")
 
 
 def test_an_unknown_option_comes_with_the_nearest(run: Run) -> None:

@@ -75,7 +75,8 @@ def test_what_is_counted_is_a_step() -> None:
     assert (here.updated, there.updated, none) == (True, True, 0)
     assert there.loss == pytest.approx(here.loss, rel=1e-3)
     assert there.grad_norm == pytest.approx(here.grad_norm, rel=1e-2)
-    # A first update is lr by the gradient's sign, so 2 lr apart where rounding turns it: 1 in 100, of weights of 0.05.
+    # A first update is lr by the gradient's sign, so 2 lr apart where rounding turns it: 1 in 100, of weights of 0.05;
+    # the second, of a running mean, turns no more.
     assert max(float((a - b).norm() / a.norm()) for a, b in zip(learnt, counted, strict=True)) < 2 * 1e-2 / 0.05 * 0.1
     assert some > 100
 
