@@ -63,8 +63,8 @@ class Ahead:
             self._rooms = [torch.empty(n_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
 
     def filled(self, key: Hashable, shape: tuple[int, int], dtype: torch.dtype, fill: Fill) -> Tensor:
-        """Memory that `fill` has filled, the caller's until the next call: by then its work on it must have been given
-        to the current stream.
+        """A matrix of that shape and dtype that `fill` has filled, the caller's until the next call: by then all its
+        work on it must have been given to the current stream.
 
         key: of what is filled in; the same key within a step, or in the next one, stands for the same numbers then
         """

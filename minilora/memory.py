@@ -37,6 +37,7 @@ from minilora.linear import SLICE_BYTES, NF4Linear
 from minilora.lora import Added, LoRALinear
 from minilora.loss import tile, whole_rows
 from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE
+from minilora.projections import WHOLE
 
 DenseDtype = Literal["float32", "bfloat16", "float16"]
 Storage = DenseDtype | Literal["nf4", "nf4 double-quantized"]
@@ -255,9 +256,10 @@ class StepPlan:
         """What of a `whole` block stays from its forward to its backward: see `fused.Keep`, or its input alone."""
         keep, x = self.keeps[layer], self.d * self.stored
         if keep == Keep.WEIGHTS and self.fused and _DENSE_BYTES.get(self.storage) != self.computed:
-            ranks = {spec: self.lora.rank_of(spec.module) if self.lora else 0 for spec in self.adapted[layer].values()}
-            joined = () if self.on_cpu else ranks.items()  # B behind the rows and A below them (projections.py)
-            grown = sum(rank * sum(spec.shape) for spec, rank in joined if rank % 16 == 0)
+            assert self.lora is not None
+            ranks = [(self.lora.rank_of(spec.module), sum(spec.shape)) for spec in self.adapted[layer].values()]
+            # On a GPU B lies behind the rows and A below them (projections.py).
+            grown = 0 if self.on_cpu else sum(rank * sizes for rank, sizes in ranks if rank % WHOLE == 0)
             return whole | {"decoded weights": (self.block_weights + grown) * self.computed}
         if keep >= Keep.ALL:
             return whole
