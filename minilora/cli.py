@@ -336,8 +336,8 @@ def serve(args: list[str]) -> None:
     with listen(parsed.host, int(parsed.port)) as listening:  # what is wrong with it is said before a model is loaded
         base = _find(parsed, parsed.adapter)
         limit = min(parsed.max_tokens, base.checkpoint.config.max_seq_len)
-        # RUN/adapter has the run's name; where it lies is nobody's business.
-        of_adapter = re.sub(r"(?s).*?([^/]+)(/adapter)?\Z", r"\1", os.path.abspath(base.adapter or ""))
+        folder = Path(os.path.abspath(base.adapter or ""))  # RUN/adapter has RUN's; where it lies is nobody's business
+        of_adapter = folder.parent.name if folder.name == "adapter" else folder.name
         name = parsed.name or (of_adapter if base.adapter else base.checkpoint.name)
         offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, _sampling(parsed, fixed=False))
         offer.check_room()

@@ -83,9 +83,11 @@ def make_app(line: Line, offer: Offer, names: tuple[str, ...] = ()) -> ASGIApp:
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         host = (request := Request(scope)).headers.get("host", "")
-        known = not names or re.sub(r":\d*\Z", "", host).lower() in names
-        refused = Refused(f"the host {short(host)} is none of {', '.join(names)}; ask by one of these", status=403)
-        await (app if known else await _wrong(request, refused))(scope, receive, send)
+        if names and re.sub(r":\d*\Z", "", host).lower() not in names:
+            refused = Refused(f"the host {short(host)} is none of {', '.join(names)}; ask by one of these", status=403)
+            await (await _wrong(request, refused))(scope, receive, send)
+        else:
+            await app(scope, receive, send)
 
     return answer
 
