@@ -241,17 +241,16 @@ def adamw_kernels() -> list[Kernel]:
 
 
 def matvec_kernel(sixteen: str, nested: bool, shuffle: bool, m: int) -> Kernel:
-    from minilora.kernels.nf4_matvec import ROWS, WARPS, WORDS
+    from minilora.kernels.nf4_matvec import ROWS, WORDS
 
     return Kernel(
         f"matvec M={m}" + ", shuffle" * shuffle + ", nested" * nested,
         "minilora.kernels.nf4_matvec",
         "matvec_kernel",
-        _weight_signature(nested) | {"x": sixteen, "sums": sixteen, "n_rows": "i32", "n_words": "i32", "part": "i32"},
-        _weight_constants(nested) | {"M": m, "ROWS": ROWS, "WORDS": WORDS, "EVEN": True, "SHUFFLE": shuffle},
-        weights=ROWS * WORDS * 8 / (32 * WARPS),
+        _weight_signature(nested) | {"x": sixteen, "y": sixteen, "n_rows": "i32", "n_words": "i32"},
+        _weight_constants(nested) | {"M": m, "LANES": 128, "EVEN": True, "SHUFFLE": shuffle},
+        weights=ROWS * WORDS * 8,
         in_loop=True,
-        warps=WARPS,
         fusion=True,
     )
 
@@ -444,6 +443,7 @@ def _case(done: Compiled, peer: float | None) -> dict[str, Any]:
     """What is told of a kernel. tensor_cores: the instruction, or None; stack: bytes a thread spills, and the like;
     narrow: loads from and stores to global memory of less than 16 bytes."""
     listing = done.listing
+    loop = listing.longest_loop if listing.loops else Listing(())
     return {
         "kernel": done.kernel.name,
         "arch": done.arch,
@@ -455,6 +455,7 @@ def _case(done: Compiled, peer: float | None) -> dict[str, Any]:
         "stores_16_bytes": listing.has("STG.E.128"),
         "narrow": sum(bool(NARROW.match(opcode)) for opcode in listing.opcodes),
         "shuffles": listing.has("SHFL.IDX"),
+        "barriers_in_loop": sum(opcode.startswith("BAR") for opcode in loop.opcodes),
         **done.resources,
     }
 

@@ -6,7 +6,8 @@ W is the left operand, because the left one of a Hopper product may stay in regi
 its rows are many whatever M is. A step of the loop takes 64 columns: one block of each row, so one absmax. Each weight
 is rounded to x's dtype after its product with absmax, as dequantizing would; sums are float32.
 
-Where that makes too few programs to fill a GPU, K is split between them as in `nf4_matvec`.
+Where that makes too few programs to fill a GPU, K is split between them, whose sums a second launch adds up: in a fixed
+order, so the same input gives the same bits, which atomics would not.
 
 In float32 there are no tensor cores: a weight costs a multiplication for each row of x, so tiles are small, and beyond
 one of them decoding first is better (`dispatch`).
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora.kernels.nf4_dequantize import levels_and_absmax, load_absmax
-from minilora.kernels.nf4_matvec import architecture, check_product, split
+from minilora.kernels.nf4_matvec import architecture, check_product, multiprocessors
 from minilora.kernels.nf4_table import decode, joined, on, table
 from minilora.nf4 import NF4Tensor
 
@@ -34,11 +35,13 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
     """x (M, K), 1 <= M <= 256, times the transpose of a weight (N, K) -> (M, N) in x's dtype.
 
     shuffle: look levels up by exchange between lanes, in PTX (`nf4_table`)
-    splits: as in `nf4_matvec.matvec`
+    splits: parts of K in work at the same time, of whole tiles; None is as many as the device wants
 
-    Raises ValueError as `nf4_matvec.matvec` does, and where not `is_exact`.
+    Raises ValueError as `nf4_matvec.matvec` does, where splits are less than one, and where not `is_exact`.
     """
-    check_product(x, weight, MAX_ROWS, shuffle, splits)
+    check_product(x, weight, MAX_ROWS, shuffle)
+    if splits is not None and (not isinstance(splits, int) or splits < 1):
+        raise ValueError(f"splits is {splits!r}, but must be a whole number from 1 on")
     m, (n, k), arch = len(x), weight.shape, architecture(x.device)
     if not is_exact(x.dtype, arch):
         raise ValueError(f"Triton below 3.8 rounds float32 on sm_{arch}; x must be float16 or bfloat16")
@@ -47,7 +50,7 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
     bm, warps = tile(m, arch, x.itemsize)
     words = min(8, weight.block_size // 8)
     tiles = triton.cdiv(n, BN), triton.cdiv(m, bm)
-    splits, part = split(k // 8, words, tiles[0] * tiles[1], PROGRAMS, x.device, splits)
+    splits, part = split(k // 8, words, tiles[0] * tiles[1], multiprocessors(x.device), splits)
     sums = torch.empty(splits, m, n, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     with on(x.device):
         matmul_kernel[(*tiles, splits)](
@@ -68,6 +71,16 @@ def matmul(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | No
             enable_fp_fusion=False,
         )
     return sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
+
+
+def split(n_words: int, step: int, tiles: int, n_multiprocessors: int, splits: int | None = None) -> tuple[int, int]:
+    """(parts that a row's words are done in, words of each): whole steps, four at least, so many parts that PROGRAMS
+    programs come on a multiprocessor where `tiles` programs do all rows; or as many as asked for."""
+    steps = triton.cdiv(n_words, step)
+    if splits is None:
+        splits = min(PROGRAMS * n_multiprocessors // tiles, steps // 4)
+    part = triton.cdiv(steps, max(1, splits))
+    return triton.cdiv(steps, part), part * step
 
 
 def is_exact(dtype: torch.dtype, arch: int) -> bool:

@@ -1,11 +1,16 @@
 """y = W' x for one or two vectors x, W in NF4, decoded where it is used: full-size W' is never written.
 
-A program takes some rows of W. A thread takes a 32-bit word, eight weights of a row, multiplies them by their x, and
-their sum by their absmax, once: they lie in one block. So the loop needs few instructions a weight, which is what
-bounds it on a GPU with much bandwidth: at 3 TB/s a weight's 0.516 bytes leave room for 4.9 (H100).
+A program takes eight rows of W. A thread takes four 32-bit words of each, 32 weights, which lie in one block: it
+multiplies them by their x, which serves all eight rows, and their sum by the block's absmax, once. So the loop needs
+few instructions a weight, which is what bounds it on a GPU with much bandwidth: at 3 TB/s a weight's 0.516 bytes leave
+room for 4.9 (H100).
 
-Where the rows are too few to fill a GPU, K is split between programs too, whose sums a second launch adds up: in a
-fixed order, so the same input gives the same bits, which atomics would not.
+In the loop nothing goes through shared memory, so no warp waits for another: while one waits for memory, the others
+multiply. That is why what is loaded has one dimension, a row by itself: Triton gives a thread the same columns of each
+then, and has nothing to exchange.
+
+Where the rows are too few to fill a GPU, more warps take a row's weights between them: their sums meet in the end, in
+a fixed order, so the same input gives the same bits, which atomics would not.
 
 Sums are float32, in another order than the definition's; no product is rounded to 16 bits.
 """
@@ -18,63 +23,61 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora.kernels.nf4_dequantize import check_nf4, is_whole, levels_and_absmax, load_absmax
-from minilora.kernels.nf4_table import apart, decode, decode_kernel, on, table
+from minilora.kernels.nf4_table import apart, decode, decode_kernel, joined, on, table
 from minilora.nf4 import NF4Tensor, levels
 
-ROWS, WORDS, WARPS = 32, 32, 4  # of a tile: eight rows a thread, which share what x costs
+ROWS = 8  # of a program; `joined` holds as many
+WORDS = 4  # of a row in a thread's hands: 16 bytes, the widest load; no block is shorter
+WARPS = (1, 2, 4)
 MAX_VECTORS = 2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PROGRAMS = 8  # wanted on each multiprocessor: enough loads under way to keep its memory busy
+BUSY = 16  # warps wanted on each multiprocessor: each loads 4 KB at a time, and 20 KB under way keep its memory busy
 
 
-def matvec(x: Tensor, weight: NF4Tensor, shuffle: bool = False, splits: int | None = None) -> Tensor:
+def matvec(x: Tensor, weight: NF4Tensor, shuffle: bool = False, warps: int | None = None) -> Tensor:
     """x (M, K), M = 1 or 2, times the transpose of a weight (N, K) -> (M, N) in x's dtype.
 
     shuffle: look levels up by exchange between lanes, in PTX (`nf4_table`)
-    splits: parts of K in work at the same time, of whole tiles; None is as many as the device wants
+    warps: 1, 2 or 4, which take a row's weights between them; None is as many as keep the device busy
 
-    Absmax come after the sum of eight, so x of about 1e38 can give infinities where the definition gives numbers.
+    Absmax come after the sum of 32, so x of about 1e38 can give infinities where the definition gives numbers.
 
-    Raises ValueError where x does not fit the weight, M is larger, a row is not whole blocks, bytes are no words, or
-    splits are less than one; for shuffle in the interpreter; and as `check_nf4` and `on` do.
+    Raises ValueError where x does not fit the weight, M is larger, a row is not whole blocks, bytes are no words, or of
+    other warps; for shuffle in the interpreter; and as `check_nf4` and `on` do.
     """
-    check_product(x, weight, MAX_VECTORS, shuffle, splits)
+    check_product(x, weight, MAX_VECTORS, shuffle)
+    if warps is not None and warps not in WARPS:
+        raise ValueError(f"warps is {warps!r}, but must be one of {WARPS}")
     n_rows, k = weight.shape
     if weight.n == 0:
         return x.new_zeros(len(x), n_rows)
-    tiles = triton.cdiv(n_rows, ROWS)
-    splits, part = split(k // 8, WORDS, tiles, PROGRAMS, x.device, splits)
-    sums = torch.empty(splits, len(x), n_rows, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    y = x.new_empty(len(x), n_rows)
+    programs = triton.cdiv(n_rows, ROWS)
+    lanes = 32 * (warps or warps_for(programs, k // 8, multiprocessors(x.device)))
     with on(x.device):
-        matvec_kernel[(tiles, splits)](
+        matvec_kernel[(programs,)](
             x=x.resolve_neg().contiguous(),
             packed=weight.packed.view(torch.int32),
             **levels_and_absmax(weight),
-            sums=sums,
+            y=y,
             n_rows=n_rows,
             n_words=k // 8,
-            part=part,
             M=len(x),
-            ROWS=ROWS,
-            WORDS=WORDS,
-            EVEN=k // 8 % WORDS == 0,
+            LANES=lanes,
+            EVEN=k // 8 % (WORDS * lanes) == 0,
             SHUFFLE=shuffle,
-            num_warps=WARPS,
+            num_warps=lanes // 32,
             enable_fp_fusion=True,
         )
-    return sums[0] if splits == 1 else sums.sum(0).to(x.dtype)
+    return y
 
 
-def split(
-    n_words: int, step: int, tiles: int, wanted: int, device: torch.device, splits: int | None = None
-) -> tuple[int, int]:
-    """(parts that a row's words are done in, words of each): whole steps, four at least, so many parts that `wanted`
-    programs come on a multiprocessor where `tiles` programs do all rows; or as many as asked for."""
-    steps = triton.cdiv(n_words, step)
-    if splits is None:
-        splits = min(wanted * multiprocessors(device) // tiles, steps // 4)
-    part = triton.cdiv(steps, max(1, splits))
-    return triton.cdiv(steps, part), part * step
+def warps_for(programs: int, n_words: int, n_multiprocessors: int) -> int:
+    """Of each program: as few as keep a GPU busy, so that each goes on for long; no more than a row has words for."""
+    for warps in WARPS:
+        if warps * programs >= BUSY * n_multiprocessors or 2 * warps * 32 * WORDS > n_words:
+            break
+    return warps
 
 
 @cache
@@ -120,9 +123,9 @@ def shuffle_is_right(device: torch.device) -> bool:
     return torch.equal(*found) and torch.allclose(plain, shuffled, rtol=1e-4, atol=1e-3)
 
 
-def check_product(x: Tensor, weight: NF4Tensor, most: int, shuffle: bool = False, splits: int | None = None) -> None:
+def check_product(x: Tensor, weight: NF4Tensor, most: int, shuffle: bool = False) -> None:
     """Raise ValueError unless x (M, K), 1 <= M <= `most`, can be multiplied by a weight (N, K) word by word, so looked
-    up and split."""
+    up."""
     if len(weight.shape) != 2 or x.dim() != 2 or x.shape[1] != weight.shape[1] or not 1 <= len(x) <= most:
         raise ValueError(
             f"x of shape {tuple(x.shape)} does not fit a weight of shape {weight.shape}, at most {most} rows"
@@ -139,8 +142,6 @@ def check_product(x: Tensor, weight: NF4Tensor, most: int, shuffle: bool = False
         raise ValueError(f"{weight.shape} weights or x of shape {tuple(x.shape)} are more than 32 bits can count")
     if not is_whole(weight.packed):
         raise ValueError("the packed bytes do not begin at a multiple of four bytes")
-    if splits is not None and (not isinstance(splits, int) or splits < 1):
-        raise ValueError(f"splits is {splits!r}, but must be a whole number from 1 on")
     if shuffle and x.device.type == "cpu":
         raise ValueError("the interpreter knows no PTX, so there is no shuffle on a CPU")
 
@@ -154,69 +155,101 @@ def matvec_kernel(
     dynamic_map,
     nested_absmax,
     nested_offset,
-    sums,
+    y,
     n_rows,
     n_words,
-    part,
     block_words: tl.constexpr,
     nested_block: tl.constexpr,
     is_nested: tl.constexpr,
     M: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+    LANES: tl.constexpr,
     EVEN: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
-    """x (M, 8 * n_words), packed (n_rows, n_words) int32 -> sums (splits, M, n_rows), each over `part` words.
+    """x (M, 8 * n_words), packed (n_rows, n_words) int32 -> y (M, n_rows).
 
-    EVEN: a row is whole steps of WORDS
+    LANES: threads of a program; EVEN: a row is whole steps of four words a thread
     """
     entries = table(levels, SHUFFLE)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # Rows beyond the last are read as the last, so that the loop needs no mask for them.
-    at = tl.minimum(row, n_rows - 1)[:, None] * n_words
-    y = tl.zeros((ROWS, WORDS), tl.float32)
-    y_2 = tl.zeros((ROWS, WORDS), tl.float32)
-    begin = tl.program_id(1) * part
-    for first in range(begin, min(begin + part, n_words), WORDS):
-        column = first + tl.arange(0, WORDS)[None, :]
+    first_row = tl.program_id(0) * 8
+    sums = tl.zeros((LANES, 8 * M), tl.float32)
+    for first in range(0, n_words, 4 * LANES):
+        column = first + 4 * tl.arange(0, LANES)  # a thread's first word
         inside = (column < n_words) | EVEN
-        word = tl.load(packed + at + column, mask=inside, other=0)
-        scale = load_absmax(
-            absmax,
-            dynamic_map,
-            nested_absmax,
-            nested_offset,
-            (at + column).to(tl.uint32) // block_words,  # unsigned: a shift
-            inside,
-            nested_block,
-            is_nested,
-        )
-        w = decode(entries, word, SHUFFLE)
-        y += dot8(w, x, column, inside) * scale
-        if M == 2:
-            y_2 += dot8(w, x + 8 * n_words, column, inside) * scale
-    at_y = tl.program_id(1).to(tl.int64) * (M * n_rows) + row
-    tl.store(sums + at_y, tl.sum(y, axis=1).to(sums.dtype.element_ty), mask=row < n_rows)
-    if M == 2:
-        tl.store(sums + at_y + n_rows, tl.sum(y_2, axis=1).to(sums.dtype.element_ty), mask=row < n_rows)
+        every = first + tl.arange(0, 4 * LANES)
+        v = ()
+        for m in tl.static_range(M):
+            v = v + (thirty_two(x + m * 8 * n_words, column, inside),)  # noqa: RUF005 - Triton knows no star
+        products = ()
+        for r in tl.static_range(8):
+            # Rows beyond the last are read as the last, so that the loop needs no mask for them.
+            at = tl.minimum(first_row + r, n_rows - 1) * n_words
+            words = tl.load(packed + at + every, mask=(every < n_words) | EVEN, other=0)
+            scale = load_absmax(
+                absmax,
+                dynamic_map,
+                nested_absmax,
+                nested_offset,
+                (at + column).to(tl.uint32) // block_words,  # unsigned: a shift
+                inside,
+                nested_block,
+                is_nested,
+            )
+            w = decode_four(entries, words, SHUFFLE)
+            product = dot32(w, v[0]) * scale
+            if M == 2:
+                product = tl.join(product, dot32(w, v[1]) * scale)
+            products = products + (product,)  # noqa: RUF005
+        sums += tl.reshape(joined(products), (LANES, 8 * M))
+    at = tl.arange(0, 8 * M)
+    row = first_row + at % 8
+    tl.store(y + at // 8 * n_rows + row, tl.sum(sums, axis=0).to(y.dtype.element_ty), mask=row < n_rows)
 
 
 @triton.jit
-def dot8(w, x, column, inside):
-    """sum_j w[j] x[8 column + j], in float32."""
-    v = vectors(x, column, inside)
-    total = w[0] * v[0]
-    for j in tl.static_range(1, 8):
-        total += w[j] * v[j]
+def thirty_two(x, column, inside):
+    """The numbers of x, float32, that four words from `column` (T,) on are multiplied by: (T,) each, eight a word."""
+    return (
+        eight(x, column, inside),
+        eight(x, column + 1, inside),
+        eight(x, column + 2, inside),
+        eight(x, column + 3, inside),
+    )
+
+
+@triton.jit
+def eight(x, column, inside):
+    at = 8 * column[:, None] + tl.arange(0, 8)[None, :]
+    values = tl.load(x + at, mask=inside[:, None], other=0).to(tl.float32)
+    return apart(tl.reshape(values, (column.shape[0], 2, 2, 2)))
+
+
+@triton.jit
+def decode_four(entries, words, SHUFFLE: tl.constexpr):
+    """Levels of the codes of words (4 T,): as `thirty_two` has x."""
+    even, odd = tl.split(tl.reshape(words, (words.shape[0] // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return (
+        decode(entries, first, SHUFFLE),
+        decode(entries, second, SHUFFLE),
+        decode(entries, third, SHUFFLE),
+        decode(entries, fourth, SHUFFLE),
+    )
+
+
+@triton.jit
+def dot32(w, v):
+    """(T,): the sum of the products of 32."""
+    total = dot8(w[0], v[0])
+    for word in tl.static_range(1, 4):
+        total += dot8(w[word], v[word])
     return total
 
 
 @triton.jit
-def vectors(x, column, inside):
-    """The eight parts (1, W) float32 of x that the words of `column` (1, W) are multiplied by."""
-    at = tl.reshape(column, (column.shape[1], 1)) * 8 + tl.arange(0, 8)[None, :]
-    mask = tl.broadcast_to(tl.reshape(inside, (column.shape[1], 1)), at.shape)
-    values = tl.load(x + at, mask=mask, other=0).to(tl.float32)
-    v0, v1, v2, v3, v4, v5, v6, v7 = apart(tl.reshape(values, (column.shape[1], 2, 2, 2)))
-    return v0[None, :], v1[None, :], v2[None, :], v3[None, :], v4[None, :], v5[None, :], v6[None, :], v7[None, :]
+def dot8(w, v):
+    total = w[0] * v[0]
+    for j in tl.static_range(1, 8):
+        total += w[j] * v[j]
+    return total

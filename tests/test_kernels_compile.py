@@ -12,23 +12,24 @@ import pytest
 
 from benchmarks.sass import ARCHITECTURES
 
-# Most instructions a weight on sm_90: of the whole kernel or, of a product's loop, over the weights of one turn. By
-# Triton 3.7 and later: 3.6 spreads the look-ups over the threads in another way than the words, and moves them between.
+# Most instructions a weight on sm_90: of the whole kernel or, of a product's loop, over the weights of one turn; by
+# Triton 3.6 and later.
 LIMITS = {
     "quantize": 40,
     "dequantize": 12,
     "dequantize, nested": 13,
     "dequantize, nested, columns": 15,
-    "matvec M=1, shuffle": 4.2,
-    "matvec M=1, shuffle, nested": 4.2,
-    "matmul M=16, shuffle": 8.5,
-    "matmul M=16, shuffle, nested": 8.5,
-    "matmul M=64, shuffle, nested": 8.5,
+    "matvec M=1, shuffle": 4.0,
+    "matvec M=1, shuffle, nested": 4.0,
+    "matvec M=2, shuffle, nested": 5.5,
+    "matmul M=16, shuffle": 7,
+    "matmul M=16, shuffle, nested": 7,
+    "matmul M=64, shuffle, nested": 7,
     "matmul M=256, shuffle": 8.5,
     "matmul M=256, shuffle, nested": 8.5,
     "softmax gradient": 15,
     "adamw": 30,
-    "adamw_8bit": 200,
+    "adamw_8bit": 220,
     # A number of 16 bits; what a copy's time has room for is 9.6 for each byte.
     "rms_norm": 15,
     "add_rms_norm": 17,
@@ -128,6 +129,14 @@ def test_what_is_elementwise_moves_sixteen_bytes_at_a_time(compiled: tuple[int, 
             assert case["narrow"] <= NARROW[name], name
 
 
+@of_all_kernels
+def test_no_warp_of_a_matvec_waits_for_another(compiled: tuple[int, Cases]) -> None:
+    """What threads exchange through shared memory, all warps of a program stop for, at each turn of the loop."""
+    barriers = [case["barriers_in_loop"] for name, case in compiled[1].items() if name.startswith("matvec")]
+    assert len(barriers) >= 2
+    assert not any(barriers)
+
+
 def test_products_run_on_tensor_cores(compiled: tuple[int, Cases]) -> None:
     arch, cases = compiled
     for name, case in cases.items():
@@ -139,7 +148,7 @@ def test_products_run_on_tensor_cores(compiled: tuple[int, Cases]) -> None:
 @of_all_kernels
 def test_few_instructions_a_weight(compiled: tuple[int, Cases]) -> None:
     arch, cases = compiled
-    if arch == 90 and TRITON >= (3, 7):
+    if arch == 90:
         assert {name: n for name, n in LIMITS.items() if not 1 < cases[name]["instructions_per_weight"] <= n} == {}
     for name in (name for name in cases if "shuffle" in name):
         plain = cases.get(name.replace(", shuffle", ""))

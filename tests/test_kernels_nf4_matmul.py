@@ -85,3 +85,6 @@ def test_what_does_not_fit() -> None:
     for x in (random(257, 128), random(3, 64), random(128)):
         with pytest.raises(ValueError, match="does not fit a weight of shape"):
             matmul(x, weight)
+    for splits in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"splits is {splits}"):
+            matmul(random(3, 128), weight, splits=splits)

@@ -8,7 +8,7 @@ import torch
 from kernel_cases import DEVICE, DTYPES, assert_product, random
 
 from minilora.kernels import nf4_matvec
-from minilora.kernels.nf4_matvec import check_product, matvec
+from minilora.kernels.nf4_matvec import check_product, matvec, warps_for
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
 
@@ -40,12 +40,26 @@ def test_one_weight_at_a_time() -> None:
         assert torch.equal(matvec(x, weight)[0], weight.dequantize(torch.float32)[:, k])
 
 
-@pytest.mark.parametrize("splits", [2, 3, 7, 100])
-def test_split_columns(splits: int) -> None:
-    """Parts that are alike and parts that are not, and no more of them than there are tiles."""
-    weight = quantize_nf4(random(40, 3 * 256 + 64))
-    x = random(2, 3 * 256 + 64, seed=1)
-    torch.testing.assert_close(matvec(x, weight, splits=splits), matvec(x, weight, splits=1), rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("warps", [1, 2, 4])
+@pytest.mark.parametrize("k", [64, 512, 3 * 256 + 64])
+def test_warps_share_a_row(k: int, warps: int) -> None:
+    """Whole steps of theirs and a rest, and warps that are left with nothing."""
+    weight, x = quantize_nf4(random(40, k)), random(2, k, seed=1)
+    assert_product(matvec(x, weight, warps=warps), x, weight.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("programs", "n_words", "warps"),
+    [
+        pytest.param(3584, 512, 1, id="the rows fill a GPU"),
+        pytest.param(768, 512, 4, id="rows for some multiprocessors"),
+        pytest.param(512, 1792, 4, id="long rows"),
+        pytest.param(512, 256, 2, id="a row has words for two"),
+        pytest.param(1, 8, 1, id="a row has not words for one"),
+    ],
+)
+def test_warps_of_an_h100(programs: int, n_words: int, warps: int) -> None:
+    assert warps_for(programs, n_words, 132) == warps
 
 
 def huge() -> NF4Tensor:
@@ -96,9 +110,9 @@ def test_what_does_not_fit() -> None:
     moved = torch.empty(len(weight.packed) + 4, dtype=torch.uint8, device=DEVICE)[2:-2]
     with pytest.raises(ValueError, match="multiple of four bytes"):
         matvec(random(1, 128), replace(weight, packed=moved))
-    for splits in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=f"splits is {splits}"):
-            matvec(random(1, 128), weight, splits=splits)
+    for warps in (0, 3, 8):
+        with pytest.raises(ValueError, match=f"warps is {warps}, but must be one of"):
+            matvec(random(1, 128), weight, warps=warps)
     if DEVICE.type == "cpu":
         with pytest.raises(ValueError, match="the interpreter knows no PTX"):
             matvec(random(1, 128), weight, shuffle=True)
