@@ -28,7 +28,7 @@ from minilora.arguments import Verb
 from minilora.config import MISTRAL_7B, UNNAMED, BaseConfig, EvalConfig, Route, RunConfig, to_dict
 from minilora.errors import UserError, is_out_of_memory, need_library
 from minilora.recipes import recipe_names, summary
-from minilora.report.console import Console
+from minilora.report.console import Console, say
 
 if TYPE_CHECKING:
     from minilora.base import Base
@@ -143,8 +143,8 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     measured = run.folder.read_json("summary.json")
     for name in ("before", "after", "test"):
         if measured[name]:
-            console.print(f"{name:7}{figures_of(measured[name])}", highlight=False, soft_wrap=True)
-    console.print(f"done: {run.stopped_because}; report in {report}", highlight=False, soft_wrap=True)
+            say(console, f"{name:7}{figures_of(measured[name])}")
+    say(console, f"done: {run.stopped_because}; report in {report}")
 
 
 def _find(parsed: Namespace, adapter: str | None) -> "Base":
@@ -606,8 +606,7 @@ def compare(args: list[str]) -> None:
     grid = parsed.grid or (["data.replay=0,0.2"] if embedded else [])
     shares = words(parsed.shares or ("0.25,0.5" if embedded else ""))
     variants = all_variants(strategies, grid, shares, configured)
-    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    result = run_all(variants, output, say, parsed.rank_by, parsed.resume, parsed.overwrite)
+    result = run_all(variants, output, partial(say, console), parsed.rank_by, parsed.resume, parsed.overwrite)
     show(result, output, console)
     if failed := [row for row in result["rows"] if "failed" in row]:
         first = f"{failed[0]['name']}: {failed[0]['failed']}"

@@ -39,7 +39,7 @@ from minilora.generation import answer
 from minilora.memory import DenseDtype, Storage, predict
 from minilora.memory import measure as measured_bytes
 from minilora.model import Mistral
-from minilora.report.console import Console, Table, table
+from minilora.report.console import Console, Table, say, table
 from minilora.report.page import write_report
 from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.train.loop import fine_tune
@@ -125,14 +125,10 @@ def tell(output: Path, seed: int, console: Console) -> None:
     console.print(result_table(run.folder.read_json("summary.json"), ceiling["nf4"]))
     console.print(samples_table(run))
     console.print(f"Merge check: {audit.text('trained')}", highlight=False)
-    places = {
-        "adapter (PEFT layout)": output / "adapter",
-        "merged model": output / "merged",
-        "all figures": output / "summary.json",
-        "report": report,
-    }
-    for what, where in places.items():
-        console.print(f"{what:22} {where}", highlight=False, soft_wrap=True)
+    say(console, f"adapter (PEFT layout)  {output / 'adapter'}")
+    say(console, f"merged model           {output / 'merged'}")
+    say(console, f"all figures            {output / 'summary.json'}")
+    say(console, f"report                 {report}")
 
 
 def refuse_other_run(output: Path) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from minilora.checkpoint.write import atomic_write
 from minilora.data.duplicates import groups_of_equal
 from minilora.errors import UserError
-from minilora.report.console import Console, Table, table
+from minilora.report.console import Console, Table, say, table
 from minilora.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE, legend, to_png
 
 Row = Mapping[str, Any]
@@ -66,11 +66,11 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
     """Print the table, the best run and its test, and draw compare.png into the folder `output`."""
     atomic_write(output / "compare.png", comparison_figure(result))
     console.print(comparison_table(result))
-    said = ["tokens/s: the median step of a single run each, one after another; no race"]
-    said += [f"best on validation by {result['ranked_by']}: {result['winner']}"]
-    said += [f"its test, opened once: {figures_of(result['test'])}"] if result["test"] else []
-    for line in (*said, f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    say(console, "tokens/s: the median step of a single run each, one after another; no race")
+    say(console, f"best on validation by {result['ranked_by']}: {result['winner']}")
+    if result["test"]:
+        say(console, f"its test, opened once: {figures_of(result['test'])}")
+    say(console, f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}")
 
 
 def ranked(result: Mapping[str, Any]) -> list[Row]:

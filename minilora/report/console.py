@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Console", "Table", "table", "weights_bar"]
+__all__ = ["Console", "Table", "say", "table", "weights_bar"]
 
 
 class Console(rich.console.Console):
@@ -19,6 +19,11 @@ class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # also for what is printed without rich
+
+
+def say(console: rich.console.Console, text: str) -> None:
+    """Print a plain text as it stands: not coloured, not folded, and what looks like markup in it is none."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -44,7 +49,6 @@ def weights_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total, description=speed)
             if not console.is_terminal and done * 10 // total > tenths:
                 tenths = done * 10 // total
-                eta = f"ETA {(total - done) / per_s:.0f} s"
-                console.print(f"{done / total:.0%}  {speed}  {eta}", highlight=False, soft_wrap=True)
+                say(console, f"{done / total:.0%}  {speed}  ETA {(total - done) / per_s:.0f} s")
 
         yield progress
