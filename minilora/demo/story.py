@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from minilora.base import Base
-from minilora.checkpoint.adapter import read_adapter
 from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -36,8 +35,8 @@ from minilora.errors import UserError
 from minilora.evaluate.answers import Answer, answer_samples
 from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit
 from minilora.generation import answer
-from minilora.memory import DenseDtype, Storage, predict
 from minilora.memory import measure as measured_bytes
+from minilora.memory import predict, storage_of
 from minilora.model import Mistral
 from minilora.report.console import Console, Table, say, table
 from minilora.report.page import write_report
@@ -115,10 +114,9 @@ def tell(output: Path, seed: int, console: Console) -> None:
 
     console.rule("After")
     after = score(answer_samples(run.model, tokenizer, chats, LONGEST_ANSWER, BATCH))
-    base_there = Base.find(replace(config.model, quantize="auto"), str(output / "adapter"))
-    adapter = read_adapter(output / "adapter", base.config)
+    tuned = Base.find(replace(config.model, quantize="auto"), str(output / "adapter"))
     audit = merge_with_audit(
-        base_there, adapter, output / "merged", run.validation, config.data.max_seq_len, overwrite=True
+        tuned, tuned.read_adapter(), output / "merged", run.validation, config.data.max_seq_len, overwrite=True
     )
     write_summary(run, before, after, ceiling, audit)
     report = write_report(output)
@@ -177,14 +175,9 @@ def write_summary(run: Run, before: Score, after: Score, ceiling: dict[str, Scor
 
 def memory_table(small: ModelConfig, lora: LoraConfig) -> Table:
     """Predicted bytes of the weights, and of what training adapters adds, for the demo's base and for a real one."""
-    storages: tuple[tuple[Storage, DenseDtype], ...] = (
-        ("float32", "float32"),
-        ("bfloat16", "bfloat16"),
-        ("nf4", "bfloat16"),
-        ("nf4 double-quantized", "bfloat16"),
-    )
     rows = []
-    for storage, dense in storages:
+    for dtype, double_quant in ((torch.float32, None), *((torch.bfloat16, quant) for quant in (None, False, True))):
+        storage, dense = storage_of(dtype, double_quant)
         row: list[str] = [storage]
         for config, unit, name in ((small, 1e6, "MB"), (MISTRAL_7B, 1e9, "GB")):
             weights = sum(predict(config, storage, dense, None).values())

@@ -51,10 +51,8 @@ def _lines(data: Data, figures: Sequence[tuple[str, str]], n: int) -> Iterator[L
     if figures:
         bars = histogram([sample.length for sample in data.learnt])
         most = max(count for _, count in bars)
-        yield from (
-            [(f"{edge:>12,}  ", ""), ("█" * -(-count * BAR // most), "good"), (f" {count:,}", "")]
-            for edge, count in bars
-        )
+        for edge, count in bars:
+            yield [(f"{edge:>12,}  ", ""), ("█" * -(-count * BAR // most), "good"), (f" {count:,}", "")]
     if n:
         yield [("", "")]
         yield [("trained on", "target"), (", ", ""), ("only seen", "prompt")]

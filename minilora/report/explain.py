@@ -80,11 +80,10 @@ def _block(weight: Tensor, name: str, block: int) -> Iterator[RenderableType]:
         f"by row and cut into blocks of {plain.block_size}, its block {block} holds numbers {start} to "
         f"{start + len(values) - 1}."
     )
-    codes = plain.codes()[start : start + len(values)]
     at = int(values.abs().argmax())
     yield _step("1  absmax: the block's largest magnitude, kept beside it")
     yield f"absmax = |w[{at}]| = {plain.absmax[block]:.8g}. Divided by it, every number lies from -1 to 1."
-    yield from _levels(codes)
+    yield from _levels(plain.codes()[start : start + len(values)])
     yield from _bytes(values, plain, block)
     yield from _double_quantization(plain, nested, block)
     yield from _storage(plain, nested)
@@ -150,12 +149,11 @@ def _levels(codes: Tensor) -> Iterator[RenderableType]:
 
 def _bytes(values: Tensor, plain: NF4Tensor, block: int) -> Iterator[RenderableType]:
     """Two numbers a row, as they share a byte."""
-    start, stop = block * plain.block_size, block * plain.block_size + len(values)
+    start, absmax = block * plain.block_size, float(plain.absmax[block])
+    stop, unit = start + len(values), _unit(absmax)
     codes, packed = plain.codes()[start:stop], plain.packed[start // 2 : (stop + 1) // 2]
     decoded = plain.dequantize(torch.float32).view(-1)[start:stop]
-    absmax = float(plain.absmax[block])
     yield _step("3  codes, packed two a byte, the first in the high nibble; and decoded again")
-    unit = _unit(absmax)
     in_units = f" w and w' are in units of {unit:g}." if unit != 1 else ""
     yield f"w' = LEVELS[code] * absmax; error = w' - w, in % of absmax.{in_units}"
     table = _table("rllllll", "", "w", "w / absmax", "code", "hex", "w'", "error")
@@ -220,8 +218,8 @@ def _double_quantization(plain: NF4Tensor, nested: NF4Tensor, block: int) -> Ite
 def _storage(plain: NF4Tensor, nested: NF4Tensor) -> Iterator[RenderableType]:
     yield _step("5  what is stored")
     table = _table("lrr", "", "bytes", "bits a weight")
-    in_bf16 = 2 * plain.n
-    for label, n_bytes in (("bfloat16", in_bf16), ("NF4", plain.nbytes), ("NF4, double quantization", nested.nbytes)):
+    stored = {"bfloat16": 2 * plain.n, "NF4": plain.nbytes, "NF4, double quantization": nested.nbytes}
+    for label, n_bytes in stored.items():
         table.add_row(label, f"{n_bytes:,}", f"{8 * n_bytes / plain.n:.3f}")
     yield table
 
@@ -284,9 +282,8 @@ def _matrices(rows: list[tuple[str, Tensor, str]]) -> Table:
     table = _table("lll", "", "", "")
     table.show_header = False
     for label, tensor, note in rows:
-        for i, row in enumerate(tensor.detach().view(-1, tensor.shape[-1]).tolist()):
-            numbers = Text(" ").join(Text(f"{v:+7.3f}", style=_level_style(v)) for v in row)
-            table.add_row(
-                Text(label if i == 0 else "", style="bold"), numbers, Text(note if i == 0 else "", style="dim")
-            )
+        lines = []
+        for row in tensor.detach().view(-1, tensor.shape[-1]).tolist():
+            lines.append(Text(" ").join(Text(f"{v:+7.3f}", style=_level_style(v)) for v in row))
+        table.add_row(Text(label, style="bold"), Text("\n").join(lines), Text(note, style="dim"))
     return table

@@ -25,16 +25,15 @@ from minilora.checkpoint.mistral_adapter import WEIGHTS as MISTRAL_WEIGHTS
 from minilora.checkpoint.mistral_adapter import is_mistral
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.provenance import PROVENANCE, read_provenance
-from minilora.checkpoint.safetensors_file import read_header
+from minilora.checkpoint.safetensors_file import FLOATS, read_header
 from minilora.checkpoint.write import MANIFEST, verify_manifest
 from minilora.config import TOKENIZER_FILES, UNNAMED, BaseConfig, LoraConfig, PrefixConfig, base_folder, to_dict
 from minilora.errors import UserError
-from minilora.memory import DenseDtype, Storage, predict
+from minilora.memory import predict, storage_of
 from minilora.tokenizer import load_tokenizer
 
 Facts = dict[str, Any]
 Listed = tuple[str, tuple[int, ...], str, int]  # of a tensor: name, shape, dtype, bytes
-_DENSE: dict[str, DenseDtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def gather(path: str | Path, *, base: str = UNNAMED, checksum: bool = False) -> Facts:
@@ -95,10 +94,9 @@ def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
         entry, packed = checkpoint.entries[spec.name], checkpoint.nf4.get(spec.name)
         beside = sum(part.nbytes for part in packed.parts.values()) if packed else 0
         listed.append((spec.name, spec.shape, "NF4" if packed else entry.dtype, entry.nbytes + beside))
-    dense = _DENSE[checkpoint.entries["embed_tokens.weight"].dtype]
-    storage: Storage = dense
+    embeddings = FLOATS[checkpoint.entries["embed_tokens.weight"].dtype]
+    storage, dense = storage_of(embeddings, checkpoint.double_quant if checkpoint.nf4 else None)
     for packed in checkpoint.nf4.values():
-        storage = "nf4 double-quantized" if checkpoint.double_quant else "nf4"
         dtype, stored = dtype_name(packed.dtype), packed.packed.dtype
         facts["quantization"] = {"type": storage, "block_size": packed.block_size, "of": dtype, "stored_as": stored}
     facts |= _listed(listed) | {"memory_at_load": predict(config, storage, dense, None)}

@@ -218,11 +218,9 @@ def _figures(summary: Mapping[str, Any]) -> str:
 
 
 def _plot(name: str, png: bytes) -> str:
-    data = b64encode(png).decode()
     caption = escape(CAPTIONS[name])
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-    )
+    image = f'<img src="data:image/png;base64,{b64encode(png).decode()}" alt="{caption}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _samples(path: Path) -> Iterator[str]:

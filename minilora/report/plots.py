@@ -88,10 +88,11 @@ def legend(axes: Axes, place: Literal["upper right", "lower right"] = "upper rig
         axes.legend(loc=place)
 
 
-def _start_at_zero(axes: Axes) -> None:
+def _start_at_zero(panels: Iterable[Axes]) -> None:
     """So that heights compare; left alone where the values spread over powers of ten."""
-    if axes.get_yscale() == "linear":
-        axes.set_ylim(bottom=0, top=1.05 * axes.get_ylim()[1])
+    for axes in panels:
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0, top=1.05 * axes.get_ylim()[1])
 
 
 def _loss(metrics: Sequence[Record]) -> Figure:
@@ -128,8 +129,7 @@ def _learning_rate(metrics: Sequence[Record], clip_norm: float) -> Figure:
     if positive and 0 < clip_norm < inf:
         below.axhline(clip_norm, color=RED, linewidth=1, linestyle="--", label=f"clipped above {clip_norm:g}")
     legend(below)
-    _start_at_zero(above)
-    _start_at_zero(below)
+    _start_at_zero((above, below))
     return figure
 
 
@@ -141,8 +141,7 @@ def _speed(timing: Sequence[Record]) -> Figure:
     below.set_ylabel("GB")
     steps, memory = _series(timing, "memory_bytes")
     _line(below, steps, [n_bytes / 1e9 for n_bytes in memory], ORANGE)
-    _start_at_zero(above)
-    _start_at_zero(below)
+    _start_at_zero((above, below))
     return figure
 
 
