@@ -98,10 +98,10 @@ def load_data(
         data.findings.append(Finding("vocabulary", padded, False))
     parts = [part for part in FILE_KEYS if part != "replay_from" or config.replay]
     named = [(part, source) for part in parts for source in sources(getattr(config, part))]
-    if stray := next((pair for pair in named if pair[0] != "train" and pair[1].weight is not None), None):
-        part, source = stray
-        of_training = "but only the sources of data.train have one; leave it out"
-        raise UserError(f"data.{part}: {source.path} has the weight {source.weight:g}, {of_training}")
+    for part, source in named:
+        if part != "train" and source.weight is not None:
+            of_training = "but only the sources of data.train have one; leave it out"
+            raise UserError(f"data.{part}: {source.path} has the weight {source.weight:g}, {of_training}")
     for part, source in named:
         before = len(data.samples[part])
         records, bad = read_source(source.path, mend)
@@ -109,7 +109,7 @@ def load_data(
         data.findings += [Finding("bad line", text, len(bad) > allowed, part) for text in bad]
         for record in records:
             if of := side(record, config) if part == "train" else part:
-                _add(data, of, record, tokenizer, config)
+                _add(data, of, record, config)
         if part == "train":
             sizes.append(len(data.samples[part]) - before)
     sizes += [len(data.samples["replay_from"])] if config.replay else []
@@ -127,26 +127,26 @@ def load_data(
     return data
 
 
-def _add(data: Data, part: str, record: Record, tokenizer: Tokenizer, config: DataConfig) -> None:
+def _add(data: Data, part: str, record: Record, config: DataConfig) -> None:
     def note(kind: str, text: str, fault: bool = True) -> None:
         data.findings.append(Finding(kind, f"{record.where}: {text}", fault, part))
 
-    for text in _written_template(record, tokenizer):
+    for text in _written_template(record, data.tokenizer):
         note("template", text)
     try:
-        samples, n_left_out = encode_record(record, tokenizer, config.max_seq_len, config.too_long)
+        samples, n_left_out = encode_record(record, data.tokenizer, config.max_seq_len, config.too_long)
     except UserError as error:
         data.findings.append(Finding("not encoded", str(error), part=part))
         return
-    for text in (text for sample in samples for text in _sample_faults(sample, tokenizer)):
-        note("tokens", text)
-    lost = {"messages": max((sample.dropped for sample in samples), default=0), "answers": n_left_out}
     if not samples:
         note("too long", f"left out, it takes more than data.max_seq_len, {config.max_seq_len} positions", False)
         return
-    if any(lost.values()):
-        parts = " and ".join(f"{n} {what}" for what, n in lost.items() if n)
-        note("shortened", f"too long, {parts} are left out", False)
+    for sample in samples:
+        for text in _sample_faults(sample, data.tokenizer):
+            note("tokens", text)
+    lost = {"messages": max(sample.dropped for sample in samples), "answers": n_left_out}
+    if parts := [f"{n} {what}" for what, n in lost.items() if n]:
+        note("shortened", f"too long, {' and '.join(parts)} are left out", False)
     data.records[part].append(record)
     data.samples[part] += samples
 
@@ -175,12 +175,12 @@ def _written_template(record: Record, tokenizer: Tokenizer) -> Iterator[str]:
     """What begins or ends like a rendered prompt. In the middle, somebody may just talk about it."""
     raw = isinstance(record, TextRecord)
     texts = [record.text] if isinstance(record, TextRecord) else [str(m["content"]) for m in record.messages]
-    if any(re.match(r"\s*<s>\s*(\[INST\]|(?!.*</s>.*\S))", text, re.DOTALL) for text in texts[:1]):
+    if re.match(r"\s*<s>\s*(\[INST\]|(?!.*</s>.*\S))", texts[0], re.DOTALL):
         yield 'the text begins with a written "<s>", and one is put there anyway: two bos; drop it'
     elif any(re.match(r"\s*(<s>)?\s*\[INST\]", text) for text in texts) and not (raw and tokenizer.version == "v1"):
         hint = 'give "messages"' if raw else "drop it"
         yield f'a written "[INST]": the {tokenizer.version} template puts one there by itself; {hint}'
-    elif any(re.search(r"</s>\s*$", text) for text in texts[-1:]):
+    elif re.search(r"</s>\s*$", texts[-1]):
         yield 'the text ends with a written "</s>", which is not the token that ends an answer; drop it'
 
 

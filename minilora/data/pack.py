@@ -14,6 +14,7 @@ from two numbers. So is, where sources have weights or other text is replayed, w
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -48,11 +49,10 @@ class PackedBatch:
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        tokens, labels, positions, segments = (
-            x.to(device) for x in (self.tokens, self.labels, self.positions, self.segments)
-        )
         runs = self.runs and replace(self.runs, stops=self.runs.stops.to(device))
-        return PackedBatch(tokens, labels, positions, segments, runs)
+        return PackedBatch(
+            self.tokens.to(device), self.labels.to(device), self.positions.to(device), self.segments.to(device), runs
+        )
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class Mix:
         """Indices of the epoch's samples, source by source."""
         costs = np.asarray(lengths)
         groups = np.split(np.arange(len(costs)), np.cumsum(self.sizes)[:-1])
-        learnt, replayed = (groups[:-1], groups[-1]) if self.replay else (groups, None)
+        learnt = groups[:-1] if self.replay else groups
         shares = self.weights or [len(group) for group in learnt]
         n_samples, ones = sum(map(len, learnt)), np.ones_like(costs)
         drawn = [
             _take(group, ones, max(1, round(n_samples * share / sum(shares))), random)
             for group, share in zip(learnt, shares, strict=True)
         ]
-        if replayed is not None:
+        if self.replay:
             n_tokens = sum(int(costs[group].sum()) for group in drawn)
-            drawn.append(_take(replayed, costs, n_tokens * self.replay / (1 - self.replay), random))
+            drawn.append(_take(groups[-1], costs, n_tokens * self.replay / (1 - self.replay), random))
         return np.concatenate(drawn)
 
 
@@ -173,13 +173,11 @@ class RowSampler:
     """Hands out rows, epoch after epoch; its state is the epoch and the number of its rows already handed out."""
 
     def __init__(self, lengths: Sequence[int], max_seq_len: int, seed: int, mix: Mix | None = None) -> None:
-        self._settings = lengths, max_seq_len, seed, mix
+        self._rows_of = partial(epoch_rows, lengths, max_seq_len, seed, mix=mix)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
-        lengths, max_seq_len, seed, mix = self._settings
-        self.epoch, self.row = epoch, 0
-        self.rows = epoch_rows(lengths, max_seq_len, seed, epoch, mix=mix)
+        self.epoch, self.row, self.rows = epoch, 0, self._rows_of(epoch)
 
     def take(self, n: int) -> list[list[int]]:
         """The next n rows; where an epoch ends, the next begins."""

@@ -17,7 +17,7 @@ from typing import Any
 from minilora.checkpoint.files import sha256_of
 from minilora.config import DataConfig, Sources
 from minilora.data.files import read_rows, reader
-from minilora.data.records import Record, as_row, parse_row
+from minilora.data.records import Record, TextRecord, parse_row
 from minilora.errors import UserError
 
 FILE_KEYS = ("train", "validation", "test", "general", "replay_from")
@@ -80,11 +80,10 @@ def read_source(path: str, mend: bool = False) -> tuple[list[Record], list[str]]
 
 def normal_form(record: Record) -> str:
     """The content as one text in which white space is single spaces. Records are equal if this is."""
-    row = as_row(record)
-    if "text" in row:
-        return " ".join(str(row["text"]).split())
-    said = [" ".join(f"{m['role']}: {m['content']} {m.get('tool_calls') or ''}".split()) for m in row["messages"]]
-    return "\n".join([*said, str(row.get("tools") or "")])
+    if isinstance(record, TextRecord):
+        return " ".join(record.text.split())
+    said = [" ".join(f"{m['role']}: {m['content']} {m.get('tool_calls') or ''}".split()) for m in record.messages]
+    return "\n".join([*said, str(record.tools or "")])
 
 
 def side(record: Record, config: DataConfig) -> str:

@@ -85,10 +85,9 @@ def _validation(train: Points, validation: Points, lr: str) -> str:
         return f"The validation loss was still falling, {way}: {longer}."
     if abs(gain) >= NATS:
         return ""
-    advice = (
-        f" {gap}: more or cleaner data would help, more steps would not" if falls else ": more steps would be in vain"
-    )
-    return f"The validation loss stood still, {way}{advice}."
+    if falls:
+        return f"The validation loss stood still, {way} {gap}: more or cleaner data would help, more steps would not."
+    return f"The validation loss stood still, {way}: more steps would be in vain."
 
 
 def _forgetting(forgetting: Mapping[str, Any]) -> str:

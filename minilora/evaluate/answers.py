@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from minilora.data.encode import Sample
 from minilora.generation import answer
 from minilora.model import Mistral
@@ -30,12 +32,10 @@ def has_prompt(sample: Sample) -> bool:
 
 def split_last_turn(sample: Sample) -> tuple[list[int], list[int]]:
     """A conversation as (prompt ids, ids of its last answer without eos)."""
-    tokens, mask = list(sample.tokens), list(sample.target_mask)
-    stop = max(i for i, is_target in enumerate(mask) if is_target) + 1
-    start = stop
-    while start > 0 and mask[start - 1]:
-        start -= 1
-    return tokens[:start], tokens[start : stop - 1]
+    tokens, mask = sample.tokens.tolist(), sample.target_mask
+    eos = int(np.flatnonzero(mask)[-1])
+    start = int(np.flatnonzero(~mask[:eos])[-1]) + 1
+    return tokens[:start], tokens[start:eos]
 
 
 def answer_samples(

@@ -180,12 +180,11 @@ class _Pass:
         refuse_prefix(adapter.config)
         base.checkpoint.check_tied_head()
         self.base, self.adapter, self.routes, self.progress = base, adapter, routes, progress
-        self.config, self.skeleton = base.checkpoint.config, skeleton(base.checkpoint.config)
+        self.config = config = base.checkpoint.config
+        self.skeleton = skeleton(config)
         self.storage = Storage(base.quantize is not None, base.double_quant, base.dtype, base.device)
         self.batches = list(batches(samples, max_seq_len, 1, base.device))
-        self.contexts = [
-            Context(self.config, b.positions, b.segments, None, base.dtype, runs=b.runs) for b in self.batches
-        ]
+        self.contexts = [Context(config, b.positions, b.segments, None, base.dtype, runs=b.runs) for b in self.batches]
         self.hidden: dict[str, list[Tensor]] = {}
         self.heads: dict[str, Tensor] = {}
         self.n_bytes: dict[Route, int] = dict.fromkeys(routes, 0)
