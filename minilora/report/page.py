@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 from urllib.parse import quote
 
@@ -289,21 +290,5 @@ def _figure(value: Any, sign: str = "") -> str:
 
 def html_page(name: str, body: str) -> str:
     """A page that needs no other file; `body` is HTML."""
-    title = escape(f"{name} – minilora")
-    css = Path(__file__).with_name("page.css").read_text("utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    page = Template(Path(__file__).with_name("page.html").read_text("utf-8"))
+    return page.substitute(title=escape(f"{name} – minilora"), body=body)
