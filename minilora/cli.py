@@ -25,10 +25,14 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from minilora import arguments
 from minilora.arguments import Verb
+from minilora.checkpoint import write
+from minilora.checkpoint.json_file import to_json
 from minilora.config import MISTRAL_7B, UNNAMED, BaseConfig, EvalConfig, Route, RunConfig, to_dict
 from minilora.errors import UserError, is_out_of_memory, need_library
+from minilora.hub import local_folder
 from minilora.recipes import recipe_names, summary
-from minilora.report.console import Console, say
+from minilora.report.console import Console, say, table, weights_bar
+from minilora.train.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from minilora.base import Base
@@ -62,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_status(name: str, work: Callable[[], object]) -> int:
     """Do the work of the command `name`: 0, or what it exits with after one line that says what is wrong. Bugs pass."""
-    from minilora.train.signals import Stopped
-
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _warn([str(message)])  # without the line of code that warns
@@ -194,15 +196,14 @@ def data(args: list[str]) -> None:
     if parsed.files:
         config = replace(config, data=replace(config.data, train=tuple(parsed.files)))
 
-    from minilora.checkpoint.write import check_new, place
     from minilora.report.data_view import show_data
     from minilora.train.data_check import check_data, fix_data
 
-    outs = [place(out) for out in (parsed.fix, parsed.html) if out]
+    outs = [write.place(out) for out in (parsed.fix, parsed.html) if out]
     if len(outs) > len({*outs}):
         raise UserError(f"{parsed.fix}: --fix and --html both name it; name two files")
     for out in outs:
-        check_new(out)
+        write.check_new(out)
     checked, figures = check_data(config)
     show_data(checked, figures, parsed.show, _console(), parsed.html)
     if parsed.fix:
@@ -222,9 +223,7 @@ def evaluate(args: list[str]) -> None:
     parsed = arguments.parse(parser, args)
 
     from minilora.checkpoint.files import sha256_of
-    from minilora.checkpoint.json_file import to_json
     from minilora.checkpoint.provenance import quantization
-    from minilora.checkpoint.write import atomic_jsonl, check_new
     from minilora.data.encode import encode_records
     from minilora.data.records import read_records
     from minilora.evaluate.measure import longest_prompt, measure
@@ -235,7 +234,7 @@ def evaluate(args: list[str]) -> None:
     limits, max_seq_len = replace(parsed.eval, samples=0), parsed.data.max_seq_len  # samples are for runs
     check_libraries(limits.metrics)
     if parsed.out:
-        check_new(parsed.out)
+        write.check_new(parsed.out)
     base = _find(parsed, parsed.adapter)
     samples = encode_records(read_records(parsed.file), base.tokenizer, max_seq_len, parsed.data.too_long)
     if run := run_tested_on(parsed.file, base.adapter or str(base.checkpoint.folder)):
@@ -245,8 +244,8 @@ def evaluate(args: list[str]) -> None:
     if prompt := longest_prompt(samples, limits):
         works.append((limits.batch_size, prompt, limits.max_new_tokens))
     model = _loaded(base, *works)
-    say = partial(print, file=sys.stderr, flush=True)
-    result, answers = measure(model, base.tokenizer, samples, max_seq_len, limits, say)
+    note = partial(print, file=sys.stderr, flush=True)
+    result, answers = measure(model, base.tokenizer, samples, max_seq_len, limits, note)
     result["quantization"] = quantization(base.nf4_double_quant, base.dtype)
     result["target_tokens"] = sum(sample.n_targets for sample in samples)
     result |= {"answers": len(answers)} if answers else {}
@@ -255,7 +254,8 @@ def evaluate(args: list[str]) -> None:
     print(to_json(result, indent=1), flush=True)
     if parsed.out:
         _, each = score(answers, limits.metrics)
-        atomic_jsonl(parsed.out, [vars(answer) | figures for answer, figures in zip(answers, each, strict=True)])
+        rows = [vars(answer) | figures for answer, figures in zip(answers, each, strict=True)]
+        write.atomic_jsonl(parsed.out, rows)
     if run:
         write_report(run)
 
@@ -311,8 +311,8 @@ def chat(args: list[str]) -> None:
     base = _find(parsed, parsed.adapter)
     limits = parsed.max_tokens, parsed.max_new_tokens
     model = _loaded(base, (1, *limits))
-    say, note = partial(print, end="", flush=True), partial(print, file=sys.stderr)
-    converse(model, base.tokenizer, typed(), say, note, parsed.system, *limits, **sampling)
+    answer, note = partial(print, end="", flush=True), partial(print, file=sys.stderr)
+    converse(model, base.tokenizer, typed(), answer, note, parsed.system, *limits, **sampling)
 
 
 def serve(args: list[str]) -> None:
@@ -373,18 +373,17 @@ def merge(args: list[str]) -> None:
         _refuse_idle(parsed, {"onto": "trained", "overwrite": False}, "without OUT")
 
     from minilora.evaluate.merge_audit import audit_routes, held_out, merge_with_audit
-    from minilora.report.console import table
 
     base, max_seq_len = _find(parsed, parsed.adapter_folder), parsed.data.max_seq_len
     adapter = base.read_adapter()
     samples = held_out(base, adapter, parsed.text, max_seq_len, parsed.data.too_long, parsed.audit_tokens)
-    with _weights_bar(parsed.out or parsed.adapter_folder) as bar:
+    with _progress(parsed.out or parsed.adapter_folder) as progress:
         if parsed.out is None:
-            audit = audit_routes(base, adapter, samples, max_seq_len, bar)
+            audit = audit_routes(base, adapter, samples, max_seq_len, progress)
         else:
             audit = merge_with_audit(
                 base, adapter, Path(parsed.out), samples, max_seq_len, route=parsed.onto, overwrite=parsed.overwrite,
-                force=parsed.force, progress=bar,
+                force=parsed.force, progress=progress,
             )  # fmt: skip
     _warn(base.warnings)
     print(f"against the trained model, on {audit.base.n_tokens:,} target tokens; KL in nats a token:")
@@ -413,10 +412,9 @@ def quantize(args: list[str]) -> None:
     parsed = arguments.parse(parser, args)
 
     from minilora.checkpoint.quantize import quantize_checkpoint
-    from minilora.hub import local_folder
 
     local_folder(parsed.model)  # what the hub has is fetched here, where a signal stops it at once
-    with _weights_bar(parsed.out) as progress:
+    with _progress(parsed.out) as progress:
         quantize_checkpoint(
             parsed.model, parsed.out, double_quant=parsed.double_quant, dtype=_dtype(parsed.dtype),
             overwrite=parsed.overwrite, progress=progress,
@@ -443,10 +441,9 @@ def export(args: list[str]) -> None:
     _refuse_idle(parsed, {"model.path": UNNAMED, "adapter_scaling": None, "force": False}, f"with --to {parsed.to}")
 
     from minilora.checkpoint.export import export_checkpoint
-    from minilora.hub import local_folder
 
     local_folder(parsed.source)  # as in quantize
-    with _weights_bar(parsed.out) as progress:
+    with _progress(parsed.out) as progress:
         compared, notes = export_checkpoint(
             parsed.source, parsed.out, parsed.to, dtype=_dtype(parsed.dtype), tokenizer=parsed.model.tokenizer,
             overwrite=parsed.overwrite, progress=progress,
@@ -461,10 +458,9 @@ def _export_adapter(parsed: Namespace) -> None:
     from minilora.base import Base
     from minilora.checkpoint.adapter import save_peft_adapter
     from minilora.checkpoint.mistral_adapter import save_mistral_adapter
-    from minilora.checkpoint.write import check_target
 
     base = Base.find(BaseConfig(parsed.model.path), parsed.source, scaling=parsed.adapter_scaling, force=parsed.force)
-    check_target(parsed.out, parsed.overwrite, [parsed.source, base.checkpoint.folder])
+    write.check_target(parsed.out, parsed.overwrite, [parsed.source, base.checkpoint.folder])
     save = save_peft_adapter if parsed.to == "peft" else save_mistral_adapter
     adapter = base.read_adapter()
     save(adapter, base.checkpoint.config, parsed.out, overwrite=parsed.overwrite)
@@ -479,11 +475,8 @@ def _dtype(name: str) -> Any:
 
 
 @contextmanager
-def _weights_bar(out: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(out: str) -> Iterator[Callable[[int, int], None]]:
     """Yield progress(weights done, weights in all), at which a signal stops the work."""
-    from minilora.report.console import weights_bar
-    from minilora.train.signals import StopRequest
-
     with StopRequest() as stop, weights_bar(_console()) as bar:
 
         def progress(done: int, of: int) -> None:
@@ -502,7 +495,6 @@ def inspect(args: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one object of JSON")
     parsed = arguments.parse(parser, args)
 
-    from minilora.checkpoint.json_file import to_json
     from minilora.report.facts import gather
     from minilora.report.inspect import show_facts
 
@@ -525,11 +517,10 @@ def explain(args: list[str]) -> None:
     parser.add_argument("--model.path", default="demo")
     parsed = arguments.parse(parser, args)
 
-    from minilora.report.explain import explain as show
-    from minilora.report.explain import weight_of
+    from minilora.report import explain as numbers
 
-    weight, name = weight_of(parsed.weights, parsed.tensor, parsed.model.path)
-    show(weight, name=name, block=parsed.block, seed=parsed.seed, console=_console())
+    weight, name = numbers.weight_of(parsed.weights, parsed.tensor, parsed.model.path)
+    numbers.explain(weight, name=name, block=parsed.block, seed=parsed.seed, console=_console())
 
 
 def verify(args: list[str]) -> None:
@@ -595,18 +586,17 @@ def compare(args: list[str]) -> None:
         raise UserError("--train.output: folders go by --output; drop it")
 
     from minilora.report.comparison import show
-    from minilora.train.compare import STRATEGIES, all_variants
-    from minilora.train.compare import compare as run_all
+    from minilora.train import compare as runs
 
     def configured(changes: Mapping[str, str]) -> RunConfig:
         return arguments.parse_run(parser, [*args, *(f"--{key}={value}" for key, value in changes.items())])[0]
 
     console, output, words = _console(), Path(parsed.output), re.compile(r"[^][,\s]+").findall
-    strategies = words(parsed.strategies or ("" if parsed.grid else ",".join(STRATEGIES)))
+    strategies = words(parsed.strategies or ("" if parsed.grid else ",".join(runs.STRATEGIES)))
     grid = parsed.grid or (["data.replay=0,0.2"] if embedded else [])
     shares = words(parsed.shares or ("0.25,0.5" if embedded else ""))
-    variants = all_variants(strategies, grid, shares, configured)
-    result = run_all(variants, output, partial(say, console), parsed.rank_by, parsed.resume, parsed.overwrite)
+    variants = runs.all_variants(strategies, grid, shares, configured)
+    result = runs.compare(variants, output, partial(say, console), parsed.rank_by, parsed.resume, parsed.overwrite)
     show(result, output, console)
     if failed := [row for row in result["rows"] if "failed" in row]:
         first = f"{failed[0]['name']}: {failed[0]['failed']}"
@@ -619,9 +609,8 @@ def _demo_unless_named(parser: ArgumentParser, args: Sequence[str]) -> bool:
         return False
     from minilora.demo.story import comparison_config
 
-    parser.set_defaults(
-        {f"{section}.{key}": v for section, keys in to_dict(comparison_config()).items() for key, v in keys.items()}
-    )
+    for section, keys in to_dict(comparison_config()).items():
+        parser.set_defaults({f"{section}.{key}": value for key, value in keys.items()})
     return True
 
 
@@ -637,10 +626,5 @@ def demo(args: list[str]) -> None:
     tell(Path(parsed.output), parsed.seed, _console())
 
 
-VERBS: dict[str, Verb] = {
-    f.__name__: f
-    for f in (
-        *(demo, train, data, compare, evaluate, generate, chat, serve),
-        *(quantize, merge, export, inspect, explain, verify),
-    )
-}
+ALL = (demo, train, data, compare, evaluate, generate, chat, serve, quantize, merge, export, inspect, explain, verify)
+VERBS: dict[str, Verb] = {verb.__name__: verb for verb in ALL}
