@@ -272,11 +272,8 @@ class StepPlan:
         assert self.lora is not None
         specs = [spec for name, spec in self.adapted[layer].items() if name in here]
         reduced = self.tokens * number * sum(self.lora.rank_of(spec.module) for spec in specs)
-        return {
-            "residual stream": x * (1 if keep == Keep.INPUT else 2),
-            "attention": attention,
-            "adapter inputs": reduced,
-        }
+        stream = x * (1 if keep == Keep.INPUT else 2)
+        return {"residual stream": stream, "attention": attention, "adapter inputs": reduced}
 
     def again(self, whole: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
         """What is alive besides in backward of a block: its scratch, and what was not kept and is made again."""
@@ -291,7 +288,7 @@ class StepPlan:
         makes_gates: gate and up were not kept
         """
         d, f, stored, computed = self.d, self.f, self.stored, self.computed
-        decoded = self.decoded(self.config.dim, self.config.hidden_dim, self.storage)
+        decoded = self.decoded()
         if not self.fused:
             of_weight = 4 * self.config.dim * self.config.hidden_dim if self.base else 0  # a gradient not yet added
             return (d + f) * stored + max(f * stored, of_weight) + decoded
@@ -317,8 +314,7 @@ class StepPlan:
         mask = self.tokens * (self.length + self.before) if padded else self.mask
         lora = replace(self.lora or LoraConfig(), modules_to_save=())  # without gradients a head that learns has none
         frozen = replace(self, adapter=lora if self.lora or self.adapter is None else self.adapter, ahead=False)
-        decoded = frozen.decoded(config.dim, config.hidden_dim, self.storage)
-        mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + decoded
+        mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + frozen.decoded()
         repeated = 0 if self.on_cpu else config.n_heads
         heads = 2 * (config.n_kv_heads + repeated) * config.head_dim  # k and v, and repeated
         attention = (2 * self.d + 3 * self.q + keys * heads + mask) * stored + self.q * cast
@@ -352,16 +348,17 @@ class StepPlan:
         as_it_is = self.stored == 4 or (self.fused and not norm)
         return add_up(kept, {"residual stream": self.d * self.stored} if as_it_is else {"final hidden": 4 * self.d})
 
-    def decoded(self, n_out: int, n_in: int, storage: Storage) -> int:
-        """The slice of a frozen weight that is in work at a time, in the products' dtype, and what decoding takes."""
-        size = n_out * n_in
-        if self.adapter is None or _DENSE_BYTES.get(storage) == self.computed:
+    def decoded(self) -> int:
+        """The slice of a frozen weight, the largest, that is in work at a time, in the products' dtype, and what
+        decoding takes."""
+        size = self.config.dim * self.config.hidden_dim
+        if self.adapter is None or _DENSE_BYTES.get(self.storage) == self.computed:
             return 0
         if not self.on_cpu:  # whole, and by a kernel
             return 0 if self.decodes_ahead else size * self.computed
         in_work = size // ceil(size * self.computed / SLICE_BYTES)
         decoding = 6 * min(nf4.chunk_of(self.device), in_work) + 4 * size // BLOCK_SIZE
-        return in_work * self.computed + (0 if storage in _DENSE_BYTES else decoding)
+        return in_work * self.computed + (0 if self.storage in _DENSE_BYTES else decoding)
 
 
 def add_up(*parts: dict[str, int]) -> dict[str, int]:
@@ -375,8 +372,7 @@ def free_bytes(device: torch.device) -> float:
     process has of it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    available = [n_bytes for name, n_bytes in _proc_bytes("meminfo").items() if name == "MemAvailable"]
     for folder, limit, used, cache in CGROUPS:
         with suppress(OSError, ValueError, KeyError):  # there is none; or its limit is "max"
             found = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
@@ -431,13 +427,13 @@ def named_storages(model: nn.Module, optimizer: FlatAdamW | None = None) -> dict
 
 def private_bytes() -> int:
     """Memory that is this process's own (RssAnon): without mapped files, which the system can take back at any time."""
-    return _status_bytes().get("RssAnon") or max_rss_bytes()
+    return _proc_bytes("self/status").get("RssAnon") or max_rss_bytes()
 
 
-def _status_bytes() -> dict[str, int]:
-    """What /proc/self/status says of memory; nothing where there is none."""
-    status = Path("/proc/self/status")
-    lines = (line.split() for line in status.read_text().splitlines()) if status.exists() else ()
+def _proc_bytes(file: str) -> dict[str, int]:
+    """What a file of /proc says of memory; nothing where there is none."""
+    path = Path("/proc", file)
+    lines = (line.split() for line in path.read_text().splitlines()) if path.exists() else ()
     return {name[:-1]: 1024 * int(rest[0]) for name, *rest in lines if rest[1:] == ["kB"]}
 
 
@@ -469,7 +465,7 @@ class PeakMemory:
             self._counts_anew = Path("/proc/self/clear_refs").write_text("5") == 1
 
     def note(self) -> None:
-        status = _status_bytes()
+        status = _proc_bytes("self/status")
         resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"] if self._counts_anew else 0
         self.private = max(self.private, status.get("RssAnon") or max_rss_bytes(), resident)
         if self.device.type == "cuda":
