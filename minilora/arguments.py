@@ -214,5 +214,4 @@ def add_length(parser: ArgumentParser, too_long: TooLong) -> None:
 
 
 def add_dtype(parser: ArgumentParser, what: str) -> None:
-    kinds = Literal["auto", "bfloat16", "float16", "float32"]
-    parser.add_argument("--dtype", type=kinds, default="auto", help=what)
+    parser.add_argument("--dtype", type=Literal["auto", "bfloat16", "float16", "float32"], default="auto", help=what)

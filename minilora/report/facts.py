@@ -176,8 +176,7 @@ def _gguf(path: Path, facts: Facts, _base: str) -> None:
     facts |= _listed(tensors) | {"read_by": "llama.cpp; minilora only compares what it wrote"}
 
 
-_Look = Callable[[Path, Facts, str], None]
-_KINDS: tuple[tuple[str, tuple[str, ...], _Look], ...] = (
+_KINDS: tuple[tuple[str, tuple[str, ...], Callable[[Path, Facts, str], None]], ...] = (
     # what one file of each is called, and who looks closer; the last one says why a folder is none of them
     ("adapter", (CONFIG, MISTRAL_WEIGHTS), _adapter),
     ("run", ("config.toml",), _run),

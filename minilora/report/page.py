@@ -91,15 +91,14 @@ def _read(path: Path) -> str:
 
 def _read_jsonl(path: Path, key: str = "step", kind: type = int) -> list[dict[str, Any]]:
     """The records of a file, a line each. Half a line at its end, of a run that was killed, is passed over."""
-    *whole, rest = _read(path).split("\n")
-    records = []
-    for number, line in enumerate([*whole, rest], 1):
+    lines, records = _read(path).split("\n"), list[dict[str, Any]]()
+    for number, line in enumerate(lines, 1):
         record = dict[str, Any]()
         with suppress(ValueError):
             record = parse_object(line.encode())
         if isinstance(record.get(key), kind):
             records.append(record)
-        elif number <= len(whole):
+        elif number < len(lines):
             raise UserError(f"{path} line {number}: not a JSON object with a {key}; remove the line")
     return records
 
@@ -261,9 +260,8 @@ def _files(run_folder: Path) -> str:
     for name, what in CONTENTS.items():
         path = run_folder / name
         if path.exists():
-            files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
             shown = f"{name}/" if path.is_dir() else name
-            n_bytes = sum(f.stat().st_size for f in files)
+            n_bytes = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
             rows.append([f'<a href="{quote(shown)}">{escape(shown)}</a>', escape(what), f"{n_bytes:,} bytes"])
     where = f"<p>In <code>{escape(str(run_folder.resolve()))}</code></p>\n"
     return where + _table(["file", "what it is", "size"], rows, numbers=False)
