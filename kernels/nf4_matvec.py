@@ -177,9 +177,8 @@ def matvec_kernel(
         column = first + 4 * tl.arange(0, LANES)  # a thread's first word
         inside = (column < n_words) | EVEN
         every = first + tl.arange(0, 4 * LANES)
-        v = ()
-        for m in tl.static_range(M):
-            v = v + (thirty_two(x + m * 8 * n_words, column, inside),)  # noqa: RUF005 - Triton knows no star
+        v = thirty_two(x, column, inside)
+        v_2 = thirty_two(x + (M - 1) * 8 * n_words, column, inside)  # where M is 1, the same
         products = ()
         for r in tl.static_range(8):
             # Rows beyond the last are read as the last, so that the loop needs no mask for them.
@@ -196,10 +195,10 @@ def matvec_kernel(
                 is_nested,
             )
             w = decode_four(entries, words, SHUFFLE)
-            product = dot32(w, v[0]) * scale
+            product = dot32(w, v) * scale
             if M == 2:
-                product = tl.join(product, dot32(w, v[1]) * scale)
-            products = products + (product,)  # noqa: RUF005
+                product = tl.join(product, dot32(w, v_2) * scale)
+            products = products + (product,)  # type: ignore[assignment] # noqa: RUF005 - Triton knows no star
         sums += tl.reshape(joined(products), (LANES, 8 * M))
     at = tl.arange(0, 8 * M)
     row = first_row + at % 8
