@@ -33,7 +33,10 @@ KINDS = ("products", "adapters", "dequantize", "attention", "elementwise", "loss
 BACK_LAUNCHES, GROUPED_LAUNCHES = 3, 2  # of torch's FlashAttention: dy y, dq dk dv, dq to 16 bits; and sums of dk, dv
 FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 # Operators that launch nothing on a GPU, but for views, which their schema tells.
-NO_LAUNCH = ("empty", "new_empty", "empty_like", "detach", "resize_", "set_", "lift_fresh", "_local_scalar_dense")
+NO_LAUNCH = (
+    *("empty", "new_empty", "empty_like", "resize_", "set_"),
+    *("detach", "lift_fresh", "_local_scalar_dense", "_unsafe_view"),
+)
 OVERWRITTEN = ("copy_", "zero_", "fill_")  # in place, without reading what was there
 WRITES = {  # of Triton's kernels: what they write, and of that what they read too
     "dequantize_kernel": ("out",),

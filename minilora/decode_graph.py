@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minilora.backend import backend_for
 from minilora.kv_cache import KVCache
+from minilora.lora import casts
 from minilora.model import Mistral
 
 FEWEST = 8  # steps that are worth a recording, which takes the host about as long as two steps do
@@ -29,7 +30,7 @@ LARGEST_ERROR = 2**-4  # of logits in 16 bits, whose products another algorithm 
 class Steps:
     """Calls the model with one token after the other, by a graph where that pays.
 
-    Meanwhile the model must stay as it is: its weights where they are, its adapters on or off.
+    Meanwhile the model must stay as it is: its weights and adapters what and where they are, these on or off.
     """
 
     def __init__(self, model: Mistral, cache: KVCache, last: Tensor, n_steps: int) -> None:
@@ -39,6 +40,7 @@ class Steps:
         self._records, self._n_done = n_steps >= FEWEST and self.serve(model.device), 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)  # the graph's
+        self._casts = list[Tensor]()  # of the adapters, which the graph reads
 
     @staticmethod
     def serve(device: torch.device) -> bool:
@@ -80,14 +82,14 @@ class Steps:
         return logits
 
     def _recorded(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Only the host works meanwhile: positions and cache stay what they are."""
+        """Only the host works meanwhile: positions and cache stay what they are. Adapters are cast before, once."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with casts(self._model, self._model.dtype) as self._casts, torch.cuda.graph(graph):
             logits = self.step()
         return graph, logits
 
     def release(self) -> None:
         """Give the recorded memory back: before work that has memory of its own."""
         if self._graph is not None:
-            self._graph, self._logits = None, torch.empty(0)
+            self._graph, self._logits, self._casts = None, torch.empty(0), []
             torch.cuda.empty_cache()

@@ -3,7 +3,7 @@
     y = W x + scale * B (A dropout(x))        A (rank, in), B (out, rank), scale = alpha / rank
 
 A starts random and B at zero, so the first forward pass is the base's. A and B are float32 and are cast to x's dtype
-once per use; W may be an `nn.Linear` or an `NF4Linear`: with the latter this is QLoRA.
+once per use, or before many uses (`casts`); W may be an `nn.Linear` or an `NF4Linear`: with the latter this is QLoRA.
 
 DoRA (https://arxiv.org/abs/2402.09353) learns the length m of each row apart from its direction:
 
@@ -29,6 +29,7 @@ from torch.func import functional_call
 from torch.nn.functional import dropout, embedding, linear
 
 from minilora.config import ALL_LINEAR, LoraConfig
+from minilora.dispatch import undifferentiated_on_gpu
 from minilora.errors import UserError
 from minilora.linear import NF4Linear, slices
 from minilora.nf4 import NF4Tensor
@@ -69,6 +70,10 @@ class LoRALinear(Added):
         y: Tensor = self.base(x)
         if not self.enabled:
             return y
+        if undifferentiated_on_gpu(x) and self.lora_magnitude_vector is None and not (self.training and self.dropout):
+            reduced = linear(x, cast(self.lora_A, x.dtype)).view(-1, len(self.lora_A))
+            y.view(len(reduced), -1).addmm_(reduced, cast(self.lora_B, x.dtype).T, alpha=self.scale)
+            return y
         reduced = linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
         y = y + self.scale * linear(reduced, self.lora_B.to(x.dtype))
         if self.lora_magnitude_vector is None:
@@ -95,6 +100,27 @@ class LoRALinear(Added):
             return merged
         lengths = torch.linalg.vector_norm(merged, dim=1).clamp_min(1e-15)
         return merged.mul_((self.lora_magnitude_vector.detach() / lengths)[:, None])
+
+
+def cast(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B in a dtype, without a gradient: its copy `p.cast` where one was made for many uses, by `casts` or by
+    `FlatAdamW.casts`."""
+    made: Tensor = getattr(p, "cast", p)
+    return made.detach().to(dtype)
+
+
+@contextmanager
+def casts(model: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """While entered, A and B of each adapter have a copy in `dtype` of what they are now: the copies."""
+    low_rank = [p for m in model.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)]
+    copies = [p.detach().to(dtype) for p in low_rank]
+    for p, copy in zip(low_rank, copies, strict=True):
+        p.cast = copy  # type: ignore[attr-defined]
+    try:
+        yield copies
+    finally:
+        for p in low_rank:
+            del p.cast  # type: ignore[attr-defined]
 
 
 class TrainedCopy(Added):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minilora.backend import backend_for
 from minilora.linear import NF4Linear, add_product_, decoded, multiply, multiply_back
-from minilora.lora import LoRALinear
+from minilora.lora import LoRALinear, cast
 from minilora.nf4 import NF4Tensor
 
 WHOLE = 16  # numbers: rows longer by a multiple of it are moved as fast as before
@@ -66,7 +66,7 @@ class Projections:
 
     def decoded(self, dtype: torch.dtype) -> "Projections":
         """The same, whose weights need not be decoded again."""
-        columns = [_cast(a.lora_B, dtype) if a and a.joins else None for a in self.adapters]
+        columns = [cast(a.lora_B, dtype) if a and a.joins else None for a in self.adapters]
         rows: list[Tensor | None] = [None] * len(self.weights)
         if self.room_back:
             rows[self.carrier] = self._every_a(dtype)
@@ -104,7 +104,7 @@ class Projections:
             if adapter is None:
                 ys.append(multiply(bare, weight))
                 continue
-            part, up = next(parts), _cast(adapter.lora_B, x.dtype)
+            part, up = next(parts), cast(adapter.lora_B, x.dtype)
             if adapter.joins:
                 wide = x[:, : n_in + part.shape[1]]
                 torch.mul(part, adapter.scale, out=wide[:, n_in:])
@@ -124,7 +124,7 @@ class Projections:
         if not d_reduced.shape[1]:
             d_reduced = dys[0].new_empty(dys[0].shape[0], sum(self._ranks))
         for adapter, dy, part in self._adapted(dys, d_reduced):
-            part.addmm_(dy, _cast(adapter.lora_B, dy.dtype), beta=0, alpha=adapter.scale)
+            part.addmm_(dy, cast(adapter.lora_B, dy.dtype), beta=0, alpha=adapter.scale)
         return d_reduced
 
     def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None, room: int = 0) -> Tensor:
@@ -165,7 +165,7 @@ class Projections:
 
     def _every_a(self, dtype: torch.dtype) -> Tensor:
         """Every A, one below the other: (sum of ranks, in). They read x once."""
-        downs = [_cast(adapter.lora_A, dtype) for adapter in self.adapters if adapter]
+        downs = [cast(adapter.lora_A, dtype) for adapter in self.adapters if adapter]
         together = _as_one(downs)
         return torch.cat(downs) if together is None else together
 
@@ -183,12 +183,6 @@ def _joins(weight: NF4Tensor | Tensor, rank: int) -> bool:
     time that is saved."""
     on_gpu = isinstance(weight, NF4Tensor) and backend_for(weight.packed.device).name == "triton"
     return on_gpu and rank % WHOLE == 0
-
-
-def _cast(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """A or B in the dtype of the products, which a step's backward may have made of all of them (`FlatAdamW.casts`)."""
-    cast: Tensor = getattr(p, "cast", p)
-    return cast.detach().to(dtype)
 
 
 def _as_one(parts: Sequence[Tensor]) -> Tensor | None:

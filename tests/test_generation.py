@@ -19,7 +19,7 @@ from minilora.decode_graph import FEWEST, Steps
 from minilora.errors import UserError
 from minilora.generation import answer, choose, generate, stream
 from minilora.kv_cache import KVCache
-from minilora.lora import LoRALinear, add_lora
+from minilora.lora import LoRALinear, adapters_off, add_lora, casts
 from minilora.model import Mistral
 
 EOS = 2
@@ -280,6 +280,32 @@ def test_on_a_gpu_a_step_takes_the_elementwise_kernels() -> None:
     with PretendedGPU() as gpu, torch.enable_grad():
         model(prompt(3))
     assert not {*launches} & {launch.name for launch in gpu.launches}, "autograd does not see into them"
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_on_a_gpu_an_adapter_is_two_launches_of_a_step(dtype: torch.dtype) -> None:
+    """Cast before the steps, not in each of them; then x A^T, and B's product onto y."""
+    model = add_lora(tiny_model().to(dtype), LoraConfig(rank=4, alpha=8))
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for i, adapter in enumerate(adapters):
+        adapter.lora_B.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+    cache, last = prefilled(model)
+    again, _ = prefilled(model)
+    tokens = torch.tensor([20, 30, 40, 50])[:, None]
+    plain = model(tokens, last + 1, cache=cache)
+    with PretendedGPU() as base, adapters_off(model):
+        model(tokens, last + 1, cache=again)
+    with casts(model, dtype), PretendedGPU() as gpu:
+        adapted = model(tokens, last + 1, cache=again)
+    assert len(gpu.launches) == len(base.launches) + 2 * len(adapters)
+    error = (adapted - plain).norm() / plain.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 2e-3)  # sums of float16's roundings, of which here are fewer
+    assert not any(hasattr(p, "cast") for p in model.parameters())
+    with PretendedGPU() as gpu, torch.enable_grad():
+        assert model(prompt(3)).requires_grad
+    assert "addmm_" not in {launch.name for launch in gpu.launches}, "autograd needs what it would overwrite"
 
 
 def test_a_stream_gives_its_memory_back_also_if_it_is_left(model: Mistral, monkeypatch: pytest.MonkeyPatch) -> None:
