@@ -17,15 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minilora.checkpoint import mistral_adapter
 from minilora.checkpoint.adapter_parts import Adapter, added_tensors, expected_shapes, read_exactly, refuse_other
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short, write_json
 from minilora.checkpoint.names import tensor_specs
 from minilora.checkpoint.provenance import base_of, check_origin, read_provenance, versions, write_provenance
-from minilora.checkpoint.safetensors_file import write_safetensors
+from minilora.checkpoint.safetensors_file import write_tensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import PROJECTIONS, LoraConfig, ModelConfig, PrefixConfig
 from minilora.errors import UserError
@@ -92,8 +90,7 @@ def save_peft_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Path, 
     with atomic_folder(folder, overwrite=overwrite) as temp:
         write_json(temp / CONFIG, config)
         write_provenance(temp, adapter.provenance)
-        lines = [(_key(name), torch.float32, tuple(tensor.shape)) for name, tensor in adapter.tensors.items()]
-        write_safetensors(temp / WEIGHTS, adapter.tensors.values(), lines)
+        write_tensors(temp / WEIGHTS, {_key(name): tensor for name, tensor in adapter.tensors.items()})
         refuse_other(read_adapter(temp, sizes).tensors, adapter.tensors, folder)
 
 
@@ -207,7 +204,6 @@ def _peft_config(config: LoraConfig | PrefixConfig, sizes: ModelConfig) -> dict[
     if isinstance(config, PrefixConfig):
         return always | _prefix_values(config.n_tokens, sizes)
     values = {key: getattr(config, name) for name, (key, _, _) in _NAMES.items()}
-    values |= {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
     fixed = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True}
     return always | fixed | values | {"modules_to_save": values["modules_to_save"] or None}
 

@@ -23,7 +23,7 @@ from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short, write_json
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.provenance import write_provenance
-from minilora.checkpoint.safetensors_file import read_header, write_safetensors
+from minilora.checkpoint.safetensors_file import read_header, write_tensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import LoraConfig, ModelConfig, PrefixConfig
 from minilora.errors import UserError
@@ -99,9 +99,8 @@ def save_mistral_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Pat
         if adapter.provenance:
             write_provenance(temp, adapter.provenance)
         keys, specs = _keys(sizes), {f"{spec.module}.lora_B": spec for spec in _projections(sizes)}
-        lines = [(keys[name], torch.bfloat16, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        rows = (specs[name].to_layout(t, "mistral") if name in specs else t for name, t in tensors.items())
-        write_safetensors(temp / WEIGHTS, rows, lines)
+        rows = tensors | {name: spec.to_layout(tensors[name], "mistral") for name, spec in specs.items()}
+        write_tensors(temp / WEIGHTS, {keys[name]: tensor for name, tensor in rows.items()})
         refuse_other(read_tensors(temp, read_config(temp, None), sizes), tensors, folder)
 
 

@@ -13,7 +13,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.checkpoint.files import reading
 from minilora.checkpoint.json_file import MAX_BYTES, parse_object, short
 from minilora.errors import UserError
 
@@ -71,16 +72,10 @@ class TensorEntry:
     def read_bytes(self, start: int, n_bytes: int) -> Tensor:
         """Bytes of the tensor, (n_bytes,) uint8. Raises UserError if they cannot be read, or the file has changed."""
         made = _empty(n_bytes)
-        left = made.numpy().data
-        try:
-            with self.file.open("rb", buffering=0) as opened:
-                opened.seek(self.begin + start)
-                while left:
-                    if not (n_read := opened.readinto(left)):
-                        raise OSError("it ends too early")
-                    left = left[n_read:]
-        except OSError as error:
-            raise UserError(f"{self.file}: cannot be read: {error.strerror or error}") from None
+        with reading(self.file) as opened:
+            opened.seek(self.begin + start)
+            if opened.readinto(made.numpy().data) < n_bytes:
+                raise OSError("it ends too early")
         self.check_unchanged()
         return made
 
@@ -178,6 +173,12 @@ def _check_cover(entries: Iterable[TensorEntry], begin: int, end: int) -> None:
         raise ValueError(f"truncated: the tensors have {covered - begin:,} bytes, the file holds {end - begin:,}")
     if covered < end:
         raise ValueError(f"{end - covered:,} bytes too many after the last tensor")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that are all there, under their keys."""
+    lines = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
+    write_safetensors(file, tensors.values(), lines)
 
 
 def write_safetensors(file: Path, tensors: Iterable[Tensor], lines: Sequence[Line]) -> None:

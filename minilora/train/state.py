@@ -23,7 +23,7 @@ from minilora.adamw import FlatAdamW
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import read_json, short
 from minilora.checkpoint.provenance import versions
-from minilora.checkpoint.safetensors_file import TensorEntry, read_header, write_safetensors
+from minilora.checkpoint.safetensors_file import TensorEntry, read_header, write_tensors
 from minilora.checkpoint.write import atomic_folder, verify_manifest
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
@@ -84,9 +84,8 @@ class RunState:
         tensors = _of_weights(self.weights)
         if not weights_only:
             tensors |= (self._moments() if self.optimizer.steps else {}) | (random or random_state())
-        lines = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with atomic_folder(folder, overwrite=True) as new:
-            write_safetensors(new / TENSORS, tensors.values(), lines)
+            write_tensors(new / TENSORS, tensors)
             (new / STATE).write_text(json.dumps(document, indent=1))
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -106,8 +105,7 @@ class RunState:
         if "rng.cuda" in held and torch.cuda.is_available():
             like["rng.cuda"] = torch.cuda.get_rng_state()
         tensors = _read_tensors(folder, held, like)
-        moments = {key: tensor for key, tensor in tensors.items() if key.startswith("optimizer.")}
-        steps = {int(tensor) for key, tensor in moments.items() if key.endswith(".step")}
+        steps = {int(tensor) for key, tensor in tensors.items() if key.endswith(".step")}
         if len(steps) > 1:
             raise UserError(f"{folder / TENSORS}: its weights have taken unlike numbers of steps, {sorted(steps)}")
         try:
@@ -118,9 +116,8 @@ class RunState:
         except RuntimeError as error:
             raise UserError(f"{folder / TENSORS}: holds no random state of this torch: {error}") from None
         _copy(tensors, self.weights)
-        for name, parameter in self.weights.items():
-            for key, moment in self.optimizer.state[parameter].items():
-                moment.copy_(tensors.get(f"optimizer.{name}.{key}", torch.zeros(())))
+        for key, moment in self._moments().items():
+            moment.copy_(tensors.get(key, torch.zeros(())))
         self.optimizer.steps = max(steps, default=0)
         self.loss_scale = LossScale(**document["loss_scale"])
         self.counters = Counters(**document["counters"])
