@@ -199,7 +199,7 @@ def _facts(file: Path) -> dict[str, Any]:
 def _swap(temp: Path, path: Path, overwrite: bool) -> None:
     """Rename `temp` to `path`. With overwrite, a folder that is there is set aside first and deleted last."""
     old = _beside(path, "old")
-    replaces = overwrite and path.is_dir() and not path.is_symlink() and not _is_empty_folder(path)
+    replaces = overwrite and path.is_dir() and not path.is_symlink() and bool(os.listdir(path))
     if replaces:
         path.rename(old)
     try:
@@ -250,14 +250,10 @@ def _refuse_standing(path: Path, overwrite: bool) -> None:
     stands = os.path.exists(path)
     if os.path.islink(path) or (stands and not os.path.isdir(path)):
         raise UserError(f"{path}: is a link or a file; choose another name for the folder")
-    if not overwrite and stands and not _is_empty_folder(path):
+    if not overwrite and stands and os.listdir(path):
         raise UserError(f"{path}: exists already; choose another name, or add --overwrite")
     if stands and Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
         raise UserError(f"{path}: the current folder lies in it, and it would be replaced; choose another name")
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return os.path.isdir(path) and not os.listdir(path)
 
 
 def _another_lives(pid: int) -> bool:
