@@ -34,12 +34,10 @@ def merged_weight(layer: nn.Module, original: Tensor | None = None) -> Tensor:
 def requantized_weight(layer: nn.Module, double_quant: bool, dtype: torch.dtype) -> NF4Tensor:
     """A projection's weight with its adapter in it, in NF4; one without an adapter as it is. dtype: to decode it to."""
     weight = getattr(layer, "weight", None)
-    if (
-        isinstance(weight, NF4Tensor)
-        and weight.block_size == BLOCK_SIZE
-        and (weight.nested_absmax is not None) == double_quant
-    ):
-        return replace(weight, dtype=dtype)
+    if isinstance(weight, NF4Tensor):
+        stored = weight.block_size, weight.nested_absmax is not None
+        if stored == (BLOCK_SIZE, double_quant):
+            return replace(weight, dtype=dtype)
     return quantize(merged_weight(layer).to(dtype), double_quant=double_quant)
 
 
