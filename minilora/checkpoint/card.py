@@ -48,13 +48,10 @@ def write_card(
         tokenizer=tokenizer or "none",
         sizes=_block(to_dict(config)),
         base=_block({k: known[k] for k in ("base_fingerprint", "quantization") if k in known} | of_base),
-        made_from=_block(facts.get("export")),
-        data=_block(facts.get("data")),
-        recipe=_block(facts.get("config")),
+        **{key: _block(facts.get(key)) for key in ("export", "data", "config", "versions")},
         metrics=_block({k: known[k] for k in ("metrics", "audit") if k in known}),
         usage=Template((TEMPLATES / f"use_{form}.md").read_text("utf-8")).substitute(name=plain, bits=bits).strip(),
         limits="".join(f"- {note}\n" for note in (*notes, *([] if tokenizer else ["No tokenizer lies with it."]))),
-        versions=_block(facts.get("versions")),
     )
     (folder / "README.md").write_text(card, "utf-8")
     write_provenance(folder, facts)
