@@ -8,6 +8,7 @@ ModelArgs), and a choice made for the reader is logged.
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,29 +113,29 @@ def config_to_params(config: ModelConfig) -> dict[str, Any]:
     return params
 
 
-def _whole(values: Values, key: str, default: int | None = None) -> int:
+def _value(values: Values, key: str, default: Any, fits: Callable[[Any], bool], must: str) -> Any:
+    """What a key says, which must fit; `default` where it is absent or null."""
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise UserError(f"{key} is missing")
-    if type(value) is not int or value < 1:
-        raise UserError(f"{key} is {short(value)}, but must be a whole number above 0")
+    if not fits(value):
+        raise UserError(f"{key} is {short(value)}, but must be {must}")
     return value
 
 
+def _whole(values: Values, key: str, default: int | None = None) -> int:
+    return int(_value(values, key, default, lambda n: type(n) is int and n > 0, "a whole number above 0"))
+
+
 def _real(values: Values, key: str, default: float | None = None) -> float:
-    value = default if values.get(key) is None else values[key]
-    if value is None:
-        raise UserError(f"{key} is missing")
-    if type(value) not in (int, float) or not 0 < value < 1e30:  # false for NaN, too
-        raise UserError(f"{key} is {short(value)}, but must be a positive finite number")
-    return float(value)
+    def fits(x: Any) -> bool:
+        return type(x) in (int, float) and 0 < x < 1e30  # false for NaN, too
+
+    return float(_value(values, key, default, fits, "a positive finite number"))
 
 
 def _flag(values: Values, key: str) -> bool:
-    value = values.get(key)
-    if value is not None and type(value) is not bool:
-        raise UserError(f"{key} is {short(value)}, but must be true or false")
-    return bool(value)
+    return bool(_value(values, key, False, lambda x: type(x) is bool, "true or false"))
 
 
 def _refuse_other_than(values: Values, fixed: dict[str, tuple[Any, ...]]) -> None:
