@@ -15,9 +15,8 @@ def refuse_not_finite(tensor: Tensor, name: str, remedy: str) -> None:
         return
     flat = tensor.detach().reshape(-1)
     index = int((~flat.isfinite()).nonzero()[0])
-    raise UserError(
-        f"{name}: holds a number that is not finite, {flat[index].item()} at element {index} (counted flat); {remedy}"
-    )
+    found = f"{flat[index].item()} at element {index} (counted flat)"
+    raise UserError(f"{name}: holds a number that is not finite, {found}; {remedy}")
 
 
 def cast_finite(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:

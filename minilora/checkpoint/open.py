@@ -66,18 +66,17 @@ class Checkpoint:
     def refuse_nf4(self, who: str) -> None:
         """Raise UserError if there are weights in NF4; `who` needs them plain."""
         if self.nf4:
+            use = 'use them so (to train, with train.strategy "qlora"), or the checkpoint that they were made from'
             raise UserError(
-                f"{self.folder}: {who} needs plain weights, but by these files model.quantize is nf4; use them so (to "
-                'train, with train.strategy "qlora"), or the checkpoint that they were made from'
+                f"{self.folder}: {who} needs plain weights, but by these files model.quantize is nf4; {use}"
             )
 
     def check_tied_head(self) -> None:
         """Raise UserError if the embedding is said to be the head, too, yet the files hold another head."""
         head = self.entries.get(TIED_HEAD.name) if self.config.tied_embeddings else None
         if head and not torch.equal(head.read(), self.entries["embed_tokens.weight"].read()):
-            raise UserError(
-                f"{head.file}: {head.key} is not the embedding, though {CONFIG_NAMES[self.layout]} ties them"
-            )
+            config = CONFIG_NAMES[self.layout]
+            raise UserError(f"{head.file}: {head.key} is not the embedding, though {config} ties them")
 
     def fingerprint(self) -> str:
         """sha256 over each tensor's name, type, shape, and its first and last row, in hexadecimal.
@@ -127,9 +126,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     _refuse(folder, "missing tensor", [key for key in specs if key not in held])
     may_pack = layout == "hf" and read_json(folder / CONFIG_NAMES[layout]).get("quantization_config") is not None
     if layout == "hf" and not may_pack and (key := next((k for k in specs if is_packed(k, held)), None)):
-        raise UserError(
-            f"{folder}: {key} is in NF4, but config.json lacks quantization_config; fetch config.json again"
-        )
+        lacks = "config.json lacks quantization_config; fetch config.json again"
+        raise UserError(f"{folder}: {key} is in NF4, but {lacks}")
     packed = {key for key, spec in specs.items() if may_pack and spec.is_projection and is_packed(key, held)}
     known = {*specs, *(f"{key}.{part}" for key in packed for part in PARTS)}
     unknown = (key for key in held if key not in known and not key.endswith("rotary_emb.inv_freq"))
