@@ -54,21 +54,21 @@ def learned_names(sizes: ModelConfig, train: TrainConfig) -> set[str]:
             raise UserError(f"train.{key} is {getattr(train, key)!r}, but the model has {sizes.n_layers} layers")
     if train.strategy == "full":
         return set(names)
-    learned = set(_of_top(names, sizes, train.layers or 0))
+    learned = _of_top(sizes, train.layers or 0)
     for pattern in train.parameters:
         matches = {name for name in names if any(fnmatchcase(part, pattern) for part in _holders(name))}
         if not matches:
             near = get_close_matches(pattern, {part for name in names for part in _holders(name)}, cutoff=0)
             raise UserError(f"train.parameters: no parameter is called {pattern!r}; near: {', '.join(near)}")
         learned |= matches
-    if not learned.issuperset(_of_top(names, sizes, train.reinit_top or 0)):
+    if not learned >= _of_top(sizes, train.reinit_top or 0):
         raise UserError(f"train.reinit {train.reinit!r} draws weights anew that train.layers and parameters let be")
     return learned
 
 
-def _of_top(names: list[str], sizes: ModelConfig, n: int) -> list[str]:
+def _of_top(sizes: ModelConfig, n: int) -> set[str]:
     """The names in the n layers at the top."""
-    return [name for name in names if name.startswith("layers.") and int(name.split(".")[1]) >= sizes.n_layers - n]
+    return {spec.name for spec in tensor_specs(sizes) if spec.layer >= sizes.n_layers - n}
 
 
 def _holders(name: str) -> list[str]:
