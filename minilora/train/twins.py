@@ -72,23 +72,23 @@ def _set(config: RunConfig, short: RunConfig) -> str:
     return ", ".join(f"{key} {'unset' if new is None else new}" for key, new in told) or "nothing"
 
 
-def _learnt(config: RunConfig) -> Path:
-    return Path(config.train.output, "model" if config.train.base_learns else "adapter")
+def _learnt(config: RunConfig) -> list[Path]:
+    """The files of weights that the run left."""
+    folder = Path(config.train.output, "model" if config.train.base_learns else "adapter")
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _bytes(config: RunConfig) -> list[bytes]:
     """Of the steps' figures and of what was learnt."""
-    weights = sorted(_learnt(config).glob("*.safetensors"))
-    return [file.read_bytes() for file in (Path(config.train.output, "metrics.jsonl"), *weights)]
+    return [file.read_bytes() for file in (Path(config.train.output, "metrics.jsonl"), *_learnt(config))]
 
 
 def _apart(one: RunConfig, other: RunConfig) -> float:
     """The longest distance of a tensor, relative to its length."""
     longest = 0.0
-    for file in sorted(_learnt(one).glob("*.safetensors")):
-        there = read_header(_learnt(other) / file.name)
-        for key, entry in read_header(file).items():
-            a, b = entry.read().double(), there[key].read().double()
+    for here, there in zip(map(read_header, _learnt(one)), map(read_header, _learnt(other)), strict=True):
+        for key in here:
+            a, b = here[key].read().double(), there[key].read().double()
             longest = max(longest, float((a - b).norm() / a.norm().clamp_min(1e-30)))
     return longest
 
