@@ -55,8 +55,7 @@ def _load(config: RunConfig, data: DataConfig, mend: bool = False) -> Data:
 def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> list[tuple[str, str]]:
     """Steps, time and memory of an epoch on this machine."""
     train, length, device = config.train, config.data.max_seq_len, pick_device(config.model.device)
-    lengths = [sample.length for sample in data.learnt]
-    sampler = RowSampler(lengths, length, train.seed, mix=data.mix)
+    sampler = RowSampler([sample.length for sample in data.learnt], length, train.seed, mix=data.mix)
     probes = read_probes(config.eval.probes, data.tokenizer) if config.eval.samples else []
     needed = sum(ledger_of(config, sizes, device, data, probes, sampler).fitted().predict().values())
     n_rows, per_step = len(sampler.rows), train.batch_size * train.accumulate

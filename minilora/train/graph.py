@@ -54,9 +54,8 @@ class StepGraphs:
         shape = (*batch.tokens.shape, space)
         if shape not in self._graphs:
             if shape not in self._seen:
-                loss = self._plain(batch, factor)
                 self._seen.add(shape)
-                return loss
+                return self._plain(batch, factor)
             if len(self._graphs) == MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             beside = next(iter(self._graphs.values()), None)  # they share memory: they never run at the same time

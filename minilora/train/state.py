@@ -158,10 +158,8 @@ def read_document(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is damaged; delete it, and all of its step or later, to resume. {what}") from None
     document = read_json(folder / STATE)
     if document.get("format") != FORMAT:
-        raise UserError(
-            f"{folder / STATE}: format {document.get('format')} is not {FORMAT}, the one this version reads; "
-            "resume with the version of minilora that wrote it"
-        )
+        another = f"format {document.get('format')} is not {FORMAT}, the one this version reads"
+        raise UserError(f"{folder / STATE}: {another}; resume with the version of minilora that wrote it")
     return document
 
 
@@ -182,12 +180,11 @@ def _read_tensors(folder: Path, held: Mapping[str, TensorEntry], like: Mapping[s
     if wrong:
         raise UserError(f"{folder / TENSORS}: {short(min(wrong))} is not as this run writes it; it is another run's")
     tensors = {key: held[key].read() for key in like}
+    remedy = "resume from another checkpoint"
     for key, tensor in tensors.items():
-        refuse_not_finite(tensor, f"{folder / TENSORS}: {key}", "resume from another checkpoint")
+        refuse_not_finite(tensor, f"{folder / TENSORS}: {key}", remedy)
         if key.endswith((".step", ".exp_avg_sq", "_absmax")) and tensor.min() < 0:
-            raise UserError(
-                f"{folder / TENSORS}: {key} is below 0, as no run writes it; resume from another checkpoint"
-            )
+            raise UserError(f"{folder / TENSORS}: {key} is below 0, as no run writes it; {remedy}")
     return tensors
 
 
@@ -199,10 +196,8 @@ def refuse_other_run(saved: Any, current: dict[str, Any], folder: Path, prefix: 
         if isinstance(old, dict) and isinstance(new, dict):
             refuse_other_run(old, new, folder, f"{prefix}{key}.")
         elif old != new:
-            raise UserError(
-                f"{folder}: {prefix}{key} was {old!r} when the run began and is {new!r} now; "
-                "an exact resume needs the same, or begin anew with --overwrite"
-            )
+            changed = f"{prefix}{key} was {old!r} when the run began and is {new!r} now"
+            raise UserError(f"{folder}: {changed}; an exact resume needs the same, or begin anew with --overwrite")
 
 
 def load_weights(weights: dict[str, nn.Parameter], folder: Path) -> None:
