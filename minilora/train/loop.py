@@ -61,10 +61,8 @@ def fine_tune(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            "out of memory; set train.activation_checkpointing, or lower "
-            "data.max_seq_len, lora.rank, train.batch_size (train.accumulate makes up for it) or eval.batch_size"
-        ) from error
+        lower = "data.max_seq_len, lora.rank, train.batch_size (train.accumulate makes up for it) or eval.batch_size"
+        raise UserError(f"out of memory; set train.activation_checkpointing, or lower {lower}") from error
     finally:
         reporter.end()
         folder.close()
@@ -103,7 +101,7 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
     run.folder.timing.cut(run.state.counters.timing_bytes)
 
 
-def _fits(run: Run, metrics: Any = None, answers: Any = None, probes: Any = None, **_rest: Any) -> bool:
+def _fits(run: Run, /, metrics: Any = None, answers: Any = None, probes: Any = None, **_rest: Any) -> bool:
     """Whether that is what before.json holds of this run: an answer for each that there will be after it."""
     n_answers, n_probes = len(asked(run.validation, run.config.eval)), len(run.forgetting.probes)
     if not (isinstance(metrics, dict) and isinstance(answers, list) and isinstance(probes, list)):
@@ -119,7 +117,7 @@ def _measure(run: Run, samples: list[Sample]) -> tuple[dict[str, Any], list[Answ
 def run_steps(run: Run) -> None:
     """Step until the last step, no more progress, or a signal."""
     counters = run.state.counters
-    check: MovementCheck | None = MovementCheck(run.state.weights) if counters.updates < 2 else None
+    check = MovementCheck(run.state.weights) if counters.updates < 2 else None
     run.model.train()
     run.reporter.begin(counters.step, run.n_steps)
     board = run.folder.path / "tensorboard" if run.config.train.tensorboard else None
@@ -135,9 +133,8 @@ def run_steps(run: Run) -> None:
             except Stopped:  # in the midst of the step: it is taken anew
                 save(run, random)
                 raise
-            if check is not None and "skipped" not in metrics:
+            if check is not None and counters.updates <= 2 and "skipped" not in metrics:
                 _refuse_still_weights(check, counters.updates, metrics["lr"])
-                check = check if counters.updates < 2 else None
             if counters.step % run.config.eval.every == 0 or counters.step == run.n_steps:
                 _make_room(run)
                 metrics |= validate(run)
@@ -206,18 +203,15 @@ def _refuse_bad_steps(run: Run) -> None:
     """A step whose loss or gradient was not finite left everything as it was; too many in a row end the run."""
     counters, limit = run.state.counters, run.config.train.max_bad_steps
     if counters.bad_in_a_row >= limit and not run.state.loss_scale.shrinking:
-        raise UserError(
-            f"{run.folder.path}: loss or gradient was not finite {counters.bad_in_a_row} times in a row, up to step "
-            f"{counters.step}; their samples stand in metrics.jsonl; lower train.lr, or look at those samples"
-        )
+        seen = f"loss or gradient was not finite {counters.bad_in_a_row} times in a row, up to step {counters.step}"
+        remedy = "their samples stand in metrics.jsonl; lower train.lr, or look at those samples"
+        raise UserError(f"{run.folder.path}: {seen}; {remedy}")
 
 
 def _refuse_still_weights(check: MovementCheck, updates: int, lr: float) -> None:
     if still := check.still(updates, lr):
-        raise UserError(
-            f"after update {updates}, {len(still)} of {len(check.parameters)} trained tensors stand still, "
-            f"the first: {still[0]}; they would learn nothing, so the run stops here"
-        )
+        which = f"{len(still)} of {len(check.parameters)} trained tensors stand still, the first: {still[0]}"
+        raise UserError(f"after update {updates}, {which}; they would learn nothing, so the run stops here")
 
 
 def validate(run: Run) -> dict[str, float]:
