@@ -131,7 +131,6 @@ def _compare(job: _Job, layout: Layout, folder: Path) -> None:
             wrong.append(spec.name)
     if wrong:
         raise UserError(f"{job.out}: not written: read back, {wrong[0]} differs; export again, and report it")
-    job.source.check_unchanged()
     _write_beside(job, layout, folder)
 
 
@@ -148,7 +147,6 @@ def _write_gguf(kind: GGUFKind, job: _Job) -> str:
     with atomic_folder(job.out, overwrite=job.overwrite, needed_bytes=n_bytes) as folder:
         write_gguf(folder / f"model-{kind.lower()}.gguf", keys, config, job.weights(), kind)
         compare_gguf(folder / f"model-{kind.lower()}.gguf", keys, config, job.weights(), kind)
-        job.source.check_unchanged()
         _write_beside(job, None, folder)
     return f"{len(job.dtypes())} tensors, the tokenizer and its template read back and compared: all equal in {kind}"
 
@@ -163,7 +161,11 @@ FORMATS: dict[str, Callable[[_Job], str]] = {
 
 
 def _write_beside(job: _Job, layout: Layout | None, folder: Path) -> None:
-    """The small files: tokenizer, card, provenance. None: the weights' file has the tokenizer itself."""
+    """The small files: tokenizer, card, provenance, once all weights are known to be of one source.
+
+    layout: None: the weights' file has the tokenizer itself
+    """
+    job.source.check_unchanged()
     tokenizer, name = job.tokenizer, job.out.resolve().name
     template = tokenizer.template if tokenizer else None
     write_card(folder, name, job.to, job.source.config, job.origin, tokenizer=template, notes=_notes(job))
