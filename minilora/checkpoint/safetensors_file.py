@@ -109,7 +109,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         raise UserError(f"{file}: no such file; the checkpoint is not complete")
     try:
         stamp = _stamp(file)
-        header, data_begin = _parse_header(file)
+        header, data_begin = _parse_header(file, size=stamp[1])
         tensors = {key: _entry(file, stamp, data_begin, key, line) for key, line in header.items()}
         _check_cover(tensors.values(), data_begin, end=stamp[1])
     except (OSError, ValueError) as error:
@@ -117,9 +117,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The lines of the header of `file` by key, and where it ends. Raises ValueError."""
-    size = file.stat().st_size
+def _parse_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The lines of the header of `file`, of so many bytes, by key, and where it ends. Raises ValueError."""
     with file.open("rb") as opened:
         if size < 8:
             raise ValueError(f"truncated: {size} bytes, fewer than the 8 of the header's length")
