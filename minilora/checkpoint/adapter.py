@@ -86,9 +86,8 @@ def save_peft_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Path, 
         refuse_not_finite(tensor, _key(name), "the training has failed")
     path = adapter.provenance.get("base_path")
     base = dict(zip(("base_model_name_or_path", "revision"), hub_name(path) or (path, None), strict=True))
-    config = _peft_config(adapter.config, sizes) | base
     with atomic_folder(folder, overwrite=overwrite) as temp:
-        write_json(temp / CONFIG, config)
+        write_json(temp / CONFIG, _peft_config(adapter.config, sizes) | base)
         write_provenance(temp, adapter.provenance)
         write_tensors(temp / WEIGHTS, {_key(name): tensor for name, tensor in adapter.tensors.items()})
         refuse_other(read_adapter(temp, sizes).tensors, adapter.tensors, folder)

@@ -66,8 +66,7 @@ def read_config(path: Path, scaling: float | None) -> LoraConfig:
 
 def read_tensors(path: Path, config: LoraConfig | PrefixConfig, sizes: ModelConfig) -> dict[str, Tensor]:
     """The tensors by our names, B's rows in our order. Raises UserError if they are not all, or others too."""
-    shapes = expected_shapes(config, sizes)
-    tensors = read_exactly(_weights(path), _keys(sizes), shapes, "a lora of this rank")
+    tensors = read_exactly(_weights(path), _keys(sizes), expected_shapes(config, sizes), "a lora of this rank")
     for spec in _projections(sizes):
         b = f"{spec.module}.lora_B"
         tensors[b] = spec.from_layout(tensors[b], "mistral")

@@ -30,7 +30,6 @@ from minilora.errors import UserError
 from minilora.lora import Added
 from minilora.model import Mistral
 
-Weights = Iterable[tuple[str, Tensor]]
 PlannedWeight = tuple[str, list[Line]]  # our name of a weight, and the lines that it takes in a file
 # What goes into a folder: JSON files by name, and the weights of each safetensors file.
 Plan = tuple[dict[str, dict[str, Any]], dict[str, list[PlannedWeight]]]
@@ -45,7 +44,7 @@ def save_hf(
     *,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    weights: Weights | None = None,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     finish: Finish | None = None,

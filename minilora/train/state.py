@@ -121,8 +121,7 @@ class RunState:
         self.optimizer.steps = max(steps, default=0)
         self.loss_scale = LossScale(**document["loss_scale"])
         self.counters = Counters(**document["counters"])
-        written_by: dict[str, Any] = document["versions"]
-        return written_by
+        return dict(document["versions"])
 
     def _moments(self) -> dict[str, Tensor]:
         """The optimizer's, and its steps beside each."""
