@@ -23,6 +23,17 @@ from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
 from minilora.visible import Runs
 
 
+def found_adapter(path: str | Path) -> Path:
+    """The folder of the adapter that is there, or that the run there has made. Raises UserError where there is none."""
+    folder = adapter_folder(path)
+    if not os.path.isfile(folder / CONFIG) and not is_mistral(folder):
+        run, whole = (os.path.isfile(folder / name) for name in ("config.toml", "model/config.json"))
+        why = "this run is not finished" if run else "name the folder of an adapter, such as RUN/adapter"
+        why = f"this run left a whole model: --model.path {folder}/model" if whole else why
+        raise UserError(f"{folder}: holds no {CONFIG}; {why}")
+    return folder
+
+
 @dataclass(frozen=True)
 class Base:
     """A checkpoint and its tokenizer, and how its weights are to be loaded.
@@ -53,13 +64,7 @@ class Base:
         Raises UserError for what is not there or not to be read, and unless `force` is given, for another base,
         tokenizer or template than the adapter's, and for files of it that were altered.
         """
-        if adapter is not None:
-            adapter = str(adapter_folder(adapter))
-            if not os.path.isfile(Path(adapter) / CONFIG) and not is_mistral(Path(adapter)):
-                run, whole = (os.path.isfile(f"{adapter}/{name}") for name in ("config.toml", "model/config.json"))
-                why = "this run is not finished" if run else "name the folder of an adapter, such as RUN/adapter"
-                why = f"this run left a whole model: --model.path {adapter}/model" if whole else why
-                raise UserError(f"{adapter}: holds no {CONFIG}; {why}")
+        adapter = None if adapter is None else str(found_adapter(adapter))
         made_on = read_provenance(adapter) if adapter is not None else {}
         quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
         if (trained_on := made_on.get("quantization")) and config.quantize == "auto":

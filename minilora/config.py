@@ -289,6 +289,7 @@ class TrainConfig:
         parameters: of "partial": names of parameters or of what holds them, such as lm_head or layers.3.mlp.*
         reinit: weights that begin as random numbers of `seed`, not as the base's: "none", "top:N" for those of the N
             layers at the top, "all"; of "full", and top:N of "partial", too
+        adapter: a run, or a folder that holds an adapter: its weights are where adapters begin, and [lora] is its own
         prefix_tokens: length of the prefix, in tokens; a prefix wants a far higher lr than adapters, such as 0.02
         lora_plus_ratio: LoRA+, learning rate of B as a multiple of A's; 1 is off (https://arxiv.org/abs/2402.12354)
         neftune_alpha: strength of NEFTune's noise on the embeddings; 0 is off (https://arxiv.org/abs/2310.05914)
@@ -323,6 +324,7 @@ class TrainConfig:
     layers: int | None = None
     parameters: tuple[str, ...] = ()
     reinit: str = "none"
+    adapter: str | None = None
     prefix_tokens: int = 32
     lora_plus_ratio: float = 1.0
     neftune_alpha: float = 0.0
@@ -436,6 +438,7 @@ class RunConfig:
         _check(has_lora or not self.lora.dora, f"lora.dora {why}")
         _check(has_lora or not self.lora.modules_to_save, f"lora.modules_to_save {why}")
         _check(has_lora or train.lora_plus_ratio == 1, f"train.lora_plus_ratio {why}")
+        _check(has_lora or train.adapter is None, f"train.adapter {why}")
 
     @property
     def quantize(self) -> Literal["nf4"] | None:

@@ -209,8 +209,10 @@ def refuse_theirs(folder: Path) -> None:
 def _refuse_own_sources(path: Path, config: RunConfig) -> None:
     """Raise UserError if beginning anew would delete what the new run is made from."""
     files = [source.path for key in FILE_KEYS for source in sources(getattr(config.data, key))]
-    for source in filter(None, (config.model.path, config.model.tokenizer, config.eval.probes, *files)):
-        if path.resolve() in base_folder(source).resolve().parents:
+    others = config.model.path, config.model.tokenizer, config.train.adapter, config.eval.probes
+    for source in filter(None, (*others, *files)):
+        where = base_folder(source).resolve()
+        if path.resolve() in (where, *where.parents):
             raise UserError(f"{source} lies in {path}, which would be begun anew; name another --train.output")
 
 

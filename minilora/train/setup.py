@@ -1,22 +1,24 @@
 """From a configuration to a run that is ready to step: base, tokenizer, data, what learns, optimizer."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from minilora.adamw import FlatAdamW, state_bytes
 from minilora.ahead import Ahead
 from minilora.backend import dtype_name, pick_device, pick_dtype, told
-from minilora.base import tokenizer_for
+from minilora.base import Base, tokenizer_for
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import tokenizer_of
 from minilora.checkpoint.write import check_space
 from minilora.compiled import compile_loops
-from minilora.config import RunConfig, TrainConfig, to_dict
+from minilora.config import LoraConfig, RunConfig, TrainConfig, to_dict
 from minilora.data.check import Data, load_data
 from minilora.data.encode import Sample
 from minilora.data.pack import Mix, RowSampler, epoch_rows
@@ -75,11 +77,23 @@ class Run:
 
 def settled(config: RunConfig) -> tuple[RunConfig, Checkpoint]:
     """The configuration with what its base says of it, as a run writes it down, and the base, opened: to which version
-    a name on the hub leads, and how NF4 is stored."""
+    a name on the hub leads, how NF4 is stored, and what the adapter is that training goes on from.
+
+    Warns if that was trained on a base stored otherwise. Raises UserError if it is of another base, or no adapter.
+    """
     config = replace(config, model=replace(config.model, path=pinned(config.model.path)))
     checkpoint = open_checkpoint(config.model.path)
     if checkpoint.nf4:
         config = replace(config, model=replace(config.model, double_quant=checkpoint.double_quant))
+    if (begun := config.train.adapter) is not None:
+        begun = os.path.expanduser(begun)
+        stored: Literal["nf4", "none", "auto"] = config.quantize or ("auto" if checkpoint.nf4 else "none")
+        base = Base.find(replace(config.model, quantize=stored), begun)
+        if not isinstance(base.added, LoraConfig):
+            raise UserError(f"train.adapter: {begun} is a prefix, which only begins anew")
+        for text in base.warnings:
+            warnings.warn(text, stacklevel=2)
+        config = replace(config, lora=base.added, train=replace(config.train, adapter=base.adapter))
     return config, checkpoint
 
 
@@ -107,6 +121,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     on_cpu = device.type == "cpu"
     compile_loops(config.train.compile and on_cpu)
     reporter.say(told(device))
+    if config.train.adapter:
+        reporter.say(f"adapters begin as those of {config.train.adapter}, with its [lora]")
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
     sampler = RowSampler([s.length for s in data.learnt], config.data.max_seq_len, config.train.seed, mix=data.mix)
     ledger = ledger_of(config, checkpoint.config, device, data, probes, sampler).fitted()
@@ -239,7 +255,7 @@ def _what_must_stay(config: RunConfig) -> dict[str, Any]:
     is told."""
     may_change = {
         "model": ("path", "tokenizer"), "data": FILE_KEYS, "eval": ("probes",),
-        "train": ("output", "checkpoint_every", "keep_checkpoints", "tensorboard", "paged", "decode_ahead"),
+        "train": ("output", "adapter", "checkpoint_every", "keep_checkpoints", "tensorboard", "paged", "decode_ahead"),
     }  # fmt: skip
     settings = to_dict(config)
     for section, keys in may_change.items():

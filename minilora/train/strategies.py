@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from minilora.checkpoint.adapter import read_adapter
 from minilora.checkpoint.names import tensor_specs
 from minilora.config import ModelConfig, PrefixConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
@@ -37,7 +38,10 @@ def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ())
     elif train.strategy == "prefix":
         add_prefix(model, PrefixConfig(train.prefix_tokens))
     else:
-        add_lora(model, config.lora)
+        if train.adapter is None:
+            add_lora(model, config.lora)
+        else:
+            read_adapter(train.adapter, model.config).attach(model)
         fuse(model, keep)
     return model
 
