@@ -37,7 +37,7 @@ def choose(
     check_finite(logits)
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # no overflow, however cold
     ranked, tokens = probabilities.sort(-1, descending=True)
-    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps every token that begins below top_p, so always the first
+    ranked[:, 1:][ranked.cumsum(-1)[:, :-1] >= top_p] = 0  # keeps every token that begins below top_p, and the first
     if top_k is not None:
         ranked[:, top_k:] = 0
     drawn = torch.multinomial(ranked, 1, generator=generator)
@@ -73,9 +73,9 @@ def stream(
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be (B, T) with T >= 1, not {tuple(tokens.shape)}")
-    if not temperature >= 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1) or max_new_tokens < 0:
+    if not temperature >= 0 or not 0 <= top_p <= 1 or (top_k is not None and top_k < 1) or max_new_tokens < 0:
         raise ValueError(
-            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 1, "
+            f"temperature {temperature} must be >= 0, top_p {top_p} in [0, 1], top_k {top_k} >= 1, "
             f"max_new_tokens {max_new_tokens} >= 0"
         )
     if (stray := tokens[(tokens < 0) | (tokens >= model.config.vocab_size)]).numel():  # which a GPU would die of

@@ -103,8 +103,6 @@ def read_ask(data: bytes, offer: Offer) -> Ask:
         "top_p": _number(fields, "top_p", 0, 1),
         "seed": _number(fields, "seed", -(2**63), 2**63 - 1, int),
     }
-    if sampling["top_p"] == 0:
-        sampling["top_p"] = 1e-9  # which leaves the likeliest token, too
     wanted = _number(fields, "max_tokens", 1, offer.limit, int)
     wanted = _number(fields, "max_completion_tokens", 1, offer.limit, int) or wanted
     stop = _value(fields, "stop", [], _are_stops, f"up to {MAX_STOPS} texts of 1 to {MAX_STOP:,} characters")
