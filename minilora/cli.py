@@ -339,6 +339,7 @@ def serve(args: list[str]) -> None:
         folder = Path(os.path.abspath(base.adapter or ""))  # RUN/adapter has RUN's; where it lies is nobody's business
         of_adapter = folder.parent.name if folder.name == "adapter" else folder.name
         name = parsed.name or (of_adapter if base.adapter else base.checkpoint.name)
+        name = str(UserError(name))  # a folder may be called anything, and an answer is text
         offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, _sampling(parsed, fixed=False))
         offer.check_room()
         line = Line(_loaded(base, (1, limit, 1)), base.tokenizer)

@@ -758,8 +758,12 @@ def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base
     for typed in ("mine", "mine/", "mine/adapter", weights, tmp_path / "mine/adapter", "alone", "./mine/../alone/"):
         assert run("serve", "--adapter", typed, "--port", 0)[0] == 0
         assert made[-1].name == ("alone" if "alone" in str(typed) else "mine")
-    run("serve", "--adapter", "alone", "--port", 0, "--name", "our model")
-    assert made[-1].name == "our model"
+    for given in ("our model", "our\nmodel"):
+        run("serve", "--adapter", "alone", "--port", 0, "--name", given)
+        assert made[-1].name == "our model"
+    (tmp_path / "alone").rename(odd := tmp_path / os.fsdecode(b"odd\xff"))
+    run("serve", "--adapter", odd, "--port", 0)
+    assert made[-1].name == "odd\\udcff", "what can be sent and asked for"
     monkeypatch.chdir(tmp_path / "mine/adapter")
     run("serve", "--adapter", ".", "--port", 0)
     assert made[-1].name == "mine"
