@@ -24,7 +24,7 @@ from minilora.errors import UserError
 from minilora.recipes import recipe_file
 
 Verb = Callable[[list[str]], None]
-_parser = partial(ArgumentParser, exit_on_error=False, parser_mode="toml", print_config=None)
+_parser = partial(ArgumentParser, exit_on_error=False, parser_mode="toml", print_config=None, allow_abbrev=False)
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 Steps = restricted_number_type("Steps", int, [(">=", 2), ("<", 2**31)])  # that can be interrupted
 Port = restricted_number_type("Port", int, [(">=", 0), ("<", 2**16)])
@@ -73,7 +73,8 @@ def _in_our_words(error: Exception, parser: ArgumentParser) -> str:
     if unknown := re.fullmatch(rf"{in_file}|unrecognized arguments: (--)([^ =]*).*", said):
         *names, dashes, option = unknown.groups("")
         key = option or ".".join(filter(None, names))
-        near = get_close_matches(key.replace("-", "_"), [o[2:] for o in parser._option_string_actions], 1, 0.75)
+        known = [o[2:] for o in parser._option_string_actions]
+        near = [o for o in known if o.startswith(key)][:1] or get_close_matches(key.replace("-", "_"), known, 1, 0.75)
         return f"there is no {dashes or 'key '}{key}" + "".join(f"; did you mean {dashes}{name}?" for name in near)
     if section := re.match(r'Parser key "(.*?)": Unable to load config (\S+)', said):
         return f"{section[1]} is a section, and {section[2]} no TOML file of it; name a key, as in --{section[1]}.KEY"

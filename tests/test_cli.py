@@ -279,6 +279,7 @@ def test_an_unknown_option_comes_with_the_nearest(run: Run) -> None:
         ("train", "--train.max-step", "3"): "--train.max-step; did you mean --train.max_steps?",
         ("generate", "hi", "--adaptr=x"): "--adaptr; did you mean --adapter?",
         ("chat", "--elephants"): "--elephants",
+        ("train", "--dry", "x.toml"): "--dry; did you mean --dry-run?",  # a file would be taken for its value
     }.items():
         told = f"minilora {given[0]}: there is no {words}; see minilora {given[0]} --help\n"
         assert run(*given) == (2, "", told)

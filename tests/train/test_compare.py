@@ -82,6 +82,7 @@ def test_the_run_s_own_folder_is_not_named(make_config: MakeConfig, tmp_path: Pa
     for given in (["--train.output", tmp_path / "cmp"], [f"--train.output={tmp_path / 'cmp'}"]):
         status, _, err = run("compare", tmp_path / "run.toml", "--grid", "train.lr=x,y", *given)
         assert (status, err) == (1, "minilora compare: --train.output: folders go by --output; drop it\n")
+    assert run("compare", "--train.outp", tmp_path)[0] == 2, "an option has one name"
 
 
 def test_a_grid_varies_keys_of_a_configuration_and_none_of_the_verb_s_own_options() -> None:
