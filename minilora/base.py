@@ -26,7 +26,7 @@ from minilora.visible import Runs
 def found_adapter(path: str | Path) -> Path:
     """The folder of the adapter that is there, or that the run there has made. Raises UserError where there is none."""
     folder = adapter_folder(path)
-    if not os.path.isfile(folder / CONFIG) and not is_mistral(folder):
+    if not (folder / CONFIG).is_file() and not is_mistral(folder):
         run, whole = (os.path.isfile(folder / name) for name in ("config.toml", "model/config.json"))
         why = "this run is not finished" if run else "name the folder of an adapter, such as RUN/adapter"
         why = f"this run left a whole model: --model.path {folder}/model" if whole else why

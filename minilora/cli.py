@@ -28,7 +28,7 @@ from minilora.arguments import Verb
 from minilora.checkpoint import write
 from minilora.checkpoint.json_file import to_json
 from minilora.config import MISTRAL_7B, UNNAMED, BaseConfig, EvalConfig, Route, RunConfig, to_dict
-from minilora.errors import UserError, is_out_of_memory, need_library
+from minilora.errors import UserError, is_out_of_memory, need_library, of_system
 from minilora.hub import local_folder
 from minilora.recipes import recipe_names, summary
 from minilora.report.console import Console, say, table, weights_bar
@@ -79,9 +79,8 @@ def exit_status(name: str, work: Callable[[], object]) -> int:
         said, status = str(error) or "stopped", 130
     except (UserError, Stopped) as error:
         said, status = str(error), getattr(error, "exit_status", 1)
-    except (OSError, UnicodeError) as error:  # what no one closer to it has explained
-        where = getattr(error, "filename", None) or "the input or output"
-        said, status = f"{where}: {getattr(error, 'strerror', None) or error}", 1
+    except (OSError, UnicodeError) as error:
+        said, status = of_system(error), 1
     except (MemoryError, RuntimeError) as error:
         said, status = "out of memory; take a smaller model, fewer or shorter rows, or --model.quantize nf4", 1
         if str(error).startswith("Symlink loop"):  # what pathlib raises before Python 3.13

@@ -18,6 +18,12 @@ class UserError(Exception):
         super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 + 5 :]}")
 
 
+def of_system(error: OSError | UnicodeError) -> str:
+    """What an error says that no one closer to it has explained: where, why, and of a permission what to do."""
+    where, why = getattr(error, "filename", None) or "the input or output", getattr(error, "strerror", None) or error
+    return f"{where}: {why}{'; change its permissions, or name another' * isinstance(error, PermissionError)}"
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch raised it for want of memory: its own class on a GPU, a RuntimeError among others on a CPU."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

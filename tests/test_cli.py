@@ -11,7 +11,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import pytest
 import torch
@@ -617,6 +617,21 @@ def test_a_run_that_left_a_model_or_nothing_yet_says_so(run: Run, tmp_path: Path
     shutil.copytree(base_folder("demo"), begun / "adapter")
     (begun / "adapter" / "adapter_config.json").touch()
     refused(run(*as_model, begun), 1, f"{begun}/adapter/adapter_config.json: this is a run's adapter; name its base")
+
+
+def test_a_folder_that_may_not_be_read_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that it holds nothing. Whoever runs the tests may read everything, so the system is told to refuse."""
+    stat, locked = os.stat, tmp_path / "locked"
+
+    def refuse(path: Any, **how: Any) -> os.stat_result:
+        if str(path).startswith(f"{locked}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)
+
+    locked.mkdir()
+    monkeypatch.setattr(os, "stat", refuse)
+    said = f"{locked}/adapter_config.json: Permission denied; change its permissions, or name another\n"
+    refused(run("generate", "hi", "--adapter", locked), 1, said)
 
 
 def test_export_ignores_no_flag(run: Run) -> None:

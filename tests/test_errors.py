@@ -2,7 +2,7 @@
 
 import pytest
 
-from minilora.errors import UserError
+from minilora.errors import UserError, of_system
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,10 @@ def test_of_a_long_message_beginning_and_end_are_kept() -> None:
     assert text.startswith("file.json: key xxx")
     assert text.endswith("xxx is unknown; leave it out")
     assert str(UserError("y" * 2000)) == "y" * 2000
+
+
+def test_of_a_system_s_error_the_place_and_what_to_do_are_told() -> None:
+    assert of_system(FileNotFoundError(2, "No such file", "a.json")) == "a.json: No such file"
+    may_not = "a.json: Permission denied; change its permissions, or name another"
+    assert of_system(PermissionError(13, "Permission denied", "a.json")) == may_not
+    assert of_system(OSError("full")) == "the input or output: full"

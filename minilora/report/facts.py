@@ -28,7 +28,7 @@ from minilora.checkpoint.provenance import PROVENANCE, read_provenance
 from minilora.checkpoint.safetensors_file import FLOATS, read_header
 from minilora.checkpoint.write import MANIFEST, verify_manifest
 from minilora.config import TOKENIZER_FILES, UNNAMED, BaseConfig, LoraConfig, PrefixConfig, base_folder, to_dict
-from minilora.errors import UserError
+from minilora.errors import UserError, of_system
 from minilora.memory import predict, storage_of
 from minilora.tokenizer import load_tokenizer
 
@@ -62,7 +62,7 @@ def gather(path: str | Path, *, base: str = UNNAMED, checksum: bool = False) -> 
         if checksum and MANIFEST in names:
             facts["manifest"] = f"{len(verify_manifest(folder)['files'])} files are as they were written"
     except (UserError, OSError) as error:
-        facts["reason"] = str(error)
+        facts["reason"] = of_system(error) if isinstance(error, OSError) else str(error)
     return facts
 
 
