@@ -58,6 +58,7 @@ def gather(path: str | Path, *, base: str = UNNAMED, checksum: bool = False) -> 
             facts["provenance"] = read_provenance(folder)
         if checksum:
             facts["sha256"] = {name: sha256_of(folder / name) for name in facts["files"]}
+        look = _other if found.is_file() and look in (_run, _state) else look
         look(found, facts, base)
         if checksum and MANIFEST in names:
             facts["manifest"] = f"{len(verify_manifest(folder)['files'])} files are as they were written"
@@ -170,6 +171,17 @@ def _tokenizer(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
         raise UserError(mismatch)
 
 
+def _other(path: Path, facts: Facts, _base: str) -> None:
+    """Raises UserError, which says what else it is."""
+    if runs := [name.removesuffix("/config.toml") for name in facts["files"] if name.endswith("/config.toml")]:
+        facts["kind"] = "runs"
+        raise UserError(f"{path}: holds runs, and is none; name one: {', '.join(runs)}")
+    if path.is_file():
+        facts["kind"] = "file"
+        raise UserError(f"{path}: no file that tells all; name its folder, or if it holds data: minilora data check")
+    _model(path, facts)
+
+
 def _gguf(path: Path, facts: Facts, _base: str) -> None:
     keys, tensors = read_gguf(min(path.glob("*.gguf"), default=path))
     facts["keys"] = {key: f"{len(value)} values" if isinstance(value, list) else value for key, value in keys.items()}
@@ -177,12 +189,12 @@ def _gguf(path: Path, facts: Facts, _base: str) -> None:
 
 
 _KINDS: tuple[tuple[str, tuple[str, ...], Callable[[Path, Facts, str], None]], ...] = (
-    # what one file of each is called, and who looks closer; the last one says why a folder is none of them
+    # what one file of each is called, and who looks closer; the last one says why it is none of them
     ("adapter", (CONFIG, MISTRAL_WEIGHTS), _adapter),
     ("run", ("config.toml",), _run),
     ("checkpoint of a run", ("state.json",), _state),
     ("GGUF", ("*.gguf",), _gguf),
     ("model", ("config.json", "params.json", "*.safetensors"), _model),
     ("tokenizer", (*TOKENIZER_FILES, "tekken.json", "tokenizer.json"), _tokenizer),
-    ("model", (), _model),
+    ("model", (), _other),
 )

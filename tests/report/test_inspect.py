@@ -278,6 +278,21 @@ def test_what_is_nothing(tmp_path: Path, run: Run) -> None:
     assert run("inspect", tmp_path / "nothing")[0] == 1
 
 
+def test_what_it_is_instead(tmp_path: Path) -> None:
+    """As a comparison, which is a folder of runs, and data."""
+    for file in ("compare/a/config.toml", "compare/b/config.toml", "compare/compare.json", "d.jsonl", "d.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    facts = gather(tmp_path / "compare")
+    assert (facts["kind"], facts["reason"].partition(": ")[2]) == ("runs", "holds runs, and is none; name one: a, b")
+    for file in ("d.jsonl", "d.csv", "compare/a/config.toml"):
+        facts = gather(tmp_path / file)
+        assert (facts["kind"], facts["reason"].partition(": ")[2]) == (
+            "file",
+            "no file that tells all; name its folder, or if it holds data: minilora data check",
+        )
+
+
 # -- how it is said ----------------------------------------------------------------------------------------------------
 
 
