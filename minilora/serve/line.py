@@ -6,7 +6,7 @@ answer at the next token.
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from threading import Event
 
@@ -88,8 +88,4 @@ class Line:
 
     def ends(self, seconds: float) -> bool:
         """Whether the thread is idle within these seconds, once all who asked have gone."""
-        try:
-            self._thread.submit(int).result(seconds)
-        except TimeoutError:
-            return False
-        return True
+        return not wait([self._thread.submit(int)], seconds).not_done

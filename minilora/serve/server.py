@@ -56,11 +56,7 @@ def make_app(line: Line, offer: Offer, names: tuple[str, ...] = ()) -> ASGIApp:
         return _json(model if request.path_params else {"object": "list", "data": [model]})
 
     async def complete(request: Request) -> Response:
-        try:
-            body = await _body(request)
-        except ClientDisconnect:
-            return GONE
-        ask = await asyncio.to_thread(read_ask, body, offer)  # a megabyte takes its time
+        ask = await asyncio.to_thread(read_ask, await _body(request), offer)  # a megabyte takes its time
         if ask.stream:
             return StreamingResponse(_events(line, offer, ask), media_type="text/event-stream")
         work, gone = asyncio.ensure_future(_whole(line, offer, ask)), asyncio.ensure_future(request.receive())
@@ -78,7 +74,7 @@ def make_app(line: Line, offer: Offer, names: tuple[str, ...] = ()) -> ASGIApp:
             Route("/v1/models/{id:path}", models),  # a name may hold slashes
             Route("/v1/chat/completions", complete, methods=["POST"]),
         ],
-        exception_handlers=dict.fromkeys((Refused, HTTPException, Exception), _wrong),
+        exception_handlers=dict.fromkeys((Refused, HTTPException, ClientDisconnect, Exception), _wrong),
     )
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,6 +161,8 @@ def _error(message: str, kind: str, field: str | None = None, code: str | None =
 
 
 async def _wrong(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return GONE
     if isinstance(error, Refused):
         return _json(_error(str(error), "invalid_request_error", error.field, error.code), error.status)
     if isinstance(error, HTTPException):  # no such path, or not by this method
