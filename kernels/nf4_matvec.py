@@ -7,7 +7,8 @@ room for 4.9 (H100).
 
 In the loop nothing goes through shared memory, so no warp waits for another: while one waits for memory, the others
 multiply. That is why what is loaded has one dimension, a row by itself: Triton gives a thread the same columns of each
-then, and has nothing to exchange.
+then, and has nothing to exchange. (So it is of x in 16 bits and rows of whole 128 weights, as Mistral's are; else loads
+are narrower, and what they bring is exchanged.)
 
 Where the rows are too few to fill a GPU, more warps take a row's weights between them: their sums meet in the end, in
 a fixed order, so the same input gives the same bits, which atomics would not.

@@ -37,7 +37,7 @@ _KINDS |= dict.fromkeys(("tuple", "list"), "a list such as [a,b]")
 # Of files and folders that verbs name. Those of data may have weights, and are looked at in data/sources.py.
 PATHS = (
     *("adapter", "adapter_folder", "eval.probes", "file", "fix", "html", "model", "model.path", "model.tokenizer"),
-    *("out", "output", "path", "source", "text", "train.output"),
+    *("out", "output", "path", "source", "text", "train.adapter", "train.output"),
 )
 
 

@@ -55,11 +55,12 @@ class Base:
 
     @staticmethod
     def find(
-        config: BaseConfig, adapter: str | None = None, *, scaling: float | None = None, force: bool = False
+        config: BaseConfig, adapter: str | None = None, *, scaling: float | None = None, force: bool | None = False
     ) -> "Base":
         """What the config says, and where it leaves something open, what the adapter was trained on.
 
         adapter: its folder, or the file of its tensors
+        force: None where there is no such option
 
         Raises UserError for what is not there or not to be read, and unless `force` is given, for another base,
         tokenizer or template than the adapter's, and for files of it that were altered.
@@ -112,6 +113,8 @@ class Base:
         learning = ("gradients", "optimizer")
         process = {"process": private_bytes()} if self.device.type == "cpu" else {}
         held = process | {owner: n for owner, n in at_rest.items() if owner not in learning}
+        if new is not None and self.device.type == "cuda" and self.dtype.itemsize == 2:
+            held["adapters"] += held["adapters"] // 2  # cast once, for all tokens (`decode_graph.py`)
         return held | {owner: n for owner, n in plan.forward(new).items() if n}
 
     def check(self, *works: tuple[int, int, int | None]) -> dict[str, int]:

@@ -289,7 +289,8 @@ class TrainConfig:
         parameters: of "partial": names of parameters or of what holds them, such as lm_head or layers.3.mlp.*
         reinit: weights that begin as random numbers of `seed`, not as the base's: "none", "top:N" for those of the N
             layers at the top, "all"; of "full", and top:N of "partial", too
-        adapter: a run, or a folder that holds an adapter: its weights are where adapters begin, and [lora] is its own
+        adapter: a run, or a folder that holds an adapter, to go on from: adapters begin with its weights, and [lora]
+            but for dropout, tokenizer and template are its own
         prefix_tokens: length of the prefix, in tokens; a prefix wants a far higher lr than adapters, such as 0.02
         lora_plus_ratio: LoRA+, learning rate of B as a multiple of A's; 1 is off (https://arxiv.org/abs/2402.12354)
         neftune_alpha: strength of NEFTune's noise on the embeddings; 0 is off (https://arxiv.org/abs/2310.05914)

@@ -90,6 +90,7 @@ class Steps:
 
     def release(self) -> None:
         """Give the recorded memory back: before work that has memory of its own."""
+        self._casts = []
         if self._graph is not None:
-            self._graph, self._logits, self._casts = None, torch.empty(0), []
+            self._graph, self._logits = None, torch.empty(0)
             torch.cuda.empty_cache()

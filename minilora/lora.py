@@ -71,9 +71,8 @@ class LoRALinear(Added):
         if not self.enabled:
             return y
         if undifferentiated_on_gpu(x) and self.lora_magnitude_vector is None and not (self.training and self.dropout):
-            reduced = linear(x, cast(self.lora_A, x.dtype)).view(-1, len(self.lora_A))
-            y.view(len(reduced), -1).addmm_(reduced, cast(self.lora_B, x.dtype).T, alpha=self.scale)
-            return y
+            reduced, rows = linear(x, cast(self.lora_A, x.dtype)).flatten(0, -2), y.flatten(0, -2)
+            return rows.addmm_(reduced, cast(self.lora_B, x.dtype).T, alpha=self.scale).view(y.shape)
         reduced = linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
         y = y + self.scale * linear(reduced, self.lora_B.to(x.dtype))
         if self.lora_magnitude_vector is None:

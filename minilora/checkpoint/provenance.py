@@ -89,10 +89,11 @@ def base_of(model: Mistral) -> dict[str, Any]:
     return identity | {"quantization": quantization(None, model.dtype)}
 
 
-def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], force: bool) -> list[str]:
+def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], force: bool | None) -> list[str]:
     """What should be said before the adapter in `folder` is used.
 
     trained: its provenance; here: the same keys of the base and tokenizer at hand, those that are known
+    force: None where the user has no such option
 
     Raises UserError for another base, tokenizer or template and for altered files, unless `force` is given.
     """
@@ -109,7 +110,7 @@ def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], fo
         other = f"a tokenizer whose {key} is {short(was)}, but here it is {short(now)}"
         wrong.append(f"{folder}: trained with {other}; {_REMEDIES.get(key, _REMEDIES['sha256'])}")
     if wrong and not force:
-        raise UserError(f"{wrong[0]} (--force overrides this)")
+        raise UserError(wrong[0] + (" (--force overrides this)" if force is not None else ""))
     said = [f"overridden by force: {text}" for text in wrong]
     for key, was, now in _differences(trained.get("quantization"), here.get("quantization")):
         if key != "compute_dtype":

@@ -111,9 +111,14 @@ def all_variants(
 ) -> list[Variant]:
     """The `combinations` as runs, one a configuration. configured: the common configuration with these keys changed.
 
-    Raises UserError as `combinations` does, and where two runs have one name.
+    Raises UserError as `combinations` does, where two runs have one name, and for what an adapter to go on from fixes.
     """
-    pairs = combinations(strategies, grid, shares, configured({}).train.lr)
+    common = configured({}).train
+    pairs = list(combinations(strategies, grid, shares, common.lr))
+    varied = sorted({key for _, changes in pairs for key, _ in changes.items() - _NOT_DORA.items()} - {"lora.dropout"})
+    fixed = [key for key in varied if key.startswith("lora.")]
+    if fixed and common.adapter:
+        raise UserError(f"{fixed[0]} cannot be compared: it is the adapter's own that train.adapter names; drop one")
     made = [Variant(name, changes, configured(changes)) for name, changes in pairs]
     if twins := [name for name, n in Counter(variant.name for variant in made).items() if n > 1]:
         raise UserError(f"two of the runs are {twins[0]}; name each strategy and value once")

@@ -6,7 +6,6 @@ measure; then until done: take rows, step, now and then validate and save; then 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from copy import copy
 from math import inf
 from typing import Any
@@ -91,8 +90,7 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         if resume and (run.folder.path / "summary.json").exists():
             raise UserError(f"{run.folder.path}: finished, and its checkpoints are gone; --overwrite begins anew")
         run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
-        # A new prefix is noise: "before" is the base, or what an earlier run made of it.
-        with nullcontext() if run.config.train.adapter else adapters_off(run.model):
+        with adapters_off(run.model):  # a new prefix is noise, and an adapter may have learnt: "before" is the base
             metrics, answers = _measure(run, run.validation)
         run.before = {"metrics": metrics, "answers": [vars(a) for a in answers], "probes": run.forgetting.said}
         run.before |= {"data": run.state.origin["data"]}

@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from minilora.checkpoint.adapter import adapter_folder
 from minilora.checkpoint.json_file import read_json, to_json
 from minilora.checkpoint.write import atomic_json, atomic_write, not_ours, sweep_stale
 from minilora.config import RunConfig, base_folder, to_dict
@@ -209,10 +210,13 @@ def refuse_theirs(folder: Path) -> None:
 def _refuse_own_sources(path: Path, config: RunConfig) -> None:
     """Raise UserError if beginning anew would delete what the new run is made from."""
     files = [source.path for key in FILE_KEYS for source in sources(getattr(config.data, key))]
-    others = config.model.path, config.model.tokenizer, config.train.adapter, config.eval.probes
-    for source in filter(None, (*others, *files)):
-        where = base_folder(source).resolve()
-        if path.resolve() in (where, *where.parents):
+    named = filter(None, (config.model.path, config.model.tokenizer, config.eval.probes, *files))
+    places = [(source, base_folder(source)) for source in named]
+    if begun := config.train.adapter:
+        folder = adapter_folder(begun)
+        places += [(begun, place) for place in (folder, *folder.glob("*"))]
+    for source, place in places:
+        if path.resolve() in (place.resolve(), *place.resolve().parents):
             raise UserError(f"{source} lies in {path}, which would be begun anew; name another --train.output")
 
 

@@ -1,10 +1,10 @@
 """From a configuration to a run that is ready to step: base, tokenizer, data, what learns, optimizer."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,9 +13,10 @@ from minilora.adamw import FlatAdamW, state_bytes
 from minilora.ahead import Ahead
 from minilora.backend import dtype_name, pick_device, pick_dtype, told
 from minilora.base import Base, tokenizer_for
+from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
-from minilora.checkpoint.provenance import tokenizer_of
+from minilora.checkpoint.provenance import read_provenance, tokenizer_of
 from minilora.checkpoint.write import check_space
 from minilora.compiled import compile_loops
 from minilora.config import LoraConfig, RunConfig, TrainConfig, to_dict
@@ -32,7 +33,7 @@ from minilora.hub import pinned
 from minilora.memory import PeakMemory, as_text, free_bytes, one_line
 from minilora.model import Mistral
 from minilora.scratch import keep_freed_memory
-from minilora.tokenizer import Tokenizer
+from minilora.tokenizer import OLD_HF, Tokenizer
 from minilora.train.graph import StepGraphs
 from minilora.train.ledger import ledger_of
 from minilora.train.run_folder import RunFolder
@@ -77,24 +78,36 @@ class Run:
 
 def settled(config: RunConfig) -> tuple[RunConfig, Checkpoint]:
     """The configuration with what its base says of it, as a run writes it down, and the base, opened: to which version
-    a name on the hub leads, how NF4 is stored, and what the adapter is that training goes on from.
+    a name on the hub leads, how NF4 is stored, and of an adapter that training goes on from its [lora], tokenizer and
+    template.
 
-    Warns if that was trained on a base stored otherwise. Raises UserError if it is of another base, or no adapter.
+    Warns if that was trained on a base stored otherwise. Raises UserError if it is of another base, or no adapter, or
+    [lora] says something else of it, its dropout excepted.
     """
     config = replace(config, model=replace(config.model, path=pinned(config.model.path)))
     checkpoint = open_checkpoint(config.model.path)
     if checkpoint.nf4:
         config = replace(config, model=replace(config.model, double_quant=checkpoint.double_quant))
-    if (begun := config.train.adapter) is not None:
-        begun = os.path.expanduser(begun)
-        stored: Literal["nf4", "none", "auto"] = config.quantize or ("auto" if checkpoint.nf4 else "none")
-        base = Base.find(replace(config.model, quantize=stored), begun)
-        if not isinstance(base.added, LoraConfig):
-            raise UserError(f"train.adapter: {begun} is a prefix, which only begins anew")
-        for text in base.warnings:
-            warnings.warn(text, stacklevel=2)
-        config = replace(config, lora=base.added, train=replace(config.train, adapter=base.adapter))
+    if config.train.adapter is not None:
+        config = _begun_from(config, config.train.adapter, checkpoint)
     return config, checkpoint
+
+
+def _begun_from(config: RunConfig, adapter: str, checkpoint: Checkpoint) -> RunConfig:
+    stored: Literal["nf4", "none", "auto"] = config.quantize or ("auto" if checkpoint.nf4 else "none")
+    base = Base.find(replace(config.model, quantize=stored), adapter, force=None)
+    assert base.adapter is not None
+    if not isinstance(base.added, LoraConfig):
+        raise UserError(f"train.adapter: {adapter} is a prefix, which only begins anew")
+    for text in base.warnings:
+        warnings.warn(text, stacklevel=3)
+    lora = replace(base.added, dropout=config.lora.dropout)
+    for key, value in vars(config.lora).items():
+        if value not in (own := getattr(lora, key), getattr(LoraConfig(), key)):
+            raise UserError(f"lora.{key} is {value!r}, but that of train.adapter, {adapter}, is {own!r}; leave it out")
+    tokenizer = config.model.tokenizer or read_provenance(base.adapter).get("tokenizer_path")
+    model = replace(config.model, tokenizer=tokenizer, old_hf_spaces=base.tokenizer.template == OLD_HF)
+    return replace(config, model=model, lora=lora, train=replace(config.train, adapter=base.adapter))
 
 
 def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
@@ -201,12 +214,13 @@ def _origin(
     config: RunConfig, model: Mistral, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What a saved state belongs to: a run may go on from it where this is the same."""
+    begun = sorted(Path(config.train.adapter).glob("*.safetensors")) if config.train.adapter else []
     return {
         "config": _what_must_stay(config), "base": model.base_fingerprint,
         "tokenizer": tokenizer_of(tokenizer),
         "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
         "device": device.type, "dtype": dtype_name(dtype),
-    }  # fmt: skip
+    } | ({"adapter": [sha256_of(file) for file in begun]} if begun else {})  # fmt: skip
 
 
 def dtypes(config: RunConfig, dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 NF4, "lora" on a plain base), or keys and values before the tokens of every layer ("prefix")."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -41,7 +42,7 @@ def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ())
         if train.adapter is None:
             add_lora(model, config.lora)
         else:
-            read_adapter(train.adapter, model.config).attach(model)
+            replace(read_adapter(train.adapter, model.config), config=config.lora).attach(model)
         fuse(model, keep)
     return model
 
