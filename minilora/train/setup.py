@@ -94,6 +94,7 @@ def settled(config: RunConfig) -> tuple[RunConfig, Checkpoint]:
 
 
 def _begun_from(config: RunConfig, adapter: str, checkpoint: Checkpoint) -> RunConfig:
+    """`settled`, of `train.adapter`, held against the base as this run will store it."""
     stored: Literal["nf4", "none", "auto"] = config.quantize or ("auto" if checkpoint.nf4 else "none")
     base = Base.find(replace(config.model, quantize=stored), adapter, force=None)
     assert base.adapter is not None
