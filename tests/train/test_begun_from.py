@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mistral_common
 import pytest
 import torch
 from tiny_runs import TINY, MakeConfig, Quiet, stop_after, tiny_model
@@ -135,6 +136,17 @@ def test_tokenizer_and_template_are_the_adapter_s(make_config: MakeConfig, first
         json.loads(Path(c.train.output, "adapter", "minilora.json").read_text())["tokenizer"] for c in (old, config)
     ]
     assert told[0] == told[1]
+
+
+def test_an_old_template_is_kept(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The one that put no space before an answer, which an adapter may have learnt."""
+    base = tmp_path / "v1"
+    save_hf(tiny_model(config=replace(TINY, vocab_size=32_000)), base, dtype=torch.float32)
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", base / "tokenizer.model")
+    old = make_config(model__path=str(base), model__old_hf_spaces=True, train__output=str(tmp_path / "old"))
+    fine_tune(make_config(old, eval__samples=0, eval__answers=0), Quiet())
+    config, _ = settled(begun_from(make_config, old, model__path=str(base)))
+    assert config.model.old_hf_spaces
 
 
 @pytest.mark.parametrize("strategy", ["full", "prefix"])
