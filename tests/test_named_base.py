@@ -40,6 +40,17 @@ def test_the_prediction_is_what_the_model_and_its_cache_take(tiny_base: Path, tm
     assert generate(model, torch.ones(2, 10, dtype=torch.int64), 6).shape == (2, 16)
 
 
+def test_on_a_gpu_answers_take_adapters_in_16_bits_as_well(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_module.Runs, "serve", lambda *_: True)
+    save_adapter(add_lora(Base.find(BaseConfig(str(tiny_base))).load(), LoraConfig(rank=4)), tmp_path / "adapter")
+    found = Base.find(BaseConfig(str(tiny_base), device="cpu"), str(tmp_path / "adapter"))
+    on_gpu = replace(found, device=torch.device("cuda"), dtype=torch.bfloat16)
+    answers, scores, in_32 = on_gpu.predict(1, 8, 4), on_gpu.predict(1, 8), replace(on_gpu, dtype=torch.float32)
+    assert answers["adapters"] == 1.5 * scores["adapters"] == 1.5 * in_32.predict(1, 8, 4)["adapters"] > 0
+
+
 def test_scoring_needs_no_gradient_of_the_head(tiny_base: Path) -> None:
     """Also without an adapter, where nothing says that the weights do not learn."""
     found = Base.find(BaseConfig(path=str(tiny_base), quantize="nf4", device="cpu", dtype="float32"))
