@@ -28,7 +28,7 @@ from minilora.arguments import Verb
 from minilora.checkpoint import write
 from minilora.checkpoint.json_file import to_json
 from minilora.config import MISTRAL_7B, UNNAMED, BaseConfig, EvalConfig, Route, RunConfig, to_dict
-from minilora.errors import UserError, is_out_of_memory, need_library, of_system
+from minilora.errors import UserError, is_out_of_memory, need_library, of_system, printable
 from minilora.hub import local_folder
 from minilora.recipes import recipe_names, summary
 from minilora.report.console import Console, say, table, weights_bar
@@ -337,8 +337,7 @@ def serve(args: list[str]) -> None:
         limit = min(parsed.max_tokens, base.checkpoint.config.max_seq_len)
         folder = Path(os.path.abspath(base.adapter or ""))  # RUN/adapter has RUN's; where it lies is nobody's business
         of_adapter = folder.parent.name if folder.name == "adapter" else folder.name
-        name = parsed.name or (of_adapter if base.adapter else base.checkpoint.name)
-        name = str(UserError(name))  # a folder may be called anything, and an answer is text
+        name = printable(parsed.name or (of_adapter if base.adapter else base.checkpoint.name))
         offer = Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, _sampling(parsed, fixed=False))
         offer.check_room()
         line = Line(_loaded(base, (1, limit, 1)), base.tokenizer)

@@ -13,9 +13,13 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        line = printable(message)
         super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 + 5 :]}")
+
+
+def printable(text: str) -> str:
+    """In one line, in which what commands a terminal or is no text, such as half of a surrogate pair, is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def of_system(error: OSError | UnicodeError) -> str:
