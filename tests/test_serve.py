@@ -292,7 +292,7 @@ def test_nothing_of_a_stop_is_said_however_the_text_comes() -> None:
             said, rest = said + held.add(rest[:n]), rest[n:]
             assert expected.startswith(said)
         assert held.found == bool(ends)
-        assert said + ("" if held.found else held.end()) == expected, (text, stops)
+        assert said + ("" if held.found else held.held) == expected, (text, stops)
 
 
 def test_an_answer_ends_before_its_stop(ask: Callable[..., ChatCompletion], client: OpenAI) -> None:

@@ -19,28 +19,27 @@ Said = tuple[str, int, str | None]  # text, the answer's tokens so far, and at i
 
 
 class Stops:
-    """The text before the stop string that is whole first. What may be the beginning of one is held back."""
+    """The text before the stop string that is whole first. What may be the beginning of one is held back.
+
+    held: that beginning; where no more comes, it is text
+    """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops, self._held, self.found = stops, "", False
+        self._stops, self.held, self.found = stops, "", False
 
     def add(self, piece: str) -> str:
         """The text that this piece makes final."""
-        self._held += piece
-        whole = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        self.held += piece
+        whole = [(start + len(stop), start) for stop in self._stops if (start := self.held.find(stop)) >= 0]
         self.found = bool(whole)
-        final = min(whole)[1] if whole else len(self._held) - max(map(self._begun, self._stops), default=0)
-        text, self._held = self._held[:final], self._held[final:]
+        final = min(whole)[1] if whole else len(self.held) - max(map(self._begun, self._stops), default=0)
+        text, self.held = self.held[:final], self.held[final:]
         return text
-
-    def end(self) -> str:
-        """What was held back, where no stop came of it."""
-        return self._held
 
     def _begun(self, stop: str) -> int:
         """How many characters of a stop the text ends with."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+        longest = min(len(stop) - 1, len(self.held))
+        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
 def answer(model: Mistral, tokenizer: Tokenizer, ask: Ask) -> Generator[Said, None, None]:
@@ -53,7 +52,7 @@ def answer(model: Mistral, tokenizer: Tokenizer, ask: Ask) -> Generator[Said, No
                 yield text, min(n, most), "stop"
                 return
             yield text, n, None
-    yield stops.end(), min(n, most), "length" if n > most else "stop"
+    yield stops.held, min(n, most), "length" if n > most else "stop"
 
 
 class Line:
