@@ -238,8 +238,8 @@ class DataConfig:
         max_seq_len: tokens in a packed row
         too_long: what to do with a conversation of more than max_seq_len tokens; "truncate" drops its oldest exchanges,
             whole, and leaves it out if the last one alone is too long; raw text is cut into pieces
-        bad_lines: what to do with a line that cannot be read; "skip" gives up beyond ten, or 1 % of the file if that
-            is more. What is read but makes no sample is a fault either way; `minilora data check --fix` drops it
+        bad_lines: what to do with a line that cannot be read, that the tokenizer refuses, or whose tokens are wrong, as
+            by a template that was written into the text; "skip" gives up beyond ten, or 1 % of the file if that is more
     """
 
     train: Sources = ""

@@ -14,14 +14,14 @@ Duplicates, near duplicates and what was left out or shortened on purpose are to
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 import numpy as np
 
 from minilora.config import DataConfig
 from minilora.data.duplicates import groups_of_equal, near_pairs
-from minilora.data.encode import Sample, encode_record
+from minilora.data.encode import Sample, TooLongError, encode_record
 from minilora.data.pack import Mix, epoch_rows
 from minilora.data.records import Record, TextRecord, as_jsonl
 from minilora.data.sources import BAD_LINES_ALLOWED, FILE_KEYS, normal_form, read_source, side, sources
@@ -104,12 +104,14 @@ def load_data(
             raise UserError(f"data.{part}: {source.path} has the weight {source.weight:g}, {of_training}")
     for part, source in named:
         before = len(data.samples[part])
-        records, bad = read_source(source.path, mend)
-        allowed = max(BAD_LINES_ALLOWED, (len(records) + len(bad)) // 100) if config.bad_lines == "skip" else 0
-        data.findings += [Finding("bad line", text, len(bad) > allowed, part) for text in bad]
+        records, unread = read_source(source.path, mend)
+        wrong = [Finding("bad line", text, part=part) for text in unread]
         for record in records:
             if of := side(record, config) if part == "train" else part:
-                _add(data, of, record, config)
+                wrong += _add(data, of, record, config)
+        allowed = max(BAD_LINES_ALLOWED, (len(records) + len(unread)) // 100) if config.bad_lines == "skip" else 0
+        too_many = len({finding.where for finding in wrong}) > allowed
+        data.findings += [replace(finding, fault=too_many) for finding in wrong]
         if part == "train":
             sizes.append(len(data.samples[part]) - before)
     sizes += [len(data.samples["replay_from"])] if config.replay else []
@@ -127,28 +129,31 @@ def load_data(
     return data
 
 
-def _add(data: Data, part: str, record: Record, config: DataConfig) -> None:
-    def note(kind: str, text: str, fault: bool = True) -> None:
-        data.findings.append(Finding(kind, f"{record.where}: {text}", fault, part))
+def _add(data: Data, part: str, record: Record, config: DataConfig) -> list[Finding]:
+    """Encode and keep a record; what makes it a bad line, which data.bad_lines "skip" does not keep."""
 
-    for text in _written_template(record, data.tokenizer):
-        note("template", text)
+    def found(kind: str, text: str, fault: bool = True) -> Finding:
+        return Finding(kind, f"{record.where}: {text}", fault, part)
+
+    wrong = [found("template", text) for text in _written_template(record, data.tokenizer)]
     try:
         samples, n_left_out = encode_record(record, data.tokenizer, config.max_seq_len, config.too_long)
-    except UserError as error:
+    except TooLongError as error:  # data.too_long says what becomes of it
         data.findings.append(Finding("not encoded", str(error), part=part))
-        return
+        return wrong
+    except UserError as error:
+        return [*wrong, Finding("not encoded", str(error), part=part)]
+    wrong += [found("tokens", text) for sample in samples for text in _sample_faults(sample, data.tokenizer)]
     if not samples:
-        note("too long", f"left out, it takes more than data.max_seq_len, {config.max_seq_len} positions", False)
-        return
-    for sample in samples:
-        for text in _sample_faults(sample, data.tokenizer):
-            note("tokens", text)
-    lost = {"messages": max(sample.dropped for sample in samples), "answers": n_left_out}
-    if parts := [f"{n} {what}" for what, n in lost.items() if n]:
-        note("shortened", f"too long, {' and '.join(parts)} are left out", False)
-    data.records[part].append(record)
-    data.samples[part] += samples
+        text = f"left out, it takes more than data.max_seq_len, {config.max_seq_len} positions"
+        data.findings.append(found("too long", text, False))
+    elif not wrong or config.bad_lines == "fail":
+        lost = {"messages": max(sample.dropped for sample in samples), "answers": n_left_out}
+        if parts := [f"{n} {what}" for what, n in lost.items() if n]:
+            data.findings.append(found("shortened", f"too long, {' and '.join(parts)} are left out", False))
+        data.records[part].append(record)
+        data.samples[part] += samples
+    return wrong
 
 
 def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterator[str]:
@@ -156,9 +161,11 @@ def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterat
     if data.faults:
         return
     if not data.samples["train"]:
-        n = sum((finding.kind, finding.part) == ("too long", "train") for finding in data.findings)
-        too_long = f"conversations take more than {config.max_seq_len} positions"
-        yield f"nothing to train on: {f'all {n} {too_long}' if n else 'data.share and the splits leave no record'}"
+        left_out = Counter(finding.kind for finding in data.findings if finding.part == "train")
+        why = "every line is bad" if left_out else "data.share and the splits leave no record"
+        if n := left_out["too long"]:
+            why = f"all {n} conversations take more than {config.max_seq_len} positions"
+        yield f"nothing to train on: {why}"
     elif 0 in sizes:
         yield "a source of data.train or data.replay_from has no sample left; drop it"
     for part in ("validation", "test", "general"):
@@ -226,10 +233,10 @@ def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, nea
 
 def mended(data: Data) -> tuple[str, Counter[str]]:
     """JSONL of the training records without a fault, each once; and how many were left out, by kind."""
-    gone = ("bad line", "too long")  # where they are no fault, too
-    of_train = (finding for finding in data.findings if finding.part == "train")
-    wrong = {finding.where: finding.kind for finding in of_train if finding.fault or finding.kind in gone}
     records = data.records["train"]
+    held = {record.where for record in records}  # bad and too long ones may be left out already, and be no fault
+    of_train = (finding for finding in data.findings if finding.part == "train")
+    wrong = {finding.where: finding.kind for finding in of_train if finding.fault or finding.where not in held}
     equal = groups_of_equal(map(normal_form, records))
     kept = [records[first] for first, *_ in equal if records[first].where not in wrong]
     copies = [i for _, *others in equal for i in others if records[i].where not in wrong]

@@ -27,6 +27,10 @@ from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer
 
 
+class TooLongError(UserError):
+    """A conversation of more than max_seq_len positions, where that is refused."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """tokens (n,) int32; target_mask (n,) bool, True for what is predicted, never at 0; where: "file:line".
@@ -70,8 +74,8 @@ def encode_record(
     too_long: "truncate" drops the oldest exchanges and leaves out what is too long still; "skip" leaves a record out
         whole of which a sample is too long
 
-    Raises UserError with "file:line" for a conversation that the tokenizer refuses or, if too_long is "fail", that
-    takes more than max_seq_len positions.
+    Raises UserError with "file:line" for a conversation that the tokenizer refuses and, if too_long is "fail",
+    TooLongError.
     """
     try:
         if not isinstance(record, ChatRecord):
@@ -81,10 +85,9 @@ def encode_record(
         raise UserError(f"{record.where}: {error}") from None
     longest = max(sample.length for sample in samples)
     if longest > max_seq_len and too_long == "fail":
-        raise UserError(
-            f"{record.where}: the conversation takes {longest} positions, but data.max_seq_len is {max_seq_len}; "
-            'raise it, shorten the conversation, or set data.too_long to "truncate" or "skip"'
-        )
+        takes = f"the conversation takes {longest} positions, but data.max_seq_len is {max_seq_len}"
+        how = 'raise it, shorten the conversation, or set data.too_long to "truncate" or "skip"'
+        raise TooLongError(f"{record.where}: {takes}; {how}")
     fits = [sample for sample in samples if sample.length <= max_seq_len and (sample.n_targets or not sample.dropped)]
     if too_long == "skip" and len(fits) < len(samples):
         fits = []

@@ -71,6 +71,24 @@ def test_bad_lines_are_skipped_up_to_a_cap(tmp_path: Path) -> None:
     assert len(load(tmp_path, [*GOOD, *[{"x": 1}] * 11], bad_lines="skip").faults) == 11
 
 
+def test_a_line_is_bad_whatever_is_wrong_with_it(tmp_path: Path) -> None:
+    """It cannot be read, or the tokenizer refuses it, or its tokens are wrong; but for one that is too long."""
+    refused = {"messages": [*chat("a", "b")["messages"], {"role": "tool", "content": "c"}, *chat("a", "b")["messages"]]}
+    rows = [{"x": 1}, refused, chat("[INST] Hi", "Yo </s>"), {"text": "<s>a"}, chat("q", "z " * 80)]
+    found = [("bad line", 41), ("not encoded", 42), ("template", 43), ("template", 44)]
+    data = load(tmp_path, [*GOOD, *rows[:-1]], bad_lines="skip")
+    assert said(data) == [(kind, f"train.jsonl:{n}", False) for kind, n in found]
+    assert [line.split(", the first")[0] for line in data.warnings()] == [
+        *("warning: 1 x bad line", "warning: 1 x not encoded", "warning: 2 x template")
+    ]
+    assert len(data.records["train"]) == len(data.samples["train"]) == len(GOOD)
+    assert mended(data) == mended(load(tmp_path, [*GOOD, *rows[:-1]]))
+    assert said(load(tmp_path, [*GOOD, *rows], bad_lines="skip"))[0] == ("not encoded", "train.jsonl:45", True)
+    assert len(load(tmp_path, [*GOOD, *rows[:-1] * 3], bad_lines="skip").faults) == 12, "beyond ten"
+    with pytest.raises(UserError, match="nothing to train on: every line is bad"):
+        load(tmp_path, rows[:-1], bad_lines="skip").refuse_faults()
+
+
 def test_what_is_too_long(tmp_path: Path) -> None:
     short, long = [f"word {'x y ' * 4}{n}" for n in range(8)], "z " * 80
     rows = [chat(*short), chat("q", long)]
