@@ -161,10 +161,8 @@ def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterat
     if data.faults:
         return
     if not data.samples["train"]:
-        left_out = Counter(finding.kind for finding in data.findings if finding.part == "train")
-        why = "every line is bad" if left_out else "data.share and the splits leave no record"
-        if n := left_out["too long"]:
-            why = f"all {n} conversations take more than {config.max_seq_len} positions"
+        lost = [finding.text for finding in data.findings if finding.part == "train"]
+        why = f"every line is lost, the first: {lost[0]}" if lost else "data.share and the splits leave no record"
         yield f"nothing to train on: {why}"
     elif 0 in sizes:
         yield "a source of data.train or data.replay_from has no sample left; drop it"
