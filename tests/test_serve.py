@@ -225,6 +225,7 @@ def test_what_changes_nothing_is_passed_over(ask: Callable[..., ChatCompletion])
         **{"frequency_penalty": 0.0, "response_format": {"type": "text"}, "modalities": ["text"], "audio": None},
         **{"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "seed": None, "stop": None},
         **{"stream": False, "temperature": None, "top_p": None, "parallel_tool_calls": True},
+        **{"stream_options": {"include_obfuscation": True, "include_usage": None}},
     }
     assert text_of(ask(**nothing)) == said
     parts = [{"type": "text", "text": QUESTION}]
@@ -370,9 +371,14 @@ def test_an_answer_ends_before_its_stop(ask: Callable[..., ChatCompletion], clie
         ({"stream": "yes"}, "stream", "stream is 'yes', but must be true or false"),
         ({"stream_options": True}, "stream_options", "must be an object"),
         ({"stream_options": {"include_usage": 1}}, "include_usage", "include_usage is 1"),
+        ({"stream_options": {"usage": True}}, "stream_options", "stream_options: 'usage' is not supported"),
         ({"model": 3}, "model", "there is no model 3, but demo"),
         ({"n": 2}, "n", "n 2 is not supported; leave it out"),
         ({"n": 0}, "n", "n 0"),
+        ({"n": True}, "n", "n True is not supported"),
+        ({"logprobs": 0}, "logprobs", "not supported"),
+        ({"top_logprobs": False}, "top_logprobs", "not supported"),
+        ({"presence_penalty": False}, "presence_penalty", "not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"tool_choice": "auto"}, "tool_choice", "tool_choice 'auto' is not supported"),
         ({"functions": []}, "functions", "not supported"),

@@ -24,18 +24,10 @@ PASSED_OVER = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
     *("prompt_cache_key", "prompt_cache_retention"),
 )
-ASKS_FOR_NOTHING: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
+ASKS_FOR_NOTHING: Mapping[str, Any] = {
+    "n": 1, "tools": [], "tool_choice": "none", "logprobs": False, "top_logprobs": 0, "logit_bias": {},
+    "presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"}, "modalities": ["text"],
+}  # fmt: skip
 OF_A_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")  # others, such as weight, are for training
 MAX_STOPS, MAX_STOP = 4, 1000  # how many, and the characters of one
 
@@ -93,7 +85,8 @@ def read_ask(data: bytes, offer: Offer) -> Ask:
     except ValueError as error:
         raise Refused(f"the body is no JSON object: {error}") from None
     for name, value in fields.items():
-        if name not in (*FOLLOWED, *PASSED_OVER) and value not in ASKS_FOR_NOTHING.get(name, ()):
+        nothing = ASKS_FOR_NOTHING.get(name)
+        if name not in (*FOLLOWED, *PASSED_OVER) and (kind(value), value) != (kind(nothing), nothing):  # true is no 1
             raise Refused(f"{name} {short(value)} is not supported; leave it out", short(name)[1:-1])
     offer.check_model(fields.get("model", offer.name))
     if "max_tokens" in fields and "max_completion_tokens" in fields:
@@ -107,6 +100,8 @@ def read_ask(data: bytes, offer: Offer) -> Ask:
     wanted = _number(fields, "max_completion_tokens", 1, offer.limit, int) or wanted
     stop = _value(fields, "stop", [], _are_stops, f"up to {MAX_STOPS} texts of 1 to {MAX_STOP:,} characters")
     options = _value(fields, "stream_options", {}, lambda v: isinstance(v, dict), "an object")
+    if unknown := sorted(options.keys() - {"include_usage", "include_obfuscation"}):  # the latter is passed over
+        raise Refused(f"stream_options: {short(unknown[0])} is not supported; leave it out", "stream_options")
     prompt = _prompt(fields.get("messages"), offer)
     room = offer.limit - len(prompt)
     if room < (wanted or 1):
