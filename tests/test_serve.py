@@ -1,5 +1,6 @@
 """The server, asked by OpenAI's own client over a socket; what it refuses, whom it lets wait, and how it ends."""
 
+import errno
 import http.client
 import json
 import os
@@ -14,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
@@ -23,7 +24,6 @@ from typing import Any
 import openai
 import pytest
 import torch
-import uvicorn
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
 from tiny_runs import TOKENIZER, Run
@@ -40,7 +40,7 @@ from minilora.serve import line as line_module
 from minilora.serve import server as server_module
 from minilora.serve.line import Line, Stops
 from minilora.serve.request import Ask, Offer, Refused, read_ask
-from minilora.serve.server import MAX_BODY, listen, make_app, make_config, names_of
+from minilora.serve.server import MAX_BODY, Server, listen, make_app, names_of
 from minilora.tokenizer import Tokenizer, load_tokenizer
 
 QUESTION = 'How is "mistral" pronounced?'
@@ -67,9 +67,7 @@ def offer(tokenizer: Tokenizer) -> Offer:
 @contextmanager
 def serving(model: Mistral, offer: Offer) -> Iterator[tuple[str, int]]:
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        make_config(make_app(Line(model, offer.tokenizer), offer, names_of(listening, "127.0.0.2")))
-    )
+    server = Server(make_app(Line(model, offer.tokenizer), offer, names_of(listening, "127.0.0.2")))
     thread = Thread(target=server.run, args=[[listening]])
     thread.start()
     yield listening.getsockname()
@@ -559,6 +557,34 @@ def test_who_goes_away_in_the_midst_of_asking_is_forgotten(
         half.sendall(b'Content-Length: 100\r\n\r\n{"messages": ')
     assert text_of(ask())
     assert capsys.readouterr() == ("", "")
+
+
+def test_that_no_file_descriptor_is_free_is_said_once(
+    told: Told, model: Mistral, offer: Offer, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Who connects is let in when one is, and what asyncio still tries when the server ends is passed over."""
+    refused = list[int]()
+
+    def accept(_: socket.socket) -> None:
+        refused.append(1)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    clients = ExitStack()
+    with serving(model, offer) as there:
+        clients.enter_context(connect(there))
+        until(lambda: len(told.begun) == 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "accept", accept)
+            waiting = clients.enter_context(connect(there, model="gpt-4"))
+            until(lambda: len(refused) > 1000)
+        assert waiting.recv(12) == b"HTTP/1.1 404"
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        clients.enter_context(connect(there))
+        until(lambda: len(refused) > 5000)
+    clients.close()
+    assert capsys.readouterr() == ("", "no file descriptor is free: who connects waits; raise `ulimit -n`\n")
+    assert caplog.records == []
 
 
 def test_who_reads_slowly_keeps_nobody_in_line(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from errno import EMFILE, ENFILE
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Thread
@@ -203,9 +204,36 @@ def names_of(listening: socket.socket, host: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", host.lower()))) if local else ()
 
 
+class Server(uvicorn.Server):
+    """uvicorn that says nothing, waits a second for answers where it is to end, and is the same whatever is installed.
+
+    Where no file descriptor is free asyncio lets who connects wait, and tries again each second. It would say so in
+    thousands of lines, and says it in one a minute.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(uvicorn.Config(
+            app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
+            access_log=False, timeout_graceful_shutdown=1,
+        ))  # fmt: skip
+        self._quiet_until = 0.0
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._hear)
+        await super().serve(sockets)
+
+    def _hear(self, loop: asyncio.AbstractEventLoop, fault: dict[str, Any]) -> None:
+        full = getattr(fault.get("exception"), "errno", None) in (EMFILE, ENFILE)
+        if full and time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + 60
+            print("no file descriptor is free: who connects waits; raise `ulimit -n`", file=sys.stderr, flush=True)
+        elif not full and not self.should_exit:  # else it has tried again where nobody listens any more
+            loop.default_exception_handler(fault)
+
+
 def run(app: ASGIApp, line: Line, listening: socket.socket, hello: str) -> None:
     """Say hello and serve until a signal. Raises Stopped."""
-    server = uvicorn.Server(make_config(app))
+    server = Server(app)
     thread = Thread(target=server.run, args=[[listening]])
     with StopRequest() as stop:
         print(UserError(hello), flush=True)  # a folder's name may hold anything
@@ -217,11 +245,3 @@ def run(app: ASGIApp, line: Line, listening: socket.socket, hello: str) -> None:
         if stop.signum is not None and not line.ends(GRACE_S):
             os._exit(128 + stop.signum)  # a prompt is being read, for nobody, and Python would wait for it
         stop.follow("stopped")
-
-
-def make_config(app: ASGIApp) -> uvicorn.Config:
-    """uvicorn says nothing, waits a second for answers where it is to end, and is the same whatever is installed."""
-    return uvicorn.Config(
-        app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
-        access_log=False, timeout_graceful_shutdown=1,
-    )  # fmt: skip
