@@ -27,7 +27,7 @@ def found_adapter(path: str | Path) -> Path:
     """The folder of the adapter that is there, or that the run there has made. Raises UserError where there is none."""
     folder = adapter_folder(path)
     if not (folder / CONFIG).is_file() and not is_mistral(folder):
-        run, whole = (os.path.isfile(folder / name) for name in ("config.toml", "model/config.json"))
+        run, whole = os.path.isfile(folder / "config.toml"), os.path.isdir(folder / "model")
         why = "this run is not finished" if run else "name the folder of an adapter, such as RUN/adapter"
         why = f"this run left a whole model: --model.path {folder}/model" if whole else why
         raise UserError(f"{folder}: holds no {CONFIG}; {why}")

@@ -610,28 +610,36 @@ def test_a_run_that_left_a_model_or_nothing_yet_says_so(run: Run, tmp_path: Path
     as_adapter, as_model = ["generate", "hi", "--adapter"], ["generate", "hi", "--model.path"]
     refused(run(*as_adapter, whole), 1, f"{whole}: {lacks} this run left a whole model: --model.path {whole}/model\n")
     refused(run(*as_adapter, begun), 1, f"{begun}: {lacks} this run is not finished\n")
-    refused(run(*as_model, whole), 1, f"{whole}/model/config.json: this is a run's model; name its own folder\n")
+    refused(run(*as_model, whole), 1, f"{whole}/model: this is a run's model; name its own folder\n")
     refused(
         run(*as_model, begun), 1, f"{begun}/config.toml: this run is not finished; minilora train --resume goes on\n"
     )
     shutil.copytree(base_folder("demo"), begun / "adapter")
     (begun / "adapter" / "adapter_config.json").touch()
-    refused(run(*as_model, begun), 1, f"{begun}/adapter/adapter_config.json: this is a run's adapter; name its base")
+    refused(run(*as_model, begun), 1, f"{begun}/adapter: this is a run's adapter; name its base")
 
 
-def test_a_folder_that_may_not_be_read_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that it holds nothing. Whoever runs the tests may read everything, so the system is told to refuse."""
-    stat, locked = os.stat, tmp_path / "locked"
+@pytest.mark.parametrize("within", ["", "adapter"])
+def test_a_folder_that_may_not_be_read_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str
+) -> None:
+    """Not that it holds nothing, nor that the run there has not ended. Whoever runs the tests may read everything, so
+    the system is told to refuse."""
+    stat, locked = os.stat, tmp_path / "run" / within
 
     def refuse(path: Any, **how: Any) -> os.stat_result:
         if str(path).startswith(f"{locked}/"):
             raise PermissionError(13, "Permission denied", str(path))
         return stat(path, **how)
 
-    locked.mkdir()
+    locked.mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").touch()
     monkeypatch.setattr(os, "stat", refuse)
     said = f"{locked}/adapter_config.json: Permission denied; change its permissions, or name another\n"
-    refused(run("generate", "hi", "--adapter", locked), 1, said)
+    refused(run("generate", "hi", "--adapter", tmp_path / "run"), 1, said)
+    if within:
+        said = f"{locked}: this is a run's adapter; name its base"
+        refused(run("generate", "hi", "--model.path", tmp_path / "run"), 1, said)
 
 
 def test_export_ignores_no_flag(run: Run) -> None:

@@ -56,7 +56,7 @@ _READ = {"peft_type", "bias", "init_lora_weights", *(key for key, _, _ in _NAMES
 def adapter_folder(path: str | Path) -> Path:
     """The folder of an adapter, which its run and the file of its tensors stand for; another file lies alone."""
     path = Path(path)
-    if not os.path.isfile(path / CONFIG) and os.path.isfile(path / "adapter" / CONFIG):
+    if not os.path.isfile(path / CONFIG) and os.path.isdir(path / "adapter"):
         return path / "adapter"
     name = WEIGHTS if os.path.isfile(path.parent / CONFIG) else mistral_adapter.WEIGHTS
     return path.parent if path.name == name and os.path.isfile(path) else path

@@ -23,8 +23,8 @@ WEIGHTS_NAMES: dict[Layout, str] = {"hf": "model.safetensors", "mistral": "conso
 _PICKLED = "pickle files can run code and are not read; convert it to safetensors"
 _NO_CHECKPOINT = {  # what says what a folder without one is, the first first: an adapter may have pickles, too
     "adapter_config.json": "this is an adapter; name its base, or what minilora merge makes of both",
-    "adapter/adapter_config.json": "this is a run's adapter; name its base, or what minilora merge makes of both",
-    "model/config.json": "this is a run's model; name its own folder",
+    "adapter": "this is a run's adapter; name its base, or what minilora merge makes of both",
+    "model": "this is a run's model; name its own folder",
     "config.toml": "this run is not finished; minilora train --resume goes on",
     "*.gguf": "this is for llama.cpp; name what it was made from",
     **dict.fromkeys(("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl"), _PICKLED),
