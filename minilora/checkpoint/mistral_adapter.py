@@ -53,7 +53,8 @@ def read_config(path: Path, scaling: float | None) -> LoraConfig:
         raise UserError(f"{params}: lora is {short(lora)}, but {WEIGHTS} has an adapter of rank {rank}")
     scale, dropout = lora.get("scaling") if scaling is None else scaling, lora.get("dropout", 0.0)
     if scale is None:
-        raise UserError(f"{file}: no {PARAMS} beside it says its scale; give it with --adapter_scaling")
+        how = 'give it with --adapter_scaling or, as {"lora": {"scaling": 2.0}}, in such a file'  # train has no option
+        raise UserError(f"{file}: no {PARAMS} beside it says its scale; {how}")
     # A number may have thousands of digits, which cannot be printed; NaN is refused by the config.
     if not all(isinstance(x, int | float) and type(x) is not bool and not abs(x) > 1e30 for x in (scale, dropout)):
         found = short((scale, dropout))

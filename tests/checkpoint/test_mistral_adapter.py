@@ -5,6 +5,7 @@ pairs, and W + scaling * B A merged first, as `load_lora` of mistral-inference m
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,13 @@ def test_we_load_mistral_finetunes(originals: Path, folder: Path, base: str) -> 
 def test_the_scale_must_be_said_by_someone(originals: Path, folder: Path) -> None:
     (folder / "params.json").unlink()
     model = load_model(originals / "hf", dtype=F32)
-    with pytest.raises(UserError, match=r"lora.safetensors: no params.json .*give it with --adapter_scaling"):
+    with pytest.raises(UserError, match=r"lora.safetensors: no params.json .*give it with --adapter_scaling") as error:
         load_adapter(model, folder)
+    [named] = re.findall(r"or, as (\{.*\}), in such a file", str(error.value))
+    (folder / "params.json").write_text(named)  # where a verb, such as train, has no such option
+    found = load_adapter(load_model(originals / "hf", dtype=F32), folder).lora_config
+    assert found is not None
+    assert found.scale_of("") == 2.0
     shutil.copy(originals / "mistral" / "params.json", folder)  # the base's own says nothing of it
     with pytest.raises(UserError, match=r"no params.json beside it says its scale"):
         load_adapter(model, folder)
