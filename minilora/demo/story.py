@@ -17,17 +17,8 @@ import torch
 from minilora.base import Base
 from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.load import load_model
-from minilora.checkpoint.open import open_checkpoint
-from minilora.config import (
-    MISTRAL_7B,
-    BaseConfig,
-    DataConfig,
-    EvalConfig,
-    LoraConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from minilora.checkpoint.open import Checkpoint, open_checkpoint
+from minilora.config import MISTRAL_7B, BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.data.encode import encode_records
 from minilora.data.records import read_records
 from minilora.demo.phonemes import DATA, phoneme_errors, raw_prompt
@@ -88,7 +79,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
     tokenizer = load_tokenizer("demo")
     chats = encode_records(read_records(DATA / "chat_test.jsonl"), tokenizer, max_seq_len=256)
     console.rule("Memory at rest")
-    console.print(memory_table(base.config, config.lora))
+    console.print(memory_table(base, config.lora))
 
     console.rule("The base, before")
     model = load_model("demo", quantize="nf4", dtype=torch.float32)
@@ -173,13 +164,13 @@ def write_summary(run: Run, before: Score, after: Score, ceiling: dict[str, Scor
     run.folder.write_json("summary.json", summary)
 
 
-def memory_table(small: ModelConfig, lora: LoraConfig) -> Table:
+def memory_table(base: Checkpoint, lora: LoraConfig) -> Table:
     """Predicted bytes of the weights, and of what training adapters adds, for the demo's base and for a real one."""
     rows = []
     for dtype, double_quant in ((torch.float32, None), *((torch.bfloat16, quant) for quant in (None, False, True))):
         storage, dense = storage_of(dtype, double_quant)
         row: list[str] = [storage]
-        for config, unit, name in ((small, 1e6, "MB"), (MISTRAL_7B, 1e9, "GB")):
+        for config, unit, name in ((base.config, 1e6, "MB"), (MISTRAL_7B, 1e9, "GB")):
             weights = sum(predict(config, storage, dense, None).values())
             adapters = sum(predict(config, storage, dense, lora).values()) - weights
             row += [f"{weights / unit:.2f} {name}", f"{adapters / unit:.2f} {name}"]
