@@ -8,20 +8,23 @@ import re
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt, restricted_number_type
 
-from minilora.config import UNNAMED, BaseConfig, RunConfig, TooLong
+from minilora.config import UNNAMED, BaseConfig, RunConfig, TooLong, to_dict
 from minilora.errors import UserError
 from minilora.recipes import recipe_file
+
+if TYPE_CHECKING:
+    from minilora.base import Base
 
 Verb = Callable[[list[str]], None]
 _parser = partial(ArgumentParser, exit_on_error=False, parser_mode="toml", print_config=None, allow_abbrev=False)
@@ -110,9 +113,10 @@ def quoted(args: Sequence[str]) -> list[str]:
 # -- A run's configuration ---------------------------------------------------------------------------------------------
 
 
-def run_parser(verb: Verb) -> ArgumentParser:
-    """Of a verb that takes a configuration."""
+def run_parser(verb: Verb, words: str = "[CONFIG.toml]", options: str = "") -> ArgumentParser:
+    """Of a verb that takes a configuration. words, options: what its usage shows beside the configuration's keys"""
     parser = verb_parser(verb)
+    parser.usage = f"{parser.prog} {words} [--section.key value ...] {options}"
     parser.add_argument("--config", action="config", help="a TOML file; as train's and compare's first word")
     parser.add_argument("--recipe", metavar="NAME", help="begin with one of `minilora train --list-recipes`")
     parser.add_class_arguments(RunConfig, as_group=False)
@@ -128,9 +132,16 @@ def parse_run(parser: ArgumentParser, args: Sequence[str], file_first: bool = Tr
     return RunConfig(**{f.name: getattr(parsed, f.name) for f in fields(RunConfig)}), parsed
 
 
-def names_data(parser: ArgumentParser, args: Sequence[str]) -> bool:
-    """Whether a file or an option names data.train. What else is wrong with them is left to `parse_run`."""
-    return bool(parse(parser, [*_files_then_options(parser, args)], instantiate=False).data.train)
+def begin_with_demo(parser: ArgumentParser, args: Sequence[str]) -> bool:
+    """Begin from the demo's configuration unless a file or an option names data.train; whether it does. What else is
+    wrong with them is left to `parse_run`."""
+    if parse(parser, [*_files_then_options(parser, args)], instantiate=False).data.train:
+        return False
+    from minilora.demo.story import comparison_config
+
+    for section, keys in to_dict(comparison_config()).items():
+        parser.set_defaults({f"{section}.{key}": value for key, value in keys.items()})
+    return True
 
 
 def _files_then_options(parser: ArgumentParser, args: Sequence[str], file_first: bool = True) -> Iterator[str]:
@@ -188,6 +199,16 @@ def add_base(parser: ArgumentParser) -> None:
     add_adapter(parser)
 
 
+def find_base(parsed: Namespace, adapter: str | None) -> "Base":
+    """What the arguments of `add_base` name. Raises UserError as `Base.find` does, and for an adapter's option where
+    there is no adapter."""
+    if adapter is None:
+        refuse_idle(parsed, {"adapter_scaling": None, "force": False}, "without --adapter")
+    from minilora.base import Base
+
+    return Base.find(parsed.model, adapter, scaling=parsed.adapter_scaling, force=parsed.force)
+
+
 def add_model(parser: ArgumentParser) -> None:
     parser.add_class_arguments(BaseConfig, "model")
     parser.set_defaults({"model.path": UNNAMED})
@@ -208,6 +229,20 @@ def add_sampling(parser: ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--seed", type=Seed, help="of the draws")
 
 
+def sampling(parsed: Namespace, fixed: bool = True) -> dict[str, Any]:
+    """How tokens are drawn, as `generation.stream` takes it; fixed: no request may ask for another temperature."""
+    if parsed.temperature == 0 and fixed:
+        refuse_idle(parsed, {"top_k": None, "top_p": 1.0, "seed": None}, "at --temperature 0")
+    return {name: getattr(parsed, name) for name in ("temperature", "top_k", "top_p", "seed")}
+
+
+def refuse_idle(parsed: Namespace, defaults: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for an option that was given though it does nothing there."""
+    for name, default in defaults.items():
+        if parsed[name] != default:
+            raise UserError(f"--{name} does nothing {where}; leave it out")
+
+
 def add_length(parser: ArgumentParser, too_long: TooLong) -> None:
     parser.add_argument("--data.max_seq_len", type=PositiveInt, default=2048)
     what = "of a conversation of more tokens: refuse it, leave it out, or drop its oldest exchanges"
@@ -216,3 +251,10 @@ def add_length(parser: ArgumentParser, too_long: TooLong) -> None:
 
 def add_dtype(parser: ArgumentParser, what: str) -> None:
     parser.add_argument("--dtype", type=Literal["auto", "bfloat16", "float16", "float32"], default="auto", help=what)
+
+
+def dtype(parsed: Namespace) -> Any:
+    """What `add_dtype` was told, as torch's; None for auto."""
+    import torch
+
+    return None if parsed.dtype == "auto" else getattr(torch, parsed.dtype)

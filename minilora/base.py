@@ -1,14 +1,14 @@
 """A base to be used: what the command line names, with an adapter or without, found and checked before it is loaded."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from minilora.backend import pick_device, pick_dtype
+from minilora.backend import pick_device, pick_dtype, told
 from minilora.checkpoint.adapter import CONFIG, adapter_folder, read_adapter, read_adapter_config
 from minilora.checkpoint.adapter_parts import Adapter
 from minilora.checkpoint.load import load_model
@@ -16,8 +16,8 @@ from minilora.checkpoint.mistral_adapter import is_mistral
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import check_origin, quantization, read_provenance, template_of, tokenizer_of
 from minilora.config import UNNAMED, BaseConfig, LoraConfig, PrefixConfig
-from minilora.errors import UserError
-from minilora.memory import StepPlan, as_text, free_bytes, predict, private_bytes, storage_of
+from minilora.errors import UserError, printable
+from minilora.memory import StepPlan, as_text, free_bytes, one_line, predict, private_bytes, storage_of
 from minilora.model import Mistral
 from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
 from minilora.visible import Runs
@@ -99,6 +99,15 @@ class Base:
         return replace(base, added=added, warnings=tuple(said))
 
     @property
+    def name(self) -> str:
+        """What to call it before others, whom it does not concern where it lies: the checkpoint's name, or where there
+        is an adapter the run's, RUN of RUN/adapter, or the folder's."""
+        if self.adapter is None:
+            return self.checkpoint.name
+        folder = Path(os.path.abspath(self.adapter))
+        return folder.parent.name if folder.name == "adapter" else folder.name
+
+    @property
     def nf4_double_quant(self) -> bool | None:
         """`double_quant` of weights that are or will be in NF4; None of plain ones."""
         return self.double_quant if self.checkpoint.nf4 or self.quantize is not None else None
@@ -130,15 +139,24 @@ class Base:
     def load(self) -> Mistral:
         """The model in eval mode, with the adapter."""
         model = load_model(
-            self.checkpoint.folder,
-            quantize=self.quantize,
-            double_quant=self.double_quant,
-            dtype=self.dtype,
+            self.checkpoint.folder, quantize=self.quantize, double_quant=self.double_quant, dtype=self.dtype,
             device=self.device,
-        )
+        )  # fmt: skip
         if self.adapter is not None:
             self.read_adapter().attach(model)
         return model.eval()
+
+    def load_for(self, *works: tuple[int, int, int | None], say: Callable[[str], object]) -> Mistral:
+        """The model, if there is memory for it and these works, see `check`.
+
+        say: told what was overridden, device, base and ledger; once all is well, so that an error is one line
+        """
+        predicted, model = self.check(*works), self.load()
+        for warning in self.warnings:
+            say(f"warning: {warning}")
+        say(printable(f"{told(self.device)}; base: {self.checkpoint.name}"))
+        say(one_line(predicted))
+        return model
 
     def read_adapter(self) -> Adapter:
         """The adapter, which must have been named."""

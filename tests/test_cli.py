@@ -25,7 +25,7 @@ from minilora.base import Base
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
-from minilora.cli import VERBS, _console, exit_status
+from minilora.cli import VERBS, exit_status
 from minilora.config import UNNAMED, BaseConfig, LoraConfig, RunConfig, base_folder, to_dict
 from minilora.data.sources import FILE_KEYS
 from minilora.errors import UserError
@@ -33,6 +33,7 @@ from minilora.generation import generate
 from minilora.lora import add_lora
 from minilora.train import ledger, loop
 from minilora.train.run_folder import config_toml
+from minilora.verbs.terminal import console
 
 
 def refused(result: tuple[int, str, str], status: int, *words: str) -> None:
@@ -78,11 +79,11 @@ def test_the_version(run: Run) -> None:
 
 def test_what_is_no_terminal_is_wide_enough_for_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert _console().width == 200
+    assert console().width == 200
     monkeypatch.setenv("COLUMNS", "70")
-    assert _console().width == 70
+    assert console().width == 70
     monkeypatch.setenv("COLUMNS", "0")
-    assert _console().width == 200
+    assert console().width == 200
 
 
 def test_an_unknown_verb(run: Run) -> None:

@@ -30,13 +30,13 @@ LAYERS = (
     ("train",),
     ("serve",),
     ("demo",),
-    ("arguments", "cli"),
+    ("arguments", "verbs", "cli"),
     ("__main__",),
 )
 LAYER_OF = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 NEEDED_ANYWHERE = {"torch", "numpy", "sentencepiece"}
 FOR_OUTPUT = {"rich", "matplotlib", "jsonargparse"}
-MAY_OUTPUT = ("minilora.arguments", "minilora.cli", "minilora.report", "minilora.train.progress")
+MAY_OUTPUT = ("minilora.arguments", "minilora.verbs", "minilora.report", "minilora.train.progress")
 ORACLES = {"transformers", "peft", "bitsandbytes", "accelerate", "mistral_common"}
 OF_EXTRAS = {  # imported where they are used
     "minilora.hub": {"huggingface_hub"},

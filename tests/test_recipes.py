@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from minilora.arguments import parse_run, run_parser
-from minilora.cli import main, train
+from minilora.cli import main
 from minilora.config import MISTRAL_7B, RunConfig
 from minilora.errors import UserError
 from minilora.recipes import recipe_file, recipe_names, summary
+from minilora.verbs.training import train
 
 GIB = 2**30
 CARDS = {"t4-16gb": 15 * GIB, "12gb": 12 * GIB, "24gb": 24 * GIB, "80gb": 80 * GIB}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.fuzz.mutate import Folder, join_safetensors, split_safetensors
 from benchmarks.fuzz.watch import MAX_TEXT, RefusedError, WrongError
-from minilora import cli, dispatch
+from minilora import dispatch
 from minilora.adamw import FlatAdamW
 from minilora.arguments import parse_run, run_parser
 from minilora.checkpoint.adapter import read_adapter, save_adapter
@@ -51,6 +51,7 @@ from minilora.tokenizer import load_tokenizer
 from minilora.train.run_folder import config_toml
 from minilora.train.state import RunState, load_weights
 from minilora.train.step import LossScale
+from minilora.verbs.training import train
 
 CORPUS = Path(__file__).parent / "corpus"
 TOKENIZER = base_folder("demo") / "tokenizer.model"
@@ -463,7 +464,7 @@ def _toml_corpus() -> dict[str, Folder]:
 
 
 def _read_toml(path: Path) -> RunConfig:
-    return parse_run(run_parser(cli.train), [str(path / "config.toml")])[0]
+    return parse_run(run_parser(train), [str(path / "config.toml")])[0]
 
 
 def _check_toml(path: Path, config: RunConfig) -> None:

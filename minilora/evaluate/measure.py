@@ -24,6 +24,13 @@ def longest_prompt(samples: Sequence[Sample], limits: EvalConfig) -> int:
     return max((len(split_last_turn(sample)[0]) for sample in asked(samples, limits)), default=0)
 
 
+def works(samples: Sequence[Sample], max_seq_len: int, limits: EvalConfig) -> list[tuple[int, int, int | None]]:
+    """What `measure` wants memory for, as `Base.check` takes it: rows that are scored, prompts that are answered."""
+    row, prompt = min(max_seq_len, sum(sample.length for sample in samples)), longest_prompt(samples, limits)
+    answered = [(limits.batch_size, prompt, limits.max_new_tokens)] if prompt else []
+    return [(limits.batch_size, row, None), *answered]
+
+
 def measure(
     model: Mistral,
     tokenizer: Tokenizer,

@@ -20,12 +20,12 @@ from tiny_runs import TOKENIZER, MakeConfig, Run, tiny_model
 from minilora.arguments import parse_run, run_parser
 from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.checkpoint.save import save_hf
-from minilora.cli import compare as compare_verb
 from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
 from minilora.train.compare import STRATEGIES, Variant, all_variants, combinations, compare
 from minilora.train.run_folder import LOCK, config_toml, hold
+from minilora.verbs.training import compare as compare_verb
 
 
 def names(*arguments: object) -> list[str]:
