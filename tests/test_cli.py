@@ -29,6 +29,7 @@ from minilora.cli import VERBS, exit_status
 from minilora.config import UNNAMED, BaseConfig, LoraConfig, RunConfig, base_folder, to_dict
 from minilora.data.sources import FILE_KEYS
 from minilora.errors import UserError
+from minilora.evaluate import metrics
 from minilora.generation import generate
 from minilora.lora import add_lora
 from minilora.train import ledger, loop
@@ -815,6 +816,24 @@ def test_figures_are_shown_also_where_answers_cannot_be_written(
     status, out, err = run("evaluate", chats, *given, "--out", below)
     assert (status, json.loads(out)["answers"]) == (1, 1)
     assert "below a file: could not be written: a part of that path is a file" in err
+
+
+def test_answers_are_scored_once(
+    run: Run, chats: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, of_two = list[str](), metrics.token_f1
+
+    def count(given: str, expected: str) -> float:
+        scored.append(expected)
+        return of_two(given, expected)
+
+    monkeypatch.setattr(metrics, "token_f1", count)
+    flags = ["--eval.answers", 3, "--eval.max_new_tokens", 2, "--out", tmp_path / "answers.jsonl"]
+    figures = json.loads(run("evaluate", chats, "--model.path", tiny_base, *flags)[1])
+    each = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["expected"] for answer in each] == scored
+    assert figures["answers"] == len(scored) == 3
+    assert figures["f1"] == pytest.approx(sum(answer["f1"] for answer in each) / 3)
 
 
 def test_a_stranger_s_file_name_commands_no_terminal(

@@ -30,8 +30,9 @@ def evaluate(args: list[str]) -> None:
     from minilora.report import page
     from minilora.train import looks
 
-    limits, max_seq_len = replace(parsed.eval, samples=0), parsed.data.max_seq_len  # samples are for runs
-    metrics.check_libraries(limits.metrics)
+    # Samples are for runs; answers are scored here, so that it is done once, of all and of each.
+    limits, max_seq_len = replace(parsed.eval, samples=0, metrics=()), parsed.data.max_seq_len
+    metrics.check_libraries(parsed.eval.metrics)
     if parsed.out:
         write.check_new(parsed.out)
     base = arguments.find_base(parsed, parsed.adapter)
@@ -40,14 +41,14 @@ def evaluate(args: list[str]) -> None:
         looks.check_notable(run)
     model = base.load_for(*measure.works(samples, max_seq_len, limits), say=terminal.note)
     result, answers = measure.measure(model, base.tokenizer, samples, max_seq_len, limits, terminal.note)
-    result["quantization"] = provenance.quantization(base.nf4_double_quant, base.dtype)
+    figures, each = metrics.score(answers, parsed.eval.metrics)
+    result |= figures | {"quantization": provenance.quantization(base.nf4_double_quant, base.dtype)}
     n_targets = sum(sample.n_targets for sample in samples)
     result |= {"target_tokens": n_targets} | ({"answers": len(answers)} if answers else {})
     if run and (warning := looks.note_look(run, shlex.join(["evaluate", *args]), files.sha256_of(parsed.file), result)):
         terminal.warn([warning])
     print(json_file.to_json(result, indent=1), flush=True)
     if parsed.out:
-        _, each = metrics.score(answers, limits.metrics)
         write.atomic_jsonl(parsed.out, (vars(answer) | own for answer, own in zip(answers, each, strict=True)))
     if run:
         page.write_report(run)
