@@ -39,8 +39,8 @@ _KINDS |= dict.fromkeys(("tuple", "list"), "a list such as [a,b]")
 
 # Of files and folders that verbs name. Those of data may have weights, and are looked at in data/sources.py.
 PATHS = (
-    *("adapter", "adapter_folder", "eval.probes", "file", "fix", "html", "model", "model.path", "model.tokenizer"),
-    *("out", "output", "path", "source", "text", "train.adapter", "train.output"),
+    *("adapter", "eval.probes", "file", "fix", "from", "html", "model", "model.path", "model.tokenizer"),
+    *("out", "output", "path", "text", "train.adapter", "train.output"),
 )
 
 
@@ -199,14 +199,14 @@ def add_base(parser: ArgumentParser) -> None:
     add_adapter(parser)
 
 
-def find_base(parsed: Namespace, adapter: str | None) -> "Base":
+def find_base(parsed: Namespace) -> "Base":
     """What the arguments of `add_base` name. Raises UserError as `Base.find` does, and for an adapter's option where
     there is no adapter."""
-    if adapter is None:
+    if parsed.adapter is None:
         refuse_idle(parsed, {"adapter_scaling": None, "force": False}, "without --adapter")
     from minilora.base import Base
 
-    return Base.find(parsed.model, adapter, scaling=parsed.adapter_scaling, force=parsed.force)
+    return Base.find(parsed.model, parsed.adapter, scaling=parsed.adapter_scaling, force=parsed.force)
 
 
 def add_model(parser: ArgumentParser) -> None:

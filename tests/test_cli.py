@@ -217,6 +217,20 @@ def test_options_are_spelled_with_hyphens_or_underscores(run: Run, toml: Path) -
     refused(run("train", "--list_recipes", "--no-such_thing"), 2, "--no-such_thing")
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_missing_is_called_as_in_the_usage(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a name of its own, in capital letters, or by the choices there are."""
+
+    def look(parser: ArgumentParser, *_: object, **__: object) -> None:
+        words = [action for action in parser._actions if not action.option_strings and not action.choices]
+        assert [action.metavar for action in words] in ([action.dest.upper() for action in words], ["FILE"])
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(arguments, "parse", look)
+    with pytest.raises(UserError, match="seen enough"):
+        VERBS[verb]([])
+
+
 def test_lists_of_compare_may_stand_in_brackets(run: Run, toml: Path) -> None:
     for given in ("full,x", "[full,x]", "[full, x]", "full, x"):
         refused(run("compare", toml, "--strategies", given), 1, "there is no strategy 'x' to compare")

@@ -16,7 +16,7 @@ from minilora.verbs import terminal
 def evaluate(args: list[str]) -> None:
     """Perplexity and task metrics on held-out data: minilora evaluate FILE [--adapter FOLDER] [--model.path FOLDER]"""
     parser = arguments.verb_parser(evaluate)
-    parser.add_argument("file", help="messages or text, as JSONL, CSV, Parquet or plain text")
+    parser.add_argument("file", metavar="FILE", help="messages or text, as JSONL, CSV, Parquet or plain text")
     parser.add_class_arguments(EvalConfig, "eval", skip={"every", "patience", "samples", "general_tokens", "probes"})
     parser.add_argument("--out", help="also write each answer to this new file, a line of JSON each")
     arguments.add_length(parser, "fail")
@@ -35,7 +35,7 @@ def evaluate(args: list[str]) -> None:
     metrics.check_libraries(parsed.eval.metrics)
     if parsed.out:
         write.check_new(parsed.out)
-    base = arguments.find_base(parsed, parsed.adapter)
+    base = arguments.find_base(parsed)
     samples = encode_records(read_records(parsed.file), base.tokenizer, max_seq_len, parsed.data.too_long)
     if run := looks.run_tested_on(parsed.file, base.adapter or str(base.checkpoint.folder)):
         looks.check_notable(run)
@@ -57,7 +57,7 @@ def evaluate(args: list[str]) -> None:
 def generate(args: list[str]) -> None:
     """Answer a prompt: minilora generate PROMPT [--adapter FOLDER] [--model.path FOLDER]"""
     parser = arguments.verb_parser(generate)
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
     arguments.add_sampling(parser, max_new_tokens=128)
     arguments.add_base(parser)
@@ -66,7 +66,7 @@ def generate(args: list[str]) -> None:
 
     from minilora.chat import answer_text
 
-    base = arguments.find_base(parsed, parsed.adapter)
+    base = arguments.find_base(parsed)
     tokenizer = base.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(parsed.prompt)]
     if not parsed.raw:
@@ -89,7 +89,7 @@ def chat(args: list[str]) -> None:
 
     from minilora.chat import converse
 
-    base = arguments.find_base(parsed, parsed.adapter)
+    base = arguments.find_base(parsed)
     limits = parsed.max_tokens, parsed.max_new_tokens
     model = base.load_for((1, *limits), say=terminal.note)
     answer, questions = partial(print, end="", flush=True), terminal.typed()
@@ -114,7 +114,7 @@ def serve(args: list[str]) -> None:
 
     # What is wrong with the address is said before a model is loaded.
     with server.listen(parsed.host, int(parsed.port)) as listening:
-        base, sampling = arguments.find_base(parsed, parsed.adapter), arguments.sampling(parsed, fixed=False)
+        base, sampling = arguments.find_base(parsed), arguments.sampling(parsed, fixed=False)
         limit = min(parsed.max_tokens, base.checkpoint.config.max_seq_len)
         name = printable(parsed.name or base.name)
         offer = request.Offer(name, base.tokenizer, limit, parsed.max_new_tokens, parsed.system, sampling)

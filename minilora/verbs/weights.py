@@ -37,7 +37,7 @@ def quantize(args: list[str]) -> None:
 def merge(args: list[str]) -> None:
     """Write base plus adapter as one model, once an audit passed: minilora merge ADAPTER [OUT] --text FILE"""
     parser = arguments.verb_parser(merge)
-    parser.add_argument("adapter_folder", metavar="ADAPTER")
+    parser.add_argument("adapter", metavar="ADAPTER")
     parser.add_argument("out", metavar="OUT", nargs="?", help="the new folder; without it every way is only measured")
     onto = "B A is added to the weights it was trained beside (NF4, dequantized), to the original ones, or requantized:"
     parser.add_argument("--onto", type=Route, default="trained", help=f"{onto} as trained, and the sum in NF4 again")
@@ -54,10 +54,10 @@ def merge(args: list[str]) -> None:
     from minilora.evaluate.merge_audit import audit_routes, held_out, merge_with_audit
     from minilora.report.console import table
 
-    base, max_seq_len = arguments.find_base(parsed, parsed.adapter_folder), parsed.data.max_seq_len
+    base, max_seq_len = arguments.find_base(parsed), parsed.data.max_seq_len
     adapter = base.read_adapter()
     samples = held_out(base, adapter, parsed.text, max_seq_len, parsed.data.too_long, parsed.audit_tokens)
-    with terminal.progress(parsed.out or parsed.adapter_folder) as progress:
+    with terminal.progress(parsed.out or parsed.adapter) as progress:
         if parsed.out is None:
             audit = audit_routes(base, adapter, samples, max_seq_len, progress)
         else:
@@ -78,7 +78,7 @@ def export(args: list[str]) -> None:
     """Write a model or adapter in another format, reopened and compared: minilora export FROM OUT --to FORMAT"""
     of_model, of_adapter = ("hf", "mistral", "bnb-4bit", "gguf-f16", "gguf-q8_0"), ("peft", "mistral-finetune")
     parser = arguments.verb_parser(export)
-    parser.add_argument("source", metavar="FROM", help="a model's folder in either layout, plain or in NF4, or demo")
+    parser.add_argument("from", metavar="FROM", help="a model's folder in either layout, plain or in NF4, or demo")
     parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument("--to", required=True, choices=of_model + of_adapter, help="the last two: FROM is an adapter")
     arguments.add_dtype(parser, "of the weights, for hf and mistral; for bnb-4bit as in quantize; auto is FROM's own")
@@ -94,10 +94,10 @@ def export(args: list[str]) -> None:
 
     from minilora.checkpoint.export import export_checkpoint
 
-    local_folder(parsed.source)  # as in quantize
+    local_folder(parsed["from"])  # as in quantize
     with terminal.progress(parsed.out) as progress:
         compared, notes = export_checkpoint(
-            parsed.source, parsed.out, parsed.to, dtype=arguments.dtype(parsed), tokenizer=parsed.model.tokenizer,
+            parsed["from"], parsed.out, parsed.to, dtype=arguments.dtype(parsed), tokenizer=parsed.model.tokenizer,
             overwrite=parsed.overwrite, progress=progress,
         )  # fmt: skip
     terminal.warn(notes)
@@ -110,8 +110,8 @@ def _export_adapter(parsed: Namespace) -> None:
     from minilora.base import Base
     from minilora.checkpoint import adapter, mistral_adapter, write
 
-    base = Base.find(BaseConfig(parsed.model.path), parsed.source, scaling=parsed.adapter_scaling, force=parsed.force)
-    write.check_target(parsed.out, parsed.overwrite, [parsed.source, base.checkpoint.folder])
+    base = Base.find(BaseConfig(parsed.model.path), parsed["from"], scaling=parsed.adapter_scaling, force=parsed.force)
+    write.check_target(parsed.out, parsed.overwrite, [parsed["from"], base.checkpoint.folder])
     save = adapter.save_peft_adapter if parsed.to == "peft" else mistral_adapter.save_mistral_adapter
     saved = base.read_adapter()
     save(saved, base.checkpoint.config, parsed.out, overwrite=parsed.overwrite)
