@@ -21,6 +21,7 @@ from minilora.checkpoint.save import save_hf
 from minilora.cli import main
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.demo import story
+from minilora.train.run_folder import config_toml
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated, so before any of them is imported
@@ -88,6 +89,20 @@ def make_config(tiny_base: Path, data_folder: Path, tmp_path: Path) -> MakeConfi
         return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
 
     return make
+
+
+@pytest.fixture
+def toml(make_config: MakeConfig, tmp_path: Path) -> Path:
+    """A configuration of a run of 4 steps."""
+    path = tmp_path / "run.toml"
+    path.write_text(config_toml(make_config()))
+    return path
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """20 chats, which a test may change."""
+    return write_jsonl(tmp_path / "chats.jsonl", [chat(f"name {n}", f"it {n}") for n in range(20)])
 
 
 @pytest.fixture

@@ -43,6 +43,16 @@ MakeConfig = Callable[..., RunConfig]
 Run = Callable[..., tuple[int, str, str]]
 
 
+def refused(result: tuple[int, str, str], status: int, *words: str) -> None:
+    """Of a `Run`: the exit status, and one line on stderr that has these words in it."""
+    got, out, err = result
+    assert got == status, (out, err)
+    assert err.count("\n") == 1, err
+    assert len(err) < 400, err
+    for word in words:
+        assert word in err
+
+
 class Quiet:
     """A `Reporter` that remembers what it is told."""
 

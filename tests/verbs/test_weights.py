@@ -1,0 +1,33 @@
+"""The verbs of weights as they lie on a disk."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_runs import Run, refused
+from transformers import MistralForCausalLM
+
+
+def test_merge_writes_what_transformers_reads(run: Run, finished: Path, tmp_path: Path) -> None:
+    status, out, err = run("merge", finished / "adapter", tmp_path / "merged")
+    assert (status, err) == (0, ""), "the run's own validation file is the text to compare on"
+    assert re.search(r"trained .* passed .*\n.*\(base\)", out)
+    assert MistralForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 458
+    refused(run("merge", finished / "adapter", tmp_path / "merged"), 1, "merged: exists already")
+    assert run("merge", finished / "adapter", tmp_path / "merged", "--overwrite")[0] == 0
+
+
+def test_merge_without_a_folder_ignores_no_flag(run: Run) -> None:
+    refused(run("merge", "a", "--overwrite"), 1, "--overwrite does nothing without OUT")
+    refused(run("merge", "a", "--onto", "original"), 1, "--onto does nothing without OUT")
+
+
+def test_export_ignores_no_flag(run: Run) -> None:
+    refused(run("export", "a", "b", "--to", "peft", "--dtype", "float16"), 1, "--dtype does nothing with --to peft")
+    refused(run("export", "a", "b", "--to", "hf", "--model.path", "c"), 1, "--model.path does nothing with --to hf")
+    refused(run("export", "a", "b", "--to", "hf", "--force"), 1, "--force does nothing with --to hf")
+
+
+@pytest.mark.parametrize("args", [["--weights", "[]"], ["--weights", "[1]", "--tensor", "norm.weight"]])
+def test_explain_ignores_nothing(run: Run, args: list[str]) -> None:
+    refused(run("explain", *args), 1, "--weights")
