@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_harness import Call, in_turns, n_sets, report, run_part
-from minilora.nf4 import dynamic_map
+from minilora.dynamic_8bit import dynamic_map
 
 RANK, DIM, N_TENSORS = 16, 4096, 448  # about the adapters of a 7B: 448 matrices, 29 million numbers
 DRY = (2, 128, 3)

@@ -160,7 +160,7 @@ def check() -> Step:
         nested_state.dtype = torch.float32
         theirs = bnb.dequantize_4bit(packed, nested_state)
         off = float((nested.dequantize(torch.float32) - theirs).abs().max() / theirs.abs().max())
-        # Their 8-bit codes go through a table and are one level off here and there (minilora/nf4.py).
+        # Their 8-bit codes go through a table and are one level off here and there (minilora/dynamic_8bit.py).
         assert off < 0.02, f"nested values differ by {off:.2g} of the largest"
         return {"nested_largest_difference": off}
 

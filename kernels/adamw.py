@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minilora.dynamic_8bit import DYNAMIC_BLOCK_SIZE, dynamic_map, dynamic_thresholds
 from minilora.kernels.nf4_dequantize import is_plain, told
 from minilora.kernels.nf4_quantize import encode_dynamic
 from minilora.kernels.nf4_table import on
-from minilora.nf4 import NESTED_BLOCK_SIZE, dynamic_map, dynamic_thresholds
 
 BLOCK = 1024  # numbers of a program: eight a thread
-BLOCKS = BLOCK // NESTED_BLOCK_SIZE  # of 8-bit moments
+BLOCKS = BLOCK // DYNAMIC_BLOCK_SIZE  # of 8-bit moments
 
 
 def adamw_(
@@ -81,14 +81,14 @@ def adamw_8bit_(
     their absmax (n / 256,) float32, all on one device, and as `on` does.
     """
     n = p.numel()
-    if n % NESTED_BLOCK_SIZE:
-        raise ValueError(f"p must have a multiple of {NESTED_BLOCK_SIZE} numbers; it has {n}")
+    if n % DYNAMIC_BLOCK_SIZE:
+        raise ValueError(f"p must have a multiple of {DYNAMIC_BLOCK_SIZE} numbers; it has {n}")
     for name, part in (("p", p), ("grad", grad)):
         _check(name, part, p, n, torch.float32)
     for name, part in (("m", m), ("v", v)):
         _check(name, part, p, n, torch.uint8)
     for name, part in (("m_absmax", m_absmax), ("v_absmax", v_absmax)):
-        _check(name, part, p, n // NESTED_BLOCK_SIZE, torch.float32)
+        _check(name, part, p, n // DYNAMIC_BLOCK_SIZE, torch.float32)
     with on(p.device):
         adamw_8bit_kernel[(triton.cdiv(n, BLOCK),)](
             p,
@@ -103,7 +103,7 @@ def adamw_8bit_(
             dynamic_thresholds(p.device, signed=False),
             n,
             *_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale),
-            block_size=NESTED_BLOCK_SIZE,
+            block_size=DYNAMIC_BLOCK_SIZE,
             BLOCKS=BLOCKS,
             enable_fp_fusion=True,
         )

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minilora.dynamic_8bit import dynamic_map
 from minilora.kernels.nf4_table import decode, joined, on
-from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_block_size, dynamic_map, levels
+from minilora.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_block_size, levels
 
 WORDS = 128  # a tile's, one a thread: eight neighbouring results a thread need no exchange between threads
 TILES = 8  # a program's

@@ -20,17 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minilora.dynamic_8bit import dynamic_thresholds
 from minilora.kernels.nf4_table import apart, on
-from minilora.nf4 import (
-    BLOCK_SIZE,
-    NESTED_BLOCK_SIZE,
-    NF4Tensor,
-    check_absmax,
-    check_weight,
-    dynamic_thresholds,
-    mean_absmax,
-    thresholds,
-)
+from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor, check_absmax, check_weight, mean_absmax, thresholds
 
 TILES = 4  # of a program
 TILE = 1024  # weights: eight a thread, whose codes are packed without an exchange between threads
@@ -133,7 +125,7 @@ def double_quantize_kernel(
 
 @triton.jit
 def encode_dynamic(thresholds, values):
-    """`nf4.encode_dynamic`: of values (blocks, block_size) the codes, uint8, and the absmax (blocks,)."""
+    """`dynamic_8bit.encode_dynamic`: of values (blocks, block_size) the codes, uint8, and the absmax (blocks,)."""
     largest = tl.max(tl.abs(values), axis=1)
     scaled = tl.div_rn(values, tl.broadcast_to(divisor(largest)[:, None], values.shape))
     return count_below(thresholds, scaled, 8).to(tl.uint8), largest

@@ -8,14 +8,14 @@ gradient are views of flat memory, into which autograd adds, so that on a GPU ze
 each, and what clipping multiplies the gradient by is applied on the way (kernels/adamw.py). A gradient is never None:
 what backward has not reached is zeros.
 
-The moments may be kept in 8 bits (https://arxiv.org/abs/2110.02861): codes on a map of 256 levels that is fine near
-zero, for m with a sign, for v without, times the largest magnitude of their block of 256:
+The moments may be kept in 8 bits (https://arxiv.org/abs/2110.02861), coded in blocks of 256 on the dynamic map
+(dynamic_8bit.py), for m with a sign, for v without:
 
     m[i] = MAP[m_code[i]] m_absmax[i // 256]            v[i] = UNSIGNED_MAP[v_code[i]] v_absmax[i // 256]
 
-bitsandbytes' maps, blocks and bytes. What differs: blocks never run from one parameter into the next, and small ones
-are in 8 bits too; a v above zero keeps the lowest level above zero, where bitsandbytes rounds below half of that to
-zero, and the next update divides by nothing but eps. And they may lie in the host's memory (paging.py).
+What differs from bitsandbytes: blocks never run from one parameter into the next, and small ones are in 8 bits too; a v
+above zero keeps the lowest level above zero, where bitsandbytes rounds below half of that to zero, and the next update
+divides by nothing but eps. And they may lie in the host's memory (paging.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from minilora.config import Optimizer
 from minilora.dispatch import kernel_on_gpu
-from minilora.nf4 import NESTED_BLOCK_SIZE, dynamic_map, dynamic_thresholds, encode_dynamic
+from minilora.dynamic_8bit import DYNAMIC_BLOCK_SIZE, decode_dynamic, encode_dynamic
 from minilora.paging import Lane
 
 ALIGNED = 16  # numbers at which a parameter begins: 64 bytes
@@ -40,8 +40,8 @@ STATE: dict[Optimizer, dict[str, tuple[torch.dtype, int]]] = {
     "adamw_8bit": {
         "exp_avg": (torch.uint8, 1),
         "exp_avg_sq": (torch.uint8, 1),
-        "exp_avg_absmax": (torch.float32, NESTED_BLOCK_SIZE),
-        "exp_avg_sq_absmax": (torch.float32, NESTED_BLOCK_SIZE),
+        "exp_avg_absmax": (torch.float32, DYNAMIC_BLOCK_SIZE),
+        "exp_avg_sq_absmax": (torch.float32, DYNAMIC_BLOCK_SIZE),
     },
 }
 State = tuple[Tensor, ...]
@@ -99,15 +99,12 @@ def adamw_8bit_(
     n: a multiple of 256. Where an absmax is 0, its block is zeros whatever the codes are.
     """
     kept = ((m, m_absmax, True), (v, v_absmax, False))
-    m32, v32 = (
-        (dynamic_map(p.device, signed)[codes.int()].view(-1, NESTED_BLOCK_SIZE) * absmax[:, None]).view(-1)
-        for codes, absmax, signed in kept
-    )
+    m32, v32 = (decode_dynamic(*moment) for moment in kept)
     adamw_(p, grad, m32, v32, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
     for (codes, absmax, signed), moment in zip(kept, (m32, v32), strict=True):
-        encoded = encode_dynamic(moment, dynamic_thresholds(p.device, signed))
-        codes.copy_(encoded[0])
-        absmax.copy_(encoded[1])
+        new_codes, new_absmax = encode_dynamic(moment, signed)
+        codes.copy_(new_codes)
+        absmax.copy_(new_absmax)
 
 
 class FlatAdamW:

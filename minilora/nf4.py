@@ -7,8 +7,8 @@ the nearest of 16 fixed levels times that absmax:
     w'[i]   = LEVELS[code[i]] * absmax[i // 64]
 
 The levels are quantiles of the normal distribution, so that normally distributed weights use them about equally often.
-Double quantization stores the absmax themselves in 8 bits: their mean is taken off, and blocks of 256 of them are
-coded on a 256-level map that is fine near zero and coarse far from it:
+Double quantization stores the absmax themselves in 8 bits: their mean is taken off, and what is left is coded in blocks
+of 256 on the dynamic map (`dynamic_8bit.py`):
 
     absmax[b] = MAP[absmax_code[b]] * nested_absmax[b // 256] + nested_offset
 
@@ -17,11 +17,10 @@ last one may be short. Two codes make a byte, the first in the high nibble; an o
 zero. bits per weight: 4 + 32/64 = 4.5, or with double quantization 4 + 8/64 + 32/(64 * 256) = 4.127.
 
 What differs from bitsandbytes: numbers that are not finite are refused; a block of zeros has code 7 (zero) and absmax 0
-in every position (its CUDA code writes code 0, its CPU code an absmax of 1e-38 in a short last block); 8-bit codes go
-to the nearest level (its CPU code rounds through a 65536-entry table and is one level off in 0.3 % of cases).
+in every position (its CUDA code writes code 0, its CPU code an absmax of 1e-38 in a short last block).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
@@ -29,19 +28,17 @@ import torch
 from torch import Tensor
 
 from minilora.compiled import compilable, compiles
+from minilora.dynamic_8bit import DYNAMIC_BLOCK_SIZE, dynamic_map, encode_dynamic, in_blocks
 from minilora.errors import UserError
 from minilora.scratch import scratch
 
 BLOCK_SIZE = 64
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK_SIZE = 256
-_CODE_OF_ZERO = 7
+NESTED_BLOCK_SIZE = DYNAMIC_BLOCK_SIZE
 # Numbers in work at a time. On a CPU a chunk's temporaries (0.8 to 3 MB) stay in the cache, which is worth a factor of
 # three; on a GPU a chunk only has to be worth its launches.
-_CHUNK = 1 << 18
-_GPU_CHUNK = 1 << 24
+_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 24
 _TWO = {torch.float32: torch.int64, torch.bfloat16: torch.int32}  # what holds two numbers, the first in its low half
-
 CPU = torch.device("cpu")
 
 LEVELS = (
@@ -87,35 +84,6 @@ def _level_pairs(device: torch.device) -> Tensor:
 def chunk_of(device: torch.device) -> int:
     """Numbers in work at a time: whole blocks, whatever the block size is."""
     return _CHUNK if device.type == "cpu" else _GPU_CHUNK
-
-
-@cache
-def dynamic_map(device: torch.device = CPU, signed: bool = True) -> Tensor:
-    """The 8-bit map of double quantization, (256,) float32, rising: 0, 1 and +-127 midpoints, or 254 unsigned ones.
-
-    Decade i of seven (10^-6 .. 10^0) holds 2^i even intervals of [0.1, 1], twice as many without a sign; their
-    midpoints are the levels (https://arxiv.org/abs/1511.04561; bitsandbytes' `create_dynamic_map`).
-    """
-    decades = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        decades.append((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6))
-    magnitudes = torch.cat(decades)
-    sides = [magnitudes, -magnitudes] if signed else [magnitudes]
-    return torch.cat([*sides, torch.tensor([0.0, 1.0])]).sort().values.to(device)
-
-
-@cache
-def dynamic_thresholds(device: torch.device = CPU, signed: bool = True) -> Tensor:
-    """Midpoints between neighbours of `dynamic_map`, (255,) float32: where one code ends and the next begins.
-
-    Unsigned, the first is 0: what is above zero keeps a level above zero, since optimizers divide by its root.
-    """
-    levels = dynamic_map(device, signed)
-    middles = (levels[:-1] + levels[1:]) / 2
-    if not signed:
-        middles[0] = 0
-    return middles
 
 
 @dataclass(frozen=True)
@@ -193,9 +161,9 @@ class NF4Tensor:
         if compiles(device) and len(out) % size == 0 and out.dtype in _TWO and out.storage_offset() % 2 == 0:
             bytes_ = self.packed[start // 2 : stop // 2].view(-1, size // 2)
             into, absmax = out.view(_TWO[out.dtype]).view(-1, size // 2), self.absmax[start // size : stop // size]
-            before = start // size % NESTED_BLOCK_SIZE
-            nested = None if self.nested_absmax is None else self.nested_absmax[start // size // NESTED_BLOCK_SIZE :]
-            _decode_pairs(bytes_, absmax, into, dynamic_map(device), nested, self.nested_offset, before)
+            group, first = divmod(start // size, NESTED_BLOCK_SIZE)
+            nested = None if self.nested_absmax is None else self.nested_absmax[group:]
+            _decode_pairs(bytes_, absmax, into, dynamic_map(device), nested, self.nested_offset, first)
             return
         pairs, chunk = _level_pairs(device), chunk_of(device)
         index = scratch("index", min(chunk, stop - start + 1) // 2, torch.int32, device)
@@ -207,8 +175,7 @@ class NF4Tensor:
             torch.index_select(pairs, 0, index[:n_bytes].copy_(codes), out=decoded[:n_bytes])
             values = decoded.view(torch.float32)[:n]
             whole, blocks = n // size * size, (-1, size)
-            # An `out` of 16 bits is slow: those are rounded after.
-            product = into if into.dtype == torch.float32 else values
+            product = into if into.dtype == torch.float32 else values  # an `out` of 16 bits is slow: rounded after
             torch.mul(values[:whole].view(blocks), scales[: whole // size, None], out=product[:whole].view(blocks))
             if whole < n:  # the short block at the end
                 torch.mul(values[whole:], scales[-1], out=product[whole:])
@@ -218,31 +185,25 @@ class NF4Tensor:
 
 @compilable
 def _decode_pairs(
-    packed: Tensor,
-    absmax: Tensor,
-    out: Tensor,
-    table: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    before: int,
+    packed: Tensor, absmax: Tensor, out: Tensor, table: Tensor, nested: Tensor | None, offset: Tensor | None, first: int
 ) -> None:
     """Both numbers of each byte of packed (blocks, bytes) into out (blocks, bytes), `_TWO` in one integer.
 
     absmax: (blocks,) float32; with `nested`, codes uint8 of `table` (256,), times nested (groups,), plus offset ()
-    before: blocks before these, of those that share the first of `nested`
+    first: the place of `absmax[0]` among the blocks that share `nested[0]`
 
     Compiled it is one loop of wide instructions, which no look-up in a table of bytes is; else it is slow.
     """
     if nested is not None and offset is not None:
-        group = (torch.arange(len(absmax), device=absmax.device) + before) // NESTED_BLOCK_SIZE
+        group = (torch.arange(len(absmax), device=absmax.device) + first) // NESTED_BLOCK_SIZE
         absmax = table[absmax.int()] * nested[group] + offset
     codes, scale = packed.int(), absmax[:, None]
-    first, second = ((_level(code) * scale).view(torch.int32) for code in (codes >> 4, codes & 15))
+    low, high = ((_level(code) * scale).view(torch.int32) for code in (codes >> 4, codes & 15))
     if out.dtype == torch.int64:
-        out.copy_((first.long() & 0xFFFFFFFF) | (second.long() << 32))
+        out.copy_((low.long() & 0xFFFFFFFF) | (high.long() << 32))
     else:  # to the nearest bfloat16, of two to the even one
-        first, second = (bits + 0x7FFF + ((bits >> 16) & 1) for bits in (first, second))
-        out.copy_(((first >> 16) & 0xFFFF) | (second & ~0xFFFF))
+        low, high = (bits + 0x7FFF + ((bits >> 16) & 1) for bits in (low, high))
+        out.copy_(((low >> 16) & 0xFFFF) | (high & ~0xFFFF))
 
 
 def _level(code: Tensor, bit: int = 8, lowest: int = 0) -> Tensor:
@@ -261,10 +222,10 @@ def quantize_nf4(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: boo
     """
     check_weight(weight, block_size)
     flat = weight.detach().reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=flat.device)
-    chunk = chunk_of(flat.device)
-    for start in range(0, flat.numel(), chunk):
+    n, chunk = flat.numel(), chunk_of(flat.device)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
+    for start in range(0, n, chunk):
         codes, block_absmax = _quantize_blocks(flat[start : start + chunk].float(), block_size)
         packed[start // 2 : (start + chunk) // 2] = pack(codes)
         absmax[start // block_size : (start + chunk) // block_size] = block_absmax
@@ -298,7 +259,7 @@ def check_absmax(tensor: NF4Tensor, flat: Tensor) -> None:
 
 def _quantize_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes (n,) uint8 and absmax (ceil(n/block_size),) of float32 `values` (n,)."""
-    blocks = _blocks(values, block_size)
+    blocks = in_blocks(values, block_size)
     absmax = blocks.abs().amax(dim=1)
     # Below 1e-38 the reciprocal would be infinite; a block of zeros stays zeros.
     scaled = blocks * absmax.clamp(min=1e-38).reciprocal()[:, None]
@@ -310,29 +271,11 @@ def _quantize_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).view(-1)[: values.numel()], absmax
 
 
-def _blocks(values: Tensor, block_size: int) -> Tensor:
-    """(n,) -> (ceil(n/block_size), block_size), the last row filled with zeros, which change no absmax."""
-    short = -values.numel() % block_size
-    return (torch.nn.functional.pad(values, (0, short)) if short else values).view(-1, block_size)
-
-
 def double_quantize(tensor: NF4Tensor) -> NF4Tensor:
     """The same weight with its absmax in 8 bits. Raises UserError as `mean_absmax` does."""
     offset = mean_absmax(tensor.absmax)
-    codes, nested_absmax = encode_dynamic(tensor.absmax - offset, dynamic_thresholds(tensor.absmax.device))
-    return NF4Tensor(tensor.packed, codes, tensor.shape, tensor.dtype, tensor.block_size, nested_absmax, offset)
-
-
-def encode_dynamic(values: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (n,) uint8 and absmax (ceil(n/256),) of `values` (n,) float32, of which each block of 256 shares one.
-
-    thresholds: (255,), of the map: `dynamic_thresholds`
-    """
-    blocks = _blocks(values, NESTED_BLOCK_SIZE)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks / absmax.clamp(min=1e-38)[:, None]
-    codes = torch.bucketize(scaled, thresholds).to(torch.uint8)
-    return codes.view(-1)[: values.numel()].clone(), absmax
+    codes, nested_absmax = encode_dynamic(tensor.absmax - offset)
+    return replace(tensor, absmax=codes, nested_absmax=nested_absmax, nested_offset=offset)
 
 
 def mean_absmax(absmax: Tensor) -> Tensor:
@@ -347,7 +290,7 @@ def mean_absmax(absmax: Tensor) -> Tensor:
 def pack(codes: Tensor) -> Tensor:
     """(n,) uint8 codes -> (ceil(n/2),) bytes, the first of two in the high nibble."""
     if codes.numel() % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1), value=_CODE_OF_ZERO)
+        codes = torch.nn.functional.pad(codes, (0, 1), value=7)  # the code of zero
     pairs = codes.view(torch.int16)  # first code + 256 * second, on a little-endian machine
     return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
 

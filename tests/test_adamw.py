@@ -9,10 +9,10 @@ from kernel_cases import DEVICE
 from torch import Tensor, nn
 
 from minilora import adamw as adamw_module
-from minilora import backend, dispatch
+from minilora import backend, dispatch, dynamic_8bit
 from minilora.adamw import ALIGNED, STATE, FlatAdamW, adamw_8bit_, state_bytes
 from minilora.config import Optimizer
-from minilora.nf4 import dynamic_map, dynamic_thresholds, encode_dynamic
+from minilora.dynamic_8bit import dynamic_map, encode_dynamic
 
 SHAPES = ((7, 3), (5,), (1,), (40, 33), (16,))
 
@@ -170,25 +170,6 @@ def train(optimizer: FlatAdamW, weights: Sequence[nn.Parameter], steps: int = 5)
         optimizer.step(1e-2, 0.3)
 
 
-def test_numbers_in_8_bits_are_bitsandbytes() -> None:
-    """Absmax and what codes stand for are the same bytes. The codes are, where its CPU code goes to the nearest level:
-    it looks them up by the first 16 bits of a number's place in [-1, 1], so closer than that it is off."""
-    values = torch.randn(300 * 256, generator=torch.Generator().manual_seed(0))
-    for signed, numbers in ((True, values), (False, values.square())):
-        theirs, state = bnb.quantize_blockwise(numbers, code=bnb.create_dynamic_map(signed), blocksize=256)
-        ours, absmax = encode_dynamic(numbers, dynamic_thresholds(signed=signed))
-        assert torch.equal(absmax, state.absmax)
-        levels, scaled = dynamic_map(signed=signed), (numbers.view(-1, 256) / absmax[:, None]).view(-1)
-        differ = ours != theirs
-        assert differ.float().mean() < (0.002 if signed else 0.035)
-        off = [(levels[codes.int()] - scaled).abs() for codes in (ours, theirs)]
-        is_zero = theirs == 0 if not signed else torch.zeros_like(differ)
-        assert bool((off[0] <= off[1])[differ & ~is_zero].all()), "ours is nearer"
-        assert bool((off[1] - off[0] <= 2**-15)[differ].all())
-        made = bnb.dequantize_blockwise(ours, state)
-        assert torch.equal(made, (levels[ours.int()].view(-1, 256) * absmax[:, None]).view(-1))
-
-
 def test_an_update_in_8_bits_is_bitsandbytes() -> None:
     """From the same state, step by step: v is made by the same operations, so its absmax are the same bytes; m's differ
     by a rounding (torch's lerp, which ours is, has another order). p follows; the first step is from zeros."""
@@ -245,9 +226,7 @@ def test_the_block_of_the_chapter() -> None:
     """docs/optimizer_state.md, "One block"."""
     some = (4e-3, -1.23e-3, 2e-5, -3e-9, 0), (1.6e-5, 1.5e-6, 4e-10, 9e-13, 0)
     m, v = (torch.tensor([*first, *[0.0] * 251]) for first in some)
-    codes = [
-        encode_dynamic(x, dynamic_thresholds(signed=signed))[0][:5].tolist() for x, signed in ((m, True), (v, False))
-    ]
+    codes = [encode_dynamic(x, signed)[0][:5].tolist() for x, signed in ((m, True), (v, False))]
     assert codes == [[255, 49, 150, 126, 127], [255, 122, 8, 1, 0]]
 
 
@@ -273,7 +252,7 @@ def test_in_8_bits_a_small_square_does_not_become_zero(monkeypatch: pytest.Monke
         levels = dynamic_map(device, signed)
         return (levels[:-1] + levels[1:]) / 2
 
-    monkeypatch.setattr(adamw_module, "dynamic_thresholds", midpoints)
+    monkeypatch.setattr(dynamic_8bit, "dynamic_thresholds", midpoints)
     assert second_update("adamw_8bit") == pytest.approx(12_700, rel=0.01)
 
 

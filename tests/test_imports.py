@@ -17,7 +17,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "compiled", "scratch", "ahead", "paging", "patterns", "config", "recipes", "nf4", "kv_cache"),
+    (
+        *("errors", "compiled", "scratch", "ahead", "paging", "patterns", "config", "recipes"),
+        *("dynamic_8bit", "nf4", "kv_cache"),
+    ),
     ("kernels",),
     ("backend", "dispatch"),
     (
@@ -48,7 +51,7 @@ OF_EXTRAS = {  # imported where they are used
 MAX_LINES = 10_950
 # What the README calls what trains, "some 4,000 lines".
 READING_PATH = {
-    *("config", "nf4", "backend", "dispatch", "compiled", "scratch", "ahead", "paging", "kv_cache"),
+    *("config", "dynamic_8bit", "nf4", "backend", "dispatch", "compiled", "scratch", "ahead", "paging", "kv_cache"),
     *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
     *("model", "projections", "fused", "train"),
 }

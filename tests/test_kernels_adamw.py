@@ -9,8 +9,9 @@ from kernel_cases import DEVICE
 from torch import Tensor
 
 from minilora import adamw
+from minilora.dynamic_8bit import dynamic_map
 from minilora.kernels.adamw import BLOCK, adamw_, adamw_8bit_
-from minilora.nf4 import dynamic_map
+from minilora.nf4 import CPU
 
 UNIT = 2.0**-24
 
@@ -118,7 +119,7 @@ def problem_in_8_bits(n: int) -> list[Tensor]:
 
 
 def decoded(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    levels = dynamic_map(signed=signed).double()[codes.int().cpu()].to(DEVICE)
+    levels = dynamic_map(CPU, signed).double()[codes.int().cpu()].to(DEVICE)
     return (levels.view(-1, 256) * absmax[:, None].double()).view(-1)
 
 
@@ -144,7 +145,7 @@ def test_in_8_bits_it_is_the_definition(n: int, lr: float, weight_decay: float, 
             blocks = exact[name].view(-1, 256)
             largest = blocks.abs().amax(1)
             assert bool(((absmax.double() - largest).abs() <= off.amax(1)).all()), (function.__module__, name)
-            levels, here = dynamic_map(signed=signed).double().to(DEVICE), codes.view(-1, 256).int()
+            levels, here = dynamic_map(CPU, signed).double().to(DEVICE), codes.view(-1, 256).int()
             scaled = blocks / largest.clamp(min=1e-38)[:, None]
             nearest = (scaled[..., None] - levels).abs().amin(-1)
             if not signed:  # what is above zero stays so

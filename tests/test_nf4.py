@@ -1,7 +1,6 @@
 """NF4 against its derivation, the stored vectors and bitsandbytes on the CPU, bit for bit where bits are defined."""
 
 import base64
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from minilora import nf4
+from minilora.dynamic_8bit import dynamic_map
 from minilora.errors import UserError
-from minilora.nf4 import NF4Tensor, quantize_nf4
+from minilora.nf4 import CPU, NF4Tensor, quantize_nf4
 
 STORED = json.loads((Path(__file__).parent / "vectors" / "nf4_vectors.json").read_text())
 CONSTANTS, VECTORS = STORED["meta"], {vector["name"]: vector for vector in STORED["vectors"]}
@@ -62,22 +62,6 @@ def test_a_tie_takes_the_lower_code() -> None:
     codes = quantize_nf4(weight, double_quant=False).codes().tolist()
     steps = list(range(15))
     assert codes == [15, *steps, *steps, *(s + 1 for s in steps)]
-
-
-def test_dynamic_map_is_bitsandbytes() -> None:
-    levels = nf4.dynamic_map()
-    assert hashlib.sha256(levels.numpy().astype("<f4").tobytes()).hexdigest() == CONSTANTS["dyn_signed_sha256"]
-    assert levels[127] == 0
-    assert levels[255] == 1
-    assert (levels.diff() > 0).all()
-    assert 0.0140 < levels.diff().max() < MAP_GAP
-
-
-def test_the_unsigned_dynamic_map_is_bitsandbytes() -> None:
-    levels, middles = nf4.dynamic_map(signed=False), nf4.dynamic_thresholds(signed=False)
-    assert torch.equal(levels, bnb.create_dynamic_map(signed=False))
-    assert torch.equal(middles[1:], (levels[1:-1] + levels[2:]) / 2)
-    assert middles[0] == 0, "what is above zero keeps a level above zero"
 
 
 # Bytes and absmax
@@ -310,11 +294,11 @@ def test_nested_codes_are_the_nearest_levels_and_reconstruct_exactly() -> None:
     scale = np.array([abs(residual[i : i + 256]).max() for i in range(0, 1563, 256)], dtype=np.float32)
     assert np.array_equal(nested.nested_absmax.numpy(), scale)
     scale = scale.repeat(256)[:1563]
-    distance = abs((residual / scale)[:, None].astype(np.float64) - nf4.dynamic_map().numpy())
+    distance = abs((residual / scale)[:, None].astype(np.float64) - dynamic_map(CPU).numpy())
     chosen = np.take_along_axis(distance, nested.absmax.numpy()[:, None].astype(int), axis=1)[:, 0]
     assert (chosen <= distance.min(axis=1) + 2**-24).all()
 
-    rebuilt = nf4.dynamic_map().numpy()[nested.absmax.numpy()] * scale + nested.nested_offset.numpy()
+    rebuilt = dynamic_map(CPU).numpy()[nested.absmax.numpy()] * scale + nested.nested_offset.numpy()
     assert np.array_equal(nested.block_absmax().numpy(), rebuilt)
     assert (abs(rebuilt - plain.absmax.numpy()) <= MAP_GAP / 2 * scale + 2**-22).all()
 

@@ -25,8 +25,9 @@ from minilora.backend import dtype_name
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.json_file import parse_object, short
 from minilora.checkpoint.safetensors_file import FLOATS, Line, TensorEntry
+from minilora.dynamic_8bit import dynamic_map
 from minilora.errors import UserError
-from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels
+from minilora.nf4 import BLOCK_SIZE, CPU, NESTED_BLOCK_SIZE, NF4Tensor, levels
 
 STATE = "quant_state.bitsandbytes__nf4"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
@@ -55,7 +56,7 @@ class NF4Entry:
         if self.nested_offset is None:
             refuse_not_finite(absmax, _where(self.parts["absmax"]), _DAMAGED)
             return NF4Tensor(packed, absmax, self.shape, self.dtype, self.block_size)
-        self._check_map("nested_quant_map", dynamic_map())
+        self._check_map("nested_quant_map", dynamic_map(CPU))
         nested_absmax = self.parts["nested_absmax"].read()
         refuse_not_finite(nested_absmax, _where(self.parts["nested_absmax"]), _DAMAGED)
         offset = torch.tensor(self.nested_offset, device=CPU)
@@ -120,7 +121,7 @@ def nf4_tensors(weight: NF4Tensor) -> list[Tensor]:
     tensors = [weight.packed[:, None], weight.absmax, levels()]
     if weight.nested_absmax is not None and weight.nested_offset is not None:
         state |= {**_NESTED_FIXED, "nested_offset": weight.nested_offset.item()}
-        tensors += [weight.nested_absmax, dynamic_map()]
+        tensors += [weight.nested_absmax, dynamic_map(CPU)]
     text = json.dumps(state).encode().ljust(_STATE_BYTES)
     return [*tensors, torch.frombuffer(bytearray(text), dtype=torch.uint8)]
 

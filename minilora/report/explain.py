@@ -20,10 +20,11 @@ from torch.nn.functional import linear
 from minilora.backend import dtype_name
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import LoraConfig
+from minilora.dynamic_8bit import dynamic_map
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
 from minilora.lora import LoRALinear
-from minilora.nf4 import LEVELS, NESTED_BLOCK_SIZE, NF4Tensor, dynamic_map, levels, quantize_nf4, thresholds
+from minilora.nf4 import CPU, LEVELS, NESTED_BLOCK_SIZE, NF4Tensor, levels, quantize_nf4, thresholds
 
 WIDTH = 80
 SHOWN_BLOCKS = 8  # of those that share a nested absmax
@@ -204,7 +205,7 @@ def _double_quantization(plain: NF4Tensor, nested: NF4Tensor, block: int) -> Ite
     table = _table("rrrrrrr", "block", "absmax", "- offset", "code", "level", "absmax'", "error")
     for b in shown:
         absmax, code, back = float(plain.absmax[b]), int(nested.absmax[b]), float(rebuilt[b])
-        level = float(dynamic_map()[code])
+        level = float(dynamic_map(CPU)[code])
         error = back / absmax - 1 if absmax else back
         table.add_row(
             *(f"{b}", f"{absmax:.6g}", f"{absmax - offset:+.6g}", f"{code}"),

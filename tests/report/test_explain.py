@@ -10,10 +10,11 @@ from rich.console import Console
 from torch import Tensor
 
 from minilora.config import ModelConfig
+from minilora.dynamic_8bit import dynamic_map
 from minilora.errors import UserError
 from minilora.linear import NF4Linear
 from minilora.model import Mistral
-from minilora.nf4 import dynamic_map, quantize_nf4
+from minilora.nf4 import CPU, quantize_nf4
 from minilora.report.explain import _small_layer, explain
 
 NUMBER = r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
@@ -128,7 +129,7 @@ def test_double_quantization_is_that_of_nf4(case: str) -> None:
     for b, absmax, _, code, level, rebuilt, _ in rows:
         assert float(absmax) == pytest.approx(float(plain.absmax[int(b)]), rel=1e-5)
         assert int(code) == nested.absmax[int(b)]
-        assert float(level) == pytest.approx(float(dynamic_map()[int(code)]), abs=1e-6)
+        assert float(level) == pytest.approx(float(dynamic_map(CPU)[int(code)]), abs=1e-6)
         assert float(rebuilt) == pytest.approx(float(nested.block_absmax()[int(b)]), rel=1e-5)
     assert len({int(row[0]) // 256 for row in rows}) == 1  # blocks that share a nested absmax
 
