@@ -28,7 +28,8 @@ from minilora.checkpoint.config_files import config_to_hf
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from minilora.dispatch import quantize
-from minilora.fused import FusedBlock, Keep
+from minilora.fast_block import FusedBlock
+from minilora.fused import Keep
 from minilora.generation import generate
 from minilora.linear import NF4Linear
 from minilora.memory import DenseDtype, StepPlan

@@ -9,24 +9,22 @@ is made again from what is, by the same lines (`Keep`). The last product is neve
 of it; nor are norm(x) and silu(g) * u ever kept. The products, with their adapters, are those of
 `projections.py`; they run in `backend.product_dtype`, where a 16-bit x is widened once.
 
-`fuse` puts the fast block where it applies: frozen bases and norms, no dropout. It falls back to the plain block where
-there is nothing to differentiate, so inference and the KV cache have one definition.
+The norm behind the last block is a function, too, at the end. `fast_block.py` puts both in the plain ones' place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from minilora.attention import attend_back, attend_kept
 from minilora.backend import backend_for, product_dtype
-from minilora.lora import LoRALinear
-from minilora.model import Block, Context, Mistral
+from minilora.model import Context
 from minilora.norm import RMSNorm, add_rms_norm, rms_norm, rms_norm_backward
 from minilora.projections import Gradients, Projections
 from minilora.rope import rotate, rotate_back
@@ -45,7 +43,7 @@ class Keep(IntEnum):
 
 
 @dataclass(frozen=True)
-class _Layers:
+class Layers:
     """A block's frozen layers with their adapters, by their inputs, and what all blocks share."""
 
     norm: RMSNorm
@@ -61,7 +59,7 @@ class _Layers:
     def learned(self) -> list[Tensor]:
         return [*self.qkv.learned, *self.o.learned, *self.wide.learned, *self.down.learned]
 
-    def decoded(self, dtype: torch.dtype) -> "_Layers":
+    def decoded(self, dtype: torch.dtype) -> "Layers":
         """The same, whose weights need not be decoded again."""
         parts = {name: getattr(self, name).decoded(dtype) for name in ("qkv", "o", "wide", "down")}
         return replace(self, **parts)
@@ -72,7 +70,7 @@ class _Layers:
         return cos, sin
 
 
-class _Tape(SimpleNamespace):
+class Tape(SimpleNamespace):
     """A block's numbers between its products, those that are there; N = B * T."""
 
     x: Tensor  # (B, T, D)
@@ -103,7 +101,7 @@ _KEPT = (  # what each step of Keep adds
 )
 
 
-def _fill_attention(tape: _Tape, layers: _Layers) -> None:
+def _fill_attention(tape: Tape, layers: Layers) -> None:
     """Forward as far as attention's output: put on the tape what is not there."""
     x, dtype = _rows(tape.x), product_dtype(tape.x)
     if "q" not in tape:
@@ -118,11 +116,10 @@ def _fill_attention(tape: _Tape, layers: _Layers) -> None:
         tape.attended, tape.rest = attend_kept(tape.q, tape.k, tape.v, layers.sees)
 
 
-def _fill_mlp(tape: _Tape, layers: _Layers) -> None:
+def _fill_mlp(tape: Tape, layers: Layers) -> None:
     """And on to gate and up."""
-    x, dtype, norm = _rows(tape.x), product_dtype(tape.x), layers.mlp_norm
+    x, dtype, norm, room = _rows(tape.x), product_dtype(tape.x), layers.mlp_norm, layers.wide.room
     normed: Tensor | None = None
-    room = layers.wide.room
     if "mid" not in tape:
         (y,), tape.o_reduced = layers.o.forward(tape.attended.reshape(len(x), -1))
         mid, normed, tape.mid_inverse = add_rms_norm(x, y, norm.weight, norm.eps, dtype, room)
@@ -134,7 +131,7 @@ def _fill_mlp(tape: _Tape, layers: _Layers) -> None:
         tape.gate, tape.up = (y.to(tape.x.dtype) for y in gates)  # as they are kept, whether they are or not
 
 
-def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, Gradients]:
+def _mlp_back(dy: Tensor, tape: Tape, layers: Layers) -> tuple[Tensor, Gradients]:
     """The gradient of `mid` (N, D + the room that `layers.o` wants), in dy's dtype, and the adapters'.
 
     dy: (N, D), or (N, D + `layers.down.room_back`)
@@ -154,10 +151,8 @@ def _mlp_back(dy: Tensor, tape: _Tape, layers: _Layers) -> tuple[Tensor, Gradien
     return dmid, [*of_wide, *of_down]
 
 
-def _attention_back(
-    dmid: Tensor, tape: _Tape, layers: _Layers, needed: bool, room: int
-) -> tuple[Tensor | None, Gradients]:
-    """The gradient of x (N, D + room), if it is needed, and the adapters'. dmid: as `_mlp_back` makes it."""
+def _attention_back(dmid: Tensor, tape: Tape, layers: Layers, room: int | None) -> tuple[Tensor | None, Gradients]:
+    """The gradient of x (N, D + room), or none where room is None, and the adapters'. dmid: as `_mlp_back` makes it."""
     x, norm, dtype = _rows(tape.x), layers.norm, product_dtype(dmid)
     dys = [dmid.to(dtype)]
     d_reduced = layers.o.reduce(dys)
@@ -169,7 +164,7 @@ def _attention_back(
     dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
     dys = [rotate_back(dq, cos, sin), rotate_back(dk, cos, sin, layers.qkv.room_back), dv.flatten(1)]
     d_reduced = layers.qkv.reduce(dys)
-    if needed:
+    if room is not None:
         dn, through_residual = layers.qkv.back(dys, d_reduced), dmid[:, : x.shape[1]]
         dx, normed = rms_norm_backward(dn, x, norm.weight, tape.inverse, through_residual, room)
     else:
@@ -182,10 +177,10 @@ class _Block(torch.autograd.Function):
     """x (B, T, D) -> y (B, T, D). room: what x's gradient is to have behind it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: _Layers, keep: Keep, room: int, *_learned: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: Layers, keep: Keep, room: int, *_learned: Tensor) -> Tensor:
         if keep == Keep.WEIGHTS:
             layers = layers.decoded(product_dtype(x))
-        tape = _Tape(x=x)
+        tape = Tape(x=x)
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
         gate, up = (y.to(product_dtype(x)) for y in (tape.gate, tape.up))
@@ -202,18 +197,18 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         down_reduced, *kept = ctx.saved_tensors
-        tape, layers = _Tape(down_reduced=down_reduced, **dict(zip(ctx.names, kept, strict=True))), ctx.layers
+        tape, layers = Tape(down_reduced=down_reduced, **dict(zip(ctx.names, kept, strict=True))), ctx.layers
         del ctx.layers  # and with it the weights, if they were kept
         if hasattr(ctx, "rest"):
             tape.rest = ctx.rest
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
         dmid, of_mlp = _mlp_back(_roomy(grads[0], layers.down.room_back), tape, layers)
-        dx, of_attention = _attention_back(dmid, tape, layers, ctx.needs_input_grad[0], ctx.room)
+        dx, of_attention = _attention_back(dmid, tape, layers, ctx.room if ctx.needs_input_grad[0] else None)
         return None if dx is None else _shaped(dx, tape.x.shape), None, None, None, *of_attention, *of_mlp
 
 
-_block: Callable[..., Tensor] = _Block.apply
+fused_block: Callable[..., Tensor] = _Block.apply
 
 
 class _Norm(torch.autograd.Function):
@@ -236,7 +231,7 @@ class _Norm(torch.autograd.Function):
         return _shaped(dx, x.shape), None, None, None
 
 
-_norm: Callable[..., Tensor] = _Norm.apply
+fused_norm: Callable[..., Tensor] = _Norm.apply
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -263,77 +258,3 @@ def _roomy(grad: Tensor, room: int) -> Tensor:
     if roomy is None or roomy.data_ptr() != grad.data_ptr() or roomy.shape != (len(rows), rows.shape[1] + room):
         return pad(rows, (0, room))
     return roomy
-
-
-class FusedBlock(Block):
-    """A block's own layers under their own names, run by the function while there is something to learn.
-
-    keep: None is everything, or the input alone with activation checkpointing
-    """
-
-    makes_again = True
-    keep: Keep | None = None
-
-    def __init__(self, block: Block) -> None:
-        nn.Module.__init__(self)
-        self.input_layernorm, self.self_attn = block.input_layernorm, block.self_attn
-        self.post_attention_layernorm, self.mlp = block.post_attention_layernorm, block.mlp
-        self.train(block.training)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        if not torch.is_grad_enabled() or context.cache is not None or context.prefix:
-            return super().forward(x, context)
-        attention, mlp = self.self_attn, self.mlp
-        layers = _Layers(
-            self.input_layernorm,
-            Projections.of(attention.q_proj, attention.k_proj, attention.v_proj, carrier=1),  # v's dy is torch's
-            Projections.of(attention.o_proj),
-            self.post_attention_layernorm,
-            Projections.of(mlp.gate_proj, mlp.up_proj),
-            Projections.of(mlp.down_proj),
-            context,
-            context.sees(attention.layer),
-        )
-        keep = self.keep if self.keep is not None else Keep.INPUT if context.checkpointing else Keep.ALL
-        y = _block(x, layers, keep, getattr(x, "grad_room", 0), *layers.learned)
-        y.grad_room = layers.down.room_back  # type: ignore[attr-defined]
-        return y
-
-
-class FusedNorm(RMSNorm):
-    """The last norm's own weight under its own name, run by the function while there is something to learn."""
-
-    def __init__(self, norm: RMSNorm) -> None:
-        nn.Module.__init__(self)
-        self.weight, self.eps = norm.weight, norm.eps
-        self.train(norm.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or self.weight.requires_grad:
-            return super().forward(x)
-        return _norm(x, self.weight, self.eps, getattr(x, "grad_room", 0))
-
-
-def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
-    """Put the fast block in place of each plain one, and its norm in that of the last, if it applies to all of them;
-    whether it did.
-
-    keep: of each block; none: everything, or the input alone with activation checkpointing
-
-    It does if no weight of the blocks learns but adapters, and these are plain: without dropout, not DoRA's. (Under a
-    prefix the fast block falls back to the plain one, so there `fuse` would gain nothing.)
-    """
-    for block in model.layers:
-        adapted = [m for m in block.modules() if isinstance(m, LoRALinear)]
-        learn = {id(p) for p in block.parameters() if p.requires_grad}
-        plain = all(m.dropout == 0 and m.lora_magnitude_vector is None for m in adapted)
-        if not (plain and learn <= {id(p) for m in adapted for p in (m.lora_A, m.lora_B)}):
-            return False
-    for i, what in enumerate(keep or [None] * len(model.layers)):
-        block = model.layers[i]
-        assert isinstance(block, Block)
-        model.layers[i] = fast = block if isinstance(block, FusedBlock) else FusedBlock(block)
-        fast.keep = what
-    if type(model.norm) is RMSNorm and not model.norm.weight.requires_grad:
-        model.norm = FusedNorm(model.norm)
-    return True

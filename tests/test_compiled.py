@@ -22,7 +22,7 @@ from minilora import compiled, norm, rope, swiglu
 from minilora.backend import told
 from minilora.compiled import compile_loops, compiles
 from minilora.errors import UserError
-from minilora.fused import fuse
+from minilora.fast_block import fuse
 from minilora.loss import _exponentials
 from minilora.nf4 import CPU, quantize_nf4
 from minilora.train.loop import Stopped, fine_tune

@@ -1,4 +1,4 @@
-"""The fast block against the plain one, its definition: loss, gradients, what is kept for backward, when it applies."""
+"""The fast block against the plain one, its definition: loss, gradients, what is kept for backward."""
 
 import copy
 from itertools import product
@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minilora import backend, fused, linear, projections
 from minilora.config import LoraConfig, ModelConfig
-from minilora.fused import FusedBlock, Keep, fuse
+from minilora.fast_block import FusedBlock, fuse
+from minilora.fused import Keep
 from minilora.linear import NF4Linear
 from minilora.lora import add_lora
 from minilora.loss import IGNORE, cross_entropy_sum
-from minilora.model import Block, Mistral
+from minilora.model import Mistral
 from minilora.nf4 import NF4Tensor, quantize_nf4
 from minilora.projections import Projections
 
@@ -288,34 +289,3 @@ def test_what_a_hook_makes_of_a_gradient_counts() -> None:
         loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert distance(found[1], found[0]) < 1e-5
-
-
-def test_a_last_norm_that_comes_to_learn_gets_its_gradient() -> None:
-    model = adapted(SHAPES[0])
-    assert fuse(model)
-    model.norm.weight.requires_grad_()
-    assert "norm.weight" in gradients(model)[1]
-
-
-@pytest.mark.parametrize("why", ["dropout", "a norm learns", "the base learns"])
-def test_it_refuses_what_it_does_not_say(why: str) -> None:
-    model = adapted(SHAPES[0], LoraConfig(rank=4, dropout=0.1 if why == "dropout" else 0.0), nf4=False)
-    if why == "a norm learns":
-        model.layers[1].post_attention_layernorm.weight.requires_grad_()
-    if why == "the base learns":
-        model.layers[0].mlp.up_proj.base.weight.requires_grad_()
-    assert not fuse(model)
-    assert all(type(block) is Block for block in model.layers)
-
-
-def test_names_modes_and_inference_stay() -> None:
-    plain = adapted(SHAPES[1])
-    fast = copy.deepcopy(plain)
-    keep = [Keep.INPUT] * len(fast.layers)
-    assert [fuse(fast, keep), fuse(fast)] == [True, True]  # twice is once
-    assert all(block.keep is None for block in fast.layers)  # what the last one said
-    assert list(fast.state_dict()) == list(plain.state_dict())
-    tokens = batch(plain.config, packed=False)[0]
-    with torch.no_grad():
-        assert torch.equal(fast(tokens), plain(tokens))
-    assert all(not module.training for module in fast.eval().modules())

@@ -27,7 +27,7 @@ LAYERS = (
         *("norm", "rope", "swiglu", "visible", "attention"),
         *("loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
     ),
-    ("model", "fused"),
+    ("model", "fused", "fast_block"),
     ("base", "hub", "memory", "decode_graph", "generation", "conversation", "tokenizer", "checkpoint", "data"),
     ("evaluate", "report", "chat"),
     ("train",),
@@ -53,7 +53,7 @@ MAX_LINES = 10_950
 READING_PATH = {
     *("config", "dynamic_8bit", "nf4", "backend", "dispatch", "compiled", "scratch", "ahead", "paging", "kv_cache"),
     *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
-    *("model", "projections", "fused", "train"),
+    *("model", "projections", "fused", "fast_block", "train"),
 }
 MAX_PATH_LINES = 4_060
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minilora.config import LoraConfig, PrefixConfig
 from minilora.errors import UserError
-from minilora.fused import FusedBlock, fuse
+from minilora.fast_block import FusedBlock, fuse
 from minilora.generation import generate, stream
 from minilora.lora import adapters_off, add_lora
 from minilora.model import Mistral

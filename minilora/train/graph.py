@@ -18,7 +18,7 @@ from torch import Tensor
 from minilora.adamw import FlatAdamW
 from minilora.ahead import Ahead
 from minilora.data.pack import PackedBatch
-from minilora.fused import FusedBlock
+from minilora.fast_block import FusedBlock
 from minilora.lora import TrainedCopy
 from minilora.model import Mistral
 from minilora.train.step import Backward, backward_of

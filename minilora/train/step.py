@@ -18,7 +18,7 @@ from minilora.adamw import FlatAdamW
 from minilora.ahead import Ahead
 from minilora.backend import product_dtype
 from minilora.data.pack import PackedBatch
-from minilora.fused import FusedBlock
+from minilora.fast_block import FusedBlock
 from minilora.loss import cross_entropy_sum
 from minilora.model import Mistral
 

@@ -13,7 +13,8 @@ from minilora.checkpoint.adapter import read_adapter
 from minilora.checkpoint.names import tensor_specs
 from minilora.config import ModelConfig, PrefixConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
-from minilora.fused import Keep, fuse
+from minilora.fast_block import fuse
+from minilora.fused import Keep
 from minilora.lora import add_lora
 from minilora.model import Mistral
 from minilora.prefix import add_prefix

@@ -18,7 +18,7 @@ from minilora.checkpoint.adapter_parts import added_tensors
 from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig, RunConfig
 from minilora.errors import UserError
-from minilora.fused import FusedBlock
+from minilora.fast_block import FusedBlock
 from minilora.lora import LoRALinear
 from minilora.train.compare import all_variants
 from minilora.train.dry_run import dry_run

@@ -28,9 +28,9 @@ from minilora.data import pack
 from minilora.data.pack import PackedBatch, epoch_rows
 from minilora.errors import UserError
 from minilora.evaluate.perplexity import mean_loss
-from minilora.fused import Projections
 from minilora.generation import generate
 from minilora.memory import PeakMemory
+from minilora.projections import Projections
 from minilora.report.page import write_report
 from minilora.tokenizer import load_tokenizer
 from minilora.train import dry_run, ledger, loop, setup

@@ -20,7 +20,7 @@ from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig, RunConfig, TrainConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
-from minilora.fused import fuse
+from minilora.fast_block import fuse
 from minilora.lora import add_lora
 from minilora.loss import IGNORE
 from minilora.model import Mistral

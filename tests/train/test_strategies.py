@@ -10,7 +10,8 @@ from torch import nn
 
 from minilora.config import LoraConfig, TrainConfig
 from minilora.errors import UserError
-from minilora.fused import FusedBlock, Keep, fuse
+from minilora.fast_block import FusedBlock, fuse
+from minilora.fused import Keep
 from minilora.lora import add_lora
 from minilora.model import Mistral
 from minilora.train import strategies

@@ -1,0 +1,43 @@
+"""The fast block in the plain one's place: when it applies, and that nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from test_fused import SHAPES, adapted, batch, gradients
+
+from minilora.config import LoraConfig
+from minilora.fast_block import fuse
+from minilora.fused import Keep
+from minilora.model import Block
+
+
+def test_a_last_norm_that_comes_to_learn_gets_its_gradient() -> None:
+    model = adapted(SHAPES[0])
+    assert fuse(model)
+    model.norm.weight.requires_grad_()
+    assert "norm.weight" in gradients(model)[1]
+
+
+@pytest.mark.parametrize("why", ["dropout", "a norm learns", "the base learns"])
+def test_it_refuses_what_it_does_not_say(why: str) -> None:
+    model = adapted(SHAPES[0], LoraConfig(rank=4, dropout=0.1 if why == "dropout" else 0.0), nf4=False)
+    if why == "a norm learns":
+        model.layers[1].post_attention_layernorm.weight.requires_grad_()
+    if why == "the base learns":
+        model.layers[0].mlp.up_proj.base.weight.requires_grad_()
+    assert not fuse(model)
+    assert all(type(block) is Block for block in model.layers)
+
+
+def test_names_modes_and_inference_stay() -> None:
+    plain = adapted(SHAPES[1])
+    fast = copy.deepcopy(plain)
+    keep = [Keep.INPUT] * len(fast.layers)
+    assert [fuse(fast, keep), fuse(fast)] == [True, True]  # twice is once
+    assert all(block.keep is None for block in fast.layers)  # what the last one said
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    tokens = batch(plain.config, packed=False)[0]
+    with torch.no_grad():
+        assert torch.equal(fast(tokens), plain(tokens))
+    assert all(not module.training for module in fast.eval().modules())
