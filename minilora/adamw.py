@@ -129,11 +129,12 @@ class FlatAdamW:
         """
         self.beta1, self.beta2, self.eps, self.kind, self.paged, self.steps = beta1, beta2, eps, kind, paged, 0
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._stored = STATE[kind]
         self._flat: list[tuple[Tensor, Sequence[nn.Parameter]]] = []
         self._gradients: list[Tensor] = []
         self._casts: dict[torch.dtype, list[Tensor]] = {}
         self._pieces = [(*key, piece) for key, parameters in groups.items() for piece in self._flatten(parameters)]
-        parts = [(PAGE // shared, dtype) for dtype, shared in STATE[kind].values()]
+        parts = [(PAGE // shared, dtype) for dtype, shared in self._stored.values()]
         self._lanes = [Lane(parts, self._gradients[0].device) for _ in range(2)] if paged else []
 
     def _flatten(self, parameters: Sequence[nn.Parameter]) -> list[Piece]:
@@ -142,7 +143,7 @@ class FlatAdamW:
         if len(kinds) != 1 or next(iter(kinds))[0] != torch.float32:
             raise ValueError(f"what learns together must be float32 on one device, not {kinds or 'nothing'}")
         [(_, device)] = kinds
-        aligned = max(ALIGNED, *(shared for _, shared in STATE[self.kind].values()))
+        aligned = max(ALIGNED, *(shared for _, shared in self._stored.values()))
         sizes = [-(-p.numel() // aligned) * aligned for p in parameters]
         weights = torch.zeros(sum(sizes), device=device)
         for p, part in zip(parameters, weights.split(sizes), strict=True):
@@ -154,18 +155,16 @@ class FlatAdamW:
         self._flat.append((weights, parameters))
         self._gradients += grad.split(at_once)
         n, flats = PAGE if self.paged else at_once, self._zeros(len(grad), device)
-        for name, (_, shared) in STATE[self.kind].items():
+        for name, (_, shared) in self._stored.items():
             for p, part in zip(parameters, flats[name].split([size // shared for size in sizes]), strict=True):
                 self.state[p][name] = part if shared > 1 else part[: p.numel()].view(p.shape)
-        state = [flats[name].split(n // shared) for name, (_, shared) in STATE[self.kind].items()]
+        state = [flats[name].split(n // shared) for name, (_, shared) in self._stored.items()]
         return list(zip(weights.split(n), grad.split(n), zip(*state, strict=True), strict=True))
 
     def _zeros(self, n: int, device: torch.device) -> dict[str, Tensor]:
         """The state of n numbers that have no moments yet. m's codes say so too: those between two parameters stay."""
         where = {"device": "cpu", "pin_memory": device.type == "cuda"} if self.paged else {"device": device}
-        flats = {
-            name: torch.zeros(n // shared, dtype=dtype, **where) for name, (dtype, shared) in STATE[self.kind].items()
-        }
+        flats = {name: torch.zeros(n // shared, dtype=dtype, **where) for name, (dtype, shared) in self._stored.items()}
         if self.kind == "adamw_8bit":
             flats["exp_avg"].fill_(CODE_OF_ZERO)
         return flats

@@ -123,9 +123,8 @@ class Ledger:
         ample = replace(self, keep=(Keep.WEIGHTS,) * n)
         if self.config.quantize and 2 * ample._total() <= free:  # who trains a 7B on a PC wants to use the PC, too
             return ample
-        steps = [self._keeping(n_steps) for n_steps in range(Keep.ALL * n + 1)]
-        fits = bisect_left(steps, True, key=lambda ledger: ledger._total() <= free)
-        return steps[min(fits, len(steps) - 1)]
+        fits = bisect_left(range(Keep.ALL * n), True, key=lambda n_steps: self._keeping(n_steps)._total() <= free)
+        return self._keeping(fits)
 
     def _keeping(self, n_steps: int) -> "Ledger":
         """So many steps of `Keep` below everything, the lowest blocks all of theirs first."""
