@@ -13,7 +13,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from minilora.fast_block import FusedBlock
 from minilora.fused import Keep
 from minilora.generation import generate
 from minilora.linear import NF4Linear
-from minilora.memory import DenseDtype, StepPlan
+from minilora.memory_of_step import StepPlan
 from minilora.model import Mistral
 from minilora.train.graph import StepGraphs
 from minilora.train.setup import optimizer_for
@@ -73,9 +73,8 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
 
     @cache
     def predicted_bytes(rows: int, length: int, keep: str, ahead: bool) -> int:
-        dense = cast(DenseDtype, str(compute_dtype(where)).removeprefix("torch."))
         kept = (Keep[keep],) * config.n_layers
-        plan = StepPlan(config, "nf4 double-quantized", dense, run.lora, rows, length, device=where, keep=kept)
+        plan = StepPlan(config, compute_dtype(where), True, run.lora, rows, length, device=where, keep=kept)
         return sum(replace(plan, ahead=ahead).predict().values())
 
     def continue_(prompt: int, new: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The ledger against the facts: python -m benchmarks.ledger [--shape NAME] [--model PATH]
 
-Each cell is one QLoRA step in a process of its own: its bytes by owner as `minilora.memory` predicts them, and as
-`benchmarks.watch` finds them in the second step, when the optimizer's moments are there.
+Each cell is one QLoRA step in a process of its own: its bytes by owner as `minilora.memory_of_step` predicts them, and
+as `benchmarks.watch` finds them in the second step, when the optimizer's moments are there.
 
     other = private memory at the peak - the process before loading - all owned bytes
 

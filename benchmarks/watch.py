@@ -1,4 +1,4 @@
-"""Every byte that a real step takes, by owner: what the predictions of `minilora.memory` are held against.
+"""Every byte that a real step takes, by owner: what the predictions of `minilora.memory_of_step` are held against.
 
 A `TorchDispatchMode` sees each tensor that torch makes, forward and backward, and a weak reference to its storage tells
 when its memory is given back. So what was alive at the worst moment is known exactly, temporaries included. Whose it is

@@ -17,7 +17,9 @@ from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import check_origin, quantization, read_provenance, template_of, tokenizer_of
 from minilora.config import UNNAMED, BaseConfig, LoraConfig, PrefixConfig
 from minilora.errors import UserError, printable
-from minilora.memory import StepPlan, as_text, free_bytes, one_line, predict, private_bytes, storage_of
+from minilora.memory import as_text, free_bytes, one_line, private_bytes
+from minilora.memory_at_rest import predict
+from minilora.memory_of_step import StepPlan
 from minilora.model import Mistral
 from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
 from minilora.visible import Runs
@@ -114,11 +116,11 @@ class Base:
 
     def predict(self, rows: int, length: int, new: int | None = None) -> dict[str, int]:
         """Bytes by owner while `rows` texts of `length` tokens are continued by `new`, or scored if that is None."""
-        sizes, (storage, dense) = self.checkpoint.config, storage_of(self.dtype, self.nf4_double_quant)
+        sizes, double_quant = self.checkpoint.config, self.nf4_double_quant
         in_runs = self.device.type == "cpu" or Runs.serve(self.device, self.dtype, sizes.head_dim)
         sees: Literal["runs", "mask"] = "runs" if in_runs and not isinstance(self.added, PrefixConfig) else "mask"
-        plan = StepPlan(sizes, storage, dense, self.added, rows, length, sees=sees, device=self.device)
-        at_rest = predict(sizes, storage, dense, self.added)
+        plan = StepPlan(sizes, self.dtype, double_quant, self.added, rows, length, sees=sees, device=self.device)
+        at_rest = predict(sizes, self.dtype, double_quant, self.added)
         learning = ("gradients", "optimizer")
         process = {"process": private_bytes()} if self.device.type == "cpu" else {}
         held = process | {owner: n for owner, n in at_rest.items() if owner not in learning}

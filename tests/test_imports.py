@@ -28,7 +28,10 @@ LAYERS = (
         *("loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
     ),
     ("model", "fused", "fast_block"),
-    ("base", "hub", "memory", "decode_graph", "generation", "conversation", "tokenizer", "checkpoint", "data"),
+    (
+        *("memory", "memory_at_rest", "memory_of_step", "base", "hub"),
+        *("decode_graph", "generation", "conversation", "tokenizer", "checkpoint", "data"),
+    ),
     ("evaluate", "report", "chat"),
     ("train",),
     ("serve",),

@@ -27,7 +27,7 @@ from minilora.evaluate.answers import Answer, answer_samples
 from minilora.evaluate.merge_audit import MergeAudit, merge_with_audit
 from minilora.generation import answer
 from minilora.memory import measure as measured_bytes
-from minilora.memory import predict, storage_of
+from minilora.memory_at_rest import predict, storage_of
 from minilora.model import Mistral
 from minilora.report.console import Console, Table, say, table
 from minilora.report.page import write_report
@@ -83,7 +83,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
 
     console.rule("The base, before")
     model = load_model("demo", quantize="nf4", dtype=torch.float32)
-    predicted = predict(base.config, "nf4 double-quantized", "float32", None)
+    predicted = predict(base.config, torch.float32, True, None)
     console.print(
         f"Loaded in NF4, embeddings and head in float32: {sum(measured_bytes(model).values()) / 1e6:.2f} MB of tensors "
         f"(predicted {sum(predicted.values()) / 1e6:.2f})."
@@ -168,11 +168,10 @@ def memory_table(base: Checkpoint, lora: LoraConfig) -> Table:
     """Predicted bytes of the weights, and of what training adapters adds, for the demo's base and for a real one."""
     rows = []
     for dtype, double_quant in ((torch.float32, None), *((torch.bfloat16, quant) for quant in (None, False, True))):
-        storage, dense = storage_of(dtype, double_quant)
-        row: list[str] = [storage]
+        row = [storage_of(dtype, double_quant)]
         for config, unit, name in ((base.config, 1e6, "MB"), (MISTRAL_7B, 1e9, "GB")):
-            weights = sum(predict(config, storage, dense, None).values())
-            adapters = sum(predict(config, storage, dense, lora).values()) - weights
+            weights = sum(predict(config, dtype, double_quant, None).values())
+            adapters = sum(predict(config, dtype, double_quant, lora).values()) - weights
             row += [f"{weights / unit:.2f} {name}", f"{adapters / unit:.2f} {name}"]
         rows.append(row)
     return table(("linear layers in", "demo: weights", "+ adapters", "7B: weights", "+ adapters"), rows)

@@ -29,7 +29,7 @@ from minilora.checkpoint.safetensors_file import FLOATS, read_header
 from minilora.checkpoint.write import MANIFEST, verify_manifest
 from minilora.config import TOKENIZER_FILES, UNNAMED, BaseConfig, LoraConfig, PrefixConfig, base_folder, to_dict
 from minilora.errors import UserError, of_system
-from minilora.memory import predict, storage_of
+from minilora.memory_at_rest import predict, storage_of
 from minilora.tokenizer import load_tokenizer
 
 Facts = dict[str, Any]
@@ -96,11 +96,12 @@ def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
         beside = sum(part.nbytes for part in packed.parts.values()) if packed else 0
         listed.append((spec.name, spec.shape, "NF4" if packed else entry.dtype, entry.nbytes + beside))
     embeddings = FLOATS[checkpoint.entries["embed_tokens.weight"].dtype]
-    storage, dense = storage_of(embeddings, checkpoint.double_quant if checkpoint.nf4 else None)
+    double_quant = checkpoint.double_quant if checkpoint.nf4 else None
+    storage = storage_of(embeddings, double_quant)
     for packed in checkpoint.nf4.values():
         dtype, stored = dtype_name(packed.dtype), packed.packed.dtype
         facts["quantization"] = {"type": storage, "block_size": packed.block_size, "of": dtype, "stored_as": stored}
-    facts |= _listed(listed) | {"memory_at_load": predict(config, storage, dense, None)}
+    facts |= _listed(listed) | {"memory_at_load": predict(config, embeddings, double_quant, None)}
     facts["fingerprint"] = checkpoint.fingerprint()
     checkpoint.check_tied_head()
     if any(matching(facts["files"], pattern) for pattern in TOKENIZER_FILES):

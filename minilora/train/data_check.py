@@ -20,7 +20,8 @@ from minilora.data.check import Data, Finding, figures, load_data, mended
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
 from minilora.evaluate.forgetting import read_probes
-from minilora.memory import Learned, as_text, free_bytes
+from minilora.memory import as_text, free_bytes
+from minilora.memory_at_rest import Learned
 from minilora.train.ledger import ledger_of
 from minilora.train.schedule import too_short
 from minilora.train.setup import steps_of_run

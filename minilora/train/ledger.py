@@ -21,7 +21,8 @@ from minilora.errors import UserError
 from minilora.evaluate.answers import has_prompt
 from minilora.evaluate.measure import longest_prompt
 from minilora.fused import Keep
-from minilora.memory import Learned, StepPlan, as_text, free_bytes, private_bytes, storage_of
+from minilora.memory import as_text, free_bytes, private_bytes
+from minilora.memory_of_step import StepPlan
 from minilora.nf4 import CPU
 from minilora.train.strategies import learned_names
 from minilora.visible import Pieces, Runs, causal_runs
@@ -74,12 +75,11 @@ class Ledger:
 
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
-        plan, limits, in_between = self._plan(), self.config.eval, list[dict[str, int]]()
-        if self._scores():
-            in_between.append(replace(plan, rows=limits.batch_size, targets=None).forward())
+        plan, limits = self._plan(), self.config.eval
+        scored = replace(plan, rows=limits.batch_size, targets=None)
+        in_between = [scored.forward()] if self._scores() else []
         if self.prompt:
-            answered = replace(plan, rows=limits.batch_size, length=self.prompt, targets=None)
-            in_between.append(answered.forward(limits.max_new_tokens))
+            in_between.append(replace(scored, length=self.prompt).forward(limits.max_new_tokens))
         on_cpu = self.device.type == "cpu"
         held = {"process": private_bytes()} if on_cpu else {}
         if on_cpu and self.config.data.general:
@@ -90,15 +90,15 @@ class Ledger:
         model, train, length, first = self.config.model, self.config.train, self.config.data.max_seq_len, self.first
         base_learns, is_prefix, on_cpu = train.base_learns, train.strategy == "prefix", self.device.type == "cpu"
         dtype = torch.float32 if base_learns else pick_dtype(self.device, model.dtype)[0]
-        storage, dense = storage_of(dtype, model.double_quant if self.config.quantize else None)
         runs = causal_runs(first.positions, first.segments) if on_cpu and not is_prefix else None
         at_once = self.flash
         if at_once is None:
             at_once = first.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim)
+        double_quant = model.double_quant if self.config.quantize else None
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         return StepPlan(
-            self.sizes, storage, dense, added, rows=train.batch_size, length=length, keep=self.keep,
-            learned=Learned.of(self.sizes, learned_names(self.sizes, train)) if base_learns else None,
+            self.sizes, dtype, double_quant, added, train.batch_size, length, keep=self.keep,
+            learned=learned_names(self.sizes, train) if base_learns else None,
             targets=round(train.batch_size * length * first.n_targets / first.tokens.numel()),
             sees="runs" if runs or (at_once and not is_prefix) else "mask",
             masks=sum(Pieces.of(runs, window).mask_bytes for window in set(self.sizes.windows)) if runs else 0,
@@ -128,9 +128,8 @@ class Ledger:
 
     def _keeping(self, n_steps: int) -> "Ledger":
         """So many steps of `Keep` below everything, the lowest blocks all of theirs first."""
-        each = int(Keep.ALL)
-        below = (min(max(n_steps - each * i, 0), each) for i in range(self.sizes.n_layers))
-        return replace(self, keep=tuple(Keep(each - n) for n in below))
+        below = (min(max(n_steps - Keep.ALL * i, 0), Keep.ALL) for i in range(self.sizes.n_layers))
+        return replace(self, keep=tuple(Keep(Keep.ALL - n) for n in below))
 
     def kept(self) -> str:
         """What the fast blocks keep, in words; nothing where they keep everything."""

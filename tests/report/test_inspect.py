@@ -24,7 +24,7 @@ from minilora.checkpoint.save import save_hf, save_mistral
 from minilora.config import LoraConfig, PrefixConfig
 from minilora.errors import UserError
 from minilora.lora import add_lora
-from minilora.memory import predict
+from minilora.memory_at_rest import predict
 from minilora.prefix import add_prefix
 from minilora.report.console import Console
 from minilora.report.facts import fold, gather
@@ -50,7 +50,7 @@ def test_a_model_in_either_layout(tmp_path: Path, tiny_base: Path) -> None:
         assert facts["dtypes"] == {"BF16": {"tensors": 21, "bytes": 2 * TINY.n_parameters}}
         assert "layers.0-1.mlp.up_proj.weight (48, 32) BF16" in facts["tensors"]
         assert facts["bytes"] == sum(f.stat().st_size for f in (tmp_path / name).iterdir())
-        assert facts["memory_at_load"] == predict(TINY, "bfloat16", "bfloat16", None)
+        assert facts["memory_at_load"] == predict(TINY, torch.bfloat16, None, None)
         assert "quantization" not in facts
     assert found["mistral"]["fingerprint"] == found["shards"]["fingerprint"]
     assert found["mistral"]["tokenizer"].items() >= {"file": "tokenizer.model", "version": "v3"}.items()
