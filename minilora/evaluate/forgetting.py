@@ -10,7 +10,6 @@ it again. Kept are log-probabilities in float32 on the CPU: 4 bytes x vocabulary
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ def read_probes(path: str | None, tokenizer: Tokenizer) -> list[Sample]:
     return probes
 
 
-@dataclass(frozen=True)
 class Forgetting:
     """The general text and the probes of a run, and what its base says of them.
 
@@ -60,20 +58,13 @@ class Forgetting:
     said: the base's answers to the probes
     """
 
-    config: RunConfig
-    tokenizer: Tokenizer
-    general: list[Sample]
-    probes: list[Sample]
-    before: dict[str, float] = field(default_factory=dict)
-    log_p: Tensor = field(default_factory=lambda: torch.empty(0))
-    said: list[str] = field(default_factory=list)
-
-    def ask_base(self, model: Mistral) -> "Forgetting":
-        """With the answers of a model that is still the base."""
-        asked = replace(self, before=self.measure(model), said=self.answers(model))
-        if not self.general:
-            return asked
-        return replace(asked, log_p=torch.cat([log_p for log_p, _ in self.log_probabilities(model)]))
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, general: list[Sample], probes: list[Sample], base: Mistral
+    ) -> None:
+        """Ask the base, which is not kept: the model before a strategy touches it."""
+        self.config, self.tokenizer, self.general, self.probes = config, tokenizer, general, probes
+        self.before, self.said = self.measure(base), self.answers(base)
+        self.log_p = torch.cat([log_p for log_p, _ in self.log_probabilities(base)]) if general else torch.empty(0)
 
     def measure(self, model: Mistral) -> dict[str, float]:
         """Loss and perplexity of the whole general text; {} if there is none."""

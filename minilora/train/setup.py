@@ -149,7 +149,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     model = load_model(
         checkpoint.folder, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
-    forgetting = Forgetting(config, tokenizer, data.samples["general"], probes).ask_base(model)
+    forgetting = Forgetting(config, tokenizer, data.samples["general"], probes, model)
     torch.manual_seed(config.train.seed)
     apply_strategy(model, config, ledger.keep)
     if on_cpu and 1.5 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to

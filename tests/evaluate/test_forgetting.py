@@ -43,7 +43,7 @@ def naive_log_p(seed: int, samples: list[Sample]) -> torch.Tensor:
 
 
 def forgetting_of(samples: list[Sample], config: RunConfig) -> Forgetting:
-    return Forgetting(config, load_tokenizer(TOKENIZER), samples, [])
+    return Forgetting(config, load_tokenizer(TOKENIZER), samples, [], tiny_model(0))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 7, 20, 1000])
@@ -67,7 +67,7 @@ def test_the_log_probabilities_are_those_of_the_first_targets(samples: list[Samp
 
 def test_kl_is_that_of_a_naive_loop_and_0_of_the_base_itself(samples: list[Sample]) -> None:
     config = RunConfig(eval=replace(RunConfig().eval, general_tokens=1000))
-    measured = forgetting_of(samples, config).ask_base(tiny_model(0))
+    measured = forgetting_of(samples, config)
     assert measured.report(tiny_model(0))["kl"] == 0.0
     p, q = naive_log_p(0, samples), naive_log_p(1, samples)
     report = measured.report(tiny_model(1))
@@ -82,7 +82,7 @@ def test_kl_is_that_of_a_naive_loop_and_0_of_the_base_itself(samples: list[Sampl
 
 
 def test_without_a_general_text_nothing_is_measured() -> None:
-    nothing = forgetting_of([], RunConfig()).ask_base(tiny_model())
+    nothing = forgetting_of([], RunConfig())
     assert nothing.report(tiny_model()) == nothing.measure(tiny_model()) == nothing.glance(tiny_model()) == {}
 
 
