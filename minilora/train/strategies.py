@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -88,9 +89,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-_FACTORS = torch.randint(-(2**63), 2**63 - 1, (1 << 16,), generator=torch.Generator().manual_seed(0))
-
-
 class MovementCheck:
     """Did every trained tensor get a gradient and move? A forgotten one would train nothing, and say nothing.
 
@@ -103,7 +101,7 @@ class MovementCheck:
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
-        self.start = {name: _bits(p) for name, p in parameters.items()}
+        self.start = {name: _checksum(p) for name, p in parameters.items()}
 
     def still(self, updates: int, lr: float) -> list[str]:
         """The tensors that got no gradient, or did not move though they should have after `updates` updates by `lr`."""
@@ -113,17 +111,11 @@ class MovementCheck:
                 continue
             if p.grad is None or not p.grad.any():
                 still.append(f"{name} (got no gradient)")
-            elif _bits(p) == self.start[name] and p.abs().min() < large:
+            elif _checksum(p) == self.start[name] and p.abs().min() < large:
                 still.append(f"{name} (did not move)")
         return still
 
 
-def _bits(p: nn.Parameter) -> int:
-    """A hash of float32 numbers, each times a factor of its place, so that no copy of all that learns is kept.
-
-    A plain sum would not do: a first step moves numbers of one size by one amount, up or down, and they may cancel.
-    """
-    bits, total = p.detach().view(torch.int32).flatten(), 0
-    for part in bits.split(len(_FACTORS)):
-        total = hash((total, int((part.cpu() * _FACTORS[: len(part)]).sum())))
-    return total
+def _checksum(p: nn.Parameter) -> int:
+    """Of its bytes, so that no copy of all that learns is kept."""
+    return crc32(p.detach().cpu().contiguous().numpy().data)
