@@ -5,7 +5,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minilora.report.console import Console
 
@@ -18,9 +18,8 @@ class ConsoleReporter:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._n_steps = 0
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._val_loss = ""
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=RECENT)  # tokens, seconds, and those in all
 
@@ -31,10 +30,6 @@ class ConsoleReporter:
 
     def begin(self, step: int, n_steps: int) -> None:
         self._n_steps, self._last = n_steps, time.perf_counter()
-        if not self.console.is_terminal:
-            return
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=self.console)
         self._task = self._bar.add_task("", total=n_steps, completed=step)
         with suppress(OSError):
             self._bar.start()
@@ -50,14 +45,13 @@ class ConsoleReporter:
         rate = f"{tokens / in_steps:,.{0 if tokens >= 10 * in_steps else 1}f} tok/s"
         text = f"loss {metrics['loss']:.3f}{self._val_loss}  {rate}  {memory}"
         step = metrics["step"]
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif step % max(1, self._n_steps // PLAIN_LINES) == 0 or step == self._n_steps:
+        self._bar.update(self._task, completed=step, description=text)
+        is_due = step % max(1, self._n_steps // PLAIN_LINES) == 0 or step == self._n_steps
+        if is_due and not self.console.is_terminal:
             left = (self._n_steps - step) * in_all / len(self._recent)  # validation and saving count, too
             self.say(f"step {step}/{self._n_steps}  {text}  ETA {left:.0f} s")
 
     def end(self) -> None:
-        if self._bar is not None:
+        if self._bar.live.is_started:
             with suppress(OSError):
                 self._bar.stop()
-            self._bar = None
