@@ -6,8 +6,8 @@ The FLOP/s are those of one product of this machine, of the model's own shape, m
 attention and the optimizer come on top, so a run takes longer.
 """
 
-import time
 from dataclasses import replace
+from timeit import Timer
 
 import torch
 
@@ -26,8 +26,6 @@ from minilora.train.ledger import ledger_of
 from minilora.train.schedule import too_short
 from minilora.train.setup import steps_of_run
 from minilora.train.strategies import learned_names
-
-MEASURED_S = 0.3
 
 
 def check_data(config: RunConfig) -> tuple[Data, list[tuple[str, str]]]:
@@ -103,11 +101,10 @@ def work(sizes: ModelConfig, learned: Learned | None, tokens: int, predicted: in
 def _flop_per_s(sizes: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
     dtype = product_dtype(torch.empty(0, dtype=dtype)) if device.type == "cpu" else dtype
     x, weight = (torch.ones(n, sizes.dim, device=device, dtype=dtype) for n in (tokens, sizes.hidden_dim))
-    n, began = -1, time.perf_counter()
-    while n < 1 or time.perf_counter() - began < MEASURED_S:
-        (x @ weight.T)[0, 0].item()  # waits for the device
-        n, began = n + 1, began if n >= 0 else time.perf_counter()  # the first only warms up
-    return 2 * n * x.numel() * sizes.hidden_dim / (time.perf_counter() - began)
+    product = Timer(lambda: (x @ weight.T)[0, 0].item())  # waits for the device
+    product.timeit(1)  # only warms up
+    n, seconds = product.autorange()  # 0.2 seconds or more
+    return 2 * n * x.numel() * sizes.hidden_dim / seconds
 
 
 def fix_data(config: RunConfig, out: str) -> str:
