@@ -74,8 +74,8 @@ class _Recorded:
     def __init__(self, model: Mistral, backward: Backward, shape: tuple[int, ...], beside: "_Recorded | None") -> None:
         rows, length, space = shape
         tokens, labels, positions = torch.zeros(3, rows, length, dtype=torch.int64, device=model.device)
-        stops = torch.zeros(space, dtype=torch.int32, device=model.device)
-        self._batch = PackedBatch(tokens, labels, positions, tokens.int(), Runs(stops, length))
+        self._stops = torch.zeros(space, dtype=torch.int32, device=model.device)
+        self._batch = PackedBatch(tokens, labels, positions, tokens.int(), Runs(self._stops, length))
         self._factor = torch.ones((), device=model.device)
         torch.cuda.empty_cache()  # what the steps before have left; the graph takes memory anew
         self._graph = torch.cuda.CUDAGraph()
@@ -84,11 +84,10 @@ class _Recorded:
 
     def replay(self, batch: PackedBatch, factor: float | Tensor) -> Tensor:
         assert batch.runs is not None
-        assert self._batch.runs is not None
         stops = batch.runs.stops
-        padded = torch.cat([stops, stops[-1:].expand(len(self._batch.runs.stops) - len(stops))])  # empty runs
+        padded = torch.cat([stops, stops[-1:].expand(len(self._stops) - len(stops))])  # empty runs
         pairs = [(getattr(self._batch, name), getattr(batch, name)) for name in ("tokens", "labels", "positions")]
-        for here, there in [*pairs, (self._batch.runs.stops, padded)]:
+        for here, there in [*pairs, (self._stops, padded)]:
             here.copy_(there.pin_memory(), non_blocking=True)
         self._factor.fill_(factor)
         self._graph.replay()

@@ -216,7 +216,7 @@ def _refuse_own_sources(path: Path, config: RunConfig) -> None:
         folder = adapter_folder(begun)
         places += [(begun, place) for place in (folder, *folder.glob("*"))]
     for source, place in places:
-        if path.resolve() in (place.resolve(), *place.resolve().parents):
+        if place.resolve().is_relative_to(path.resolve()):
             raise UserError(f"{source} lies in {path}, which would be begun anew; name another --train.output")
 
 
@@ -231,8 +231,7 @@ def config_toml(config: RunConfig) -> str:
     """The complete configuration as TOML. It has no word for None: such a key stands in a comment."""
     lines: list[str] = []
     for section, values in to_dict(config).items():
-        lines.append(f"[{section}]")
-        for key in (f.name for f in fields(getattr(config, section))):
-            lines.append(f"{key} = {_toml(values[key])}" if key in values else f"# {key} is unset")
-        lines.append("")
+        keys = [field.name for field in fields(getattr(config, section))]
+        told = (f"{key} = {_toml(values[key])}" if key in values else f"# {key} is unset" for key in keys)
+        lines += [f"[{section}]", *told, ""]
     return "\n".join(lines)
