@@ -233,12 +233,10 @@ def _from_params(values: Values, file: Path) -> dict[str, Any]:
     if len(windows) > 1:
         raise UserError("sliding_window and _sliding_window differ")
     window = windows.pop() if windows else None
+    # The original code took 10000 for models with a window, which are the ones from before the key existed.
+    theta = _real(values, "rope_theta", 1e6 if window is None else 1e4)
     if values.get("rope_theta") is None:
-        # The original code took 10000 for models with a window, which are the ones from before the key existed.
-        theta = 1e6 if window is None else 1e4
         log.warning("%s: no rope_theta; %g is taken, since sliding_window is %s", file, theta, window)
-    else:
-        theta = _real(values, "rope_theta")
     return sizes | {
         "norm_eps": _real(values, "norm_eps"),
         "rope_theta": theta,

@@ -123,11 +123,10 @@ def _compare(job: _Job, layout: Layout, folder: Path) -> None:
     wrong = [] if written.config == job.source.config else ["the config"]
     for spec, weight in job.weights():
         if packed := written.nf4.get(spec.name):
-            got, expected = packed.read(), quantize_weight(weight, spec.name, True)
-            pairs = [(got.packed, expected.packed), (got.block_absmax(), expected.block_absmax())]
+            got, expected = packed.read().parts, quantize_weight(weight, spec.name, True).parts
         else:
-            pairs = [(written.read(spec), weight.to(dtypes[spec.name]))]
-        if not all(torch.equal(a, b) for a, b in pairs):
+            got, expected = [written.read(spec)], [weight.to(dtypes[spec.name])]
+        if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
             wrong.append(spec.name)
     if wrong:
         raise UserError(f"{job.out}: not written: read back, {wrong[0]} differs; export again, and report it")

@@ -121,6 +121,5 @@ def check_origin(folder: Path, trained: dict[str, Any], here: dict[str, Any], fo
 
 def _differences(trained: dict[str, Any] | None, here: dict[str, Any] | None) -> list[tuple[str, Any, Any]]:
     """Key and both values, where both are known and differ."""
-    was, now = trained or {}, here or {}
-    both = ((key, was[key], now[key]) for key in was if key in now and None not in (was[key], now[key]))
-    return [(key, old, new) for key, old, new in both if old != new]
+    both = ((key, was, (here or {}).get(key)) for key, was in (trained or {}).items())
+    return [(key, was, now) for key, was, now in both if None not in (was, now) and was != now]

@@ -115,7 +115,7 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
         raise UserError("the name of the folder to write is empty; give it one")
     path, target = place(path), Path(os.path.realpath(path))
     for source in map(Path, map(os.path.realpath, sources)):
-        if target == source or target in source.parents:
+        if source.is_relative_to(target):
             raise UserError(f"{path}: holds {source}, which it would be made from; choose another folder")
     with _explained(path):
         _refuse_standing(path, overwrite)
@@ -170,14 +170,12 @@ def sweep_stale(folder: str | Path, name: str | None = None) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def verify_manifest(folder: str | Path) -> dict[str, Any]:
+def verify_manifest(folder: Path) -> dict[str, Any]:
     """Hold the files of `folder` against its manifest.json; returns the manifest.
 
     Raises UserError that names the file which is missing or altered. Files that are not listed are not looked at.
     """
-    folder = Path(folder)
-    own = folder / MANIFEST
-    manifest = read_json(own)
+    manifest = read_json(own := folder / MANIFEST)
     version, listed = manifest.get("format_version"), manifest.get("files")
     if version != MANIFEST_VERSION:
         raise UserError(f"{own}: format_version is {short(version)}; this minilora knows {MANIFEST_VERSION}")
@@ -252,7 +250,7 @@ def _refuse_standing(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: is a link or a file; choose another name for the folder")
     if not overwrite and stands and os.listdir(path):
         raise UserError(f"{path}: exists already; choose another name, or add --overwrite")
-    if stands and Path(os.path.realpath(path)) in (here := Path.cwd(), *here.parents):
+    if stands and Path.cwd().is_relative_to(os.path.realpath(path)):
         raise UserError(f"{path}: the current folder lies in it, and it would be replaced; choose another name")
 
 
