@@ -189,12 +189,11 @@ def _number_cells(w: float, code: int, back: float, absmax: float, unit: float) 
 
 
 def _double_quantization(plain: NF4Tensor, nested: NF4Tensor, block: int) -> Iterator[RenderableType]:
-    assert nested.nested_absmax is not None
-    assert nested.nested_offset is not None
+    _, codes, nested_absmax, mean = nested.parts
     group = block // NESTED_BLOCK_SIZE
     first = max(group * NESTED_BLOCK_SIZE, min(block - SHOWN_BLOCKS // 2, len(plain.absmax) - SHOWN_BLOCKS))
     shown = range(first, min(first + SHOWN_BLOCKS, (group + 1) * NESTED_BLOCK_SIZE, len(plain.absmax)))
-    offset, scale = float(nested.nested_offset), float(nested.nested_absmax[group])
+    offset, scale = float(mean), float(nested_absmax[group])
     rebuilt = nested.block_absmax()
     yield _step("4  double quantization: the absmax themselves in 8 bits")
     yield (
@@ -204,7 +203,7 @@ def _double_quantization(plain: NF4Tensor, nested: NF4Tensor, block: int) -> Ite
     )
     table = _table("rrrrrrr", "block", "absmax", "- offset", "code", "level", "absmax'", "error")
     for b in shown:
-        absmax, code, back = float(plain.absmax[b]), int(nested.absmax[b]), float(rebuilt[b])
+        absmax, code, back = float(plain.absmax[b]), int(codes[b]), float(rebuilt[b])
         level = float(dynamic_map(CPU)[code])
         error = back / absmax - 1 if absmax else back
         table.add_row(
@@ -283,8 +282,7 @@ def _matrices(rows: list[tuple[str, Tensor, str]]) -> Table:
     table = _table("lll", "", "", "")
     table.show_header = False
     for label, tensor, note in rows:
-        lines = []
-        for row in tensor.detach().view(-1, tensor.shape[-1]).tolist():
-            lines.append(Text(" ").join(Text(f"{v:+7.3f}", style=_level_style(v)) for v in row))
+        numbers = tensor.detach().view(-1, tensor.shape[-1]).tolist()
+        lines = (Text(" ").join(Text(f"{v:+7.3f}", style=_level_style(v)) for v in row) for row in numbers)
         table.add_row(Text(label, style="bold"), Text("\n").join(lines), Text(note, style="dim"))
     return table
