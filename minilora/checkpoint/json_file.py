@@ -3,7 +3,6 @@
 import json
 import os
 from collections import Counter
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +46,14 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 
 def to_json(document: Any, indent: int | None = None, ascii_only: bool = False) -> str:
     """JSON as its standard has it: a number that is not finite becomes null."""
-    return json.dumps(_finite(document), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    finite = json.loads(json.dumps(document), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent, ensure_ascii=ascii_only)
 
 
 def short(value: object) -> str:
     """A value from a file as it is put into a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
