@@ -110,10 +110,9 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
         for axes, (title, of) in zip(panels, PANELS.items(), strict=False):
             axes.set_title(title)
             values = [COLUMNS[of](row) for row in whole]
-            axes.barh([row["name"] for row in whole], [value or 0 for value in values], color=list(colours.values()))
+            bars = axes.barh([row["name"] for row in whole], [v or 0 for v in values], color=list(colours.values()))
+            axes.bar_label(bars, list(map(text_of, values)), padding=3)
             axes.invert_yaxis()
-            for i, value in enumerate(values):
-                axes.annotate(text_of(value), (value or 0, i), xytext=(3, 0), textcoords="offset points", va="center")
             axes.margins(x=0.25)
             if of == "learn M":
                 axes.set_xscale("log")
