@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import safetensors.torch
 import torch
@@ -26,6 +27,7 @@ from benchmarks.fuzz.watch import MAX_TEXT, RefusedError, WrongError
 from minilora import dispatch
 from minilora.adamw import FlatAdamW
 from minilora.arguments import parse_run, run_parser
+from minilora.checkpoint import save
 from minilora.checkpoint.adapter import read_adapter, save_adapter
 from minilora.checkpoint.adapter_parts import Adapter
 from minilora.checkpoint.gguf_file import gguf_keys, read_gguf, write_gguf
@@ -147,7 +149,8 @@ def _hf_corpus() -> dict[str, Folder]:
 
 
 def _sharded_corpus() -> dict[str, Folder]:
-    sharded = _made(lambda path: save_hf(tiny(), path, max_shard_bytes=4000))
+    with patch.object(save, "MAX_SHARD_BYTES", 4000):
+        sharded = _made(lambda path: save_hf(tiny(), path))
     return {"sharded": sharded, "both": sharded | _made(lambda path: save_mistral(tiny(), path))}
 
 

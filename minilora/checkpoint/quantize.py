@@ -24,7 +24,7 @@ from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.nf4_file import nf4_tensors
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import read_provenance, versions, write_provenance
-from minilora.checkpoint.save import MAX_SHARD_BYTES, Finish, plan_hf, write_plan
+from minilora.checkpoint.save import Finish, plan_hf, write_plan
 from minilora.checkpoint.write import check_target
 from minilora.config import TOKENIZER_FILES
 from minilora.errors import UserError
@@ -38,7 +38,6 @@ def quantize_checkpoint(
     *,
     double_quant: bool = True,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress = unheard,
     finish: Finish | None = None,
@@ -47,7 +46,7 @@ def quantize_checkpoint(
 
     double_quant: also store the absmax in 8 bits
     dtype: of all else, and what the matrices are dequantized to; None is each tensor's own
-    max_shard_bytes, overwrite: as in `save_hf`
+    overwrite: as in `save_hf`
     progress: called after each tensor with the weights written and the weights in all
     finish: as in `write_plan`, in place of writing where the checkpoint comes from
 
@@ -61,7 +60,7 @@ def quantize_checkpoint(
     checkpoint.check_tied_head()
     specs = list(checkpoint.tensors())
     dtypes = {spec.name: dtype or checkpoint.dtype_of(spec) for spec in specs}
-    plan = plan_hf(checkpoint.config, dtypes, max_shard_bytes, double_quant)
+    plan = plan_hf(checkpoint.config, dtypes, double_quant)
     tokenizers = tokenizer_files(checkpoint.folder)
     made_of = {"to": "bnb-4bit", "from": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
     told = {"versions": versions(), **read_provenance(checkpoint.folder), "export": made_of}

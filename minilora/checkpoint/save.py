@@ -35,7 +35,7 @@ PlannedWeight = tuple[str, list[Line]]  # our name of a weight, and the lines th
 Plan = tuple[dict[str, dict[str, Any]], dict[str, list[PlannedWeight]]]
 Finish = Callable[[Path], None]  # writes more into a folder, or looks at what was written, before it has its name
 SPARE_BYTES = 50_000_000  # for headers, the small files and a tokenizer
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000  # but a shard has one weight at least
 
 
 def save_hf(
@@ -43,7 +43,6 @@ def save_hf(
     folder: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     weights: Iterable[tuple[str, Tensor]] | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
@@ -53,7 +52,6 @@ def save_hf(
     """Write `model` as transformers reads it: config.json and model.safetensors, or shards and their index.
 
     dtype: of the files; NF4 weights are dequantized to it
-    max_shard_bytes: largest file, unless one tensor is larger
     weights: (name, tensor) of every tensor in the order of `tensor_specs`; None is `model_weights(model)`
     tokenizer: a file to copy beside the weights
     overwrite: replace what stands in `folder`
@@ -65,7 +63,7 @@ def save_hf(
     """
     specs = {spec.name: spec for spec in tensor_specs(model.config)}
     dtypes = dict.fromkeys(specs, dtype)
-    plan = plan_hf(model.config, dtypes, max_shard_bytes, layout=layout)
+    plan = plan_hf(model.config, dtypes, layout=layout)
     named = ((specs[name], weight) for name, weight in weights or model_weights(model))
     write_plan(plan, folder, as_stored(named, dtypes, layout), [tokenizer] if tokenizer else [], overwrite, finish)
 
@@ -96,16 +94,11 @@ def as_stored(
 
 
 def plan_hf(
-    config: ModelConfig,
-    dtypes: Mapping[str, torch.dtype],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    double_quant: bool | None = None,
-    layout: Layout = "hf",
+    config: ModelConfig, dtypes: Mapping[str, torch.dtype], double_quant: bool | None = None, layout: Layout = "hf"
 ) -> Plan:
     """The files of Hugging Face's layout: config.json, and the weights in one file, or in shards and their index.
 
     dtypes: of the plain weights, by our names
-    max_shard_bytes: of a shard at most, but it has one weight at least
     double_quant: store the blocks' matrices in NF4, their absmax in 8 bits or not; None stores all weights plain
     layout: "mistral" is params.json, and all weights, plain, in one file
     """
@@ -120,7 +113,7 @@ def plan_hf(
         return {CONFIG_NAMES[layout]: config_to_params(config)}, {single: weights}
     shards = list[list[PlannedWeight]]([[]])
     for weight in weights:
-        if shards[-1] and _n_bytes([*shards[-1], weight]) > max_shard_bytes:
+        if shards[-1] and _n_bytes([*shards[-1], weight]) > MAX_SHARD_BYTES:
             shards.append([])
         shards[-1].append(weight)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]

@@ -133,20 +133,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = T
 def _header(run_folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Sequence[Any]) -> str:
     model, train, lora = (config.get(section, {}) for section in ("model", "train", "lora"))
     n_steps = summary.get("steps", metrics[-1]["step"] if metrics else 0)
-    facts = [f"{n_steps:,} step{'' if n_steps == 1 else 's'}"]
-    strategy = train.get("strategy", "")
+    strategy, base = train.get("strategy", ""), model.get("path")
     own = {"partial": ("layers", "parameters", "reinit"), "full": ("reinit",), "prefix": ("prefix_tokens",)}
-    facts += [f"strategy {strategy}"] if strategy else []
-    if lora.get("rank") and strategy not in own:
-        facts.append(f"rank {lora['rank']}" + " with DoRA" * bool(lora.get("dora")))
-    told = {key: train.get(key) for key in own.get(strategy, ())}
-    facts += [f"{_words(key)} {value}" for key, value in told.items() if value not in (None, [], "none")]
-    if model.get("path"):
-        facts.append(f"base {model['path']}")
-    if not summary:
-        facts.append("not finished")
-    title = escape(run_folder.resolve().name)
-    return f"<header>\n<h1>{title}</h1>\n<p>{escape(' · '.join(facts))}</p>\n{_tiles(summary)}</header>"
+    rank = None if strategy in own else lora.get("rank")
+    facts = [
+        f"{n_steps:,} step{'' if n_steps == 1 else 's'}",
+        f"strategy {strategy}" if strategy else "",
+        f"rank {rank}" + " with DoRA" * bool(lora.get("dora")) if rank else "",
+        *(f"{_words(key)} {train[key]}" for key in own.get(strategy, ()) if train.get(key) not in (None, [], "none")),
+        f"base {base}" if base else "",
+        "" if summary else "not finished",
+    ]
+    title, told = escape(run_folder.resolve().name), escape(" · ".join(filter(None, facts)))
+    return f"<header>\n<h1>{title}</h1>\n<p>{told}</p>\n{_tiles(summary)}</header>"
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:

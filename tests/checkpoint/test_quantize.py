@@ -19,6 +19,7 @@ from adapters import as_trained, lora_layers
 from disks import dead_pid, largest_file
 from tiny_checkpoints import edit_tensors, hf_model
 
+from minilora.checkpoint import save
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -68,11 +69,12 @@ def test_the_folder_loads_as_its_source_quantizes(
     assert {file: file.read_bytes() for file in (originals / layout).iterdir()} == before
 
 
-def test_shards_index_manifest_and_tokenizer(hf_folder: Path, tmp_path: Path) -> None:
+def test_shards_index_manifest_and_tokenizer(hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tokenizer.model", "tokenizer_config.json", "notes.txt"):
         (hf_folder / name).write_text(name)
-    quantize_checkpoint(hf_folder, tmp_path / "many", max_shard_bytes=60_000)
     quantize_checkpoint(hf_folder, tmp_path / "one")
+    monkeypatch.setattr(save, "MAX_SHARD_BYTES", 60_000)
+    quantize_checkpoint(hf_folder, tmp_path / "many")
     names = set(os.listdir(tmp_path / "many"))
     assert {"tokenizer.model", "tokenizer_config.json"} < names
     assert "notes.txt" not in names

@@ -20,6 +20,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from minilora.checkpoint import save
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import model_weights, save_hf, save_mistral
 from minilora.checkpoint.write import verify_manifest
@@ -47,10 +48,13 @@ def assert_same_logits(ours: Mistral, theirs: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 200_000])
-def test_transformers_loads_what_we_save(tmp_path: Path, tied: bool, max_shard_bytes: int) -> None:
+def test_transformers_loads_what_we_save(
+    tmp_path: Path, tied: bool, max_shard_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save, "MAX_SHARD_BYTES", max_shard_bytes)
     hf_model(6, tie_word_embeddings=tied).save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs", dtype=F32)
-    save_hf(model, tmp_path / "ours", dtype=F32, max_shard_bytes=max_shard_bytes)
+    save_hf(model, tmp_path / "ours", dtype=F32)
     shards = sorted((tmp_path / "ours").glob("*.safetensors"))
     if max_shard_bytes == 200_000:
         assert len(shards) > 3
@@ -110,14 +114,17 @@ def test_default_dtype_is_bf16(originals: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_weights_may_be_streamed_from_elsewhere(originals: Path, tmp_path: Path) -> None:
+def test_weights_may_be_streamed_from_elsewhere(
+    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(originals / "hf", dtype=F32)
 
     def doubled() -> Iterator[tuple[str, Tensor]]:
         for name, weight in model_weights(model):
             yield name, weight * 2
 
-    save_hf(model, tmp_path / "x", weights=doubled(), max_shard_bytes=200_000)
+    monkeypatch.setattr(save, "MAX_SHARD_BYTES", 200_000)
+    save_hf(model, tmp_path / "x", weights=doubled())
     assert torch.equal(load_model(tmp_path / "x").norm.weight, (model.norm.weight * 2).bfloat16())
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, Run, tiny_model
 
+from minilora.checkpoint import save
 from minilora.checkpoint.adapter import read_adapter, save_adapter
 from minilora.checkpoint.export import export_checkpoint
 from minilora.checkpoint.load import load_model
@@ -38,9 +39,10 @@ OTHER_TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.mod
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_in_either_layout(tmp_path: Path, tiny_base: Path) -> None:
+def test_a_model_in_either_layout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_mistral(load_model(tiny_base), tmp_path / "mistral", tokenizer=TOKENIZER)
-    save_hf(load_model(tiny_base), tmp_path / "shards", max_shard_bytes=60_000)
+    monkeypatch.setattr(save, "MAX_SHARD_BYTES", 60_000)
+    save_hf(load_model(tiny_base), tmp_path / "shards")
     found = {name: gather(tmp_path / name) for name in ("mistral", "shards")}
     for name, layout in (("mistral", "mistral"), ("shards", "hf")):
         facts = found[name]
