@@ -5,7 +5,6 @@ recipe, then FILE.toml, then --section.key value, each over what stands before i
 
 import os
 import re
-import sys
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt, restricted_number_type
 
 from minilora.config import UNNAMED, BaseConfig, RunConfig, TooLong, to_dict
-from minilora.errors import UserError
+from minilora.errors import UsageError, UserError
 from minilora.recipes import recipe_file
 
 if TYPE_CHECKING:
@@ -50,23 +49,22 @@ def verb_parser(verb: Verb) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True) -> Namespace:
-    """The parsed arguments; what is wrong with them is one line on stderr and exit status 2.
+    """The parsed arguments. Raises UsageError for what is wrong with them.
 
     instantiate: with the configurations made of them, which hold them against one another
-
-    Raises UserError for a path that is empty.
     """
     try:
         parsed: Namespace = parser.parse_args(quoted(_spelled(parser, args)))
         for name in PATHS:
             if isinstance(path := parsed.get(name), str):
                 if not path:  # what an unset variable gives
-                    raise UserError(f"{name} is empty; name a file or folder, or leave it out")
+                    raise UsageError(f"{name} is empty; name a file or folder, or leave it out")
                 parsed[name] = os.path.expanduser(path)  # which a shell leaves in --name=~/x
         return parser.instantiate(parsed) if instantiate else parsed
     except (ArgumentError, OverflowError) as error:
-        print(f"{parser.prog}: {_in_our_words(error, parser)}; see {parser.prog} --help", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise UsageError(f"{_in_our_words(error, parser)}; see {parser.prog} --help") from None
+    except UserError as error:  # of an option's value; files have been read alone
+        raise UsageError(str(error)) from None
 
 
 def _in_our_words(error: Exception, parser: ArgumentParser) -> str:
@@ -124,12 +122,15 @@ def run_parser(verb: Verb, words: str = "[CONFIG.toml]", options: str = "") -> A
 
 
 def parse_run(parser: ArgumentParser, args: Sequence[str], file_first: bool = True) -> tuple[RunConfig, Namespace]:
-    """The configuration, and all that was parsed. Raises UserError for what is wrong in a file.
+    """The configuration, and all that was parsed. Raises UserError for what is wrong in a file, UsageError else.
 
     file_first: the first word that is no option and no option's value is a TOML file
     """
     parsed = parse(parser, [*_files_then_options(parser, args, file_first)])
-    return RunConfig(**{f.name: getattr(parsed, f.name) for f in fields(RunConfig)}), parsed
+    try:
+        return RunConfig(**{f.name: getattr(parsed, f.name) for f in fields(RunConfig)}), parsed
+    except UserError as error:  # of keys that do not go together, wherever they stand
+        raise UsageError(str(error)) from None
 
 
 def begin_with_demo(parser: ArgumentParser, args: Sequence[str]) -> bool:
@@ -237,10 +238,10 @@ def sampling(parsed: Namespace, fixed: bool = True) -> dict[str, Any]:
 
 
 def refuse_idle(parsed: Namespace, defaults: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for an option that was given though it does nothing there."""
+    """Raise UsageError for an option that was given though it does nothing there."""
     for name, default in defaults.items():
         if parsed[name] != default:
-            raise UserError(f"--{name} does nothing {where}; leave it out")
+            raise UsageError(f"--{name} does nothing {where}; leave it out")
 
 
 def add_length(parser: ArgumentParser, too_long: TooLong) -> None:

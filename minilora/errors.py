@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: a message of one line that says what, where, why, and what to do."""
+"""The exceptions for what a user can mend: a message of one line that says what, where, why, and what to do."""
 
 from importlib.util import find_spec
 
@@ -15,6 +15,12 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         line = printable(message)
         super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 + 5 :]}")
+
+
+class UsageError(UserError):
+    """What the command line alone says wrong; exit status 2."""
+
+    exit_status = 2
 
 
 def printable(text: str) -> str:

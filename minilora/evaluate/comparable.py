@@ -12,7 +12,7 @@ from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.checkpoint.provenance import tokenizer_of
 from minilora.config import BaseConfig, RunConfig
 from minilora.data.sources import fingerprints
-from minilora.errors import UserError
+from minilora.errors import UsageError, UserError
 from minilora.evaluate.metrics import figure_names
 
 MEASURED_BY = (
@@ -33,7 +33,7 @@ def refuse_unranked(runs: Mapping[str, RunConfig], rank_by: str) -> None:
         raise UserError("runs are ranked on validation; there is none: name data.validation or data.validation_share")
     measured = ["loss", "perplexity", *(figure_names(config.eval.metrics) if config.eval.answers else ())]
     if rank_by not in measured:
-        raise UserError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")
+        raise UsageError(f"--rank_by {rank_by}: is not measured; there are {', '.join(measured)}; see eval.metrics")
     refuse_unlike(runs)
 
 

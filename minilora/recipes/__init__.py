@@ -6,7 +6,7 @@ file and the command line over it. Its first comment line says what it is.
 
 from pathlib import Path
 
-from minilora.errors import UserError
+from minilora.errors import UsageError
 
 FOLDER = Path(__file__).parent
 
@@ -17,9 +17,9 @@ def recipe_names() -> list[str]:
 
 
 def recipe_file(name: str) -> Path:
-    """The TOML file of a recipe. Raises UserError, which names all, if there is none of the name."""
+    """The TOML file of a recipe. Raises UsageError, which names all, if there is none of the name."""
     if name not in recipe_names():
-        raise UserError(f"there is no recipe {name!r}; there are {', '.join(recipe_names())}")
+        raise UsageError(f"there is no recipe {name!r}; there are {', '.join(recipe_names())}")
     return FOLDER / f"{name}.toml"
 
 

@@ -21,7 +21,7 @@ from minilora.backend import dtype_name
 from minilora.checkpoint.open import open_checkpoint
 from minilora.config import LoraConfig
 from minilora.dynamic_8bit import dynamic_map
-from minilora.errors import UserError
+from minilora.errors import UsageError, UserError
 from minilora.linear import NF4Linear
 from minilora.lora import LoRALinear
 from minilora.nf4 import CPU, LEVELS, NESTED_BLOCK_SIZE, NF4Tensor, levels, quantize_nf4, thresholds
@@ -37,13 +37,13 @@ WIDEST_STEP = 1 + LEVELS[1]  # between the two levels that lie furthest apart, -
 def weight_of(numbers: list[float] | None, tensor: str | None, path: str) -> tuple[Tensor | None, str]:
     """What to explain, and what it is called: these numbers, that tensor of the base at `path`, or else random ones.
 
-    Raises UserError where both are named, or there is none of either.
+    Raises UsageError where both are named, or no numbers, and UserError where there is no such tensor.
     """
     if numbers is not None and tensor is not None:
-        raise UserError("--weights and --tensor both name the block; give one of them")
+        raise UsageError("--weights and --tensor both name the block; give one of them")
     if numbers is not None:
         if not numbers:
-            raise UserError("--weights is empty; give numbers, such as [0.1,-0.2]")
+            raise UsageError("--weights is empty; give numbers, such as [0.1,-0.2]")
         return torch.tensor(numbers), "given"
     if tensor is None:
         return None, "random"

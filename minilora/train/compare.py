@@ -22,7 +22,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.provenance import read_provenance
 from minilora.checkpoint.write import atomic_json
 from minilora.config import RunConfig
-from minilora.errors import UserError
+from minilora.errors import UsageError, UserError
 from minilora.evaluate.comparable import made_of, refuse_unranked
 from minilora.report.comparison import SHARE, best_of, figures_of
 from minilora.report.console import Console
@@ -71,23 +71,23 @@ def combinations(
     """(name, keys and values) of each run: every strategy with every combination of the grid, on all of the data, and
     with the first combination on the `shares` of them. No strategy: the configuration's own.
 
-    grid: "KEY=A,B", each; commas in brackets are a value's own. Raises UserError for what is none, for a key that no
+    grid: "KEY=A,B", each; commas in brackets are a value's own. Raises UsageError for what is none, for a key that no
     configuration has, and for an unknown strategy.
     """
     if unknown := [name for name in strategies if name not in STRATEGIES]:
-        raise UserError(f"there is no strategy {unknown[0]!r} to compare; there are {', '.join(STRATEGIES)}")
+        raise UsageError(f"there is no strategy {unknown[0]!r} to compare; there are {', '.join(STRATEGIES)}")
     axes = list[list[tuple[str, str]]]()
     for axis in grid:
         key, text = axis.partition("=")[0].replace("-", "_"), axis.partition("=")[2]
         values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]
         if not key or not all(values):
-            raise UserError(f"--grid {axis}: it must be KEY=A,B, such as train.lr=1e-4,2e-4")
+            raise UsageError(f"--grid {axis}: it must be KEY=A,B, such as train.lr=1e-4,2e-4")
         if key not in _KEYS:
-            raise UserError(f"--grid {axis}: {key} is no key of a configuration, such as lora.rank")
+            raise UsageError(f"--grid {axis}: {key} is no key of a configuration, such as lora.rank")
         not_here = {"train.output": "folders go by --output"} | {known: "twice" for (known, _), *_ in axes}
         not_here |= {"train.strategy": "--strategies names them"} if strategies else {}
         if key in not_here:
-            raise UserError(f"--grid {axis}: {not_here[key]}; drop it")
+            raise UsageError(f"--grid {axis}: {not_here[key]}; drop it")
         axes.append([(key, value) for value in values])
     for strategy in strategies or [""]:
         sets, factor = STRATEGIES.get(strategy, ({}, 1.0))
@@ -111,17 +111,17 @@ def all_variants(
 ) -> list[Variant]:
     """The `combinations` as runs, one a configuration. configured: the common configuration with these keys changed.
 
-    Raises UserError as `combinations` does, where two runs have one name, and for what an adapter to go on from fixes.
+    Raises UsageError as `combinations` does, where two runs have one name, and for what an adapter to go on from fixes.
     """
     common = configured({}).train
     pairs = list(combinations(strategies, grid, shares, common.lr))
     varied = sorted({key for _, changes in pairs for key, _ in changes.items() - _NOT_DORA.items()} - {"lora.dropout"})
     fixed = [key for key in varied if key.startswith("lora.")]
     if fixed and common.adapter:
-        raise UserError(f"{fixed[0]} cannot be compared: it is the adapter's own that train.adapter names; drop one")
+        raise UsageError(f"{fixed[0]} cannot be compared: it is the adapter's own that train.adapter names; drop one")
     made = [Variant(name, changes, configured(changes)) for name, changes in pairs]
     if twins := [name for name, n in Counter(variant.name for variant in made).items() if n > 1]:
-        raise UserError(f"two of the runs are {twins[0]}; name each strategy and value once")
+        raise UsageError(f"two of the runs are {twins[0]}; name each strategy and value once")
     return [one for n, one in enumerate(made) if one.config not in [earlier.config for earlier in made[:n]]]
 
 

@@ -22,7 +22,7 @@ from minilora.checkpoint.json_file import read_json, to_json
 from minilora.checkpoint.write import atomic_json, atomic_write, not_ours, sweep_stale
 from minilora.config import RunConfig, base_folder, to_dict
 from minilora.data.sources import FILE_KEYS, sources
-from minilora.errors import UserError
+from minilora.errors import UsageError, UserError
 
 LOCK, HELD_OUT = ".lock", "validation.jsonl"
 RUN_BYTES = 100_000_000  # of a file of JSON: before.json holds all answers
@@ -170,9 +170,9 @@ def hold(folder: Path, work: str, option: str) -> TextIO:
 
 
 def refuse_both(resume: bool, overwrite: bool) -> None:
-    """Raise UserError if both are asked for."""
+    """Raise UsageError if both are asked for."""
     if resume and overwrite:
-        raise UserError("--resume goes on and --overwrite begins anew; give one of them")
+        raise UsageError("--resume goes on and --overwrite begins anew; give one of them")
 
 
 def refuse_output(config: RunConfig, resume: bool, overwrite: bool) -> None:

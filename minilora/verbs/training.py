@@ -11,7 +11,7 @@ from jsonargparse.typing import NonNegativeInt
 
 from minilora import arguments
 from minilora.config import MISTRAL_7B, RunConfig
-from minilora.errors import UserError
+from minilora.errors import UsageError, UserError
 from minilora.recipes import recipe_names, summary
 from minilora.verbs import terminal
 
@@ -82,7 +82,7 @@ def data(args: list[str]) -> None:
 
     outs = [place(out) for out in (parsed.fix, parsed.html) if out]
     if len(outs) > len({*outs}):
-        raise UserError(f"{parsed.fix}: --fix and --html both name it; name two files")
+        raise UsageError(f"{parsed.fix}: --fix and --html both name it; name two files")
     for out in outs:
         check_new(out)
     checked, figures = check_data(config)
@@ -108,7 +108,7 @@ def compare(args: list[str]) -> None:
     embedded = arguments.begin_with_demo(parser, args)
     _, parsed = arguments.parse_run(parser, args)
     if any(arg.startswith("--train.output") for arg in args):
-        raise UserError("--train.output: folders go by --output; drop it")
+        raise UsageError("--train.output: folders go by --output; drop it")
 
     from minilora.report import comparison, console
     from minilora.train import compare as runs
@@ -140,7 +140,7 @@ def verify(args: list[str]) -> None:
     parser.add_argument("--model.device", default="auto", help="auto, cpu or cuda")
     parsed = arguments.parse(parser, args)
     if parsed.what == "resume":
-        raise UserError("name resume first, then its options: minilora verify resume [CONFIG.toml] [--steps N]")
+        raise UsageError("name resume first, then its options: minilora verify resume [CONFIG.toml] [--steps N]")
 
     if find_spec("triton") is None:
         raise UserError("Triton is not installed; there are no kernels to verify")

@@ -352,10 +352,10 @@ def test_a_killed_writer_leaves_no_folder_and_the_next_one_sweeps(larger: Path, 
 # --- The verb, and the others on what it wrote ------------------------------------------------------------------------
 
 
-def one_line(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The line on stderr of a command that fails with status 1."""
+def one_line(capsys: pytest.CaptureFixture[str], *args: object, status: int = 1) -> str:
+    """The line on stderr of a command that fails with this status."""
     capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 1
+    assert main([str(arg) for arg in args]) == status
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     return err
@@ -370,7 +370,7 @@ def test_the_verb_and_everything_after_it(tmp_path: Path, capsys: pytest.Capture
     assert "ETA 0 s" in out
     assert "exists already" in one_line(capsys, "quantize", "demo", nf4)
     assert "is in NF4 already" in one_line(capsys, "quantize", nf4, tmp_path / "again")
-    assert "out is empty; name a file or folder" in one_line(capsys, "quantize", "demo", "")
+    assert "out is empty; name a file or folder" in one_line(capsys, "quantize", "demo", "", status=2)
     assert main(["quantize", "demo", str(nf4), "--double_quant", "false", "--overwrite"]) == 0
 
     assert main(["generate", "--model.path", str(nf4), "--max_new_tokens", "8", 'How is "mistral" pronounced?']) == 0

@@ -81,7 +81,7 @@ def test_the_run_s_own_folder_is_not_named(make_config: MakeConfig, tmp_path: Pa
     (tmp_path / "run.toml").write_text(config_toml(make_config()))
     for given in (["--train.output", tmp_path / "cmp"], [f"--train.output={tmp_path / 'cmp'}"]):
         status, _, err = run("compare", tmp_path / "run.toml", "--grid", "train.lr=x,y", *given)
-        assert (status, err) == (1, "minilora compare: --train.output: folders go by --output; drop it\n")
+        assert (status, err) == (2, "minilora compare: --train.output: folders go by --output; drop it\n")
     assert run("compare", "--train.outp", tmp_path)[0] == 2, "an option has one name"
 
 
@@ -119,7 +119,7 @@ def test_the_same_run_twice_is_refused_before_one_is_trained(
     (tmp_path / "run.toml").write_text(config_toml(make_config()))
     command = ["compare", str(tmp_path / "run.toml"), "--output", str(tmp_path / "out")]
     for twice in (["--grid", "train.lr=1e-4,1e-4"], ["--strategies", "lora,lora"]):
-        assert main([*command, *twice]) == 1
+        assert main([*command, *twice]) == 2
         assert "two of the runs are" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

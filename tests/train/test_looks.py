@@ -179,5 +179,5 @@ def test_evaluate_writes_its_answers(
     assert lines[0].keys() >= {"where", "prompt", "expected", "given"}
     assert main(command) == 1
     assert "exists already" in capsys.readouterr().err
-    assert main([*command[:-1], '["blue"]']) == 1
+    assert main([*command[:-1], '["blue"]']) == 2
     assert "names 'blue'" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_what_is_wrong_is_one_line(
     ],
 )
 def test_generate_and_evaluate_ignore_no_flag(run: Run, args: list[str], where: str) -> None:
-    refused(run(*args), 1, f"{args[2].partition('=')[0]} does nothing {where}; leave it out")
+    refused(run(*args), 2, f"{args[2].partition('=')[0]} does nothing {where}; leave it out")
 
 
 def test_an_adapter_whose_provenance_names_no_base(run: Run, finished: Path, tmp_path: Path) -> None:

@@ -67,13 +67,13 @@ def test_data_check_and_evaluate_overwrite_nothing(run: Run, chats: Path, tiny_b
     for flag in ("--html", "--fix"):
         refused(run("data", "check", chats, flag, chats), 1, "chats.jsonl: exists already; name another file")
     refused(run("evaluate", chats, "--model.path", tiny_base, "--out", chats), 1, "chats.jsonl: exists already")
-    refused(run("evaluate", chats, "--model.path", tiny_base, "--out", ""), 1, "out is empty; name a file")
+    refused(run("evaluate", chats, "--model.path", tiny_base, "--out", ""), 2, "out is empty; name a file")
     assert chats.read_bytes() == before
 
 
 def test_data_check_writes_two_files(run: Run, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(run("data", "check", chats, "--fix", "same", "--html", tmp_path / "same"), 1, "same: --fix and --html both")
+    refused(run("data", "check", chats, "--fix", "same", "--html", tmp_path / "same"), 2, "same: --fix and --html both")
     assert not (tmp_path / "same").exists()
 
 
@@ -134,7 +134,7 @@ def test_the_home_is_found_in_every_path(
     ],
 )
 def test_an_empty_path_is_refused(run: Run, args: list[str]) -> None:
-    refused(run(*args), 1, "is empty; name a file or folder, or leave it out")
+    refused(run(*args), 2, "is empty; name a file or folder, or leave it out")
 
 
 NO_PATHS = {

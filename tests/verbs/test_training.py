@@ -30,7 +30,7 @@ def test_config_toml_of_a_run_runs_again(run: Run, finished: Path, tmp_path: Pat
 
 def test_a_folder_that_holds_a_run(run: Run, finished: Path) -> None:
     refused(run("train", finished / "config.toml"), 1, str(finished), "--resume", "--overwrite")
-    refused(run("train", finished / "config.toml", "--resume", "--overwrite"), 1, "give one of them")
+    refused(run("train", finished / "config.toml", "--resume", "--overwrite"), 2, "give one of them")
     status, _, err = run("train", finished / "config.toml", "--resume")
     assert (status, err) == (0, "")
 

@@ -18,16 +18,16 @@ def test_merge_writes_what_transformers_reads(run: Run, finished: Path, tmp_path
 
 
 def test_merge_without_a_folder_ignores_no_flag(run: Run) -> None:
-    refused(run("merge", "a", "--overwrite"), 1, "--overwrite does nothing without OUT")
-    refused(run("merge", "a", "--onto", "original"), 1, "--onto does nothing without OUT")
+    refused(run("merge", "a", "--overwrite"), 2, "--overwrite does nothing without OUT")
+    refused(run("merge", "a", "--onto", "original"), 2, "--onto does nothing without OUT")
 
 
 def test_export_ignores_no_flag(run: Run) -> None:
-    refused(run("export", "a", "b", "--to", "peft", "--dtype", "float16"), 1, "--dtype does nothing with --to peft")
-    refused(run("export", "a", "b", "--to", "hf", "--model.path", "c"), 1, "--model.path does nothing with --to hf")
-    refused(run("export", "a", "b", "--to", "hf", "--force"), 1, "--force does nothing with --to hf")
+    refused(run("export", "a", "b", "--to", "peft", "--dtype", "float16"), 2, "--dtype does nothing with --to peft")
+    refused(run("export", "a", "b", "--to", "hf", "--model.path", "c"), 2, "--model.path does nothing with --to hf")
+    refused(run("export", "a", "b", "--to", "hf", "--force"), 2, "--force does nothing with --to hf")
 
 
 @pytest.mark.parametrize("args", [["--weights", "[]"], ["--weights", "[1]", "--tensor", "norm.weight"]])
 def test_explain_ignores_nothing(run: Run, args: list[str]) -> None:
-    refused(run("explain", *args), 1, "--weights")
+    refused(run("explain", *args), 2, "--weights")
