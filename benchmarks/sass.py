@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +50,30 @@ class Listing:
 
 
 def parse(text: str) -> dict[str, Listing]:
-    """The functions in what `nvdisasm -c` prints. A loop runs from a label to the last jump back to it."""
-    found: dict[str, Listing] = {}
-    for section in re.split(r"^//-+ \.text\.", text, flags=re.MULTILINE)[1:]:
-        name = section.split()[0]
-        opcodes, labels, loops = list[str](), dict[str, int](), dict[int, int]()
-        for line in section.splitlines():
-            if label := re.match(r"^(\.L_\w+):", line):
-                labels[label[1]] = len(opcodes)
-            elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
-                if code[1] == "NOP":
-                    continue
-                opcodes.append(code[1])
-                target = re.search(r"`\((\.L_\w+)\)", code[2])
-                if code[1].startswith("BRA") and target and target[1] in labels:
-                    loops[labels[target[1]]] = len(opcodes)
-        # The last instruction jumps to itself for ever: a guard behind the end.
-        loops = {start: stop for start, stop in loops.items() if stop - start > 1}
-        if opcodes and opcodes[-1] == "BRA":
-            opcodes.pop()
-        found[name] = Listing(tuple(opcodes), tuple(loops.items()))
-    return found
+    """The functions in what `nvdisasm -c` prints."""
+    sections = re.split(r"^//-+ \.text\.", text, flags=re.MULTILINE)[1:]
+    return {section.split()[0]: listing_of(section.splitlines()) for section in sections}
+
+
+def listing_of(lines: Sequence[str]) -> Listing:
+    """Jumps name a label or, without a cubin around the code, an address; a loop runs from it to the last jump back."""
+    opcodes, labels, loops = list[str](), dict[str, int](), dict[int, int]()
+    for line in lines:
+        if label := re.match(r"^(\.L_\w+):", line):
+            labels[label[1]] = len(opcodes)
+        elif code := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            labels[f"{int(code[1], 16):#x}"] = len(opcodes)
+            if code[2] == "NOP":
+                continue
+            opcodes.append(code[2])
+            target = re.search(r"`\((\.L_\w+)\)|(0x[0-9a-f]+) ;", code[3])
+            if code[2].startswith("BRA") and target and (to := target[1] or target[2]) in labels:
+                loops[labels[to]] = len(opcodes)
+    # The last instruction jumps to itself for ever: a guard behind the end.
+    loops = {start: stop for start, stop in loops.items() if stop - start > 1}
+    if opcodes and opcodes[-1] == "BRA":
+        opcodes.pop()
+    return Listing(tuple(opcodes), tuple(loops.items()))
 
 
 @cache
@@ -85,6 +89,28 @@ def disassemble(cubin: bytes) -> dict[str, Listing]:
         file.write(cubin)
         file.flush()
         return parse(_output(tool("nvdisasm"), "-c", file.name))
+
+
+def disassemble_each(cubins: Sequence[bytes]) -> list[Listing]:
+    """The one function of each cubin, all of one architecture. nvdisasm takes half a second to begin, so that it begins
+    once and gets their code as one piece, of 16 bytes an instruction."""
+    if not cubins:
+        return []
+    with tempfile.TemporaryDirectory() as work:
+        for i, cubin in enumerate(cubins):
+            (Path(work) / f"{i}.cubin").write_bytes(cubin)
+            extract = [tool("cuobjdump"), "-xtext", "all", f"{i}.cubin"]
+            subprocess.run(extract, cwd=work, check=True, capture_output=True)
+        files = [next(Path(work).glob(f"{i}-*.bin")) for i in range(len(cubins))]
+        codes = [file.read_bytes() for file in files]
+        [arch] = {re.sub(r".*\.sm_(\w+)\.elf\.bin", r"SM\1", file.name) for file in files}
+        whole = Path(work) / "whole"
+        whole.write_bytes(b"".join(codes))
+        told = _output(tool("nvdisasm"), "--binary", arch, str(whole))
+    lines = re.findall(r"^ +/\*[0-9a-f]{4,}\*/.*", told, flags=re.MULTILINE)
+    ends = list(accumulate(len(code) // 16 for code in codes))
+    assert ends[-1] == len(lines)
+    return [listing_of(lines[start:end]) for start, end in pairwise([0, *ends])]
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -149,12 +175,14 @@ class Compiled:
     resources: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(kernel: Kernel, arch: int) -> "Compiled":
-        compiled = kernel.compile(arch)
-        cubin = compiled.asm["cubin"]
-        [listing] = disassemble(cubin).values()
-        # The cubin has none of the shared memory that a launch adds.
-        return Compiled(kernel, arch, listing, resources(cubin) | {"shared": compiled.metadata.shared})
+    def each(kernels: Sequence[Kernel], arch: int) -> list["Compiled"]:
+        made = [kernel.compile(arch) for kernel in kernels]
+        cubins = [compiled.asm["cubin"] for compiled in made]
+        return [
+            # The cubin has none of the shared memory that a launch adds.
+            Compiled(kernel, arch, listing, resources(cubin) | {"shared": compiled.metadata.shared})
+            for kernel, compiled, cubin, listing in zip(kernels, made, cubins, disassemble_each(cubins), strict=True)
+        ]
 
     @property
     def per_weight(self) -> float:
@@ -420,10 +448,9 @@ def _cases(archs: Sequence[int], names: Sequence[str], only_ours: bool) -> list[
     found = []
     for arch in archs:
         peers = {} if only_ours else peer_counts(arch)
-        for kernel in kernels(arch):
-            if kernel.name in names:
-                alike = kernel.name.replace(", shuffle", "").removesuffix(", nested")  # no peer copies columns
-                found.append(_case(Compiled.of(kernel, arch), peers.get(alike)))
+        for done in Compiled.each([kernel for kernel in kernels(arch) if kernel.name in names], arch):
+            alike = done.kernel.name.replace(", shuffle", "").removesuffix(", nested")  # no peer copies columns
+            found.append(_case(done, peers.get(alike)))
     return found
 
 

@@ -1,11 +1,12 @@
 """The counter of instructions on a fixed listing, in the form that nvdisasm prints."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import sass
-from benchmarks.sass import Compiled, Kernel, Listing, _rows, main, parse
+from benchmarks.sass import Compiled, Kernel, Listing, _rows, listing_of, main, parse
 
 LISTING = """\
 	.headerflags	@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
@@ -56,6 +57,14 @@ def test_loops_are_jumps_back() -> None:
     assert first.longest_loop.opcodes == ("LDG.E.128.CONSTANT", "FMUL", "SHFL.IDX", "BRA", "IADD3", "BRA")
     assert first.has("STG.E.128")
     assert not first.longest_loop.has("STG.E.128")
+
+
+def test_code_without_a_cubin_around_it_jumps_to_addresses() -> None:
+    """The same loops, of a function that does not begin at zero."""
+    labels = {".L_x_0": 0x1030, ".L_x_1": 0x1050, ".L_x_2": 0x10D0, ".L_x_3": 0x10C0}
+    lines = [line.replace("/*00", "/*10") for line in LISTING.partition("//--")[2].splitlines() if "/*" in line]
+    lines = [re.sub(r"`\((\.L_x_\d)\) ?;", lambda label: f"{labels[label[1]]:#x} ;", line) for line in lines]
+    assert listing_of(lines[:-1]) == parse(LISTING)["first"]
 
 
 def test_instructions_a_weight() -> None:
