@@ -25,6 +25,9 @@ from minilora.train.run_folder import config_toml
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated, so before any of them is imported
+    from interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
