@@ -47,7 +47,7 @@ def test_any_block_size(block_size: int) -> None:
 
 
 def test_many_nested_blocks() -> None:
-    assert_same(weight(70, 1024))
+    assert_same(weight(34, 1024))
 
 
 def test_on_and_beside_every_threshold() -> None:
