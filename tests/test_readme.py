@@ -25,9 +25,14 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with a Mistral folder, two data files, an adapter where the demo leaves it, and the checkout's package."""
+    """A home with a Mistral folder, chats, an adapter where the demo leaves it, and the first of the demo's chats."""
     home = tmp_path_factory.mktemp("readme")
-    (home / "minilora").symlink_to(ROOT / "minilora")
+    data = home / "minilora/demo/data"
+    data.mkdir(parents=True)
+    for name in ("chat_test", "chat_validation"):
+        lines = (ROOT / f"minilora/demo/data/{name}.jsonl").read_text().splitlines(keepends=True)
+        (data / f"{name}.jsonl").write_text("".join(lines[:30]))
+    (home / "chats.jsonl").write_bytes((data / "chat_validation.jsonl").read_bytes())
     (home / ".venv/bin").mkdir(parents=True)
     (home / ".venv/bin/activate").touch()  # the package is on PATH already
     model = minilora.load_model("demo", quantize="nf4", dtype=torch.float32)
@@ -35,11 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     minilora.add_lora(model, minilora.LoraConfig(rank=2))
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)
-    validation = str(ROOT / "minilora/demo/data/chat_validation.jsonl")
+    validation = str(data / "chat_validation.jsonl")
     provenance = {"base_path": "demo", "quantize": "nf4", "double_quant": True, "validation_path": validation}
     minilora.save_adapter(model, home / "runs/demo/adapter", provenance=provenance)
-    lines = Path(validation).read_text().splitlines(keepends=True)
-    (home / "chats.jsonl").write_text("".join(lines[:30]))
     return home
 
 
