@@ -49,12 +49,18 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedToke
     return made
 
 
+@cache
+def controls(tokenizer: Tokenizer) -> tuple[re.Pattern[str], dict[str, int]]:
+    """Any of the control pieces, and their ids."""
+    model = tokenizer._model
+    ids = {model.id_to_piece(i): i for i in range(tokenizer.vocab_size) if model.is_control(i)}
+    return re.compile(f"({'|'.join(map(re.escape, ids))})"), ids
+
+
 def by_pieces(tokenizer: Tokenizer, rendered: str) -> list[int]:
     """As llama.cpp encodes a rendered string: control pieces by their ids, each text between them by itself."""
-    model = tokenizer._model
-    controls = {model.id_to_piece(i): i for i in range(tokenizer.vocab_size) if model.is_control(i)}
-    parts = re.split(f"({'|'.join(map(re.escape, controls))})", rendered)
-    return [i for part in parts for i in ([controls[part]] if part in controls else tokenizer.encode(part))]
+    any_of_them, ids = controls(tokenizer)
+    return [i for part in any_of_them.split(rendered) for i in ([ids[part]] if part in ids else tokenizer.encode(part))]
 
 
 class Conversations:
