@@ -49,7 +49,7 @@ def verb_parser(verb: Verb) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True) -> Namespace:
-    """The parsed arguments. Raises UsageError for what is wrong with them.
+    """The parsed arguments. Raises UsageError for what is wrong with them, UserError for what a file may have said.
 
     instantiate: with the configurations made of them, which hold them against one another
     """
@@ -58,13 +58,19 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
         for name in PATHS:
             if isinstance(path := parsed.get(name), str):
                 if not path:  # what an unset variable gives
-                    raise UsageError(f"{name} is empty; name a file or folder, or leave it out")
+                    raise _error_of(parsed)(f"{name} is empty; name a file or folder, or leave it out")
                 parsed[name] = os.path.expanduser(path)  # which a shell leaves in --name=~/x
-        return parser.instantiate(parsed) if instantiate else parsed
     except (ArgumentError, OverflowError) as error:
         raise UsageError(f"{_in_our_words(error, parser)}; see {parser.prog} --help") from None
+    try:
+        return parser.instantiate(parsed) if instantiate else parsed
     except UserError as error:  # of an option's value; files have been read alone
         raise UsageError(str(error)) from None
+
+
+def _error_of(parsed: Namespace) -> type[UserError]:
+    """What to raise for what may stand in a file, if there is one, or have been an option."""
+    return UserError if parsed.get("config") else UsageError
 
 
 def _in_our_words(error: Exception, parser: ArgumentParser) -> str:
@@ -122,15 +128,15 @@ def run_parser(verb: Verb, words: str = "[CONFIG.toml]", options: str = "") -> A
 
 
 def parse_run(parser: ArgumentParser, args: Sequence[str], file_first: bool = True) -> tuple[RunConfig, Namespace]:
-    """The configuration, and all that was parsed. Raises UserError for what is wrong in a file, UsageError else.
+    """The configuration, and all that was parsed. Raises as `parse` does, and UserError for what is wrong in a file.
 
     file_first: the first word that is no option and no option's value is a TOML file
     """
     parsed = parse(parser, [*_files_then_options(parser, args, file_first)])
     try:
         return RunConfig(**{f.name: getattr(parsed, f.name) for f in fields(RunConfig)}), parsed
-    except UserError as error:  # of keys that do not go together, wherever they stand
-        raise UsageError(str(error)) from None
+    except UserError as error:  # of keys that do not go together
+        raise _error_of(parsed)(str(error)) from None
 
 
 def begin_with_demo(parser: ArgumentParser, args: Sequence[str]) -> bool:

@@ -35,15 +35,27 @@ def test_an_unknown_flag(run: Run, verb: str, toml: Path) -> None:
         (["--train.seed", str(2**63)], ["train.seed is 9223372036854775808"]),
         (["--train.lr", "-1"], ["train.lr is -1"]),
         (["--data.max_seq_len", "1"], ["data.max_seq_len is 1"]),
-        (["--train.strategy", "full", "--model.quantize", "nf4"], ["train.strategy", "model.quantize"]),
-        (["--train.strategy", "full", "--lora.dora", "true"], ["lora.dora is for lora and qlora"]),
         (["--train.reinit", "top:x"], ["train.reinit is 'top:x'"]),
-        (["--train.strategy", "partial"], ["needs train.layers"]),
     ],
 )
 def test_a_wrong_flag_of_train(run: Run, toml: Path, flags: list[str], words: list[str]) -> None:
-    """Whether a type refuses the value, a key's range, or other keys."""
+    """Whether a type refuses the value or a key's range."""
     refused(run("train", toml, *flags), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--train.strategy", "full", "--model.quantize", "nf4"], ["train.strategy", "model.quantize"]),
+        (["--train.strategy", "full", "--lora.dora", "true"], ["lora.dora is for lora and qlora"]),
+        (["--train.strategy", "partial"], ["needs train.layers"]),
+        (["--train.output="], ["train.output is empty"]),
+    ],
+)
+def test_what_a_file_may_have_said_is_no_wrong_usage(run: Run, toml: Path, flags: list[str], words: list[str]) -> None:
+    """Of keys that do not go together; without a file it is."""
+    refused(run("train", toml, *flags), 1, *words)
+    refused(run("train", *flags), 2, *words)
 
 
 @pytest.mark.parametrize(

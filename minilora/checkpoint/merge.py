@@ -8,7 +8,7 @@ W' may be (`Route`)
 
 The first is exact but for one rounding. The others put back, or add, an error of quantization that training never saw
 (https://github.com/huggingface/peft/issues/2321 shows what becomes of it), so what they lose is measured
-(`evaluate/merge_audit.py`).
+(`evaluate/merge_pass.py`).
 """
 
 from dataclasses import replace

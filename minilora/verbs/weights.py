@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from minilora import arguments
 from minilora.arguments import refuse_idle
@@ -146,7 +146,7 @@ def explain(args: list[str]) -> None:
     parser = arguments.verb_parser(explain)
     parser.add_argument("--weights", type=list[float], help="the numbers of the block, such as [0.1,-0.2]")
     parser.add_argument("--tensor", help="take the block from this tensor of --model.path, such as model.norm.weight")
-    parser.add_argument("--block", type=int, default=0, help="which block of the tensor")
+    parser.add_argument("--block", type=NonNegativeInt, default=0, help="which block of the tensor")
     parser.add_argument("--seed", type=arguments.Seed, default=0, help="of a random block, where neither is given")
     parser.add_argument("--model.path", default="demo")
     parsed = arguments.parse(parser, args)
