@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
 
+from minilora.arguments import Verb
 from minilora.errors import UserError, is_out_of_memory, of_system
 from minilora.train.signals import Stopped
 from minilora.verbs import terminal
@@ -18,7 +19,7 @@ from minilora.verbs.training import compare, data, demo, train, verify
 from minilora.verbs.weights import explain, export, inspect, merge, quantize
 
 _ALL = (demo, train, data, compare, evaluate, generate, chat, serve, quantize, merge, export, inspect, explain, verify)
-VERBS: dict[str, Callable[[list[str]], None]] = {verb.__name__: verb for verb in _ALL}
+VERBS: dict[str, Verb] = {verb.__name__: verb for verb in _ALL}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
