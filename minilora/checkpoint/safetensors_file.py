@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -198,3 +199,11 @@ def write_safetensors(file: Path, tensors: Iterable[Tensor], lines: Sequence[Lin
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, but {dtype} {shape} was announced")
             opened.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes that a file has of the tensor; a GPU's are copied piece by piece, never all at once."""
+    value = 0
+    for piece in tensor.detach().contiguous().view(-1).view(torch.uint8).split(1 << 22):
+        value = crc32(piece.cpu().numpy().data, value)
+    return value

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from minilora.checkpoint.merge import merged_weight, plain_weight, refuse_prefix
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.nf4_file import nf4_tensors
 from minilora.checkpoint.open import open_checkpoint
+from minilora.checkpoint.safetensors_file import checksum
 from minilora.config import Route
 from minilora.data.encode import Sample
 from minilora.data.pack import batches
@@ -78,7 +78,7 @@ class MergePass:
                 stored = {route: _stored(weight) for route, weight in made.items()}
                 for route, tensors in stored.items():
                     self.n_bytes[route] += sum(tensor.nbytes for tensor in tensors)
-                    self.sums[spec.name] = [_checksum(tensor) for tensor in tensors]
+                    self.sums[spec.name] = [checksum(tensor) for tensor in tensors]
                 yield spec.name, stored
                 done += prod(spec.shape)
                 self.progress(done, self.config.n_parameters)
@@ -106,7 +106,7 @@ class MergePass:
         for spec in written.tensors():
             self.may_stop()
             weight = written.nf4[spec.name].read() if spec.name in written.nf4 else written.read(spec)
-            if [_checksum(tensor) for tensor in _stored(weight)] != self.sums[spec.name]:
+            if [checksum(tensor) for tensor in _stored(weight)] != self.sums[spec.name]:
                 raise UserError(f"{folder}: read back, {spec.name} differs; is the disk sound? merge again")
 
     def _part(self, name: str, specs: list[TensorSpec]) -> dict[TensorSpec, dict[Route, Tensor | NF4Tensor]]:
@@ -196,7 +196,3 @@ def _part_of(spec: TensorSpec) -> str:
 def _stored(weight: Tensor | NF4Tensor) -> list[Tensor]:
     """The tensors that a file has of it."""
     return nf4_tensors(weight) if isinstance(weight, NF4Tensor) else [weight]
-
-
-def _checksum(tensor: Tensor) -> int:
-    return crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from zlib import crc32
 
 import torch
 from torch import nn
 
 from minilora.checkpoint.adapter import read_adapter
 from minilora.checkpoint.names import tensor_specs
+from minilora.checkpoint.safetensors_file import checksum
 from minilora.config import ModelConfig, PrefixConfig, RunConfig, TrainConfig
 from minilora.errors import UserError
 from minilora.fast_block import fuse
@@ -101,7 +101,7 @@ class MovementCheck:
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
-        self.start = {name: _checksum(p) for name, p in parameters.items()}
+        self.start = {name: checksum(p) for name, p in parameters.items()}
 
     def still(self, updates: int, lr: float) -> list[str]:
         """The tensors that got no gradient, or did not move though they should have after `updates` updates by `lr`."""
@@ -111,14 +111,6 @@ class MovementCheck:
                 continue
             if p.grad is None or not p.grad.any():
                 still.append(f"{name} (got no gradient)")
-            elif _checksum(p) == self.start[name] and p.abs().min() < large:
+            elif checksum(p) == self.start[name] and p.abs().min() < large:
                 still.append(f"{name} (did not move)")
         return still
-
-
-def _checksum(p: nn.Parameter) -> int:
-    """Of its bytes, so that no copy of all that learns is kept; piece by piece, so that none is made, either."""
-    checksum = 0
-    for piece in p.detach().flatten().split(1 << 20):
-        checksum = crc32(piece.cpu().numpy().data, checksum)
-    return checksum

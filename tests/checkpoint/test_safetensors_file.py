@@ -2,6 +2,7 @@
 
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import raw_safetensors
 
-from minilora.checkpoint.safetensors_file import read_header, write_safetensors
+from minilora.checkpoint.safetensors_file import checksum, read_header, write_safetensors, write_tensors
 from minilora.errors import UserError
 
 
@@ -121,3 +122,15 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
 def test_tensors_must_be_as_announced(tmp_path: Path, given: list[torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=r"argument|announced"):
         write_safetensors(tmp_path / "x.safetensors", given, [("a", torch.float32, (4,))])
+
+
+def test_a_checksum_is_of_all_bytes_as_they_are_written(tmp_path: Path) -> None:
+    """Also of more than a piece, of what lies otherwise in memory, and of a single number."""
+    long = torch.arange(3 << 20, dtype=torch.float32)
+    for tensor in (long.view(3, -1).T, long.bfloat16(), torch.tensor(2.5)):
+        write_tensors(tmp_path / "x.safetensors", {"x": tensor})
+        data = (tmp_path / "x.safetensors").read_bytes()
+        assert checksum(tensor) == zlib.crc32(data[8 + int.from_bytes(data[:8], "little") :])
+    changed = long.clone()
+    changed[-1] += 1
+    assert checksum(changed) != checksum(long)
