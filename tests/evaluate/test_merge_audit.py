@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from minilora.base import Base
 from minilora.checkpoint.adapter import load_adapter, read_adapter, save_adapter
 from minilora.checkpoint.load import load_model
+from minilora.checkpoint.merge import requantized_weight
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.checkpoint.safetensors_file import TensorEntry
@@ -26,7 +27,9 @@ from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.evaluate.merge_audit import MergeAudit, audit_routes, merge_with_audit
+from minilora.linear import NF4Linear
 from minilora.lora import LoRALinear, add_lora
+from minilora.nf4 import quantize_nf4
 from minilora.tokenizer import load_tokenizer
 from minilora.train.signals import Stopped
 
@@ -272,3 +275,13 @@ def test_adapters_that_learnt_nothing_merge_too(tmp_path: Path, tiny_base: Path,
     assert not replace(audit, routes={"trained": replace(audit.base, mean_kl=1e-3)}).passed("trained")
     little = replace(audit.base, mean_kl=1e-5)  # of an adapter that learnt little all may be lost, below any rounding
     assert not replace(audit, base=little, routes={"trained": little}).passed("trained")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_requantized_a_layer_without_an_adapter_keeps_its_bytes(double_quant: bool) -> None:
+    """Unless it is to be stored otherwise."""
+    weight = quantize_nf4(torch.randn(4, 128, generator=torch.Generator().manual_seed(0)))
+    made = requantized_weight(NF4Linear(weight), double_quant, torch.bfloat16)
+    assert (made.nested_absmax is not None, made.dtype) == (double_quant, torch.bfloat16)
+    if double_quant:
+        assert all(torch.equal(a, b) for a, b in zip(made.parts, weight.parts, strict=True))
