@@ -4,12 +4,17 @@ A 7B's step on a few hundred tokens is over on a fast GPU before its host has ma
 one shape, so the launches of one step are those of the next: they are recorded once and replayed, on other numbers in
 the same memory.
 
-    first batch of a shape     run as it comes: kernels are compiled, libraries choose theirs
-    second                     recorded, and replayed
-    all others                 copied to where the recorded kernels read, and replayed
+    first batch                   run as it comes: kernels are compiled, libraries choose theirs
+    the next, and the first of    recorded, and replayed
+        every other shape
+    all others                    copied to where the recorded kernels read, and replayed
 
-A shape is rows, length, and how many runs there is space for. Nothing in between may depend on a number that only the
-GPU knows: the loss goes over all rows, not over those with a target.
+A shape is rows, length, and how many runs there is space for; which kernels run follows from rows and length alone.
+Nothing in between may depend on a number that only the GPU knows: the loss goes over all rows, not over those with a
+target.
+
+Recorded memory is lent to no one else. So graphs share theirs, and a step runs as it comes only where there are none:
+beside them it would need a step's memory again.
 """
 
 import torch
@@ -53,8 +58,9 @@ class StepGraphs:
             space *= 4
         shape = (*batch.tokens.shape, space)
         if shape not in self._graphs:
-            if shape not in self._seen:
-                self._seen.add(shape)
+            if shape[:2] not in self._seen:
+                self._seen.add(shape[:2])
+                self.release()
                 return self._plain(batch, factor)
             if len(self._graphs) == MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]

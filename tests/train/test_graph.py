@@ -17,6 +17,7 @@ from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
 from minilora.generation import generate
 from minilora.model import Mistral
+from minilora.train import graph
 from minilora.train.graph import MOST_GRAPHS, StepGraphs
 from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, backward_of, train_step
@@ -29,6 +30,36 @@ LENGTH = 64
 def test_without_a_gpu_steps_run_as_they_come() -> None:
     model = apply_strategy(tiny_model(), RunConfig(lora=LoraConfig(rank=4)))
     assert not StepGraphs.serve(model)
+
+
+def test_a_step_runs_as_it_comes_only_beside_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would need a step's memory twice. Recording itself needs a GPU."""
+    done = list[str]()
+
+    class Recorded:
+        def __init__(self, *_: object) -> None:
+            done.append("record")
+
+        def replay(self, *_: object) -> torch.Tensor:
+            done.append("replay")
+            return torch.zeros(())
+
+    monkeypatch.setattr(graph, "_Recorded", Recorded)
+    model = apply_strategy(tiny_model(), RunConfig(lora=LoraConfig(rank=4)))
+    steps = StepGraphs(model, optimizer_for(trainable(model), RunConfig()))
+
+    def plain(*_: object) -> torch.Tensor:
+        assert not steps._graphs
+        done.append("as it comes")
+        return torch.zeros(())
+
+    monkeypatch.setattr(steps, "_plain", plain)
+    few, many, other = (batch_of([[length] * (LENGTH // length)]) for length in (LENGTH, 4, LENGTH // 2))
+    taller = batch_of([[LENGTH], [LENGTH]])
+    for batch in (few, few, many, few, other, taller, taller, few):
+        steps(batch, 1.0)
+    first = ["as it comes", "record", "replay", "record", "replay", "replay", "replay"]
+    assert done == [*first, "as it comes", "record", "replay", "record", "replay"]
 
 
 @pytest.fixture
@@ -47,19 +78,25 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Mistral]:
 
 def batches(n: int, most_samples: int = 6) -> list[PackedBatch]:
     """Two rows each, of unlike samples."""
-    draw, made = np.random.default_rng(0), list[PackedBatch]()
-    for _ in range(n):
-        samples, rows = list[Sample](), list[list[int]]()
-        for _ in range(2):
-            lengths = draw.multinomial(LENGTH - 10, [1 / most_samples] * int(draw.integers(1, most_samples + 1))) + 1
-            rows.append([])
-            for length in lengths:
-                rows[-1].append(len(samples))
-                mask = draw.random(length + 1) < 0.5
-                mask[-1] = True
-                samples.append(Sample(draw.integers(14, TINY.vocab_size, length + 1, dtype=np.int32), mask, "f"))
-        made.append(make_batch(samples, rows, LENGTH))
-    return made
+    draw = np.random.default_rng(0)
+
+    def lengths() -> list[int]:
+        shares = [1 / most_samples] * int(draw.integers(1, most_samples + 1))
+        return (draw.multinomial(LENGTH - 10, shares) + 1).tolist()
+
+    return [batch_of([lengths(), lengths()], draw) for _ in range(n)]
+
+
+def batch_of(lengths: list[list[int]], draw: np.random.Generator | None = None) -> PackedBatch:
+    """A row for each list, of samples that are so long."""
+    draw, samples, rows = draw or np.random.default_rng(0), list[Sample](), list[list[int]]()
+    for row in lengths:
+        rows.append(list(range(len(samples), len(samples) + len(row))))
+        for length in row:
+            mask = draw.random(length + 1) < 0.5
+            mask[-1] = True
+            samples.append(Sample(draw.integers(14, TINY.vocab_size, length + 1, dtype=np.int32), mask, "f"))
+    return make_batch(samples, rows, LENGTH)
 
 
 @pytest.mark.gpu
