@@ -84,7 +84,11 @@ class Steps:
     def _recorded(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Only the host works meanwhile: positions and cache stay what they are. Adapters are cast before, once."""
         graph = torch.cuda.CUDAGraph()
-        with casts(self._model, self._model.dtype) as self._casts, torch.cuda.graph(graph):
+        with (
+            casts(self._model, self._model.dtype) as self._casts,
+            torch.cuda.stream(torch.cuda.current_stream()),  # a recording that fails would leave its own stream current
+            torch.cuda.graph(graph),
+        ):
             logits = self.step()
         return graph, logits
 
