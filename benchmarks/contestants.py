@@ -71,12 +71,14 @@ def peer(
     checkpointing: bool,
     prepared: bool,
     compute: str | None = None,
+    autocast: bool = False,
     compiled: bool = False,
 ) -> Step:
     """The usual stack, in train mode (in eval mode bitsandbytes would repack the weights for inference).
 
     attention: "sdpa" or "eager"; prepared: by `prepare_model_for_kbit_training`, which makes norms, embedding and head
-    float32; form: see `peer_batches`; compute: what the 4-bit layers compute in, `dtype` if None; compiled: each
+    float32; form: see `peer_batches`; compute: what the 4-bit layers compute in, `dtype` if None; autocast: to `dtype`,
+    as transformers' Trainer does with `bf16`: else PEFT multiplies with adapters in float32, theirs; compiled: each
     decoder layer by torch.compile
     """
     import transformers
@@ -99,16 +101,22 @@ def peer(
     same_adapters(weights)
     optimizer = adamw(p for _, p in weights)
     batches, tokens, turns = peer_batches(feed, form), tokens_of_steps(feed), count()
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        # Without a cache: with one, positions that begin anew would not keep the samples of a flat row apart.
+        with torch.autocast("cpu", getattr(torch, dtype), enabled=autocast):
+            loss: Tensor = model(**batch, use_cache=False).loss
+        return loss
+
     if compiled:
         for layer in model.base_model.model.model.layers:
             layer.compile()
-        _compile_all(lambda batch: model(**batch, use_cache=False).loss.backward(), batches)
+        _compile_all(lambda batch: loss_of(batch).backward(), batches)
 
     def step() -> dict[str, Any]:
         turn = next(turns) % len(batches)
         optimizer.zero_grad()
-        # Without a cache: with one, positions that begin anew would not keep the samples of a flat row apart.
-        loss: Tensor = model(**batches[turn], use_cache=False).loss
+        loss = loss_of(batches[turn])
         loss.backward()
         optimizer.step()
         return {"loss": float(loss), "tokens": tokens[turn]}

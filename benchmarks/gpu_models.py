@@ -84,8 +84,9 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
     return steps(where, begin, {"train": train, "generate": continue_})
 
 
-def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False) -> Step:
-    """The usual stack; prepared: by `prepare_model_for_kbit_training`. Attention by sdpa."""
+def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False, autocast: bool = False) -> Step:
+    """The usual stack; prepared: by `prepare_model_for_kbit_training`; autocast: as transformers' Trainer does with
+    `bf16`, without which PEFT multiplies with adapters in float32. Attention by sdpa."""
     config, where = shape(shape_name), torch.device(device)
     model = peer_model(config, where)
     model = peft_model(model, checkpointing=False, prepared=prepared) if adapters else model.eval()
@@ -104,7 +105,8 @@ def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False) -
             base.gradient_checkpointing_disable()
         [batch] = peer_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size}, "rows")
         state["optimizer"].zero_grad()
-        loss = model(**{name: part.to(where) for name, part in batch.items()}, use_cache=False).loss
+        with torch.autocast(where.type, compute_dtype(where), enabled=autocast):
+            loss = model(**{name: part.to(where) for name, part in batch.items()}, use_cache=False).loss
         loss.backward()
         state["optimizer"].step()
         return {"loss": float(loss)}

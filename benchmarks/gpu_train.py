@@ -1,10 +1,10 @@
 """A whole QLoRA step of the 7B on a GPU against transformers + peft + bitsandbytes: `benchmarks.gpu` runs it.
 
-Each side is a process with its model on the device (`gpu_models`); they step in turns. Ours and the peer, plain and
-prepared for k-bit training, each keep all activations or checkpoint them; ours can keep the decoded weights as well,
-or decode them ahead (`ahead.py`), and races alone then, right after the others. A ratio is against the fastest of the
-peer's that does the same, and of all that the peer has. Who has another first loss did other work and is out. Where
-torchtune can be imported it is one more peer (`gpu_torchtune`), with ratios of its own.
+Each side is a process with its model on the device (`gpu_models`); they step in turns. Ours and the peer, plain, under
+autocast, and under autocast prepared for k-bit training, each keep all activations or checkpoint them; ours can keep
+the decoded weights as well, or decode them ahead (`ahead.py`), and races alone then, right after the others. A ratio is
+against the fastest of the peer's that does the same, and of all that the peer has. Who has another first loss did
+other work and is out. Where torchtune can be imported it is one more peer (`gpu_torchtune`), with ratios of its own.
 
 Then our memory: of each policy what the ledger predicts, what was allocated at most in a step that ran as it came, and
 what was reserved when steps are replayed, from the recorded one on; and last, when those processes have gone, for one
@@ -29,6 +29,7 @@ DRY_SHAPE, DRY_LENGTHS = "tiny", (16,)
 # The decoded weights last: what the others hold of memory is least then.
 POLICIES = {"kept": Keep.ALL, "checkpointed": Keep.INPUT, "kept with the decoded weights": Keep.WEIGHTS}
 LONGEST, DRY_LONGEST = 43_008, 32
+PEERS = ((), ("autocast",), ("prepared", "autocast"))
 ROUNDS, CAP_S, STEP_CAP_S = 7, 12.0, 60.0
 RTOL = 5e-3  # of the first losses: 16 bits on both sides
 
@@ -41,8 +42,8 @@ def measure(device: torch.device) -> dict[str, Any]:
     contestants = [
         Contestant("minilora", "benchmarks.gpu_models:ours", arguments),
         *(
-            Contestant(f"peft{said}", "benchmarks.gpu_models:peer", arguments | {"prepared": prepared})
-            for said, prepared in ((", prepared", True), (", plain", False))[: 1 if is_dry else 2]
+            Contestant(", ".join(("peft", *how)), "benchmarks.gpu_models:peer", arguments | dict.fromkeys(how, True))
+            for how in PEERS[: 1 if is_dry else None]
         ),
     ]
     if gpu_torchtune.is_there() and not is_dry:  # whose quantizer takes no weights as small as a dry run's

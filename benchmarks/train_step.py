@@ -105,8 +105,9 @@ def our_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
 def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
     """{sdpa, eager} x {checkpointing off, on} x {plain, prepared}; real samples flat, and padded (sdpa).
 
-    In bf16 cells also with float32 as the compute dtype of the 4-bit layers: a user whose CPU has no bf16 instructions
-    would set it. And, for speed, each layer compiled: sdpa without checkpointing. What may be fastest comes first.
+    For speed, of sdpa without checkpointing, also each layer compiled; in bf16 cells both under autocast, too, and with
+    float32 as the compute dtype of the 4-bit layers, which a user whose CPU has no bf16 instructions would set. What
+    may be fastest comes first.
     """
     forms = ("flat", "padded") if cell.samples else ("rows",)
     ways = [
@@ -115,7 +116,8 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
         if not (form == "padded" and attention == "eager")
     ]
     fast = [way for way in ways if way["attention"] == "sdpa" and not way["checkpointing"]]
-    first = fast + [way | {"compiled": True} for way in fast]
+    plain = fast if cell.dtype == "float32" else [*fast, *(way | {"autocast": True} for way in fast)]
+    first = plain + [way | {"compiled": True} for way in plain]
     if cell.dtype != "float32":
         wide = [way | {"compute": "float32"} for way in ways if way["attention"] == "sdpa" and way["prepared"]]
         first = wide + first  # before all others, which are measured by their speed where bf16 is slow
@@ -126,6 +128,7 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
         name += ", checkpointing" if way["checkpointing"] else ""
         name += ", prepared" if way["prepared"] else ""
         name += ", computes in float32" if "compute" in way else ""
+        name += ", autocast" if "autocast" in way else ""
         name += COMPILED if "compiled" in way else ""
         name += f", {way['form']}" if cell.samples else ""
         arguments = {"base": base, "dtype": cell.dtype, "feed": feed, **way}

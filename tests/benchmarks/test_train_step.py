@@ -1,6 +1,7 @@
 """The comparison compares equal work, and all of it runs on a tiny model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarks import contestants, nf4_cpu, profile_step, train_step
 from benchmarks.feeds import load_samples, packed_batches, peer_batches, save_samples, tokens_of_steps
 from benchmarks.harness import Measured, Record
 from benchmarks.instructions import distribution, instruction_samples
+from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.shapes import block_linear_parameters, shape
 from benchmarks.train_step import QUICK, cells, our_variants, peer_variants
 from minilora.data.encode import Sample
@@ -69,7 +71,7 @@ def test_the_peer_is_taken_in_all_its_variants() -> None:
     assert set(cells()) == {f"{c}-{d}" for c in ("4x256", "1x1024", "instructions") for d in ("fp32", "bf16")}
     assert len(peer_variants(cells()["4x256-fp32"], "", {})) == 10
     assert len(peer_variants(cells()["instructions-fp32"], "", {})) == 16
-    assert len(peer_variants(cells()["1x1024-bf16"], "", {})) == 12
+    assert len(peer_variants(cells()["1x1024-bf16"], "", {})) == 16
     for variants in (our_variants(cells()["4x256-fp32"], "", {}), peer_variants(cells()["4x256-fp32"], "", {})):
         for name, contestant in variants.items():
             assert contestant.arguments.get("compiled", False) == ("compiled" in name)
@@ -171,6 +173,36 @@ def test_random_tokens_are_raced_beside_what_both_sides_share(tmp_path: Path) ->
     assert part["speed"]["same_losses"]["largest_relative_difference"] < 1e-4
     assert part["speed"]["shared_work"]["ratio"]["n_pairs"] == 2
     assert len(part["rows"]) == 3
+
+
+class Adapters(TorchDispatchMode):
+    """Remembers in which dtypes adapters are multiplied with, whose one side is the rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes = set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket == torch.ops.aten.mm and contestants.RANK in args[0].shape:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.filterwarnings("ignore")
+def test_under_autocast_the_peer_learns_the_same_and_faster_adapters(tmp_path: Path) -> None:
+    make_checkpoint(shape("tiny"), tmp_path / "m")
+    feed = {"rows": 2, "length": 32, "vocab_size": 512}
+    cell = replace(QUICK["quick"], dtype="bfloat16")
+    mine = contestants.ours(str(tmp_path / "m"), "bfloat16", feed, False)
+    losses, multiplied = [[mine()["loss"] for _ in range(3)]], []
+    for autocast in (False, True):
+        step = contestants.peer(str(tmp_path / "m"), "bfloat16", feed, "rows", "sdpa", False, False, autocast=autocast)
+        with Adapters() as seen:
+            losses.append([step()["loss"] for _ in range(3)])
+        multiplied.append(seen.dtypes)
+    assert multiplied == [{torch.float32}, {torch.bfloat16}]
+    assert all(train_step._are_equal(cell, losses[0], theirs) for theirs in losses[1:])
 
 
 @pytest.mark.slow
