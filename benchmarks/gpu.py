@@ -11,6 +11,7 @@ they are installed; no network. `--dry` runs all of it on a CPU on small data, t
 """
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -126,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
         parts[name] |= {"seconds_in_all": time.monotonic() - start, "machine": machine() | card}
         print(f"{name}: {parts[name]['seconds_in_all']:.0f} s", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()  # the processes of what follows need the room
         if writes:
             write_result("gpu", {"parts": {name: parts[name]}}, parsed.out)
     show({"parts": parts})
