@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_the_formula_is_the_count(name: str, keep: Keep) -> None:
     assert differences(name, keep) == []
 
 
+@cache
 def step(pretends: bool, n_steps: int = 1, ahead: Ahead | None = None) -> tuple[StepResult, list[Tensor], int]:
     """Of a small shape in float16: what it did, what it learnt and how many launches were seen."""
     sizes, rows, length, rank = SMALL["grouped heads"]
