@@ -112,7 +112,7 @@ class BaseConfig:
             trained so, else "none"
         double_quant: also store each NF4 block's absmax in 8 bits
         dtype: what is computed in; "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU
-        device: "auto" is the GPU if there is one
+        device: cpu, cuda or cuda:N; "auto" is the GPU if there is one
     """
 
     path: str = "demo"
@@ -122,6 +122,10 @@ class BaseConfig:
     double_quant: bool = True
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        fits = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device, re.ASCII)
+        _check(bool(fits), f"model.device is {self.device!r}, but must be auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def test_an_unknown_flag(run: Run, verb: str, toml: Path) -> None:
         (["--train.seed", "-1"], ["train.seed is -1"]),
         (["--train.seed", str(2**63)], ["train.seed is 9223372036854775808"]),
         (["--train.lr", "-1"], ["train.lr is -1"]),
+        (["--model.device", "gpu"], ["model.device is 'gpu'", "cuda:N"]),
         (["--data.max_seq_len", "1"], ["data.max_seq_len is 1"]),
         (["--train.reinit", "top:x"], ["train.reinit is 'top:x'"]),
     ],

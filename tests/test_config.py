@@ -38,6 +38,7 @@ MODEL: list[tuple[str, Any]] = [
     ("head_dim", 127),
 ]  # fmt: skip
 SECTIONS: list[tuple[type, str, Any]] = [
+    *((BaseConfig, "device", value) for value in ("", "gpu", "mps", "cuda:", "cuda:x", "cpu:0", "cuda:²")),
     *((LoraConfig, "rank", value) for value in (0, -4, 2**31, 2.5, "4", True, None)),
     *((LoraConfig, "alpha", value) for value in (0.0, -1.0, nan, inf, "32", None)),
     *((LoraConfig, "dropout", value) for value in (-0.1, 1.0, 2.0, nan)),
@@ -62,7 +63,14 @@ SECTIONS: list[tuple[type, str, Any]] = [
       for value in (0, -1, 2**31)),
     *((EvalConfig, name, value) for name in ("patience", "samples", "answers") for value in (-1, 10**20)),
 ]  # fmt: skip
-SECTION_OF = {LoraConfig: "lora", PrefixConfig: "prefix", DataConfig: "data", TrainConfig: "train", EvalConfig: "eval"}
+SECTION_OF = {
+    BaseConfig: "model",
+    LoraConfig: "lora",
+    PrefixConfig: "prefix",
+    DataConfig: "data",
+    TrainConfig: "train",
+    EvalConfig: "eval",
+}
 
 
 @pytest.mark.parametrize(("name", "value"), MODEL)

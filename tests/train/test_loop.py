@@ -953,7 +953,7 @@ def test_text_is_trained_on_too(make_config: MakeConfig, quiet: Quiet, data_fold
         ({"data__max_seq_len": 2, "data__too_long": "skip"}, r"train.jsonl:1: .* more than data.max_seq_len, 2 "),
         ({"model__path": "/nowhere"}, "/nowhere"),
         ({"model__tokenizer": "/nowhere"}, "/nowhere"),
-        ({"model__device": "nonsense"}, "model.device 'nonsense' cannot be used"),
+        ({"model__device": "cuda:99"}, "model.device 'cuda:99' cannot be used"),
         ({"lora__targets": ("lm_head",)}, "lora.targets names 'lm_head'"),
     ],
 )
