@@ -318,10 +318,11 @@ def start(source: Path, out: Path) -> "subprocess.Popen[str]":
     command = ["nice", "-n", "19", sys.executable, "-m", "minilora", "quantize", str(source), str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600  # a busy machine lets it wait
     while not list(out.parent.glob(f".{out.name}.minilora-tmp-*/model.safetensors")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"it has not begun to write: {process.communicate()[1]}")
         time.sleep(0.001)
     return process
 
@@ -330,7 +331,7 @@ def start(source: Path, out: Path) -> "subprocess.Popen[str]":
 def test_a_signal_stops_it_and_nothing_is_left(larger: Path, tmp_path: Path, signum: int, status: int) -> None:
     process = start(larger, tmp_path / "x")
     process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == status
     assert err == f"minilora quantize: {tmp_path / 'x'}: stopped, nothing was written\n"
     assert os.listdir(tmp_path) == []
