@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_harness import Call, in_turns, n_sets, report, run_part
+from minilora.adamw import Update
 from minilora.dynamic_8bit import dynamic_map
 
 RANK, DIM, N_TENSORS = 16, 4096, 448  # about the adapters of a 7B: 448 matrices, 29 million numbers
@@ -23,9 +24,9 @@ def measure(device: torch.device) -> dict[str, Any]:
     rank, dim, n_tensors = (RANK, DIM, N_TENSORS) if device.type == "cuda" else DRY
     n = rank * dim * n_tensors
     flat = [tuple(torch.randn(4, n, device=device).abs_()) for _ in range(n_sets(16 * n, device))]
-    settings: Any = (LR, 0.9, 0.999, 1e-8, 0.0, 10, 0.5)
+    update = Update(LR, 0.9, 0.999, 1e-8, 0.0, 10, 0.5)
     contestants: dict[str, list[Call]] = {
-        "minilora": [partial(adamw_, *parts, *settings) for parts in flat],
+        "minilora": [partial(adamw_, p, grad, m, v, update) for p, grad, m, v in flat],
         "torch, flat": [torch_adamw(parts[0].clone(), 1) for parts in flat],
         "torch": [torch_adamw(parts[0].clone(), n_tensors) for parts in flat],
     }
@@ -33,7 +34,7 @@ def measure(device: torch.device) -> dict[str, Any]:
     cases = {what: report(what, in_turns(contestants, device), 28 * n, peers=("torch", "torch, flat"))}
     coded = [[*parts[:2], *codes_like(parts[0]), *torch.ones(2, n // 256, device=device)] for parts in flat]
     contestants = {
-        "minilora": [partial(adamw_8bit_, *parts, *settings) for parts in coded],
+        "minilora": [partial(adamw_8bit_, p, grad, m, v, a, b, update) for p, grad, m, v, a, b in coded],
         "minilora, 32 bits": contestants["minilora"],
     }
     if device.type == "cuda" and find_spec("bitsandbytes"):

@@ -24,21 +24,10 @@ from minilora.kernels.nf4_table import on
 
 BLOCK = 1024  # numbers of a program: eight a thread
 BLOCKS = BLOCK // DYNAMIC_BLOCK_SIZE  # of 8-bit moments
+Numbers = tuple[float, ...]  # an `adamw.Update`, or what the kernels take in its place
 
 
-def adamw_(
-    p: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-) -> None:
+def adamw_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, update: Numbers) -> None:
     """What `adamw.adamw_` does, with the same arguments.
 
     Raises ValueError where p, grad, m and v are not (n,) contiguous float32 on one device, and as `on` does.
@@ -52,7 +41,7 @@ def adamw_(
             m,
             v,
             p.numel(),
-            *_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale),
+            *_numbers(update),
             BLOCK=BLOCK,
             enable_fp_fusion=True,
         )
@@ -61,19 +50,7 @@ def adamw_(
 
 
 def adamw_8bit_(
-    p: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    m_absmax: Tensor,
-    v_absmax: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, m_absmax: Tensor, v_absmax: Tensor, update: Numbers
 ) -> None:
     """What `adamw.adamw_8bit_` does, with the same arguments.
 
@@ -102,7 +79,7 @@ def adamw_8bit_(
             dynamic_thresholds(p.device),
             dynamic_thresholds(p.device, signed=False),
             n,
-            *_numbers(lr, beta1, beta2, eps, weight_decay, step, grad_scale),
+            *_numbers(update),
             block_size=DYNAMIC_BLOCK_SIZE,
             BLOCKS=BLOCKS,
             enable_fp_fusion=True,
@@ -117,10 +94,9 @@ def _check(name: str, part: Tensor, p: Tensor, n: int, dtype: torch.dtype) -> No
         raise ValueError(f"{name} must be ({n},) contiguous {of} on {p.device}; it is {told(part)}")
 
 
-def _numbers(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float
-) -> tuple[float, ...]:
+def _numbers(update: Numbers) -> Numbers:
     """grad_scale, weight_m, beta2, weight_v, eps, kept, step_size, as the kernels take them."""
+    lr, beta1, beta2, eps, weight_decay, step, grad_scale = update
     root = sqrt(1 - beta2**step)
     kept, step_size = 1 - lr * weight_decay, lr * root / (1 - beta1**step)
     return grad_scale, 1 - beta1, beta2, 1 - beta2, eps * root, kept, step_size

@@ -21,6 +21,7 @@ divides by nothing but eps. And they may lie in the host's memory (paging.py).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,22 +54,23 @@ def state_bytes(kind: Optimizer, n: int) -> int:
     return sum(-(-n // shared) * dtype.itemsize for dtype, shared in STATE[kind].values())
 
 
+class Update(NamedTuple):
+    """The numbers of one update: the `step`-th, counted from 1, by the gradient times `grad_scale`."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    grad_scale: float
+
+
 @kernel_on_gpu
 @torch.no_grad()
-def adamw_(
-    p: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-) -> None:
-    """One update, the `step`-th, of p, m and v in place, by the gradient times `grad_scale`; all (n,) float32."""
+def adamw_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, update: Update) -> None:
+    """Update p, m and v in place; all (n,) float32."""
+    lr, beta1, beta2, eps, weight_decay, step, grad_scale = update
     g = grad if grad_scale == 1 else grad * grad_scale
     root = sqrt(1 - beta2**step)
     m.lerp_(g, 1 - beta1)
@@ -80,19 +82,7 @@ def adamw_(
 @kernel_on_gpu
 @torch.no_grad()
 def adamw_8bit_(
-    p: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    m_absmax: Tensor,
-    v_absmax: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, m_absmax: Tensor, v_absmax: Tensor, update: Update
 ) -> None:
     """`adamw_` of moments in 8 bits, all in place: m and v (n,) uint8 codes, their absmax (n / 256,) float32.
 
@@ -100,7 +90,7 @@ def adamw_8bit_(
     """
     kept = ((m, m_absmax, True), (v, v_absmax, False))
     m32, v32 = (decode_dynamic(*moment) for moment in kept)
-    adamw_(p, grad, m32, v32, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+    adamw_(p, grad, m32, v32, update)
     for (codes, absmax, signed), moment in zip(kept, (m32, v32), strict=True):
         new_codes, new_absmax = encode_dynamic(moment, signed)
         codes.copy_(new_codes)
@@ -202,10 +192,10 @@ class FlatAdamW:
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Update by the gradient times `grad_scale`, which is left as it is. Paged state is the host's again after."""
         self.steps += 1
-        update: Callable[..., None] = adamw_ if self.kind == "adamw" else adamw_8bit_
+        rule: Callable[..., None] = adamw_ if self.kind == "adamw" else adamw_8bit_
         for i, (weight_decay, lr_ratio, (p, grad, kept)) in enumerate(self._pieces):
-            settings = (lr * lr_ratio, self.beta1, self.beta2, self.eps, weight_decay, self.steps, grad_scale)
+            update = Update(lr * lr_ratio, self.beta1, self.beta2, self.eps, weight_decay, self.steps, grad_scale)
             with self._lanes[i % 2].holding(kept) if self._lanes else nullcontext(kept) as state:
-                update(p, grad, *state, *settings)
+                rule(p, grad, *state, update)
         for lane in self._lanes:
             lane.settle()

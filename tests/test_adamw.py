@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minilora import adamw as adamw_module
 from minilora import backend, dispatch, dynamic_8bit
-from minilora.adamw import ALIGNED, STATE, FlatAdamW, adamw_8bit_, state_bytes
+from minilora.adamw import ALIGNED, STATE, FlatAdamW, Update, adamw_8bit_, state_bytes
 from minilora.config import Optimizer
 from minilora.dynamic_8bit import dynamic_map, encode_dynamic
 
@@ -178,7 +178,7 @@ def test_an_update_in_8_bits_is_bitsandbytes() -> None:
     p, *state = torch.randn(n, generator=generator), *torch.zeros(2, n, dtype=torch.uint8), *torch.zeros(2, n // 256)
     for step in range(1, 6):
         grad, (q, *theirs) = torch.randn(n, generator=generator), (part.clone() for part in (p, *state))
-        adamw_8bit_(p, grad, *state, lr, 0.9, 0.999, 1e-8, 0.1, step, 0.3)
+        adamw_8bit_(p, grad, *state, Update(lr, 0.9, 0.999, 1e-8, 0.1, step, 0.3))
         m, v, m_absmax, v_absmax = theirs
         maps = bnb.create_dynamic_map(True), bnb.create_dynamic_map(False)
         bnb.optimizer_update_8bit_blockwise(

@@ -9,6 +9,7 @@ from kernel_cases import DEVICE
 from torch import Tensor
 
 from minilora import adamw
+from minilora.adamw import Update
 from minilora.dynamic_8bit import dynamic_map
 from minilora.kernels.adamw import BLOCK, adamw_, adamw_8bit_
 from minilora.nf4 import CPU
@@ -32,12 +33,12 @@ def problem(n: int) -> list[Tensor]:
 )
 def test_it_is_the_definition(n: int, lr: float, weight_decay: float, step: int, grad_scale: float) -> None:
     """Each is as near to float64 as its roundings, `in_float64` counts them."""
-    settings = (lr, 0.9, 0.95, 1e-8, weight_decay, step, grad_scale)
+    update = Update(lr, 0.9, 0.95, 1e-8, weight_decay, step, grad_scale)
     given = problem(n)
-    exact, sizes = in_float64(given, *settings)
+    exact, sizes = in_float64(given, *update)
     for function in (adamw_, unwrap(adamw.adamw_)):
         p, grad, m, v = (part.clone() for part in given)
-        function(p, grad, m, v, *settings)
+        function(p, grad, m, v, update)
         assert torch.equal(grad, given[1])
         for name, ours in (("m", m), ("v", v), ("p", p)):
             off = (ours.double() - exact[name]).abs()
@@ -67,14 +68,14 @@ def in_float64(
 def test_nothing_happens_to_what_has_no_gradient_and_no_moments() -> None:
     """The numbers between two parameters stay zeros."""
     parts = [torch.zeros(100, device=DEVICE) for _ in range(4)]
-    adamw_(*parts, 1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 1.0)
+    adamw_(*parts, Update(1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 1.0))
     assert not any(part.any() for part in parts)
 
 
 def test_the_first_step_is_the_learning_rate() -> None:
     p, grad, m, v = (torch.zeros(3, device=DEVICE) for _ in range(4))
     grad.copy_(torch.tensor([1e-3, -5.0, 1e4]))
-    adamw_(p, grad, m, v, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+    adamw_(p, grad, m, v, Update(1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0))
     torch.testing.assert_close(p.cpu(), torch.tensor([-1e-2, 1e-2, -1e-2]), rtol=2e-5, atol=0)  # 1e-8 / 1e-3
 
 
@@ -82,7 +83,7 @@ def test_the_change_is_told_to_autograd() -> None:
     parts = problem(10)
     leaf = torch.ones(10, device=DEVICE, requires_grad=True)
     product = leaf * parts[0]
-    adamw_(*parts, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+    adamw_(*parts, Update(1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()  # type: ignore[no-untyped-call]
 
@@ -96,13 +97,13 @@ def test_what_the_kernel_cannot_take(at: int, bad: Tensor) -> None:
     parts[at] = bad.to(DEVICE)
     named = ("p", "grad", "m", "v")[at] if bad.shape != (9,) or at else "grad"
     with pytest.raises(ValueError, match=rf"{named} must be \(\d+,\) contiguous float32 on"):
-        adamw_(*parts, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+        adamw_(*parts, Update(1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0))
 
 
 def test_the_corrections_are_the_host_s() -> None:
     """At the first step 1 - 0.999 stands over itself; in float32 it is 1.3e-5 off, which only one of the two may be."""
     p, grad, m, v = (torch.full((4,), float(i == 1), device=DEVICE) for i in range(4))
-    adamw_(p, grad, m, v, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+    adamw_(p, grad, m, v, Update(1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0))
     torch.testing.assert_close(p.cpu(), torch.full((4,), -1e-2), rtol=1e-6, atol=0)
 
 
@@ -131,13 +132,13 @@ def decoded(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
 def test_in_8_bits_it_is_the_definition(n: int, lr: float, weight_decay: float, step: int, grad_scale: float) -> None:
     """p is as near to float64 as in 32 bits, a seventh rounding of m added; that of v is within its eight. A code is
     the nearest, or within roundings of being it: then the number is as far from its level as from the next."""
-    settings = (lr, 0.9, 0.95, 1e-8, weight_decay, step, grad_scale)
+    update = Update(lr, 0.9, 0.95, 1e-8, weight_decay, step, grad_scale)
     given = problem_in_8_bits(n)
     m, v = decoded(given[2], given[4], True), decoded(given[3], given[5], False)
-    exact, sizes = in_float64([given[0], given[1], m, v], *settings)
+    exact, sizes = in_float64([given[0], given[1], m, v], *update)
     for function in (adamw_8bit_, unwrap(adamw.adamw_8bit_)):
         p, grad, *state = (part.clone() for part in given)
-        function(p, grad, *state, *settings)
+        function(p, grad, *state, update)
         assert torch.equal(grad, given[1])
         assert bool(((p.double() - exact["p"]).abs() <= 1.2 * sizes["p"] * UNIT).all()), function.__module__
         for name, codes, absmax, signed in (("m", state[0], state[2], True), ("v", state[1], state[3], False)):
@@ -159,17 +160,17 @@ def test_in_8_bits_nothing_happens_to_what_has_no_gradient_and_no_moments() -> N
     parts = [torch.zeros(512, device=DEVICE) for _ in range(2)]
     codes = [torch.zeros(512, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     absmax = [torch.zeros(2, device=DEVICE) for _ in range(2)]
-    adamw_8bit_(*parts, *codes, *absmax, 1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 1.0)
+    adamw_8bit_(*parts, *codes, *absmax, Update(1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 1.0))
     assert not any(part.any() for part in (*parts, *absmax))
 
 
 @pytest.mark.parametrize(("at", "named"), [*enumerate(("p", "grad", "m", "v", "m_absmax", "v_absmax"))])
 def test_what_the_kernel_of_8_bits_cannot_take(at: int, named: str) -> None:
-    settings = (1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+    update = Update(1e-2, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
     parts: list[Any] = problem_in_8_bits(512)
     wrong = parts.copy()
     wrong[at] = parts[at].double()
     with pytest.raises(ValueError, match=rf"{named} must be \(\d+,\) contiguous (float32|uint8) on"):
-        adamw_8bit_(*wrong, *settings)
+        adamw_8bit_(*wrong, update)
     with pytest.raises(ValueError, match="p must have a multiple of 256 numbers; it has 511"):
-        adamw_8bit_(*(part[:511] for part in parts), *settings)
+        adamw_8bit_(*(part[:511] for part in parts), update)

@@ -160,10 +160,10 @@ def _softmax(logits: Tensor) -> Iterator[Check]:
 def _adamw(parts: list[Tensor]) -> Iterator[Check]:
     """p, m and v after an update by a learning rate that is large enough for an error of it to show in p; of moments in
     8 bits, too, whose codes may be one level off where rounding puts a number on the other side of a threshold."""
-    settings, plain = (0.1, 0.9, 0.999, 1e-8, 0.1, 3, 0.5), unwrap(adamw.adamw_)
+    update, plain = adamw.Update(0.1, 0.9, 0.999, 1e-8, 0.1, 3, 0.5), unwrap(adamw.adamw_)
     made = [[part.clone() for part in parts], [part.clone() for part in parts], [part.double() for part in parts]]
     for function, given in zip((launcher(adamw.adamw_), plain, plain), made, strict=True):
-        function(*given, *settings)
+        function(*given, update)
     for i, name in ((0, "p"), (2, "m"), (3, "v")):
         yield _beside("adamw", torch.float32, name, [each[i] for each in made], 16 * 2**-24)  # of its roundings
     n = len(parts[0]) // 256 * 256
@@ -172,7 +172,7 @@ def _adamw(parts: list[Tensor]) -> Iterator[Check]:
     in_8_bits = [*(part[:n] for part in parts[:2]), codes, codes.flip(0), absmax, absmax]
     ours, theirs = made = [[part.clone() for part in in_8_bits] for _ in range(2)]
     for function, given in zip((launcher(adamw.adamw_8bit_), unwrap(adamw.adamw_8bit_)), made, strict=True):
-        function(*given, *settings)
+        function(*given, update)
     for i, name, allowed in ((0, "p", 32 * 2**-24 * float(theirs[0].abs().max())), (2, "m", 1), (3, "v", 1)):
         yield Check("adamw_8bit", "float32", name, float((ours[i].double() - theirs[i]).abs().max()), allowed)
 
