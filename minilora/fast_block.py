@@ -1,4 +1,4 @@
-"""The fast block in the plain one's place: the block's own layers under their own names, run by `fused.py`'s functions.
+"""The fast block in the plain one's place: the same layers under the same names, run by the functions of `fused.py`.
 
 `fuse` puts it where it applies: frozen bases and norms, no dropout. It falls back to the plain block where there is
 nothing to differentiate, so inference and the KV cache have one definition.
@@ -17,13 +17,9 @@ from minilora.projections import Projections
 
 
 class FusedBlock(Block):
-    """A block's own layers under their own names, run by the function while there is something to learn.
+    """A block that `fused_block` runs, forward and backward, while gradients are made. keep: what it keeps for them."""
 
-    keep: None is everything, or the input alone with activation checkpointing
-    """
-
-    makes_again = True
-    keep: Keep | None = None
+    keep = Keep.ALL
 
     def __init__(self, block: Block) -> None:
         nn.Module.__init__(self)
@@ -32,7 +28,7 @@ class FusedBlock(Block):
         self.train(block.training)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if not torch.is_grad_enabled() or context.cache is not None or context.prefix:
+        if not torch.is_grad_enabled() or context.cache is not None:
             return super().forward(x, context)
         attention, mlp = self.self_attn, self.mlp
         layers = Layers(
@@ -45,14 +41,13 @@ class FusedBlock(Block):
             context,
             context.sees(attention.layer),
         )
-        keep = self.keep if self.keep is not None else Keep.INPUT if context.checkpointing else Keep.ALL
-        y = fused_block(x, layers, keep, getattr(x, "grad_room", 0), *layers.learned)
+        y = fused_block(x, layers, self.keep, getattr(x, "grad_room", 0), *layers.learned)
         y.grad_room = layers.down.room_back  # type: ignore[attr-defined]
         return y
 
 
 class FusedNorm(RMSNorm):
-    """The last norm's own weight under its own name, run by the function while there is something to learn."""
+    """The last norm, which `fused_norm` runs in the same way, while its own weight does not learn."""
 
     def __init__(self, norm: RMSNorm) -> None:
         nn.Module.__init__(self)
@@ -69,22 +64,27 @@ def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
     """Put the fast block in place of each plain one, and its norm in that of the last, if it applies to all of them;
     whether it did.
 
-    keep: of each block; none: everything, or the input alone with activation checkpointing
+    keep: what each block keeps for backward; none: everything, or the input alone where the model has
+        `activation_checkpointing`, which is switched off, as the fast blocks see to it
 
-    It does if no weight of the blocks learns but adapters, and these are plain: without dropout, not DoRA's. (Under a
-    prefix the fast block falls back to the plain one, so there `fuse` would gain nothing.)
+    It applies if no weight of the blocks learns but adapters, these are plain, without dropout and not DoRA's, and
+    there is no prefix.
     """
+    if model.prefix is not None:
+        return False
     for block in model.layers:
         adapted = [m for m in block.modules() if isinstance(m, LoRALinear)]
         learn = {id(p) for p in block.parameters() if p.requires_grad}
         plain = all(m.dropout == 0 and m.lora_magnitude_vector is None for m in adapted)
         if not (plain and learn <= {id(p) for m in adapted for p in (m.lora_A, m.lora_B)}):
             return False
-    for i, what in enumerate(keep or [None] * len(model.layers)):
+    keep = keep or [Keep.INPUT if model.activation_checkpointing else Keep.ALL] * len(model.layers)
+    model.activation_checkpointing = False
+    for i, kept in enumerate(keep):
         block = model.layers[i]
         assert isinstance(block, Block)
         model.layers[i] = fast = block if isinstance(block, FusedBlock) else FusedBlock(block)
-        fast.keep = what
+        fast.keep = kept
     if type(model.norm) is RMSNorm and not model.norm.weight.requires_grad:
         model.norm = FusedNorm(model.norm)
     return True

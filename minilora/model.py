@@ -27,10 +27,7 @@ from minilora.visible import Pieces, Runs, Sees, as_added, causal_runs, visible
 
 
 class Context:
-    """What all blocks of one forward pass share: rotations, who sees whom, the cache, and a prefix (prefix.py).
-
-    checkpointing: a block keeps its input alone for backward
-    """
+    """What all blocks of one forward pass share: rotations, who sees whom, the cache, and a prefix (prefix.py)."""
 
     def __init__(
         self,
@@ -41,9 +38,8 @@ class Context:
         dtype: torch.dtype,
         prefix: Prefix | None = None,
         runs: Runs | None = None,
-        checkpointing: bool = False,
     ) -> None:
-        self.positions, self.cache, self.windows, self.checkpointing = positions, cache, config.windows, checkpointing
+        self.positions, self.cache, self.windows = positions, cache, config.windows
         self.runs = runs if runs is not None and Runs.serve(positions.device, dtype, config.head_dim) else None
         self.prefix = prefix.by_layer(dtype) if prefix is not None and prefix.enabled else ()
         n_before = len(self.prefix[0]) if self.prefix else 0
@@ -120,8 +116,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer, (B, T, D) -> (B, T, D)."""
-
-    makes_again = False  # whether it sees to `Context.checkpointing` itself
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -214,13 +208,10 @@ class Mistral(nn.Module):
         x = self.embed_tokens(tokens)
         if self.neftune_alpha and self.training:
             x = with_noise(x, segments, self.neftune_alpha)
+        context = Context(self.config, positions, segments, cache, x.dtype, self.prefix, runs)
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
-        context = Context(self.config, positions, segments, cache, x.dtype, self.prefix, runs, checkpointing)
         for block in self.layers:
-            if checkpointing and not (block.makes_again and not context.prefix):
-                x = checkpoint(block, x, context, use_reentrant=False)
-            else:
-                x = block(x, context)
+            x = checkpoint(block, x, context, use_reentrant=False) if checkpointing else block(x, context)
         if cache is not None:
             cache.advance(positions)
         y: Tensor = self.norm(x)

@@ -13,7 +13,7 @@ from benchmarks.feeds import random_batch
 from benchmarks.ledger import random_model
 from minilora import ahead as ahead_module
 from minilora.ahead import Ahead
-from minilora.config import LoraConfig, RunConfig
+from minilora.config import LoraConfig, RunConfig, TrainConfig
 from minilora.dispatch import quantize
 from minilora.linear import multiply, multiply_back
 from minilora.nf4 import CPU
@@ -169,8 +169,8 @@ def test_a_run_is_the_same_bits(checkpointing: bool) -> None:
     batch, found = random_batch(2, 16, TINY.vocab_size), []
     for ahead in (None, Ahead(CPU)):
         torch.manual_seed(0)
-        model = apply_strategy(random_model(TINY, torch.float32), RunConfig(lora=LoraConfig(rank=4))).train()
-        model.activation_checkpointing = checkpointing
+        run = RunConfig(lora=LoraConfig(rank=4), train=TrainConfig(activation_checkpointing=checkpointing))
+        model = apply_strategy(random_model(TINY, torch.float32), run).train()
         optimizer = optimizer_for(trainable(model), RunConfig())
         backward = backward_of(model, optimizer, ahead=ahead)
         losses = [train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False), backward).loss for _ in range(4)]

@@ -35,7 +35,7 @@ def test_names_modes_and_inference_stay() -> None:
     fast = copy.deepcopy(plain)
     keep = [Keep.INPUT] * len(fast.layers)
     assert [fuse(fast, keep), fuse(fast)] == [True, True]  # twice is once
-    assert all(block.keep is None for block in fast.layers)  # what the last one said
+    assert all(block.keep == Keep.ALL for block in fast.layers)  # what the last one said
     assert list(fast.state_dict()) == list(plain.state_dict())
     tokens = batch(plain.config, packed=False)[0]
     with torch.no_grad():

@@ -97,9 +97,9 @@ def test_loss_and_every_gradient_equal_the_plain_blocks(config: ModelConfig, pac
     """In float32 only the order of sums differs: some hundred roundings of 6e-8 each, in a random walk."""
     plain = adapted(config)
     fast = copy.deepcopy(plain)
+    fast.activation_checkpointing = checkpointing
     assert fuse(fast)
     assert all(isinstance(block, FusedBlock) for block in fast.layers)
-    fast.activation_checkpointing = checkpointing
     loss, grads = gradients(fast, packed)
     expected_loss, expected = gradients(plain, packed)
     assert loss.allclose(expected_loss, rtol=1e-6)

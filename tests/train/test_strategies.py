@@ -153,8 +153,14 @@ def test_the_heap_is_as_memory_is(
 
 
 def test_activation_checkpointing_is_set(make_config: MakeConfig) -> None:
-    assert not apply_strategy(tiny_model(), make_config()).activation_checkpointing
-    assert apply_strategy(tiny_model(), make_config(train__activation_checkpointing=True)).activation_checkpointing
+    """Fast blocks see to it themselves."""
+    for checkpointing, keep in ((False, Keep.ALL), (True, Keep.INPUT)):
+        set_ = {"train__activation_checkpointing": checkpointing}
+        plain = apply_strategy(tiny_model(), make_config(**set_, train__strategy="lora", lora__dora=True))
+        assert plain.activation_checkpointing == checkpointing
+        fast = apply_strategy(tiny_model(), make_config(**set_, train__strategy="lora"))
+        assert not fast.activation_checkpointing
+        assert all(block.keep == keep for block in fast.layers)
 
 
 def test_numbers_that_move_up_and_down_alike_have_moved() -> None:
