@@ -31,7 +31,8 @@ TILES = 8  # a program's
 def dequantize(
     weight: NF4Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None, columns: Tensor | None = None
 ) -> Tensor:
-    """What `NF4Tensor.dequantize` does, with the same arguments, and `columns` (rows, r) behind the weight's own.
+    """What `NF4Tensor.dequantize` does, with the same arguments; and `columns` (rows, r) behind the weight's own, where
+    `out` is (rows, in + r).
 
     Raises ValueError where `out` is not contiguous, of another shape, on another device, a negated view, not floating
     point of 16 bits or more, or wants a gradient, where `columns` are not contiguous floating point on that device, as

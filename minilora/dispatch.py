@@ -122,7 +122,7 @@ def decode(weight: NF4Tensor, start: int, stop: int, out: Tensor, columns: Tenso
     elif columns is None:
         weight.decode(start, stop, out.view(-1))
     else:
-        weight.dequantize(out=out, columns=columns)
+        out.copy_(torch.cat([weight.dequantize(out.dtype), columns.to(out.dtype)], dim=1))
 
 
 def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:

@@ -38,7 +38,7 @@ NESTED_BLOCK_SIZE = DYNAMIC_BLOCK_SIZE
 # Numbers in work at a time. On a CPU a chunk's temporaries (0.8 to 3 MB) stay in the cache, which is worth a factor of
 # three; on a GPU a chunk only has to be worth its launches.
 _CHUNK, _GPU_CHUNK = 1 << 18, 1 << 24
-_TWO = {torch.float32: torch.int64, torch.bfloat16: torch.int32}  # what holds two numbers, the first in its low half
+_PAIR_INT = {torch.float32: torch.int64, torch.bfloat16: torch.int32}  # holds two, the first in its low half
 CPU = torch.device("cpu")
 
 LEVELS = (
@@ -132,19 +132,12 @@ class NF4Tensor:
         nested = self.nested_absmax[first // NESTED_BLOCK_SIZE : stop].repeat_interleave(NESTED_BLOCK_SIZE)
         return scaled.mul_(nested[skipped : skipped + len(scaled)]).add_(self.nested_offset)
 
-    def dequantize(
-        self, dtype: torch.dtype | None = None, out: Tensor | None = None, columns: Tensor | None = None
-    ) -> Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """LEVELS[code] * absmax, computed in float32 and rounded once to `dtype` (the original one if None).
 
         out: a contiguous tensor of the weight's shape to write into, its dtype then counts. New memory costs a CPU more
             than the decoding: its pages are mapped one by one as they are first touched.
-        columns: (rows, r) that shall follow the rows (rows, in) of the weight; `out` is (rows, in + r) then
         """
-        if columns is not None:
-            rows = self.dequantize(dtype if out is None else out.dtype)
-            both = torch.cat([rows, columns.to(rows.dtype)], dim=1)
-            return both if out is None else out.copy_(both)
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
         if tuple(out.shape) != self.shape:
@@ -158,9 +151,9 @@ class NF4Tensor:
         start: a multiple of the block size
         """
         device, size = self.packed.device, self.block_size
-        if compiles(device) and len(out) % size == 0 and out.dtype in _TWO and out.storage_offset() % 2 == 0:
+        if compiles(device) and len(out) % size == 0 and out.dtype in _PAIR_INT and out.storage_offset() % 2 == 0:
             bytes_ = self.packed[start // 2 : stop // 2].view(-1, size // 2)
-            into, absmax = out.view(_TWO[out.dtype]).view(-1, size // 2), self.absmax[start // size : stop // size]
+            into, absmax = out.view(_PAIR_INT[out.dtype]).view(-1, size // 2), self.absmax[start // size : stop // size]
             group, first = divmod(start // size, NESTED_BLOCK_SIZE)
             nested = None if self.nested_absmax is None else self.nested_absmax[group:]
             _decode_pairs(bytes_, absmax, into, dynamic_map(device), nested, self.nested_offset, first)
@@ -187,7 +180,7 @@ class NF4Tensor:
 def _decode_pairs(
     packed: Tensor, absmax: Tensor, out: Tensor, table: Tensor, nested: Tensor | None, offset: Tensor | None, first: int
 ) -> None:
-    """Both numbers of each byte of packed (blocks, bytes) into out (blocks, bytes), `_TWO` in one integer.
+    """Both numbers of each byte of packed (blocks, bytes) into out (blocks, bytes), `_PAIR_INT` in one integer.
 
     absmax: (blocks,) float32; with `nested`, codes uint8 of `table` (256,), times nested (groups,), plus offset ()
     first: the place of `absmax[0]` among the blocks that share `nested[0]`
