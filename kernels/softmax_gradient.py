@@ -25,7 +25,7 @@ WARPS = 8
 
 
 def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
-    """What `loss.softmax_gradient_` does, with the same arguments.
+    """What `softmax_gradient.softmax_gradient_` does, with the same arguments.
 
     Raises ValueError where logits (N, V) are not contiguous float32, float16 or bfloat16, or labels (N,) not contiguous
     int64 beside them, and as `on` does.

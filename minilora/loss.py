@@ -8,9 +8,9 @@ summed before shrinks by exp(m_old - m_new), as in FlashAttention (https://arxiv
 h's gradient with the loss, and backward has nothing to compute again. Where W learns, a tile has all columns: W's
 gradient needs the whole sum. Logits are 131 kB a row (V = 32768, float32); what is kept, h's gradient, is 8 kB (bf16).
 
-On a GPU a tile has all columns, too, in 16 bits: between the two products one kernel turns its logits into their
-gradient. Rows without a target are computed like the others: leaving them out would need the host to know how many
-there are. So it never waits for the GPU, and the whole can be captured as a CUDA graph.
+On a GPU a tile has all columns, too, in 16 bits: between the two products its logits become their gradient
+(`softmax_gradient.py`). Rows without a target are computed like the others: leaving them out would need the host to
+know how many there are. So it never waits for the GPU, and the whole can be captured as a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minilora.backend import backend_for, product_dtype, whole_shapes
+from minilora.backend import product_dtype, whole_shapes
 from minilora.compiled import compilable
 from minilora.linear import add_product_
+from minilora.softmax_gradient import softmax_gradient_
 
 IGNORE = -100  # the label of a row that is no target
 ROWS = 512  # of a tile, at most: the more, the less often W is read
@@ -60,21 +61,6 @@ def whole_rows(n_rows: int, n_columns: int, itemsize: int) -> int:
     return max(1, min(n_rows, rows - rows % GPU_ROWS if rows > GPU_ROWS else rows))
 
 
-def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
-    """Losses (N,) of logits (N, V), which become their gradients: softmax(z) - onehot(label). In float32 at least.
-
-    Where a label (N,) int64 is `ignore`, loss and gradient are zeros, whatever the logits are; where it is neither
-    that nor a column, the loss is NaN. The GPU's way; its kernel is kernels/softmax_gradient.py.
-    """
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    columns, y = torch.arange(logits.shape[1], device=logits.device), labels[:, None]
-    log_p = z.log_softmax(-1)
-    losses = -log_p.gather(1, y.clamp(0, len(columns) - 1))
-    losses = torch.where((y < 0) | (y >= len(columns)), torch.nan, losses).masked_fill(y == ignore, 0.0)
-    logits.copy_((log_p.exp() - (columns == y).to(z.dtype)).masked_fill(y == ignore, 0.0))
-    return losses[:, 0]
-
-
 @compilable
 def _exponentials(
     z: Tensor, at: Tensor, largest: Tensor, sums: Tensor, label_logit: Tensor, dtype: torch.dtype
@@ -89,15 +75,6 @@ def _exponentials(
     before, largest = largest, torch.maximum(largest, z.amax(-1, keepdim=True))
     p, shrink = z.sub_(largest).exp_(), (before - largest).exp_()
     return p.to(dtype), shrink, largest, (sums * shrink).add_(p.sum(-1, keepdim=True)), label_logit
-
-
-def _gradient_(logits: Tensor, labels: Tensor) -> Tensor:
-    """`softmax_gradient_` where the logits lie."""
-    if backend_for(logits.device).name != "triton":
-        return softmax_gradient_(logits, labels, IGNORE)
-    from minilora.kernels import softmax_gradient
-
-    return softmax_gradient.softmax_gradient_(logits, labels, IGNORE)
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -125,10 +102,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 wide = dtype if grad_head is None else torch.float32
                 p, shrink, largest, sums, label_logit = _exponentials(z, y - column, largest, sums, label_logit, wide)
                 if grad_hidden is not None:
-                    _add_product(grad.mul_(shrink), p.to(dtype), w)
+                    _accumulate(grad.mul_(shrink), p.to(dtype), w)
                 if grad_head is not None:  # one tile, so `sums` is whole
                     p.scatter_add_(1, y, -sums)
-                    _add_product(grad_head, p.to(dtype).T, (h / sums).to(dtype))
+                    _accumulate(grad_head, p.to(dtype).T, (h / sums).to(dtype))
                 del z, p, w  # before the next tile is made
             total += (largest + sums.log() - label_logit)[:n].sum()
             of_label = head.index_select(0, y[:, 0])  # an error where there is no such label, without gradients too
@@ -162,7 +139,7 @@ class _WholeRowCrossEntropy(_TiledCrossEntropy):
         for start in range(0, len(hidden), n_rows):
             h, y = hidden[start : start + n_rows], labels[start : start + n_rows]
             z = torch.mm(h, w.T, out=buffer[: len(h)])
-            total += _gradient_(z, y).sum()
+            total += softmax_gradient_(z, y, IGNORE).sum()
             if grad_hidden is not None:
                 torch.mm(z, w, out=grad_hidden[start : start + n_rows])
             if grad_head is not None:  # in rows without a target h may be anything, and 0 * NaN is NaN
@@ -172,7 +149,7 @@ class _WholeRowCrossEntropy(_TiledCrossEntropy):
         return total
 
 
-def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+def _accumulate(to: Tensor, a: Tensor, b: Tensor) -> None:
     """to (M, N) += a (M, K) b (K, N); `to` is float32."""
     if a.dtype == to.dtype:
         to.addmm_(a, b)

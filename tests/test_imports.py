@@ -25,7 +25,7 @@ LAYERS = (
     ("backend", "dispatch"),
     (
         *("norm", "rope", "swiglu", "visible", "attention"),
-        *("loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
+        *("softmax_gradient", "loss", "adamw", "linear", "lora", "projections", "neftune", "prefix"),
     ),
     ("model", "fused", "fast_block"),
     (
@@ -55,7 +55,7 @@ MAX_LINES = 10_920
 # What the README calls what trains, "some 4,000 lines".
 READING_PATH = {
     *("config", "dynamic_8bit", "nf4", "backend", "dispatch", "compiled", "scratch", "ahead", "paging", "kv_cache"),
-    *("norm", "rope", "swiglu", "visible", "attention", "loss", "adamw", "linear", "lora"),
+    *("norm", "rope", "swiglu", "visible", "attention", "softmax_gradient", "loss", "adamw", "linear", "lora"),
     *("model", "projections", "fused", "fast_block", "train"),
 }
 MAX_PATH_LINES = 4_050

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora import adamw, dispatch, loss, nf4, norm, rope, swiglu
+from minilora import adamw, dispatch, nf4, norm, rope, softmax_gradient, swiglu
 from minilora.backend import Backend
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ DEFINITIONS: dict[str, dict[str, Callable[..., object]]] = {
     "nf4_matmul": {"matmul": torch.matmul},
     "norm": {f.__name__: f for f in (norm.rms_norm, norm.add_rms_norm, norm.rms_norm_backward)},
     "rope": {f.__name__: f for f in (rope.rotate, rope.rotate_back)},
-    "softmax_gradient": {"softmax_gradient_": loss.softmax_gradient_},
+    "softmax_gradient": {"softmax_gradient_": softmax_gradient.softmax_gradient_},
     "swiglu": {f.__name__: f for f in (swiglu.swiglu, swiglu.swiglu_backward)},
 }
 
@@ -60,7 +60,7 @@ def test_a_launch_is_on_the_tensors_gpu(name: str) -> None:
     assert launches(tree) == [launch for node in on for launch in launches(node)]
 
 
-@pytest.mark.parametrize("name", ["adamw", "norm", "rope", "swiglu"])
+@pytest.mark.parametrize("name", ["adamw", "norm", "rope", "softmax_gradient", "swiglu"])
 def test_what_is_elementwise_is_the_kernel_s_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher of its name gets what the definition would, and the definition is not asked."""
     module = import_module(f"minilora.kernels.{name}")

@@ -1,12 +1,14 @@
 """The softmax kernel against its definition and float64: in Triton's interpreter, or on a GPU."""
 
+from inspect import unwrap
+
 import numpy as np
 import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES
 from torch import Tensor
 
-from minilora import loss
+from minilora import softmax_gradient
 from minilora.kernels.softmax_gradient import BLOCK, softmax_gradient_
 from minilora.loss import IGNORE
 
@@ -24,7 +26,7 @@ def problem(n_rows: int, n_columns: int, dtype: torch.dtype, scale: float = 4.0)
 def both(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(losses, gradients) of the kernel and of the definition."""
     found = []
-    for function in (softmax_gradient_, loss.softmax_gradient_):
+    for function in (softmax_gradient_, unwrap(softmax_gradient.softmax_gradient_)):
         made = logits.clone()
         found.append((function(made, labels, IGNORE), made))
     return found

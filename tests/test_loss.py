@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minilora import backend
+from minilora import backend, dispatch
 from minilora import loss as loss_module
 from minilora.kernels import softmax_gradient
 from minilora.loss import IGNORE, cross_entropy_sum
@@ -187,7 +187,7 @@ def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPat
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What makes the gradient of the logits; the kernel in Triton's interpreter where there is no GPU."""
     if request.param == "kernel":
-        monkeypatch.setattr(loss_module, "backend_for", lambda _: backend.Backend("triton", "a test"))
+        monkeypatch.setattr(dispatch, "backend_for", lambda _: backend.Backend("triton", "a test"))
     return str(request.param)
 
 

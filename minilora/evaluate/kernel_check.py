@@ -25,14 +25,16 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn import functional
 
-from minilora import adamw, loss
+from minilora import adamw
 from minilora.backend import dtype_name
 from minilora.dispatch import entry_for, launcher
 from minilora.errors import UserError
+from minilora.loss import IGNORE
 from minilora.nf4 import NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
 from minilora.norm import add_rms_norm, rms_norm, rms_norm_backward
 from minilora.rope import apply_rope, rotate, rotate_back
+from minilora.softmax_gradient import softmax_gradient_
 from minilora.swiglu import swiglu, swiglu_backward
 
 # (N, K): rows of one block, tails of every tile; on a GPU layers, too, for which the interpreter would take minutes
@@ -147,13 +149,12 @@ def _products(x: Tensor, weight: NF4Tensor, case: str) -> Iterator[Check]:
 
 def _softmax(logits: Tensor) -> Iterator[Check]:
     """Gradients and losses of logits, every fourth of whose rows has no target. Errors are shares of the largest."""
-    from minilora.kernels.softmax_gradient import softmax_gradient_
-
     labels = torch.arange(len(logits), device=logits.device) * 7919 % logits.shape[1]
-    labels[3::4] = loss.IGNORE
+    labels[3::4] = IGNORE
     made = [logits.clone(), logits.clone(), logits.double()]
-    functions = (softmax_gradient_, loss.softmax_gradient_, loss.softmax_gradient_)
-    losses = [function(z, labels, loss.IGNORE) for function, z in zip(functions, made, strict=True)]
+    plain = unwrap(softmax_gradient_)
+    functions = (launcher(softmax_gradient_), plain, plain)
+    losses = [function(z, labels, IGNORE) for function, z in zip(functions, made, strict=True)]
     of_exponential = 64 * 2**-24  # whose argument is 64 at most
     for name, results in (("softmax", made), ("loss", losses)):
         yield _beside(name, logits.dtype, f"{logits.shape[1]} columns", results, of_exponential)
