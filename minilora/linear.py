@@ -43,6 +43,12 @@ def multiply(x: Tensor, weight: NF4Tensor | Tensor, columns: Tensor | None = Non
     return y
 
 
+def product(x: Tensor, weight: NF4Tensor | Tensor) -> Tensor:
+    """x (..., in) -> x W^T (..., out) in x's dtype, multiplied in `product_dtype`. Not differentiated."""
+    y = multiply(x.reshape(-1, x.shape[-1]).to(product_dtype(x)), weight)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
 def multiply_back(
     dy: Tensor,
     weight: NF4Tensor | Tensor,
@@ -159,8 +165,7 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Tensor) -> Tensor:
         ctx.weight = weight
-        y = multiply(x.reshape(-1, x.shape[-1]).to(product_dtype(x)), weight)
-        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

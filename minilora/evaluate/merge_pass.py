@@ -30,7 +30,7 @@ from minilora.data.encode import Sample
 from minilora.data.pack import batches
 from minilora.errors import UserError
 from minilora.evaluate.distance import Distance
-from minilora.linear import NF4Linear, multiply
+from minilora.linear import NF4Linear, multiply, product
 from minilora.lora import adapters_off
 from minilora.loss import IGNORE
 from minilora.model import Block, Context
@@ -173,8 +173,7 @@ class _Rounded(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(product_dtype(x))
-        return multiply(rows, self.weight).to(x.dtype).view(*x.shape[:-1], -1)
+        return product(x, self.weight)
 
 
 def _set_weight(part: nn.Module, spec: TensorSpec, weight: Tensor | NF4Tensor, dtype: torch.dtype) -> None:
