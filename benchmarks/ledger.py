@@ -157,9 +157,8 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> Mistral:
     with torch.device("meta"):
         model = Mistral(config)
     for name, layer in [*model.named_modules()]:
-        parent, _, child = name.rpartition(".")
         if isinstance(layer, torch.nn.Linear) and name.startswith("layers."):
-            setattr(model.get_submodule(parent), child, NF4Linear(_random_nf4(layer.weight.shape, dtype)))
+            model.set_submodule(name, NF4Linear(_random_nf4(layer.weight.shape, dtype)))
     for layer in model.modules():
         for name, weight in [*layer.named_parameters(recurse=False)]:
             made = (

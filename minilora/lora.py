@@ -18,7 +18,7 @@ Dropout touches what goes into A alone. (PEFT drops from W x, too, where DoRA me
 `modules_to_save` are embedding, head or norms that learn whole: a float32 copy takes the frozen module's place.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import sqrt
 from typing import TypeVar
@@ -165,8 +165,7 @@ def add_lora(model: Model, config: LoraConfig) -> Model:
     linears = [name for name, module in model.named_modules() if _is_linear(name, module)]
     others = {name for name, _ in model.named_modules()} - {*linears, ""}
     refuse_unknown(config, linears, others, getattr(getattr(model, "config", None), "tied_embeddings", False))
-    put_in_place(model, new_parts(model, config))
-    model.lora_config = config  # type: ignore[assignment]
+    attach_lora(model, config)
     return model
 
 
@@ -198,23 +197,15 @@ def refuse_unknown(config: LoraConfig, linears: Iterable[str], others: Iterable[
             raise UserError(f"lora.modules_to_save names {module!r}, but here one weight is both embedding and head")
 
 
-def new_parts(module: nn.Module, config: LoraConfig) -> dict[str, LoRALinear | TrainedCopy]:
-    """What `config` adds to `module`, the model or some of its blocks, by the names of what the parts shall replace."""
-    parts = dict[str, LoRALinear | TrainedCopy]()
-    for name, layer in module.named_modules():
-        if _is_linear(name, layer) and config.adapts(name):
-            parts[name] = LoRALinear(layer, config, name)
-        elif name.rpartition(".")[2] in SAVABLE and config.saves(name):
-            parts[name] = TrainedCopy(layer)
-    return parts
-
-
-def put_in_place(module: nn.Module, parts: Mapping[str, LoRALinear | TrainedCopy]) -> None:
-    """Freeze `module` and put each part where it belongs."""
+def attach_lora(module: nn.Module, config: LoraConfig) -> None:
+    """Freeze `module`, the model or some of its blocks, and put what `config` adds in the place of what it means."""
     module.requires_grad_(False)
-    for name, part in parts.items():
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, part.train(part.base.training))
+    for name, layer in list(module.named_modules()):
+        if _is_linear(name, layer) and config.adapts(name):
+            module.set_submodule(name, LoRALinear(layer, config, name).train(layer.training))
+        elif name.rpartition(".")[2] in SAVABLE and config.saves(name):
+            module.set_submodule(name, TrainedCopy(layer).train(layer.training))
+    module.lora_config = config  # type: ignore[assignment]
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:

@@ -41,10 +41,8 @@ def adapted(
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name.startswith("layers."):
             nn.init.normal_(layer.weight, std=0.1, generator=generator)
-            parent, _, child = name.rpartition(".")
             if nf4:
-                weight = quantize_nf4(layer.weight, double_quant=double_quant)
-                setattr(model.get_submodule(parent), child, NF4Linear(weight))
+                model.set_submodule(name, NF4Linear(quantize_nf4(layer.weight, double_quant=double_quant)))
     for name, weight in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(weight, 0.5, 1.5, generator=generator)

@@ -21,7 +21,7 @@ from minilora.checkpoint.names import tensor_specs
 from minilora.checkpoint.safetensors_file import FLOATS, read_header
 from minilora.config import LoraConfig, ModelConfig, PrefixConfig
 from minilora.errors import UserError
-from minilora.lora import Added, Model, new_parts, put_in_place, refuse_added
+from minilora.lora import Added, Model, attach_lora, refuse_added
 from minilora.model import Mistral
 from minilora.prefix import Prefix, add_prefix, prefix_width
 
@@ -42,8 +42,7 @@ class Adapter:
         """
         refuse_added(module)
         if isinstance(self.config, LoraConfig):
-            put_in_place(module, new_parts(module, self.config))
-            module.lora_config = self.config  # type: ignore[assignment]
+            attach_lora(module, self.config)
         elif isinstance(module, Mistral):
             add_prefix(module, self.config)
         with torch.no_grad():

@@ -90,20 +90,14 @@ def fill(module: nn.Module, checkpoint: Checkpoint, spec: TensorSpec, storage: S
     """Put one weight of the files where it belongs in `module`, a model or a part of one with the same names."""
     where = f"{checkpoint.entries[spec.name].file}: {spec.name}"
     if spec.name in checkpoint.nf4:
-        set_layer(module, spec, NF4Linear(checkpoint.nf4[spec.name].read()).to(storage.device))
+        module.set_submodule(spec.module, NF4Linear(checkpoint.nf4[spec.name].read()).to(storage.device))
         return
     weight = checkpoint.read(spec).to(storage.device)
     if storage.nf4 and spec.is_projection and not checkpoint.nf4:
-        set_layer(module, spec, NF4Linear(quantize_weight(weight, where, storage.double_quant)))
+        module.set_submodule(spec.module, NF4Linear(quantize_weight(weight, where, storage.double_quant)))
     else:
         parameter = nn.Parameter(cast_finite(weight, storage.dtype, where), requires_grad=False)
         module.get_submodule(spec.module).register_parameter("weight", parameter)
-
-
-def set_layer(module: nn.Module, spec: TensorSpec, layer: nn.Module) -> None:
-    """Put another layer in the place that `spec` names."""
-    parent, _, child = spec.module.rpartition(".")
-    setattr(module.get_submodule(parent), child, layer)
 
 
 class _Unfilled(TorchFunctionMode):

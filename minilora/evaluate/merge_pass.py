@@ -19,7 +19,7 @@ from minilora.backend import product_dtype
 from minilora.base import Base
 from minilora.checkpoint.adapter_parts import Adapter
 from minilora.checkpoint.finite import refuse_not_finite
-from minilora.checkpoint.load import Progress, Storage, fill, set_layer, skeleton
+from minilora.checkpoint.load import Progress, Storage, fill, skeleton
 from minilora.checkpoint.merge import merged_weight, plain_weight, refuse_prefix, requantized_weight
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.nf4_file import nf4_tensors
@@ -179,9 +179,9 @@ class _Rounded(nn.Module):
 def _set_weight(part: nn.Module, spec: TensorSpec, weight: Tensor | NF4Tensor, dtype: torch.dtype) -> None:
     """Give a layer of `part` what was stored of it, to be computed with in `dtype`."""
     if isinstance(weight, NF4Tensor):
-        set_layer(part, spec, NF4Linear(weight))
+        part.set_submodule(spec.module, NF4Linear(weight))
     elif spec.is_projection:
-        set_layer(part, spec, _Rounded(weight))
+        part.set_submodule(spec.module, _Rounded(weight))
     else:  # a norm; of embedding and head there is no copy
         kept = weight.to(dtype) if weight.dim() == 1 else weight
         part.get_submodule(spec.module).register_parameter("weight", nn.Parameter(kept, requires_grad=False))
