@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilora.errors import UserError
-from minilora.patterns import check_pattern, first_match
+from minilora.patterns import check_pattern, first_match, hf_name
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENIZER_FILES = (
@@ -172,16 +172,25 @@ class LoraConfig:
         object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
         ranges = ("rank", (int,), 2**31, "2^31, and whole"), ("alpha", (int, float), 1e30, "1e30")
         for key, kinds, limit, top in ranges:
-            ways = 0
-            for pattern, value in {"": getattr(self, key), **getattr(self, f"{key}_pattern")}.items():
-                name = f"lora.{key}_pattern {pattern}" if pattern else f"lora.{key}"
+            patterns, ways = getattr(self, f"{key}_pattern"), 0
+            values = {key: getattr(self, key)} | {f"{key}_pattern {pattern}": n for pattern, n in patterns.items()}
+            for name, value in values.items():
                 fits = type(value) in kinds and 0 < value < limit
-                _check(fits, f"{name} is {value!r}, but must be above 0 and below {top}")
+                _check(fits, f"lora.{name} is {value!r}, but must be above 0 and below {top}")
+            for pattern in patterns:
                 ways = check_pattern(rf".*\.({pattern})", f"lora.{key}_pattern", ways)
         _each(self, "lora.", "dropout", lambda share: 0 <= share < 1, "be at least 0 and below 1")
         _check(bool(self.targets), "lora.targets is empty; name at least one linear layer, such as q_proj")
         if isinstance(self.targets, str):
             check_pattern(self.targets, "lora.targets")
+
+    # What means the layer that PEFT calls model.layers.0.mlp.up_proj (`hf_name`), and what does not:
+    #
+    #     targets, a list      up_proj, 0.mlp.up_proj     not proj       an end of whole parts
+    #     targets, a string    .*up_proj                  not up_proj    a regular expression of the whole name
+    #     patterns             up_proj, (up|down)_proj    not proj       a regular expression of an end of whole parts
+    #
+    # modules_to_save take any end: norm means model.norm and model.layers.0.input_layernorm.
 
     def scale_of(self, name: str) -> float:
         """What B A x is multiplied by in the layer of that name."""
@@ -195,12 +204,12 @@ class LoraConfig:
     def adapts(self, name: str) -> bool:
         """Whether `targets` means the linear layer of that name."""
         if isinstance(self.targets, str):
-            return self.targets.lower() == ALL_LINEAR or re.fullmatch(self.targets, _peft_name(name)) is not None
-        return any(f".{_peft_name(name)}".endswith(f".{target}") for target in self.targets)
+            return self.targets.lower() == ALL_LINEAR or re.fullmatch(self.targets, hf_name(name)) is not None
+        return any(f".{hf_name(name)}".endswith(f".{target}") for target in self.targets)
 
     def saves(self, name: str) -> bool:
         """Whether `modules_to_save` means the module of that name, which is no linear layer with an adapter."""
-        return _peft_name(name).endswith(self.modules_to_save)
+        return hf_name(name).endswith(self.modules_to_save)
 
 
 Sources = tuple[str, ...] | str
@@ -463,7 +472,3 @@ def to_dict(config: Any) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs if value is not None}
 
     return asdict(config, dict_factory=plain)
-
-
-def _peft_name(name: str) -> str:
-    return name if name == "lm_head" else f"model.{name}"

@@ -1,4 +1,4 @@
-"""Regular expressions for names of layers, written by strangers, so only such as are matched in few steps.
+"""Names of layers, and regular expressions for them, written by strangers, so only such as are matched in few steps.
 
 `re` tries one way after another to match, and a hostile expression has more ways than a machine has time for: (x+)+y.
 Here no group is repeated, so the ways are at most the product of what each alternation and each repetition may choose.
@@ -43,9 +43,17 @@ def check_pattern(pattern: str, key: str, spent: int = 0) -> int:
     return spent
 
 
+def hf_name(name: str) -> str:
+    """What Hugging Face calls a module or tensor of ours: model.layers.0.mlp.up_proj, model.norm, but lm_head."""
+    return name if name.partition(".")[0] == "lm_head" else f"model.{name}"
+
+
 def first_match(patterns: dict[str, T], name: str, default: T) -> T:
-    """The value of the first of `patterns` that matches an end of the layer's name as PEFT has it; else `default`."""
-    return next((value for key, value in patterns.items() if _end(key).match(f"model.{name}")), default)
+    """The value of the first of `patterns` that matches the layer's name (`hf_name`) or an end of it; else `default`.
+
+    An end is of whole parts: up_proj, mlp.up_proj and (up|down)_proj match model.layers.0.mlp.up_proj, proj does not.
+    """
+    return next((value for key, value in patterns.items() if _end(key).match(hf_name(name))), default)
 
 
 @cache  # `re` itself remembers 512 only

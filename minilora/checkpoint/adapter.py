@@ -30,6 +30,7 @@ from minilora.errors import UserError
 from minilora.hub import hub_name
 from minilora.lora import refuse_added, refuse_unknown
 from minilora.model import Mistral
+from minilora.patterns import hf_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -220,5 +221,4 @@ def _key(name: str) -> str:
     """PEFT's name of one of our tensors."""
     if name == "prompt_embeddings":
         return name
-    inner = name if name.startswith("lm_head.") else f"model.{name}"
-    return f"base_model.model.{inner}" + (".weight" if name.endswith(("lora_A", "lora_B")) else "")
+    return f"base_model.model.{hf_name(name)}" + (".weight" if name.endswith(("lora_A", "lora_B")) else "")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minilora.checkpoint.layout import Layout
 from minilora.config import PROJECTIONS, ModelConfig
+from minilora.patterns import hf_name
 from minilora.rope import half_split_to_interleaved, interleaved_to_half_split
 
 # ours, Mistral's, shape
@@ -60,7 +61,7 @@ class TensorSpec:
         """The tensor's name in the files of `layout`."""
         if layout == "mistral":
             return f"{self.mistral_module}.weight"
-        return self.name if self.module == "lm_head" else f"model.{self.name}"
+        return hf_name(self.name)
 
     def from_layout(self, tensor: Tensor, layout: Layout) -> Tensor:
         """A tensor as the files of `layout` have it, in our order of rows."""
