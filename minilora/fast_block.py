@@ -31,9 +31,10 @@ class FusedBlock(Block):
         if not torch.is_grad_enabled() or context.cache is not None:
             return super().forward(x, context)
         attention, mlp = self.self_attn, self.mlp
+        # k carries s dy B: its dy is made by a function of ours, which can leave room; v's is torch's attention's.
         layers = Layers(
             self.input_layernorm,
-            Projections.of(attention.q_proj, attention.k_proj, attention.v_proj, carrier=1),  # v's dy is torch's
+            Projections.of(attention.q_proj, attention.k_proj, attention.v_proj, carrier=1),
             Projections.of(attention.o_proj),
             self.post_attention_layernorm,
             Projections.of(mlp.gate_proj, mlp.up_proj),
@@ -41,8 +42,8 @@ class FusedBlock(Block):
             context,
             context.sees(attention.layer),
         )
-        y = fused_block(x, layers, self.keep, getattr(x, "grad_room", 0), *layers.learned)
-        y.grad_room = layers.down.room_back  # type: ignore[attr-defined]
+        y = fused_block(x, layers, self.keep, getattr(x, "dy_room", 0), *layers.learned)
+        y.dy_room = layers.down.dy_room  # type: ignore[attr-defined]
         return y
 
 
@@ -57,7 +58,7 @@ class FusedNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or self.weight.requires_grad:
             return super().forward(x)
-        return fused_norm(x, self.weight, self.eps, getattr(x, "grad_room", 0))
+        return fused_norm(x, self.weight, self.eps, getattr(x, "dy_room", 0))
 
 
 def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:

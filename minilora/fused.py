@@ -105,7 +105,7 @@ def _fill_attention(tape: Tape, layers: Layers) -> None:
     """Forward as far as attention's output: put on the tape what is not there."""
     x, dtype = _rows(tape.x), product_dtype(tape.x)
     if "q" not in tape:
-        x_normed, tape.inverse = rms_norm(x, layers.norm.weight, layers.norm.eps, dtype, room=layers.qkv.room)
+        x_normed, tape.inverse = rms_norm(x, layers.norm.weight, layers.norm.eps, dtype, room=layers.qkv.x_room)
         ys, tape.qkv_reduced = layers.qkv.forward(x_normed)
         cos, sin = layers.rotation(dtype)
         q, k, v = (y.unflatten(1, (-1, 2 * cos.shape[-1])) for y in ys)
@@ -118,7 +118,7 @@ def _fill_attention(tape: Tape, layers: Layers) -> None:
 
 def _fill_mlp(tape: Tape, layers: Layers) -> None:
     """And on to gate and up."""
-    x, dtype, norm, room = _rows(tape.x), product_dtype(tape.x), layers.mlp_norm, layers.wide.room
+    x, dtype, norm, room = _rows(tape.x), product_dtype(tape.x), layers.mlp_norm, layers.wide.x_room
     normed: Tensor | None = None
     if "mid" not in tape:
         (y,), tape.o_reduced = layers.o.forward(tape.attended.reshape(len(x), -1))
@@ -132,27 +132,27 @@ def _fill_mlp(tape: Tape, layers: Layers) -> None:
 
 
 def _mlp_back(dy: Tensor, tape: Tape, layers: Layers) -> tuple[Tensor, Gradients]:
-    """The gradient of `mid` (N, D + the room that `layers.o` wants), in dy's dtype, and the adapters'.
+    """The gradient of `mid` (N, D + `layers.o.dy_room`), in dy's dtype, and the adapters'.
 
-    dy: (N, D), or (N, D + `layers.down.room_back`)
+    dy: (N, D + `layers.down.dy_room`)
     """
     mid, norm, dtype = _rows(tape.mid), layers.mlp_norm, product_dtype(dy)
     dys, wide, down = [dy.to(dtype)], layers.wide, layers.down
     d_reduced = down.reduce(dys)
-    dh = down.back(dys, d_reduced, wide.room_back)
+    dh = down.back(dys, d_reduced, wide.dy_room)
     h, *d_wide = swiglu_backward(dh, tape.gate.to(dtype), tape.up.to(dtype))
     del tape.gate, tape.up
     of_down = down.learn(dys, d_reduced, h, tape.down_reduced)
     del h, dh, dys
     d_reduced = wide.reduce(d_wide)
     dn, through_residual = wide.back(d_wide, d_reduced), dy[:, : mid.shape[1]]
-    dmid, normed = rms_norm_backward(dn, mid, norm.weight, tape.mid_inverse, through_residual, room=layers.o.room_back)
+    dmid, normed = rms_norm_backward(dn, mid, norm.weight, tape.mid_inverse, through_residual, room=layers.o.dy_room)
     of_wide = wide.learn(d_wide, d_reduced, normed, tape.wide_reduced)
     return dmid, [*of_wide, *of_down]
 
 
-def _attention_back(dmid: Tensor, tape: Tape, layers: Layers, room: int | None) -> tuple[Tensor | None, Gradients]:
-    """The gradient of x (N, D + room), or none where room is None, and the adapters'. dmid: as `_mlp_back` makes it."""
+def _attention_back(dmid: Tensor, tape: Tape, layers: Layers, dx_room: int | None) -> tuple[Tensor | None, Gradients]:
+    """The gradient of x (N, D + dx_room), or none if that is None, and the adapters'. dmid: as `_mlp_back` makes it."""
     x, norm, dtype = _rows(tape.x), layers.norm, product_dtype(dmid)
     dys = [dmid.to(dtype)]
     d_reduced = layers.o.reduce(dys)
@@ -162,11 +162,11 @@ def _attention_back(dmid: Tensor, tape: Tape, layers: Layers, room: int | None) 
     grads = attend_back(da.view(tape.attended.shape), *heads, tape.rest, layers.sees)
     cos, sin = layers.rotation(dtype)
     dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
-    dys = [rotate_back(dq, cos, sin), rotate_back(dk, cos, sin, layers.qkv.room_back), dv.flatten(1)]
+    dys = [rotate_back(dq, cos, sin), rotate_back(dk, cos, sin, layers.qkv.dy_room), dv.flatten(1)]
     d_reduced = layers.qkv.reduce(dys)
-    if room is not None:
+    if dx_room is not None:
         dn, through_residual = layers.qkv.back(dys, d_reduced), dmid[:, : x.shape[1]]
-        dx, normed = rms_norm_backward(dn, x, norm.weight, tape.inverse, through_residual, room)
+        dx, normed = rms_norm_backward(dn, x, norm.weight, tape.inverse, through_residual, dx_room)
     else:
         dx, (normed, _) = None, rms_norm(x, norm.weight, norm.eps, dtype, tape.inverse)
     of_qkv = layers.qkv.learn(dys, d_reduced, normed, tape.qkv_reduced)
@@ -174,20 +174,20 @@ def _attention_back(dmid: Tensor, tape: Tape, layers: Layers, room: int | None) 
 
 
 class _Block(torch.autograd.Function):
-    """x (B, T, D) -> y (B, T, D). room: what x's gradient is to have behind it."""
+    """x (B, T, D) -> y (B, T, D). dx_room: of the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Layers, keep: Keep, room: int, *_learned: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: Layers, keep: Keep, dx_room: int, *_learned: Tensor) -> Tensor:
         if keep == Keep.WEIGHTS:
             layers = layers.decoded(product_dtype(x))
         tape = Tape(x=x)
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
         gate, up = (y.to(product_dtype(x)) for y in (tape.gate, tape.up))
-        h, mid = swiglu(gate, up, layers.down.room), tape.mid
+        h, mid = swiglu(gate, up, layers.down.x_room), tape.mid
         if keep >= (Keep.HEADS if isinstance(layers.sees, Tensor) else Keep.ATTENTION):  # a mask's holds q, k and v
             ctx.rest = tape.rest
-        ctx.room, ctx.layers, ctx.names = room, layers, [name for names in _KEPT[: keep + 1] for name in names]
+        ctx.dx_room, ctx.layers, ctx.names = dx_room, layers, [name for names in _KEPT[: keep + 1] for name in names]
         kept = [getattr(tape, name) for name in ctx.names]
         del tape, gate, up  # so what is not kept makes room for the last product
         (y,), down_reduced = layers.down.forward(h)
@@ -203,9 +203,9 @@ class _Block(torch.autograd.Function):
             tape.rest = ctx.rest
         _fill_attention(tape, layers)
         _fill_mlp(tape, layers)
-        dmid, of_mlp = _mlp_back(_roomy(grads[0], layers.down.room_back), tape, layers)
-        dx, of_attention = _attention_back(dmid, tape, layers, ctx.room if ctx.needs_input_grad[0] else None)
-        return None if dx is None else _shaped(dx, tape.x.shape), None, None, None, *of_attention, *of_mlp
+        dmid, of_mlp = _mlp_back(_roomy_rows(grads[0], layers.down.dy_room), tape, layers)
+        dx, of_attention = _attention_back(dmid, tape, layers, ctx.dx_room if ctx.needs_input_grad[0] else None)
+        return None if dx is None else _bare_gradient(dx, tape.x.shape), None, None, None, *of_attention, *of_mlp
 
 
 fused_block: Callable[..., Tensor] = _Block.apply
@@ -215,10 +215,10 @@ class _Norm(torch.autograd.Function):
     """x (B, T, D), weight (D,) -> the norm behind the last block. x is kept as it is; autograd keeps it in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, room: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dx_room: int) -> Tensor:
         normed, inverse = rms_norm(_rows(x), weight, eps, x.dtype)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.room = room
+        ctx.dx_room = dx_room
         return normed.view(x.shape)
 
     @staticmethod
@@ -227,8 +227,8 @@ class _Norm(torch.autograd.Function):
         dn = _rows(grads[0])
         if dn.dtype == torch.float32 and backend_for(dn.device).name != "triton":
             dn = dn.clone()  # it would be overwritten, and it is autograd's
-        dx, _ = rms_norm_backward(dn, _rows(x), weight, inverse, room=ctx.room)
-        return _shaped(dx, x.shape), None, None, None
+        dx, _ = rms_norm_backward(dn, _rows(x), weight, inverse, room=ctx.dx_room)
+        return _bare_gradient(dx, x.shape), None, None, None
 
 
 fused_norm: Callable[..., Tensor] = _Norm.apply
@@ -238,19 +238,21 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-# A block's output says how much room its gradient is to have (`grad_room`), and who makes the gradient says what lies
-# there with the room (`roomy`). Autograd hands on the tensor that was made; one that does not say so is copied.
+# Between blocks gradients go through autograd, which knows of (B, T, D) alone. So a block writes on its output how much
+# room the gradient of that is to have (`dy_room`), and whoever makes that gradient hands autograd the bare one, a view,
+# and writes on it what it is a view of (`roomy`). Autograd passes on that very tensor. Where it has made another one,
+# or a hook has put other numbers there, the attribute is missing or another address, and the gradient is copied.
 
 
-def _shaped(roomy: Tensor, shape: torch.Size) -> Tensor:
-    """(N, D + room) as a gradient of that shape (B, T, D)."""
+def _bare_gradient(roomy: Tensor, shape: torch.Size) -> Tensor:
+    """(N, D + room) as the gradient of that shape (B, T, D)."""
     grad = roomy[:, : shape[-1]].view(shape)
     grad.roomy = roomy  # type: ignore[attr-defined]
     return grad
 
 
-def _roomy(grad: Tensor, room: int) -> Tensor:
-    """A gradient (B, T, D) as (N, D + room)."""
+def _roomy_rows(grad: Tensor, room: int) -> Tensor:
+    """A gradient (B, T, D) as (N, D + room); copied if it was not made with that room."""
     rows = _rows(grad)
     if room == 0:
         return rows

@@ -30,8 +30,7 @@ SLICE_BYTES = 32 << 20  # of decoded weight in work at a time on a CPU; smaller 
 def multiply(x: Tensor, weight: NF4Tensor | Tensor, columns: Tensor | None = None) -> Tensor:
     """x (N, in) times the transpose of a frozen weight (out, in), -> (N, out) in x's dtype. Not differentiated.
 
-    columns: (out, r), which a weight in NF4 grows by as it is decoded, and x (N, in + r) has. So what an adapter adds
-        costs its FLOPs alone, where a product of its own would read and write all of y again for it.
+    columns: (out, r), which a weight in NF4 is decoded with, an adapter's B; x is (N, in + r) then (projections.py)
     """
     n_out, n_in = weight.shape
     if isinstance(weight, NF4Tensor) and (fused := fused_product(x[:, :n_in], weight)) is not None:
@@ -59,7 +58,7 @@ def multiply_back(
     """dy (N, out) times a frozen weight (out, in), -> (N, in) in dy's dtype, in new memory or in dx.
 
     adds: to what dx holds
-    below: (r, in), which a weight in NF4 grows by as it is decoded, and dy (N, out + r) has, as in `multiply`
+    below: (r, in), which a weight in NF4 is decoded with, every A; dy is (N, out + r) then
     """
     if dx is None:
         dx = dy.new_empty(dy.shape[0], weight.shape[1])
@@ -93,12 +92,13 @@ def slices(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, rows start..stop of the weight in the dtype of `like`), each valid until the next is asked for.
 
-    columns, below: (out, r) or (r, in) that the rows are followed by, all in one slice; where `decoded` has put them
-        there, they need only be asked for
+    columns, below: (out, r) and (r, in), which stand behind the weight's rows and under the last one: all in one slice
 
-    What is decoded already comes in the slices that it would be decoded in: sums in another order have other bits.
+    What is decoded already comes in the slices that it would be decoded in: sums in another order have other bits. With
+    columns or below, it is a view into the matrix that `decoded` made with just these, and `as_strided` reaches beyond
+    the view to the rest of that. (No other dense weight is asked for with them: an adapter joins those in NF4 alone.)
     """
-    (n_out, n_in), (height, width) = weight.shape, _grown(weight.shape, columns, below)
+    (n_out, n_in), (height, width) = weight.shape, _shape_with(weight.shape, columns, below)
     rows = height
     if like.device.type == "cpu" and columns is None and below is None:
         weight_bytes = n_out * n_in * like.dtype.itemsize
@@ -107,13 +107,13 @@ def slices(
         whole = block // gcd(n_in, block)  # so many rows are whole blocks
         rows = min(n_out, -(-even // whole) * whole)
     if isinstance(weight, Tensor) and weight.dtype == like.dtype:
-        grows = (height, width) != tuple(weight.shape)
-        dense = weight.as_strided((height, width), weight.stride()) if grows else weight
+        has_more = (height, width) != tuple(weight.shape)
+        dense = weight.as_strided((height, width), weight.stride()) if has_more else weight
         yield from ((i, min(i + rows, height), dense[i : i + rows]) for i in range(0, n_out, rows))
         return
     if isinstance(weight, NF4Tensor) and (ahead := current()) is not None:
         key = tuple(part.data_ptr() for part in (weight.packed, columns, below) if part is not None)
-        fill = partial(_decode_and_grow, weight, 0, n_out, columns, below)
+        fill = partial(_decode_with, weight, 0, n_out, columns, below)
         yield 0, height, ahead.filled(key, (height, width), like.dtype, fill)
         return
     buffer = scratch("weight", rows * width, like.dtype, like.device).view(rows, width)
@@ -121,7 +121,7 @@ def slices(
         stop = min(start + rows, height)
         part = buffer[: stop - start]
         if isinstance(weight, NF4Tensor):
-            _decode_and_grow(weight, start, min(stop, n_out), columns, below, part)
+            _decode_with(weight, start, min(stop, n_out), columns, below, part)
         else:
             assert columns is None
             assert below is None
@@ -134,25 +134,25 @@ def decoded(
 ) -> Tensor:
     """All of a frozen weight (out, in), in `dtype` and, if it was in NF4, in memory of its own.
 
-    columns, below: (out, r) and (r, in), which follow it there, each row and the last one
+    columns, below: (out, r) and (r, in), put into the same memory behind its rows and under the last one
     """
     if isinstance(weight, Tensor):
         return weight.to(dtype)
     n_out, n_in = weight.shape
-    out = torch.empty(_grown(weight.shape, columns, below), dtype=dtype, device=weight.packed.device)
-    _decode_and_grow(weight, 0, n_out, columns, below, out)
+    out = torch.empty(_shape_with(weight.shape, columns, below), dtype=dtype, device=weight.packed.device)
+    _decode_with(weight, 0, n_out, columns, below, out)
     return out[:n_out, :n_in]
 
 
-def _grown(shape: tuple[int, ...], columns: Tensor | None, below: Tensor | None) -> tuple[int, int]:
+def _shape_with(shape: tuple[int, ...], columns: Tensor | None, below: Tensor | None) -> tuple[int, int]:
     n_out, n_in = shape
     return n_out + (0 if below is None else len(below)), n_in + (0 if columns is None else columns.shape[1])
 
 
-def _decode_and_grow(
+def _decode_with(
     weight: NF4Tensor, start: int, stop: int, columns: Tensor | None, below: Tensor | None, out: Tensor
 ) -> None:
-    """Rows start..stop of the weight, and what they are followed by, into the rows of `out`."""
+    """Rows start..stop of the weight, with columns behind them and `below` under the last one, into `out`."""
     n_in = weight.shape[1]
     decode(weight, start * n_in, stop * n_in, out[: stop - start], columns)
     if below is not None:

@@ -37,7 +37,7 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """The norm of x (N, D) in `dtype`, and r (N, 1) float32, which is made where `inverse` does not give it.
 
-    room: columns that the norm is followed by, with anything in them: (N, D + room)
+    room: columns behind the norm for others to write to (projections.py), (N, D + room)
     """
     return _normalized(x, weight, eps, dtype, inverse, room)
 
@@ -75,7 +75,7 @@ def rms_norm_backward(
     """dx (N, D) in x's dtype from the norm's gradient dn (N, D), which may be overwritten; residual_grad is added. And
     the norm (N, D) in dn's dtype.
 
-    room: columns that dx is followed by, with anything in them: (N, D + room)
+    room: columns behind dx for others to write to (projections.py), (N, D + room)
     """
     (n, d), x32, dtype = x.shape, x.float(), dn.dtype
     u = dn.float().mul_(weight)

@@ -3,10 +3,30 @@
     y  = x W'^T + s P B^T                    dx = dy W' + (s dy B) A
     dB = s dy^T P                            dA = (s dy B)^T x
 
-Adapters cost little more than their FLOPs. The A of layers with the same x go in one product. On a GPU sP and B become
-further columns of x and of the weight that is decoded for the product, y = [x sP] [W' B]^T, and s dy B and A further
-columns of dy and rows of the weight, dx = [dy  s dy B] [W'; A], so that y and dx are not read and written again for an
-adapter's sake. All else is added in place. Weights are decoded by slices (`linear.slices`).
+The A of layers with the same x go in one product. What adapters add to y, dx and gradients is added in place. Weights
+are decoded by slices (`linear.slices`).
+
+On a GPU y and dx are not even read and written again for an adapter: it joins the product with the weight, as further
+columns and rows of what is multiplied, and costs little more than its FLOPs.
+
+    y = [x sP] [W' B]^T                          dx = [dy  s dy B] [W'; A]
+
+           in    room       in    columns             out     room             in
+        +-------+----+   +-------+----+            +-------+--------+       +------+
+      N |   x   | sP |   |   W'  |  B | out      N |  dy   | s dy B |       |  W'  | out
+        +-------+----+   +-------+----+            +-------+--------+       +------+
+                                                                            |   A  | below
+                                                                            +------+
+
+Of several layers with one x, y is made layer by layer, so each has its own P and B. But dx is one sum over the layers,
+so one of them takes s dy B and A of all.
+
+    joins           an adapter's taking part in this; `_joins` says when, else its products are added
+    columns, below  B, and every A, where they lie when the weight has been decoded: behind its rows, under the last one
+    room            spare columns behind x or dy, which whoever makes that allocates and leaves as they are; so sP and
+                    s dy B find their place without a copy. `x_room` and `dy_room` say how many there should be
+    bare, roomy     a matrix without its room, and with it
+    carrier         the layer whose dy has the room
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +50,7 @@ Gradients = list[Tensor | None]
 class LowRank:
     """A (rank, in) and B (out, rank), float32, whose product is added `scale` times.
 
-    joins: B becomes further columns of the weight, and A may become further rows
+    joins: the product with the weight, as above
     """
 
     lora_A: Tensor
@@ -43,7 +63,7 @@ class LowRank:
 class Projections:
     """Layers of one input: their frozen weights (out, in), and the adapters that some of them have.
 
-    carrier: of which layer the dy may have room behind it, `room_back`, for what every A is multiplied by
+    carrier: the layer whose dy may have room
     """
 
     weights: tuple[NF4Tensor | Tensor, ...]
@@ -67,10 +87,10 @@ class Projections:
     def decoded(self, dtype: torch.dtype) -> "Projections":
         """The same, whose weights need not be decoded again."""
         columns = [cast(a.lora_B, dtype) if a and a.joins else None for a in self.adapters]
-        rows: list[Tensor | None] = [None] * len(self.weights)
-        if self.room_back:
-            rows[self.carrier] = self._every_a(dtype)
-        return replace(self, weights=tuple(map(decoded, self.weights, repeat(dtype), columns, rows)))
+        below: list[Tensor | None] = [None] * len(self.weights)
+        if self.dy_room:
+            below[self.carrier] = self._every_a(dtype)
+        return replace(self, weights=tuple(map(decoded, self.weights, repeat(dtype), columns, below)))
 
     @property
     def learned(self) -> list[Tensor]:
@@ -78,26 +98,26 @@ class Projections:
         return [tensor for adapter in self.adapters if adapter for tensor in (adapter.lora_A, adapter.lora_B)]
 
     @property
-    def room(self) -> int:
-        """Spare columns to allocate behind x."""
+    def x_room(self) -> int:
+        """Columns of room behind x."""
         return max((len(a.lora_A) for a in self.adapters if a and a.joins), default=0)
 
     @property
-    def room_back(self) -> int:
-        """Spare columns to allocate behind the carrier's dy."""
-        join = self.adapters[self.carrier] and all(a.joins for a in self.adapters if a)
-        return sum(self._ranks) if join else 0
+    def dy_room(self) -> int:
+        """Columns of room behind the carrier's dy."""
+        all_join = self.adapters[self.carrier] and all(a.joins for a in self.adapters if a)
+        return sum(self._ranks) if all_join else 0
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """x (N, in), or (N, in + room) with room to write in, -> y (N, out) of each, and x A^T (N, sum of ranks) for
-        backward."""
+        """x (N, in), or (N, in + x_room), whose room is written to -> y (N, out) of each, and x A^T (N, sum of ranks)
+        for backward."""
         if not self.learned:
             return [multiply(x, weight) for weight in self.weights], None
         n_in = self.weights[0].shape[1]
         bare = x[:, :n_in]
         reduced = torch.mm(bare, self._every_a(x.dtype).T)
-        if self.room and x.shape[1] == n_in:
-            x = x.new_empty(len(x), n_in + self.room)
+        if self.x_room and x.shape[1] == n_in:
+            x = x.new_empty(len(x), n_in + self.x_room)
             x[:, :n_in] = bare
         ys, parts = list[Tensor](), iter(reduced.split_with_sizes(self._ranks, dim=1))
         for weight, adapter in zip(self.weights, self.adapters, strict=True):
@@ -116,7 +136,7 @@ class Projections:
     def reduce(self, dys: Sequence[Tensor]) -> Tensor | None:
         """s dy B of each adapter (N, sum of ranks): what `back` and `learn` take; None without adapters.
 
-        dys: (N, out) each, or of the carrier (N, out + room_back), where this then lies
+        dys: (N, out) each, or of the carrier (N, out + dy_room), in whose room this then lies
         """
         if not self.learned:
             return None
@@ -130,7 +150,7 @@ class Projections:
     def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None, room: int = 0) -> Tensor:
         """dx (N, in).
 
-        room: columns that it is followed by, with anything in them: (N, in + room)
+        room: columns of room that it is to have, (N, in + room)
         """
         n_in, joined = self.weights[0].shape[1], False
         roomy = dys[0].new_empty(dys[0].shape[0], n_in + room)
@@ -178,9 +198,9 @@ class Projections:
 
 
 def _joins(weight: NF4Tensor | Tensor, rank: int) -> bool:
-    """Where there is room for columns, since it is decoded; where rows of so many more are a multiple of 16 numbers,
-    else Triton moves them by 2 bytes, not 16; and on a GPU, which waits for memory: on a CPU the longer sums take the
-    time that is saved."""
+    """Whether an adapter joins the product: where the weight is decoded, which gives B a place beside it; where rows of
+    so many more are a multiple of 16 numbers, else Triton moves them by 2 bytes, not 16; and on a GPU, which waits for
+    memory: on a CPU the longer sums take the time that is saved."""
     on_gpu = isinstance(weight, NF4Tensor) and backend_for(weight.packed.device).name == "triton"
     return on_gpu and rank % WHOLE == 0
 

@@ -45,7 +45,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_back(dx: Tensor, cos: Tensor, sin: Tensor, room: int = 0) -> Tensor:
     """Turns dx (N, H, Dh) the other way, which is the gradient of what was rotated: (N, H * Dh), in new memory.
 
-    room: columns that it is followed by, with anything in them: (N, H * Dh + room)
+    room: columns behind it for others to write to (projections.py), (N, H * Dh + room)
     """
     turned = _turned(dx, cos[:, None], -sin[:, None]).flatten(1)
     return pad(turned, (0, room)) if room else turned

@@ -26,7 +26,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
     """h (N, F) from gate and up (N, F).
 
-    room: columns that h is followed by, with anything in them: (N, F + room)
+    room: columns behind h for others to write to (projections.py), (N, F + room)
     """
     if not room:
         return silu(gate).mul_(up)
@@ -41,7 +41,7 @@ def swiglu(gate: Tensor, up: Tensor, room: int = 0) -> Tensor:
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h, d_gate and d_up, each (N, F). d_gate takes the memory of dh; h and d_up may take that of gate and up.
 
-    dh: or (N, F + room), as then d_gate is, whose further columns hold anything
+    dh: or (N, F + room), as then d_gate is
     """
     bare, silu_gate = dh[:, : gate.shape[1]], silu(gate)
     h = silu_gate * up

@@ -140,7 +140,7 @@ def test_columns_are_for_gpus_and_rows_of_so_many_numbers(
     mlps = [adapted(SHAPES[0], LoraConfig(rank=rank), nf4).layers[0].mlp for nf4 in (True, False)]
     monkeypatch.setattr(projections, "backend_for", lambda _: backend.Backend(backend_name, "as if"))  # type: ignore[arg-type]
     both = [Projections.of(mlp.gate_proj, mlp.up_proj) for mlp in mlps]
-    assert [(of.room, of.room_back) for of in both] == [(joins, 2 * joins), (0, 0)]
+    assert [(of.x_room, of.dy_room) for of in both] == [(joins, 2 * joins), (0, 0)]
 
 
 def test_each_policy_keeps_less_than_the_next() -> None:
