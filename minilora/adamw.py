@@ -112,7 +112,9 @@ class FlatAdamW:
         kind: Optimizer = "adamw",
         paged: bool = False,
     ) -> None:
-        """groups: parameters by weight decay and what they multiply the learning rate by
+        """Take the parameters' memory over; their moments are zeros.
+
+        groups: parameters by weight decay and what they multiply the learning rate by
         paged: keep the state in the host's memory; the updates are the same
 
         Raises ValueError where a group is empty, on several devices or not in float32.
@@ -161,8 +163,8 @@ class FlatAdamW:
 
     @contextmanager
     def casts(self, dtype: torch.dtype) -> Iterator[None]:
-        """While entered, each parameter has a copy in `dtype`, `p.cast`, of what it was then: all by one launch, into
-        memory that stays."""
+        """While entered, each parameter has a copy in `dtype` of what it was then, `p.kept_cast`, which `lora.cast_of`
+        reads: all by one launch, into memory that stays."""
         if dtype == torch.float32:
             yield
             return
@@ -171,13 +173,13 @@ class FlatAdamW:
         for cast, (flat, parameters) in zip(self._casts[dtype], self._flat, strict=True):
             cast.copy_(flat)
             for p in parameters:
-                p.cast = cast[(at := p.storage_offset()) : at + p.numel()].view(p.shape)  # type: ignore[attr-defined]
+                p.kept_cast = cast[(at := p.storage_offset()) : at + p.numel()].view(p.shape)  # type: ignore[attr-defined]
         try:
             yield
         finally:
             for _, parameters in self._flat:
                 for p in parameters:
-                    del p.cast  # type: ignore[attr-defined]
+                    del p.kept_cast  # type: ignore[attr-defined]
 
     def zero_grad(self) -> None:
         """In place: the gradients stay views."""

@@ -72,8 +72,8 @@ class LoRALinear(Added):
             return y
         if undifferentiated_on_gpu(x) and self.lora_magnitude_vector is None and not (self.training and self.dropout):
             # Onto y where it lies: two launches, and one rounding instead of three.
-            reduced, rows = linear(x, cast(self.lora_A, x.dtype)).flatten(0, -2), y.flatten(0, -2)
-            return rows.addmm_(reduced, cast(self.lora_B, x.dtype).T, alpha=self.scale).view(y.shape)
+            reduced, rows = linear(x, cast_of(self.lora_A, x.dtype)).flatten(0, -2), y.flatten(0, -2)
+            return rows.addmm_(reduced, cast_of(self.lora_B, x.dtype).T, alpha=self.scale).view(y.shape)
         reduced = linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
         y = y + self.scale * linear(reduced, self.lora_B.to(x.dtype))
         if self.lora_magnitude_vector is None:
@@ -102,11 +102,11 @@ class LoRALinear(Added):
         return merged.mul_((self.lora_magnitude_vector.detach() / lengths)[:, None])
 
 
-def cast(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """A or B in a dtype, without a gradient: its copy `p.cast` where one was made for many uses, by `casts` or by
-    `FlatAdamW.casts`."""
-    made: Tensor = getattr(p, "cast", p)
-    return made.detach().to(dtype)
+def cast_of(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B in `dtype`, without a gradient: the copy that `casts` or `FlatAdamW.casts` keeps on the parameter for many
+    uses, `p.kept_cast`, if one of them is entered."""
+    kept: Tensor = getattr(p, "kept_cast", p)
+    return kept.detach().to(dtype)
 
 
 @contextmanager
@@ -115,12 +115,12 @@ def casts(model: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]:
     low_rank = [p for m in model.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)]
     copies = [p.detach().to(dtype) for p in low_rank]
     for p, copy in zip(low_rank, copies, strict=True):
-        p.cast = copy  # type: ignore[attr-defined]
+        p.kept_cast = copy  # type: ignore[attr-defined]
     try:
         yield copies
     finally:
         for p in low_rank:
-            del p.cast  # type: ignore[attr-defined]
+            del p.kept_cast  # type: ignore[attr-defined]
 
 
 class TrainedCopy(Added):

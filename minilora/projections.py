@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from minilora.backend import backend_for
 from minilora.linear import NF4Linear, add_product_, decoded, multiply, multiply_back
-from minilora.lora import LoRALinear, cast
+from minilora.lora import LoRALinear, cast_of
 from minilora.nf4 import NF4Tensor
 
 WHOLE = 16  # numbers: rows longer by a multiple of it are moved as fast as before
@@ -86,7 +86,7 @@ class Projections:
 
     def decoded(self, dtype: torch.dtype) -> "Projections":
         """The same, whose weights need not be decoded again."""
-        columns = [cast(a.lora_B, dtype) if a and a.joins else None for a in self.adapters]
+        columns = [cast_of(a.lora_B, dtype) if a and a.joins else None for a in self.adapters]
         below: list[Tensor | None] = [None] * len(self.weights)
         if self.dy_room:
             below[self.carrier] = self._every_a(dtype)
@@ -124,7 +124,7 @@ class Projections:
             if adapter is None:
                 ys.append(multiply(bare, weight))
                 continue
-            part, up = next(parts), cast(adapter.lora_B, x.dtype)
+            part, up = next(parts), cast_of(adapter.lora_B, x.dtype)
             if adapter.joins:
                 wide = x[:, : n_in + part.shape[1]]
                 torch.mul(part, adapter.scale, out=wide[:, n_in:])
@@ -144,7 +144,7 @@ class Projections:
         if not d_reduced.shape[1]:
             d_reduced = dys[0].new_empty(dys[0].shape[0], sum(self._ranks))
         for adapter, dy, part in self._adapted(dys, d_reduced):
-            part.addmm_(dy, cast(adapter.lora_B, dy.dtype), beta=0, alpha=adapter.scale)
+            part.addmm_(dy, cast_of(adapter.lora_B, dy.dtype), beta=0, alpha=adapter.scale)
         return d_reduced
 
     def back(self, dys: Sequence[Tensor], d_reduced: Tensor | None, room: int = 0) -> Tensor:
@@ -185,7 +185,7 @@ class Projections:
 
     def _every_a(self, dtype: torch.dtype) -> Tensor:
         """Every A, one below the other: (sum of ranks, in). They read x once."""
-        downs = [cast(adapter.lora_A, dtype) for adapter in self.adapters if adapter]
+        downs = [cast_of(adapter.lora_A, dtype) for adapter in self.adapters if adapter]
         together = _as_one(downs)
         return torch.cat(downs) if together is None else together
 

@@ -45,12 +45,12 @@ def test_casts_are_of_now_and_where_they_were() -> None:
             for p in weights:
                 p.add_(1)
         with optimizer.casts(torch.float16):
-            assert all(torch.equal(p.cast, p.half()) for p in weights)
-            places.append([p.cast.data_ptr() for p in weights])
-        assert not any(hasattr(p, "cast") for p in weights)
+            assert all(torch.equal(p.kept_cast, p.half()) for p in weights)
+            places.append([p.kept_cast.data_ptr() for p in weights])
+        assert not any(hasattr(p, "kept_cast") for p in weights)
     assert places[0] == places[1]
     with optimizer.casts(torch.float32):
-        assert not any(hasattr(p, "cast") for p in weights)
+        assert not any(hasattr(p, "kept_cast") for p in weights)
 
 
 @pytest.mark.usefixtures("by")

@@ -302,7 +302,7 @@ def test_on_a_gpu_an_adapter_is_two_launches_of_a_step(dtype: torch.dtype) -> No
     assert len(gpu.launches) == len(base.launches) + 2 * len(adapters)
     error = (adapted - plain).norm() / plain.norm()
     assert error < (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps  # two layers' roundings of each y
-    assert not any(hasattr(p, "cast") for p in model.parameters())
+    assert not any(hasattr(p, "kept_cast") for p in model.parameters())
     with PretendedGPU() as gpu, torch.enable_grad():
         assert model(prompt(3)).requires_grad
     assert "addmm_" not in {launch.name for launch in gpu.launches}, "autograd needs what it would overwrite"

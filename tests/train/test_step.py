@@ -217,11 +217,11 @@ def test_only_products_in_16_bits_have_copies_to_read(
     optimizer, weights = adamw(model), list(trainable(model).values())
 
     def look() -> None:
-        seen.append(all(hasattr(p, "cast") for p in weights))
+        seen.append(all(hasattr(p, "kept_cast") for p in weights))
 
     backward_of(model, optimizer, look)(rows(8)[0], 1.0)
     assert seen == [fast and native]
-    assert not any(hasattr(p, "cast") for p in weights)
+    assert not any(hasattr(p, "kept_cast") for p in weights)
 
 
 def test_no_target_is_refused() -> None:
