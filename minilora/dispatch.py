@@ -9,8 +9,13 @@ A product x W'^T with few rows of x costs the reading of W, with many the multip
 `TABLE` says up to which M each is taken, by the architecture of the GPU. `python -m benchmarks.calibrate` measures it;
 where no GPU was to be had it is an estimate by counted instructions (`benchmarks/sass.py`), and says so.
 
-What is elementwise (`norm`, `rope`, `swiglu`) has one way on a GPU, the kernel of its name: `kernel_on_gpu`. The plain
-block takes it, too, where nothing is differentiated: `undifferentiated_on_gpu`.
+What goes over its numbers once or twice (`norm`, `rope`, `swiglu`, `softmax_gradient`, `adamw`) has one way on a GPU,
+the kernel of its name: `kernel_on_gpu`. Of what the plain block and the fast one both have, this runs:
+
+    the fast block                                    what has `kernel_on_gpu`: its kernel on a GPU, else its own text
+    the plain block, on a CPU or differentiated       its own text, in steps that autograd sees into
+    the plain block, on a GPU and undifferentiated    fewer launches: the branch `if undifferentiated_on_gpu`, with
+                                                      which the plain text of each (and of `LoRALinear`) begins
 """
 
 import json
