@@ -72,3 +72,18 @@ def test_the_first_pattern_that_matches_an_end_counts() -> None:
     patterns = {"layers.1.self_attn.q_proj": 1, r"layers\.\d\.mlp\.(up|down)_proj": 2, "q_proj": 3, "proj": 4}
     names = ("layers.1.self_attn.q_proj", "layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.0.mlp.gate_proj")
     assert [first_match(patterns, name, 9) for name in names] == [1, 3, 2, 9]
+
+
+def test_the_examples_beside_lora_s_settings() -> None:
+    name = "layers.0.mlp.up_proj"
+    meant = [LoraConfig(targets=(end,)).adapts(name) for end in ("up_proj", "0.mlp.up_proj", "proj")]
+    assert meant == [True, True, False]
+    assert [LoraConfig(targets=whole).adapts(name) for whole in (".*up_proj", "up_proj")] == [True, False]
+    ranks = [LoraConfig(rank_pattern={p: 4}).rank_of(name) for p in ("up_proj", "(up|down)_proj", "proj")]
+    assert ranks == [4, 4, 16]
+    assert all(map(LoraConfig(modules_to_save=("norm",)).saves, ("norm", "layers.0.input_layernorm")))
+
+
+def test_an_empty_pattern_hides_no_rank() -> None:
+    with pytest.raises(UserError, match=r"lora\.rank is 0, but must be above 0"):
+        LoraConfig(rank=0, rank_pattern={"": 4})
