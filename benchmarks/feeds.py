@@ -59,9 +59,9 @@ def random_batch(rows: int, length: int, vocab_size: int) -> PackedBatch:
     """(rows, length) random tokens, the next one the label of each."""
     drawn = torch.from_numpy(np.random.default_rng(0).integers(10, vocab_size, (rows, length + 1)))
     positions = torch.arange(length).repeat(rows, 1)
-    segments, stops = torch.zeros(rows, length, dtype=torch.int32), length * torch.arange(rows + 1, dtype=torch.int32)
+    segments = torch.zeros(rows, length, dtype=torch.int32)
     tokens, labels = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
-    return PackedBatch(tokens, labels, positions, segments, Runs(stops, length))
+    return PackedBatch(tokens, labels, positions, segments, Runs.of_rows(rows, length))
 
 
 def save_samples(samples: Sequence[Sample], file: Path) -> None:

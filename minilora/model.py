@@ -203,8 +203,7 @@ class Mistral(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
             if segments is None:
-                stops = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32, device=tokens.device)
-                runs = Runs(stops, tokens.shape[1])
+                runs = Runs.of_rows(len(tokens), tokens.shape[1], tokens.device)
         x = self.embed_tokens(tokens)
         if self.neftune_alpha and self.training:
             x = with_noise(x, segments, self.neftune_alpha)

@@ -141,6 +141,12 @@ class Runs:
     window: int | None = None
 
     @staticmethod
+    def of_rows(n_rows: int, length: int, device: torch.device | str = "cpu") -> "Runs":
+        """Each row is one run."""
+        stops = torch.arange(0, n_rows * length + 1, length, dtype=torch.int32, device=device)
+        return Runs(stops, length)
+
+    @staticmethod
     def serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         """Whether torch's FlashAttention takes such heads there."""
         return (

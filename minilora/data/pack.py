@@ -35,24 +35,24 @@ WINDOW = 1024  # samples packed together: enough to fill rows, few enough that e
 class PackedBatch:
     """tokens, labels, positions (B, T) int64, segments (B, T) int32; labels are IGNORE where nothing is predicted.
 
-    runs: what segments and positions say, once more, as attention takes it on a GPU
+    runs: what segments and positions say, once more, as attention takes it
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     segments: Tensor
-    runs: Runs | None = None
+    runs: Runs
 
     @property
     def n_targets(self) -> int:
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        runs = self.runs and replace(self.runs, stops=self.runs.stops.to(device))
-        return PackedBatch(
-            self.tokens.to(device), self.labels.to(device), self.positions.to(device), self.segments.to(device), runs
-        )
+        tokens, labels = self.tokens.to(device), self.labels.to(device)
+        positions, segments = self.positions.to(device), self.segments.to(device)
+        runs = replace(self.runs, stops=self.runs.stops.to(device))
+        return PackedBatch(tokens, labels, positions, segments, runs)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,6 @@ class StepGraphs:
         )
 
     def __call__(self, batch: PackedBatch, factor: float | Tensor) -> Tensor:
-        if batch.runs is None:
-            return self._plain(batch, factor)
         space = 4
         while space < len(batch.runs.stops):
             space *= 4
@@ -89,7 +87,6 @@ class _Recorded:
             self._loss = backward(self._batch, self._factor)
 
     def replay(self, batch: PackedBatch, factor: float | Tensor) -> Tensor:
-        assert batch.runs is not None
         stops = batch.runs.stops
         padded = torch.cat([stops, stops[-1:].expand(len(self._stops) - len(stops))])  # empty runs
         pairs = [(getattr(self._batch, name), getattr(batch, name)) for name in ("tokens", "labels", "positions")]

@@ -38,7 +38,8 @@ def on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
     """
     shape = (config.train.batch_size, config.data.max_seq_len)
     zeros, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).expand(shape)
-    full, flash = PackedBatch(zeros, zeros, positions, zeros.int()), config.model.dtype == "bfloat16"
+    full = PackedBatch(zeros, zeros, positions, zeros.int(), Runs.of_rows(*shape))
+    flash = config.model.dtype == "bfloat16"
     return Ledger(config, sizes, torch.device("cuda"), full, shape[1], flash=flash).predict()
 
 
@@ -93,7 +94,7 @@ class Ledger:
         runs = causal_runs(first.positions, first.segments) if on_cpu and not is_prefix else None
         at_once = self.flash
         if at_once is None:
-            at_once = first.runs is not None and Runs.serve(self.device, dtype, self.sizes.head_dim)
+            at_once = Runs.serve(self.device, dtype, self.sizes.head_dim)
         double_quant = model.double_quant if self.config.quantize else None
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         return StepPlan(

@@ -113,6 +113,23 @@ def test_dtypes_and_a_row_by_hand() -> None:
     assert batch.n_targets == 3
 
 
+@pytest.mark.parametrize("trim", [False, True])
+def test_runs_say_what_positions_and_segments_say(trim: bool) -> None:
+    samples = some_samples(12)
+    batch = make_batch(samples, epoch_rows(lengths_of(samples), T, seed=0, epoch=0), T, trim).to("cpu")
+    n_tokens, stops = batch.tokens.numel(), batch.runs.stops
+    assert (stops.dtype, int(stops[0]), int(stops[-1])) == (torch.int32, 0, n_tokens)
+    assert batch.runs.longest == int(stops.diff().max())
+    row, run = (
+        torch.arange(n_tokens) // batch.tokens.shape[1],
+        torch.bucketize(torch.arange(n_tokens), stops, right=True),
+    )
+    same_run = run[:, None] == run
+    same_segment = (row[:, None] == row) & (batch.segments.view(-1)[:, None] == batch.segments.view(-1))
+    assert torch.equal(same_run, same_segment)
+    assert torch.equal(batch.positions.view(-1), torch.arange(n_tokens) - stops[run - 1])
+
+
 def test_a_model_sees_packed_samples_as_if_alone() -> None:
     config = ModelConfig(32, n_layers=2, head_dim=8, hidden_dim=48, n_heads=4, n_kv_heads=2, vocab_size=1000)
     model = Mistral(config)
@@ -123,7 +140,7 @@ def test_a_model_sees_packed_samples_as_if_alone() -> None:
 
     def loss(rows: list[list[int]], trim: bool) -> float:
         batch = make_batch(samples, rows, T, trim)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
         return float(cross_entropy_sum(hidden, model.lm_head.weight, batch.labels))
 
     with torch.no_grad():
