@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.watch import being_called
-from minilora import attention, backend, linear
+from minilora import attention, backend, linear, model
 from minilora.attention import attend_back, attend_kept
 from minilora.visible import Pieces, Runs
 
@@ -87,7 +87,7 @@ class PretendedGPU(TorchDispatchMode):
             mock.patch.object(Tensor, "device", property(device)),
             mock.patch.object(torch.cuda, "get_device_capability", _always(CAPABILITY)),
             mock.patch.object(torch.cuda, "device", _always(nullcontext())),
-            mock.patch.object(Runs, "serve", staticmethod(_always(True))),
+            mock.patch.object(model, "has_flash_attention", _always(True)),
             mock.patch.object(attention, "_flash", self._flash),
             mock.patch.object(torch.ops.aten, "_flash_attention_backward", self._flash_back),
             mock.patch.object(linear, "fused_product", _always(None)),
@@ -166,22 +166,23 @@ class PretendedGPU(TorchDispatchMode):
     def _flash(self, q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> tuple[Tensor, ...]:
         """In the place of `attention._flash`."""
         with self.aside():
-            sees = _pieces(runs)
+            sees = Pieces.of(runs.lengths, runs.window)
             y, sums = attend_kept(q, k, v, sees)
         logsumexp = torch.empty(q.shape[2], q.shape[0] * q.shape[1])  # what a GPU's would be
         read, written = _bytes([q, k, v, runs.stops]), _bytes([y, logsumexp])
         self.launches.append(Launch("attention", "flash", read, written, 4 * _pairs(sees) * q.shape[2] * q.shape[3]))
-        return y.flatten(0, 1), logsumexp, *sums
+        return y.flatten(0, 1), logsumexp, sums, logsumexp  # type: ignore[return-value]
 
-    def _flash_back(self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsumexp: Tensor, *rest: Any,
-                    window_size_left: int, **_: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    def _flash_back(
+        self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsumexp: Tensor, *,
+        cum_seq_q: Tensor, max_q: int, window_size_left: int, rng_state: tuple[Tensor, ...], **_: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """In the place of torch's operator, whose arguments are these."""
-        stops, longest, sums = rest[0], rest[2], [x for x in rest[6:] if isinstance(x, Tensor)]
-        runs = Runs(stops, longest, None if window_size_left < 0 else window_size_left + 1)
+        runs = Runs(cum_seq_q, max_q, None if window_size_left < 0 else window_size_left + 1)
         with self.aside():
-            sees = _pieces(runs)
-            grads = attend_back(dy[None], q[None], k[None], v[None], y[None], tuple(sums), sees)
-        read, written = _bytes([dy, q, k, v, y, logsumexp, stops]), _bytes(list(grads))
+            sees = Pieces.of(runs.lengths, runs.window)
+            grads = attend_back(dy[None], q[None], k[None], v[None], y[None], rng_state, sees)
+        read, written = _bytes([dy, q, k, v, y, logsumexp, cum_seq_q]), _bytes(list(grads))
         more = BACK_LAUNCHES - 1 + (GROUPED_LAUNCHES if q.shape[1] != k.shape[1] else 0)
         flops = 10 * _pairs(sees) * q.shape[1] * q.shape[2]
         self.launches.append(Launch("attention", "flash back", read, written, flops))
@@ -203,11 +204,6 @@ def _on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*map(here, args), **{name: here(value) for name, value in kwargs.items()})
 
     return called
-
-
-def _pieces(runs: Runs) -> Pieces:
-    lengths = [n for n in torch.diff(runs.stops).tolist() if n]
-    return Pieces.of(lengths, runs.window)
 
 
 def _pairs(sees: Pieces) -> int:

@@ -20,7 +20,7 @@ WIDENED = 256  # keys of a piece, at most, whose backward is slower in 16 bits t
 def attend(q: Tensor, k: Tensor, v: Tensor, sees: Sees) -> Tensor:
     """q (B, Tq, Hq, Dh), k and v (B, Tk, Hkv, Dh) -> (B, Tq, Hq, Dh).
 
-    sees: a mask (B, 1, Tq, Tk), or the `Pieces` of causal runs, or, on a GPU, `Runs`. Query head h uses key head
+    sees: a mask (B, 1, Tq, Tk), or causal runs, on a CPU in `Pieces`, on a GPU as `Runs`. Query head h uses key head
     h // (Hq / Hkv). A single query's mask may be `as_added`, and have a row for each query head of a key head.
     """
     if isinstance(sees, Runs):
@@ -122,10 +122,30 @@ def copies_for_threads(rows: int, n_q_heads: int, n_k_heads: int) -> int:
     return groups if most_apart < most * groups else 1
 
 
+def has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's FlashAttention takes such heads on that device."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and torch.backends.cuda.is_flash_attention_available()
+    )
+
+
+def _told_of(runs: Runs) -> dict[str, Any]:
+    """What torch's FlashAttention is told of queries and keys, forward and back."""
+    stops, longest, window = runs.stops, runs.longest, runs.window
+    limits = {"cum_seq_q": stops, "cum_seq_k": stops, "max_q": longest, "max_k": longest}
+    sides = {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+    return {**limits, **sides, "dropout_p": 0.0, "is_causal": window is None}
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> tuple[Tensor, ...]:
-    """Output (B * T, Hq, Dh), logsumexp and what else its backward takes."""
+    """Output (B * T, Hq, Dh), logsumexp, and the two tensors that its backward takes besides."""
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    made = torch.ops.aten._flash_attention_forward(q, k, v, *runs.limits, False, **runs.sides)
+    made = torch.ops.aten._flash_attention_forward(q, k, v, **_told_of(runs), return_debug_mask=False)
     return tuple(made[:4])
 
 
@@ -155,5 +175,8 @@ def attend_back(
     if isinstance(sees, Pieces):
         return _pieces_back(dy, q, k, v, y, rest, sees)
     dy, *heads = (x.flatten(0, 1) for x in (dy, q, k, v, y))
-    grads = torch.ops.aten._flash_attention_backward(dy, *heads, rest[0], *sees.limits, *rest[1:], **sees.sides)
+    logsumexp, rng_state, unused = rest
+    grads = torch.ops.aten._flash_attention_backward(
+        dy, *heads, logsumexp, **_told_of(sees), rng_state=rng_state, unused=unused
+    )
     return tuple(grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))

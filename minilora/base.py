@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from minilora.attention import has_flash_attention
 from minilora.backend import pick_device, pick_dtype, told
 from minilora.checkpoint.adapter import CONFIG, adapter_folder, read_adapter, read_adapter_config
 from minilora.checkpoint.adapter_parts import Adapter
@@ -22,7 +23,6 @@ from minilora.memory_at_rest import predict
 from minilora.memory_of_step import StepPlan
 from minilora.model import Mistral
 from minilora.tokenizer import OLD_HF, Tokenizer, load_tokenizer
-from minilora.visible import Runs
 
 
 def found_adapter(path: str | Path) -> Path:
@@ -117,7 +117,7 @@ class Base:
     def predict(self, rows: int, length: int, new: int | None = None) -> dict[str, int]:
         """Bytes by owner while `rows` texts of `length` tokens are continued by `new`, or scored if that is None."""
         sizes, double_quant = self.checkpoint.config, self.nf4_double_quant
-        in_runs = self.device.type == "cpu" or Runs.serve(self.device, self.dtype, sizes.head_dim)
+        in_runs = self.device.type == "cpu" or has_flash_attention(self.device, self.dtype, sizes.head_dim)
         sees: Literal["runs", "mask"] = "runs" if in_runs and not isinstance(self.added, PrefixConfig) else "mask"
         plan = StepPlan(sizes, self.dtype, double_quant, self.added, rows, length, sees=sees, device=self.device)
         at_rest = predict(sizes, self.dtype, double_quant, self.added)

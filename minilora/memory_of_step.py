@@ -41,7 +41,7 @@ class StepPlan:
     dtype, double_quant: as `predict` has them
     adapter: None where weights of the base learn: those of the names `learned`, or all if that is None
     rows, length: of a micro-batch; targets: how many of its tokens are, None: all
-    sees: a row falls into causal runs, or a mask says who sees whom (`visible.causal_runs`)
+    sees: a row falls into causal runs, or a mask says who sees whom (visible.py)
     masks: bytes of those that a CPU's pieces have (`visible.Pieces`)
     paged: the optimizer's state is in the host's memory but for two pages
     ahead: a weight is decoded while another is multiplied (ahead.py)

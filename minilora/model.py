@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minilora.attention import attend
+from minilora.attention import attend, has_flash_attention
 from minilora.config import LoraConfig, ModelConfig
 from minilora.kv_cache import KVCache
 from minilora.neftune import with_noise
@@ -23,7 +23,7 @@ from minilora.norm import RMSNorm
 from minilora.prefix import Prefix
 from minilora.rope import apply_rope, rope_cos_sin
 from minilora.swiglu import gated
-from minilora.visible import Pieces, Runs, Sees, as_added, causal_runs, visible
+from minilora.visible import Pieces, Runs, Sees, as_added, visible
 
 
 class Context:
@@ -40,7 +40,8 @@ class Context:
         runs: Runs | None = None,
     ) -> None:
         self.positions, self.cache, self.windows = positions, cache, config.windows
-        self.runs = runs if runs is not None and Runs.serve(positions.device, dtype, config.head_dim) else None
+        self._runs = runs
+        self._in_one_launch = runs is not None and has_flash_attention(positions.device, dtype, config.head_dim)
         self.prefix = prefix.by_layer(dtype) if prefix is not None and prefix.enabled else ()
         n_before = len(self.prefix[0]) if self.prefix else 0
         self.cos, self.sin = rope_cos_sin(positions + n_before, config.head_dim, config.rope_theta, dtype)
@@ -51,10 +52,11 @@ class Context:
         """Under that window, `attend`'s argument."""
         positions, cache = self.positions, self.cache
         alone = not self.prefix and (cache is None or (cache.is_empty and positions.shape[1] > 1))
-        if alone and self.runs is not None:
-            return replace(self.runs, window=window if window and window < self.runs.longest else None)
-        if alone and (lengths := causal_runs(positions, segments)):
-            return Pieces.of(lengths, window)
+        if alone and self._runs is not None:
+            if self._in_one_launch:
+                return replace(self._runs, window=window if window and window < self._runs.longest else None)
+            if positions.device.type == "cpu" and positions.shape[1] > 1:  # a lone token's mask is no larger
+                return Pieces.of(self._runs.lengths, window)
         k_positions = positions if cache is None else cache.seen(window, positions)
         mask = visible(positions, k_positions, window, segments)
         if self.prefix:
@@ -192,7 +194,8 @@ class Mistral(nn.Module):
         positions: (B, T) int64; None is 0, 1, 2, ... and not for a cache that holds tokens; negative ones are padding
         segments: (B, T), the sample that each token of a packed row belongs to
         cache: what was seen before; the new tokens are added to it
-        runs: the same as positions and segments say, in the form in which a GPU takes it
+        runs: the same as positions and segments say, so that attention need not go by a mask (B, 1, T, T); of tokens
+            without positions and segments they are known
 
         Raises ValueError where there is no token, or nothing says which positions they have.
         """

@@ -7,7 +7,6 @@ pieces that such runs are gone through by.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,25 +38,28 @@ def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def causal_runs(positions: Tensor, segments: Tensor | None = None) -> tuple[int, ...] | None:
-    """Lengths of the runs that the tokens (B, T), row after row, fall into, if `visible` says no more than this:
-    a token sees the tokens before it in its run, within the window, and itself. None where it says something else.
+@dataclass(frozen=True)
+class Runs:
+    """Tokens, row after row, in runs: one sees those before it in its run, within `window`, and itself.
 
-    A run ends where a row or segment does, and its positions count up by one. None, too, where looking would make a
-    GPU wait, and for a step of generation.
+    stops: (K + 1,) int32, where each run begins, and the last one ends; runs may be empty
+    longest: no run is longer; the host must know it, so that a GPU need not be waited for
     """
-    n_rows, n_columns = positions.shape
-    if positions.device.type != "cpu" or n_columns < 2:
-        return None
-    follows = positions[:, 1:] == positions[:, :-1] + 1
-    same = follows if segments is None else segments[:, 1:] == segments[:, :-1]
-    rises = same if segments is None else segments[:, 1:] >= segments[:, :-1]  # so no segment comes back
-    if not bool((follows | ~same).all()) or int(positions.min()) < 0 or not bool(rises.all()):
-        return None
-    ends = torch.ones(n_rows, n_columns, dtype=torch.bool)
-    ends[:, :-1] = ~same
-    stops = ends.view(-1).nonzero().view(-1) + 1
-    return tuple(torch.diff(stops, prepend=torch.zeros(1, dtype=stops.dtype)).tolist())
+
+    stops: Tensor
+    longest: int
+    window: int | None = None
+
+    @staticmethod
+    def of_rows(n_rows: int, length: int, device: torch.device | str = "cpu") -> "Runs":
+        """Each row is one run."""
+        stops = torch.arange(0, n_rows * length + 1, length, dtype=torch.int32, device=device)
+        return Runs(stops, length)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each run that is not empty. To read them a GPU is waited for."""
+        return [n for n in self.stops.diff().tolist() if n]
 
 
 @dataclass(frozen=True)
@@ -126,47 +128,6 @@ def _pieces(runs: Sequence[int], window: int | None) -> Iterator[Piece]:
 def _of_one_row(q_positions: Tensor, k_positions: Tensor, window: int | None, run: Tensor | None = None) -> Tensor:
     """`visible` of one row, (Tq, Tk) float32, `as_added`."""
     return as_added(visible(q_positions, k_positions, window, run)[0, 0], torch.float32)
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Tokens, row after row, in runs: one sees those before it in its run, within `window`, and itself; on a GPU.
-
-    stops: (K + 1,) int32, where each run begins, and the last one ends; runs may be empty
-    longest: no run is longer; the host must know it, so that a GPU need not be waited for
-    """
-
-    stops: Tensor
-    longest: int
-    window: int | None = None
-
-    @staticmethod
-    def of_rows(n_rows: int, length: int, device: torch.device | str = "cpu") -> "Runs":
-        """Each row is one run."""
-        stops = torch.arange(0, n_rows * length + 1, length, dtype=torch.int32, device=device)
-        return Runs(stops, length)
-
-    @staticmethod
-    def serve(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-        """Whether torch's FlashAttention takes such heads there."""
-        return (
-            device.type == "cuda"
-            and dtype in (torch.bfloat16, torch.float16)
-            and head_dim % 8 == 0
-            and head_dim <= 256
-            and torch.cuda.get_device_capability(device) >= (8, 0)
-            and torch.backends.cuda.is_flash_attention_available()
-        )
-
-    @property
-    def limits(self) -> tuple[Any, ...]:
-        """Positional arguments of torch's FlashAttention."""
-        return self.stops, self.stops, self.longest, self.longest, 0.0, self.window is None
-
-    @property
-    def sides(self) -> dict[str, int]:
-        """Its keyword arguments: the window."""
-        return {"window_size_left": -1 if self.window is None else self.window - 1, "window_size_right": 0}
 
 
 Sees = Tensor | Pieces | Runs

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from minilora import attention
-from minilora.attention import attend, attend_back, attend_kept
-from minilora.visible import QUERIES, Pieces, Runs, causal_runs, visible
+from minilora.attention import attend, attend_back, attend_kept, has_flash_attention
+from minilora.visible import QUERIES, Pieces, Runs, visible
 
 
 def sees(q: int, k: int, window: int | None, same_segment: bool) -> bool:
@@ -143,8 +143,7 @@ def both_ways(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Output and gradients of packed rows, in pieces and under the mask, of numbers that `drawn` holds."""
     positions, segments = rows_of(*rows)
-    lengths = causal_runs(positions, segments)
-    assert lengths == tuple(n for row in rows for n in row)
+    lengths = [n for row in rows for n in row]
     generator = torch.Generator().manual_seed(0)
     shapes = [(len(rows), sum(rows[0]), heads, 8) for heads in (4, 2, 2, 4)]
     q, k, v, dy = (torch.randn(shape, generator=generator).to(drawn).to(dtype) for shape in shapes)
@@ -189,19 +188,14 @@ def test_beyond_the_window_nothing_grows_but_with_the_tokens(window: int) -> Non
     assert short[1] <= 2.1 * short[0]
 
 
-def test_runs_are_refused_where_the_mask_says_something_else() -> None:
-    positions, segments = rows_of([5, 7])
-    assert causal_runs(positions, segments) == (5, 7)
-    assert causal_runs(positions) is None  # one segment that sees its first tokens twice
-    assert causal_runs(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 0]])) is None  # a segment that comes back
-    assert causal_runs(torch.tensor([[-1, 0, 1, 2]])) is None  # padded
-    gap = torch.tensor([[0, 1, 5, 6]])
-    assert causal_runs(gap, torch.zeros_like(gap)) is None
-    assert causal_runs(torch.tensor([[3]])) is None  # a step of generation
+def test_lengths_are_of_the_runs_that_have_a_token() -> None:
+    assert Runs(torch.tensor([0, 5, 5, 12, 12, 12], dtype=torch.int32), 7).lengths == [5, 7]
+    assert Runs.of_rows(3, 70).lengths == [70, 70, 70]
+    assert Runs.of_rows(3, 70).longest == 70
 
 
 def test_an_unpacked_row_is_one_piece() -> None:
-    made = Pieces.of(causal_runs(torch.arange(70).expand(3, 70)) or ())
+    made = Pieces.of(Runs.of_rows(3, 70).lengths)
     assert (made.rows, made.mask_bytes) == (3, 0)
     assert [(p.start, p.stop, p.first) for p in made.pieces] == [(0, 70, 0)]
 
@@ -273,7 +267,7 @@ def test_on_a_gpu_all_runs_at_once_err_no_more_than_the_mask(
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(len(rows), 256, heads, 64) for heads in (8, 2, 2, 8)]
     q, k, v, dy = (torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes)
-    assert Runs.serve(q.device, q.dtype, 64)
+    assert has_flash_attention(q.device, q.dtype, 64)
 
     def results(dtype: torch.dtype, who: Runs | Tensor) -> list[Tensor]:
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]

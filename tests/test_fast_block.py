@@ -37,7 +37,7 @@ def test_names_modes_and_inference_stay() -> None:
     assert [fuse(fast, keep), fuse(fast)] == [True, True]  # twice is once
     assert all(block.keep == Keep.ALL for block in fast.layers)  # what the last one said
     assert list(fast.state_dict()) == list(plain.state_dict())
-    tokens = batch(plain.config, packed=False)[0]
+    tokens = batch(plain.config, packed=False).tokens
     with torch.no_grad():
         assert torch.equal(fast(tokens), plain(tokens))
     assert all(not module.training for module in fast.eval().modules())

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minilora import backend, fused, linear, projections
 from minilora.config import LoraConfig, ModelConfig
+from minilora.data.pack import PackedBatch
 from minilora.fast_block import FusedBlock, fuse
 from minilora.fused import Keep
 from minilora.linear import NF4Linear
@@ -20,6 +21,8 @@ from minilora.loss import IGNORE, cross_entropy_sum
 from minilora.model import Mistral
 from minilora.nf4 import NF4Tensor, quantize_nf4
 from minilora.projections import Projections
+from minilora.train.step import loss_sum
+from minilora.visible import Runs
 
 B, T, RANK = 2, 80, 4
 SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 160, "vocab_size": 96}
@@ -53,23 +56,24 @@ def adapted(
     return model.train()
 
 
-def batch(config: ModelConfig, packed: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """tokens, positions, segments, labels; a third of the labels are no targets."""
+def batch(config: ModelConfig, packed: bool) -> PackedBatch:
+    """A third of the labels are no targets."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, config.vocab_size, (B, T), generator=generator)
     labels = torch.randint(0, config.vocab_size, (B, T), generator=generator)
     labels[torch.rand(B, T, generator=generator) < 0.3] = IGNORE
     if not packed:
-        return tokens, torch.arange(T).expand(B, T), None, labels
+        zeros = torch.zeros(B, T, dtype=torch.int32)
+        return PackedBatch(tokens, labels, torch.arange(T).expand(B, T), zeros, Runs.of_rows(B, T))
     lengths = torch.tensor([65, 15]), torch.tensor([80])
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(n)), n) for n in lengths])
     positions = torch.stack([torch.cat([torch.arange(int(m)) for m in n]) for n in lengths])
-    return tokens, positions, segments, labels
+    stops = torch.tensor([0, 65, 80, 160], dtype=torch.int32)
+    return PackedBatch(tokens, labels, positions, segments, Runs(stops, 80))
 
 
 def gradients(model: Mistral, packed: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    tokens, positions, segments, labels = batch(model.config, packed)
-    loss = cross_entropy_sum(model.hidden(tokens, positions, segments), model.lm_head.weight, labels)
+    loss = loss_sum(model, batch(model.config, packed))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -182,11 +186,12 @@ def test_it_takes_attention_in_whatever_layout_torch_gives_it() -> None:
     plain = adapted(SHAPES[0])
     fast = copy.deepcopy(plain)
     assert fuse(fast)
-    tokens, positions, _, labels = batch(plain.config, packed=False)
+    given = batch(plain.config, packed=False)
     found = []
     with sdpa_kernel(SDPBackend.MATH):
         for model in (fast, plain):
-            cross_entropy_sum(model.hidden(tokens, 2 * positions), model.lm_head.weight, labels).backward()
+            hidden = model.hidden(given.tokens, 2 * given.positions)
+            cross_entropy_sum(hidden, model.lm_head.weight, given.labels).backward()
             found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert distance(*found) < 1e-5
 
@@ -235,9 +240,9 @@ def saved_bytes(model: Mistral) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    tokens, positions, segments, _ = batch(model.config, packed=False)
+    tokens = batch(model.config, packed=False).tokens
     with saved_tensors_hooks(pack, lambda t: t):
-        model.hidden(tokens, positions, segments)
+        model.hidden(tokens)
     return sum(kept.values())
 
 
@@ -258,7 +263,7 @@ def test_it_keeps_what_its_first_lines_say() -> None:
 def test_a_gradient_that_is_handed_in_stays_as_it_is() -> None:
     model = adapted(SHAPES[0])
     assert fuse(model)
-    hidden = model.hidden(batch(model.config, packed=False)[0])
+    hidden = model.hidden(batch(model.config, packed=False).tokens)
     gradient = torch.ones_like(hidden)
     hidden.backward(gradient)
     assert torch.equal(gradient, torch.ones_like(hidden))
@@ -281,8 +286,7 @@ def test_what_a_hook_makes_of_a_gradient_counts() -> None:
         assert not fast or fuse(model)
         hidden: list[Tensor] = []
         model.layers[0].register_forward_hook(lambda _module, _given, made, to=hidden: to.append(made))
-        tokens, positions, segments, labels = batch(model.config, packed=False)
-        loss = cross_entropy_sum(model.hidden(tokens, positions, segments), model.lm_head.weight, labels)
+        loss = loss_sum(model, batch(model.config, packed=False))
         hidden[0].register_hook(lambda grad: setattr(grad, "data", 2 * grad.data))
         loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

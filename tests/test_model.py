@@ -16,7 +16,7 @@ from minilora.linear import NF4Linear
 from minilora.lora import add_lora
 from minilora.model import Context, Mistral
 from minilora.nf4 import quantize_nf4
-from minilora.visible import Pieces
+from minilora.visible import Pieces, Runs, visible
 
 CONFIGS = {
     "window 7, heads 8:1": ModelConfig(
@@ -169,9 +169,12 @@ def test_packed_samples_do_not_see_each_other(name: str) -> None:
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     segments = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
     with torch.no_grad():
-        packed = model(tokens, positions, segments)
+        under_mask = model(tokens, positions, segments)
+        stops = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        in_runs = model.lm_head(model.hidden(tokens, positions, segments, runs=Runs(stops, max(lengths))))
         separate = torch.cat([model(sample) for sample in tokens.split(lengths, dim=1)], dim=1)
-        assert_near(packed, separate)
+        assert_near(under_mask, separate)
+        assert_near(in_runs, separate)
         assert (model(tokens) - separate).abs().max() > 0.1 or config.sliding_window == 1
 
 
@@ -183,7 +186,7 @@ def with_cache(model: Mistral, tokens: Tensor, ends: list[int], max_len: int) ->
     cache = KVCache(model.config, len(tokens), max_len, torch.float32, torch.device("cpu"))
     logits = []
     for start, stop in pairwise([0, *ends]):
-        positions = torch.arange(start, stop).expand(len(tokens), -1)
+        positions = torch.arange(start, stop).expand(len(tokens), -1) if start else None  # a prompt needs none
         logits.append(model(tokens[:, start:stop], positions, cache=cache))
     return torch.cat(logits, dim=1)
 
@@ -237,12 +240,25 @@ def test_a_prompt_in_an_empty_cache_sees_itself_alone(name: str) -> None:
     """Without a mask of T x (S + T): as the same tokens without a cache."""
     config, positions = CONFIGS[name], torch.arange(9)[None]
     cache = KVCache(config, 1, 20, torch.float32, torch.device("cpu"))
-    context = Context(config, positions, None, cache, torch.float32)
+    context = Context(config, positions, None, cache, torch.float32, runs=Runs.of_rows(1, 9))
     assert all(isinstance(context.sees(layer), Pieces) for layer in range(config.n_layers))
     k = torch.randn(1, 9, config.n_kv_heads, config.head_dim)
     assert context.join(0, k, k)[0] is k
     cache.advance(positions)
-    assert isinstance(Context(config, positions + 9, None, cache, torch.float32).sees(0), Tensor)
+    runs = Runs.of_rows(1, 9)
+    assert isinstance(Context(config, positions + 9, None, cache, torch.float32, runs=runs).sees(0), Tensor)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_runs_there_is_a_mask(name: str) -> None:
+    """Positions and segments may say more than runs can: padding, gaps, a segment that comes back."""
+    positions, segments = torch.tensor([[-1, 0, 1, 5, 2]]), torch.tensor([[0, 0, 0, 1, 0]])
+    context = Context(CONFIGS[name], positions, segments, None, torch.float32)
+    for layer in range(CONFIGS[name].n_layers):
+        window = CONFIGS[name].windows[layer % len(CONFIGS[name].windows)]
+        sees = context.sees(layer)
+        assert isinstance(sees, Tensor)
+        assert torch.equal(sees, visible(positions, positions, window, segments))
 
 
 def test_tokens_that_follow_others_in_a_cache_need_positions() -> None:

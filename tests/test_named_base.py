@@ -43,7 +43,7 @@ def test_the_prediction_is_what_the_model_and_its_cache_take(tiny_base: Path, tm
 def test_on_a_gpu_answers_take_adapters_in_16_bits_as_well(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_module.Runs, "serve", lambda *_: True)
+    monkeypatch.setattr(base_module, "has_flash_attention", lambda *_: True)
     save_adapter(add_lora(Base.find(BaseConfig(str(tiny_base))).load(), LoraConfig(rank=4)), tmp_path / "adapter")
     found = Base.find(BaseConfig(str(tiny_base), device="cpu"), str(tmp_path / "adapter"))
     on_gpu = replace(found, device=torch.device("cuda"), dtype=torch.bfloat16)

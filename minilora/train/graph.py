@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minilora.adamw import FlatAdamW
 from minilora.ahead import Ahead
+from minilora.attention import has_flash_attention
 from minilora.data.pack import PackedBatch
 from minilora.fast_block import FusedBlock
 from minilora.lora import TrainedCopy
@@ -43,7 +44,7 @@ class StepGraphs:
     def serve(model: Mistral) -> bool:
         """Whether every launch of this model's step follows from a batch's shape alone."""
         return (
-            Runs.serve(model.device, model.dtype, model.config.head_dim)
+            has_flash_attention(model.device, model.dtype, model.config.head_dim)
             and all(isinstance(block, FusedBlock) for block in model.layers)
             and not any(isinstance(module, TrainedCopy) for module in model.modules())
             and model.prefix is None

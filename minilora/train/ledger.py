@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from minilora.adamw import state_bytes
+from minilora.attention import has_flash_attention
 from minilora.backend import pick_dtype
 from minilora.config import ModelConfig, PrefixConfig, RunConfig
 from minilora.data.check import Data
@@ -25,7 +26,7 @@ from minilora.memory import as_text, free_bytes, private_bytes
 from minilora.memory_of_step import StepPlan
 from minilora.nf4 import CPU
 from minilora.train.strategies import learned_names
-from minilora.visible import Pieces, Runs, causal_runs
+from minilora.visible import Pieces, Runs
 
 LEAST_LENGTH = 64  # shorter rows are not advised
 SPARE = 0.05  # of a GPU's free memory: what its allocator rounds up and libraries take is in no prediction
@@ -61,7 +62,7 @@ class Ledger:
     first: its first micro-batch, which the others are like
     longest: positions of the longest conversation, which a row must have; raw text is cut
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
-    flash: whether attention goes over runs by FlashAttention; None: if the device serves it
+    flash: whether attention goes over runs by FlashAttention; None: if the device has it
     prompt: tokens of the longest prompt that is answered; 0: none is
     """
 
@@ -91,18 +92,16 @@ class Ledger:
         model, train, length, first = self.config.model, self.config.train, self.config.data.max_seq_len, self.first
         base_learns, is_prefix, on_cpu = train.base_learns, train.strategy == "prefix", self.device.type == "cpu"
         dtype = torch.float32 if base_learns else pick_dtype(self.device, model.dtype)[0]
-        runs = causal_runs(first.positions, first.segments) if on_cpu and not is_prefix else None
-        at_once = self.flash
-        if at_once is None:
-            at_once = Runs.serve(self.device, dtype, self.sizes.head_dim)
+        flash = has_flash_attention(self.device, dtype, self.sizes.head_dim) if self.flash is None else self.flash
+        in_runs = (on_cpu or flash) and not is_prefix
+        in_pieces = [Pieces.of(first.runs.lengths, w) for w in set(self.sizes.windows)] if on_cpu and in_runs else []
         double_quant = model.double_quant if self.config.quantize else None
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
         return StepPlan(
             self.sizes, dtype, double_quant, added, train.batch_size, length, keep=self.keep,
             learned=learned_names(self.sizes, train) if base_learns else None,
             targets=round(train.batch_size * length * first.n_targets / first.tokens.numel()),
-            sees="runs" if runs or (at_once and not is_prefix) else "mask",
-            masks=sum(Pieces.of(runs, window).mask_bytes for window in set(self.sizes.windows)) if runs else 0,
+            sees="runs" if in_runs else "mask", masks=sum(pieces.mask_bytes for pieces in in_pieces),
             checkpointing=train.activation_checkpointing, device=self.device,
             optimizer=train.optimizer, paged=train.paged and not on_cpu, ahead=train.decode_ahead,
         )  # fmt: skip

@@ -22,6 +22,7 @@ from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
+from minilora.visible import Runs
 
 pytestmark = pytest.mark.slow
 AT_REST = (
@@ -101,6 +102,8 @@ def test_under_a_window_and_of_short_samples_too(window: Any, packed: tuple[int,
         each = torch.tensor(packed * (length // sum(packed)))
         batch.positions[:] = torch.cat([torch.arange(int(n)) for n in each])
         batch.segments[:] = torch.repeat_interleave(torch.arange(len(each)), each)
+        stops = torch.cat([torch.zeros(1), each.repeat(rows).cumsum(0)]).int()
+        batch = replace(batch, runs=Runs(stops, max(packed)))
     ledger = Ledger(run_config(cell), sizes, torch.device("cpu"), batch, length, cell.kept(sizes))
     predicted = {owner: n for owner, n in ledger.predict().items() if owner != "process"}
     assert 0 < ledger._plan().masks < 4 * length * length / 2

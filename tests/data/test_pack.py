@@ -120,10 +120,8 @@ def test_runs_say_what_positions_and_segments_say(trim: bool) -> None:
     n_tokens, stops = batch.tokens.numel(), batch.runs.stops
     assert (stops.dtype, int(stops[0]), int(stops[-1])) == (torch.int32, 0, n_tokens)
     assert batch.runs.longest == int(stops.diff().max())
-    row, run = (
-        torch.arange(n_tokens) // batch.tokens.shape[1],
-        torch.bucketize(torch.arange(n_tokens), stops, right=True),
-    )
+    row = torch.arange(n_tokens) // batch.tokens.shape[1]
+    run = torch.bucketize(torch.arange(n_tokens), stops, right=True)
     same_run = run[:, None] == run
     same_segment = (row[:, None] == row) & (batch.segments.view(-1)[:, None] == batch.segments.view(-1))
     assert torch.equal(same_run, same_segment)
