@@ -1,8 +1,26 @@
 """Who sees whom: token i sees token j iff 0 <= i - j < window, and both are of one segment.
 
-Positions start again with each segment of a packed row, so the rule on positions holds there. What is known of the
-tokens may be said as a mask of all queries and keys, as runs of tokens, each of which is causal, or, for a CPU, as the
-pieces that such runs are gone through by.
+i and j are positions. A segment is a sample of a packed row, and positions begin anew with each. Two samples in a row
+of 8 tokens, under a window of 3:
+
+    segment     0 0 0 0 0 1 1 1
+    position    0 1 2 3 4 0 1 2
+
+    query 0     x . . . . . . .     a line for each query, a column for each key; x: it is seen
+          1     x x . . . . . .
+          2     x x x . . . . .
+          3     . x x x . . . .
+          4     . . x x x . . .
+          0     . . . . . x . .
+          1     . . . . . x x .
+          2     . . . . . x x x
+
+Each sample here is a run: its tokens see only tokens of their own run, up to themselves. Attention is told of it in one
+of three forms:
+
+    `visible`   a mask, the whole picture: any positions, padding and keys of a cache among them
+    `Runs`      where each run begins and the last one ends, 0 5 8, and the window: what FlashAttention on a GPU takes
+    `Pieces`    the runs cut into blocks of queries, each with the keys that its queries see: what a CPU goes through
 """
 
 from collections.abc import Iterator, Sequence
