@@ -59,7 +59,7 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
         state["optimizer"] = optimizer = optimizer_for(weights, run) if weights else None
         if optimizer is not None:
             decodes = Ahead(where) if ahead else None
-            graphs = StepGraphs.serve(model)
+            graphs = StepGraphs.can_record(model)
             state["backward"] = (StepGraphs if graphs else backward_of)(model, optimizer, ahead=decodes)
 
     def train(rows: int, length: int, keep: str, ahead: bool = False) -> dict[str, Any]:

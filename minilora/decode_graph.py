@@ -37,13 +37,13 @@ class Steps:
         """last: (B, 1) int64, the position of each row's last token in the cache; n_steps: how many come, at most"""
         self._model, self._cache = model, cache
         self._tokens, self._positions = torch.zeros_like(last), last.clone()
-        self._records, self._n_done = n_steps >= FEWEST and self.serve(model.device), 0
+        self._records, self._n_done = n_steps >= FEWEST and self.can_record(model.device), 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)  # the graph's
         self._casts = list[Tensor]()  # of the adapters, which the graph reads
 
     @staticmethod
-    def serve(device: torch.device) -> bool:
+    def can_record(device: torch.device) -> bool:
         """Whether a step can be recorded: where the kernels run, which never wait, on the GPU that torch records."""
         return backend_for(device).name == "triton" and device.index == torch.cuda.current_device()
 

@@ -216,7 +216,7 @@ def test_a_step_over_memory_that_stays_is_the_full_pass(window: int | None) -> N
     for row, text, n in zip(got, texts(), LENGTHS, strict=True):
         full = model(text[None, : n + NEW])[0, n:]
         torch.testing.assert_close(row, full, rtol=1e-5, atol=1e-4)  # logits of some 100
-    assert not Steps.serve(model.device)
+    assert not Steps.can_record(model.device)
     assert by_steps(model).equal(got)
 
 
@@ -236,7 +236,7 @@ def test_the_second_of_enough_steps_is_recorded(
             self.steps._logits = self.steps.step()
             done.append("replay")
 
-    monkeypatch.setattr(Steps, "serve", staticmethod(lambda _: True))
+    monkeypatch.setattr(Steps, "can_record", staticmethod(lambda _: True))
     monkeypatch.setattr(Steps, "_recorded", lambda steps: (Recorded(steps), torch.empty(0)))
     assert generate(model, prompt(5), new).equal(naive(model, prompt(5), new))
     assert done == expected
@@ -255,7 +255,7 @@ def test_a_recording_that_is_not_the_step_is_told_and_left(
                 raise RuntimeError("operation not permitted when stream is capturing\nmore")
             self.steps._logits = self.steps.step().roll(1, -1) * (1 if wrong == "other" else torch.nan)
 
-    monkeypatch.setattr(Steps, "serve", staticmethod(lambda _: True))
+    monkeypatch.setattr(Steps, "can_record", staticmethod(lambda _: True))
     monkeypatch.setattr(Steps, "_recorded", lambda steps: (Recorded(steps), torch.empty(0)))
     with pytest.warns(UserWarning, match="without a CUDA graph, which " + ("fails" if wrong == "fails" else "says")):
         assert generate(model, prompt(5), FEWEST + 3).equal(naive(model, prompt(5), FEWEST + 3))

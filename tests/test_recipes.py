@@ -21,21 +21,21 @@ def config_of(name: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_is_a_configuration(name: str) -> None:
-    from minilora.train.ledger import on_gpu
+    from minilora.train.ledger import predict_on_gpu
 
     config = config_of(name)
     assert len(summary(name)) > 20
     assert config.data.train == "", "the data are the user's"
     assert config.model.dtype != "auto", "what memory it needs depends on it"
-    assert sum(on_gpu(config, MISTRAL_7B).values()) < 80 * GIB
+    assert sum(predict_on_gpu(config, MISTRAL_7B).values()) < 80 * GIB
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_recipe_fits_the_card_that_it_names(name: str) -> None:
     """With a tenth to spare, for the allocator's rounding and the driver."""
-    from minilora.train.ledger import on_gpu
+    from minilora.train.ledger import predict_on_gpu
 
-    assert sum(on_gpu(config_of(name), MISTRAL_7B).values()) < 0.9 * CARDS[name]
+    assert sum(predict_on_gpu(config_of(name), MISTRAL_7B).values()) < 0.9 * CARDS[name]
 
 
 @pytest.mark.filterwarnings("ignore:--recipe")  # which of its keys the file overrides

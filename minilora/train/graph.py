@@ -41,7 +41,7 @@ class StepGraphs:
         self._seen, self._graphs = set[tuple[int, ...]](), dict[tuple[int, ...], _Recorded]()
 
     @staticmethod
-    def serve(model: Mistral) -> bool:
+    def can_record(model: Mistral) -> bool:
         """Whether every launch of this model's step follows from a batch's shape alone."""
         return (
             has_flash_attention(model.device, model.dtype, model.config.head_dim)

@@ -32,7 +32,7 @@ LEAST_LENGTH = 64  # shorter rows are not advised
 SPARE = 0.05  # of a GPU's free memory: what its allocator rounds up and libraries take is in no prediction
 
 
-def on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
+def predict_on_gpu(config: RunConfig, sizes: ModelConfig) -> dict[str, int]:
     """Bytes by owner on a GPU that need not be here, before there are data: full rows, every token a target.
 
     `model.dtype` must be named: a card that has bfloat16 has FlashAttention, too.

@@ -166,7 +166,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if config.train.decode_ahead and ahead is None:
         reporter.say("nothing is decoded ahead: that is for weights in NF4 on a GPU that does not keep them decoded")
     backward: Backward = backward_of(model, optimizer, memory.note, ahead)
-    if StepGraphs.serve(model):
+    if StepGraphs.can_record(model):
         backward = StepGraphs(model, optimizer, ahead)
         reporter.say("steps are replayed as CUDA graphs")
     state = RunState(

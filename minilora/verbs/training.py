@@ -27,11 +27,11 @@ def train(args: list[str]) -> None:
     config, parsed = arguments.parse_run(parser, args)
     if parsed.list_recipes:
         from minilora.memory import as_text
-        from minilora.train.ledger import on_gpu
+        from minilora.train.ledger import predict_on_gpu
 
         for name in recipe_names():
             recipe, _ = arguments.parse_run(arguments.run_parser(train), ["--recipe", name])
-            predicted = as_text(sum(on_gpu(recipe, MISTRAL_7B).values()))
+            predicted = as_text(sum(predict_on_gpu(recipe, MISTRAL_7B).values()))
             print(f"{name:18} {predicted:>8} predicted for a 7B  {summary(name)}")
     elif parsed.print_config:
         from minilora.train.run_folder import config_toml

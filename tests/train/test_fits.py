@@ -15,7 +15,7 @@ from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunC
 from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.train import ledger
-from minilora.train.ledger import SPARE, Ledger, on_gpu
+from minilora.train.ledger import SPARE, Ledger, predict_on_gpu
 
 RUN = RunConfig(
     model=BaseConfig(dtype="float32"),
@@ -221,7 +221,7 @@ def test_the_optimizer_s_state() -> None:
         ({"paged": True, "optimizer": "adamw_8bit"}, 2 * 2 * PAGE + 8 * 2 * PAGE // 256),
     ):
         run = replace(full, train=replace(full.train, **changes))
-        assert on_gpu(run, sizes)["optimizer"] == expected
+        assert predict_on_gpu(run, sizes)["optimizer"] == expected
     assert of(replace(full, train=replace(full.train, paged=True))).predict()["optimizer"] == 8 * n
 
 
@@ -230,7 +230,7 @@ def test_decoding_ahead_takes_memory_for_two_weights(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)
     runs = [changed(model={"dtype": "bfloat16"}, train={"decode_ahead": ahead}) for ahead in (False, True)]
     sizes = SIZES
-    plain, ahead = (on_gpu(run, sizes) for run in runs)
+    plain, ahead = (predict_on_gpu(run, sizes) for run in runs)
     assert ahead["scratch"] - plain["scratch"] == 2 * 2 * sizes.dim * sizes.hidden_dim
     assert {**ahead, "scratch": 0} == {**plain, "scratch": 0}
     assert of(runs[0]).predict() == of(runs[1]).predict()

@@ -30,7 +30,7 @@ LENGTH = 64
 
 def test_without_a_gpu_steps_run_as_they_come() -> None:
     model = apply_strategy(tiny_model(), RunConfig(lora=LoraConfig(rank=4)))
-    assert not StepGraphs.serve(model)
+    assert not StepGraphs.can_record(model)
 
 
 def test_a_step_runs_as_it_comes_only_beside_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_a_run_by_graphs_is_the_run_without(
             block.keep = Keep.INPUT if checkpointing else Keep.ALL  # type: ignore[assignment]
         config = RunConfig(train=TrainConfig(weight_decay=0.0))
         optimizer = optimizer_for(trainable(model), config)
-        assert StepGraphs.serve(model)
+        assert StepGraphs.can_record(model)
         ahead = Ahead(model.device) if decode_ahead else None
         backward = StepGraphs(model, optimizer, ahead) if by_graphs else backward_of(model, optimizer)
         found, data = [], batches(12)
