@@ -126,7 +126,7 @@ class Base:
         held = process | {owner: n for owner, n in at_rest.items() if owner not in learning}
         if new is not None and self.device.type == "cuda" and self.dtype.itemsize == 2:
             held["adapters"] += held["adapters"] // 2  # cast once, for all tokens (`decode_graph.py`)
-        return held | {owner: n for owner, n in plan.forward(new).items() if n}
+        return held | {owner: n for owner, n in plan.forward_bytes(new).items() if n}
 
     def check(self, *works: tuple[int, int, int | None]) -> dict[str, int]:
         """The prediction for the largest of `works`, (rows, length, new). Raises UserError if it does not fit."""

@@ -2,7 +2,7 @@
 
 activations: what forward keeps for backward; scratch: what comes and goes within backward
 
-`StepPlan.predict` is the largest of some moments of a step, and of what else a run does in between (`forward`):
+`StepPlan.predict` is the largest of some moments of a step, and of what else a run does in between (`forward_bytes`):
 
     loss     activations of all blocks, and a tile of logits
     last     without logits, but with the last block's MLP in backward, whose products are the widest
@@ -36,7 +36,8 @@ from minilora.projections import WHOLE
 
 @dataclass
 class StepPlan:
-    """What a training step's memory depends on, and what of it follows. Sizes are bytes.
+    """What a training step's memory depends on; `__post_init__` has what follows of it. What ends in `_bytes` gives
+    bytes, or bytes by owner.
 
     dtype, double_quant: as `predict` has them
     adapter: None where weights of the base learn: those of the names `learned`, or all if that is None
@@ -46,17 +47,6 @@ class StepPlan:
     paged: the optimizer's state is in the host's memory but for two pages
     ahead: a weight is decoded while another is multiplied (ahead.py)
     keep: of each fast block; none: all of them everything or, with checkpointing, their input
-
-    What follows of them:
-
-    d, f, q, kv: how many numbers all tokens' x, gate, q and k are; mask: and a T x T mask of all rows
-    lora, before: the adapters, the prefix's tokens; block_norms: norms of blocks learn
-    adapted: (rank, out, in) of each block's layers with an adapter, by name
-    block_weights: numbers in the linear layers of a block
-    learns: what learns, a prefix apart
-    stored, computed: bytes of a number, in the residual stream and in products; cast: they differ
-    decodes: weights are stored otherwise than they are multiplied by; decodes_ahead: `ahead`, where it can be
-    fused: the fast block serves; keeps: `keep`, or what stands for none
     """
 
     config: ModelConfig
@@ -77,25 +67,31 @@ class StepPlan:
     ahead: bool = False
 
     def __post_init__(self) -> None:
-        config, self.tokens = self.config, self.rows * self.length
-        self.d, self.f = self.tokens * config.dim, self.tokens * config.hidden_dim
-        self.q, self.kv = (self.tokens * n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
-        self.lora = self.adapter if isinstance(self.adapter, LoraConfig) else None
-        self.before = self.adapter.n_tokens if isinstance(self.adapter, PrefixConfig) else 0
-        lora, of_blocks = self.lora, [spec for spec in tensor_specs(config) if spec.layer >= 0]
-        self.learns = Learned.of_lora(config, lora) if lora else Learned.of(config, () if self.before else self.learned)
+        config, of_blocks = self.config, [spec for spec in tensor_specs(self.config) if spec.layer >= 0]
+        self.lora = lora = self.adapter if isinstance(self.adapter, LoraConfig) else None
+        self.before = self.adapter.n_tokens if isinstance(self.adapter, PrefixConfig) else 0  # the prefix's tokens
+        # How many numbers a tensor of `fused.Tape` holds; mid, up, attended and v hold as many as x, gate, q and k.
+        self.tokens = self.rows * self.length
+        self.x, self.gate = self.tokens * config.dim, self.tokens * config.hidden_dim
+        self.q, self.k = (self.tokens * n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+        self.mask = self.tokens * (self.length + self.before) if self.sees == "mask" else 0  # (B, 1, T, before + T)
         self.block_weights = sum(prod(spec.shape) for spec in of_blocks if spec.is_projection) // config.n_layers
+        # Of each block: by the names of the layers with an adapter its rank, what comes out, and what goes in.
         self.adapted: list[dict[str, tuple[int, ...]]] = [{} for _ in range(config.n_layers)]
         for spec in of_blocks:
             if lora and spec.is_projection and lora.adapts(spec.module):
                 self.adapted[spec.layer][spec.module.rpartition(".")[2]] = (lora.rank_of(spec.module), *spec.shape)
+        # What learns, a prefix apart; and whether the blocks' norms do, beside adapters.
+        self.learns = Learned.of_lora(config, lora) if lora else Learned.of(config, () if self.before else self.learned)
         self.block_norms = any(lora.saves(spec.module) for spec in of_blocks) if lora else False
-        self.fused = lora is not None and lora.dropout == 0 and not lora.dora and not self.block_norms
+        # Bytes of a number in the residual stream, and in products; whether these have a dtype of their own.
         self.on_cpu, self.stored = self.device.type == "cpu", self.dtype.itemsize
         self.computed = product_dtype(torch.empty(0, dtype=self.dtype)).itemsize if self.on_cpu else self.stored
         self.cast = self.stored != self.computed
-        self.mask = self.tokens * (self.length + self.before) if self.sees == "mask" else 0
+        # Whether the blocks are the fast ones, and what each keeps.
+        self.fused = lora is not None and lora.dropout == 0 and not lora.dora and not self.block_norms
         self.keeps = self.keep or (Keep.INPUT if self.checkpointing else Keep.ALL,) * config.n_layers
+        # Whether weights are stored otherwise than they are multiplied by, and whether one is decoded ahead.
         self.decodes = self.double_quant is not None or self.cast
         stay_decoded = self.fused and set(self.keeps) == {Keep.WEIGHTS}
         self.decodes_ahead = self.ahead and self.decodes and not stay_decoded and not self.on_cpu
@@ -103,7 +99,7 @@ class StepPlan:
     def predict(self, in_between: Sequence[dict[str, int]] = ()) -> dict[str, int]:
         """By owner, at the moment of the step when they are most, the optimizer's moments there already.
 
-        in_between: what evaluation takes besides, see `forward`
+        in_between: what evaluation takes besides, see `forward_bytes`
         For the fast block on a CPU, tensor by tensor; for the plain one (dropout, or all weights learn) the scratch is
         an estimate. On a GPU the allocator's rounding comes on top.
         """
@@ -113,9 +109,9 @@ class StepPlan:
             rest["gradients"] = 4 * learns.n
         rest["optimizer"] = state_bytes(self.optimizer, 2 * PAGE if self.paged else rest["gradients"] // 4)
         reached = (1,) * config.n_layers if self.before else learns.reached
-        whole = [self.block(layer, n > 0) for layer, n in enumerate(reached, config.n_layers - len(reached))]
-        kept = [self.kept(layer, block) for layer, block in enumerate(whole, config.n_layers - len(reached))]
-        of_last = self.again(whole[-1], kept[-1]) if kept else {}
+        whole = [self.block_bytes(layer, n > 0) for layer, n in enumerate(reached, config.n_layers - len(reached))]
+        kept = [self.kept_bytes(layer, block) for layer, block in enumerate(whole, config.n_layers - len(reached))]
+        of_last = self.backward_bytes(whole[-1], kept[-1]) if kept else {}
         blocks = add_up(*kept)
         masks = self.masks + len(set(config.windows)) * self.mask
         shared = {"attention": self.tokens * config.head_dim * self.stored + masks}  # cos, sin, and who sees whom
@@ -123,28 +119,31 @@ class StepPlan:
         # Copies of what learns, in the products' dtype (adamw.py).
         rest["scratch"] = self.computed * learns.n if self.fused and self.computed != 4 else 0
         rest["scratch"] += 2 * self.computed * config.dim * config.hidden_dim if self.decodes_ahead else 0
-        loss, last = add_up(shared, blocks, self.loss()), add_up(shared, blocks, of_last, {"scratch": head})
+        loss, last = add_up(shared, blocks, self.loss_bytes()), add_up(shared, blocks, of_last, {"scratch": head})
         tied = {"scratch": 2 * head}
         worst = max(loss, last, tied, *in_between, key=lambda owners: sum(owners.values()))
         return {owner: n for owner, n in add_up(rest, worst).items() if n}
 
-    def block(self, layer: int = 0, learns: bool = True) -> dict[str, int]:
-        """What a block keeps for backward: what fused.py says, or what autograd takes of the plain block.
+    def block_bytes(self, layer: int = 0, learns: bool = True) -> dict[str, int]:
+        """What a block that keeps all keeps for backward: a `fused.Tape`, or what autograd takes of the plain block.
 
         The plain block's norms keep their input in float32, dropout its mask and what it let through, DoRA the inputs
         of A and what it multiplies. learns: something of the block does; else gradients only pass through it
         """
-        number, lora = self.computed if self.fused else self.stored, self.lora
-        repeated = self.sees == "mask" and not self.on_cpu  # k and v (attention.py)
-        heads = 2 * self.q + 2 * (self.q if repeated else self.kv)  # q, output, k, v
-        heads += 2 * self.before * self.rows * self.config.head_dim * self.config.n_kv_heads
+        number, lora, config = self.computed if self.fused else self.stored, self.lora, self.config
+        x = mid = self.x
+        q = attended = self.q
+        k = v = self.q if self.sees == "mask" and not self.on_cpu else self.k  # repeated there (attention.py)
+        prefix = 2 * self.rows * self.before * config.n_kv_heads * config.head_dim  # its k and v
+        logsumexp = 4 * self.tokens * config.n_heads
         as_it_is, base_learns = self.fused or self.stored == 4, learns and self.adapter is None
         norms = 4 if base_learns or self.block_norms else 0 if as_it_is else 2  # x / rms and that times the weight
+        gates = 2 if self.fused else 4 if base_learns else 3  # gate and up; silu(gate); down's input
         kept = {
-            "residual stream": 2 * self.d * self.stored if as_it_is else 0,
-            "norms": norms * self.d * 4,
-            "attention": (heads + self.mask) * number + 4 * self.tokens * self.config.n_heads,
-            "mlp": self.f * self.stored * (2 if self.fused else 4 if base_learns else 3),  # down's input the fourth
+            "residual stream": (x + mid) * self.stored if as_it_is else 0,
+            "norms": norms * x * 4,
+            "attention": (q + k + v + prefix + attended + self.mask) * number + logsumexp,
+            "mlp": gates * self.gate * self.stored,
         }
         if lora is None:
             return kept
@@ -155,54 +154,55 @@ class StepPlan:
             numbers += sum({inputs.get(name, name): n_in for name, (_, _, n_in) in here.items()}.values())
         return kept | {"adapter inputs": self.tokens * number * numbers}
 
-    def kept(self, layer: int, whole: dict[str, int]) -> dict[str, int]:
+    def kept_bytes(self, layer: int, whole: dict[str, int]) -> dict[str, int]:
         """What of a `whole` block stays from its forward to its backward: see `fused.Keep`, or its input alone."""
-        keep, x, adapted = self.keeps[layer], self.d * self.stored, self.adapted[layer]
+        keep, adapted, number = self.keeps[layer], self.adapted[layer], self.computed
+        x = mid = self.x * self.stored
         if keep == Keep.WEIGHTS and self.fused and self.decodes:
             # On a GPU B lies behind the rows and A below them (projections.py).
             joined = () if self.on_cpu else [sizes for sizes in adapted.values() if sizes[0] % WHOLE == 0]
             grown = sum(rank * (n_out + n_in) for rank, n_out, n_in in joined)
-            return whole | {"decoded weights": (self.block_weights + grown) * self.computed}
+            return whole | {"decoded weights": (self.block_weights + grown) * number}
         if keep >= Keep.ALL:
             return whole
         if not self.fused:
             return {"residual stream": x}
-        number = self.computed
-        logsumexp = 0 if self.sees == "mask" else 4 * self.tokens * self.config.n_heads
-        attention = (0, self.q * number + logsumexp, whole["attention"])[keep]
+        attended, logsumexp = self.q * number, 0 if self.sees == "mask" else 4 * self.tokens * self.config.n_heads
+        attention = (0, attended + logsumexp, whole["attention"])[keep]
         here = ("down_proj", "o_proj", "q_proj", "k_proj", "v_proj")[: (1, 2, 5)[keep]]
         reduced = self.tokens * number * sum(adapted[name][0] for name in here if name in adapted)
-        stream = x * (1 if keep == Keep.INPUT else 2)
+        stream = x if keep == Keep.INPUT else x + mid
         return {"residual stream": stream, "attention": attention, "adapter inputs": reduced}
 
-    def again(self, whole: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
-        """What is alive besides in backward of a block: its scratch, and what was not kept and is made again."""
+    def backward_bytes(self, whole: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
+        """What is alive beside `kept` in backward of a block: its scratch, and what of `whole` is made again."""
         makes_gates = self.fused and "mlp" not in kept
         in_scratch = {"mlp": 0} if makes_gates and not self.cast else {}  # which has them in the products' dtype alone
         made = kept | whole | in_scratch
-        return add_up({"scratch": self.scratch(makes_gates)}, made, {owner: -n for owner, n in kept.items()})
+        return add_up({"scratch": self.scratch_bytes(makes_gates)}, made, {owner: -n for owner, n in kept.items()})
 
-    def scratch(self, makes_gates: bool) -> int:
+    def scratch_bytes(self, makes_gates: bool) -> int:
         """What is alive besides in backward of a block's MLP: at down_proj, at the other two, or at its norm.
 
         makes_gates: gate and up were not kept
         """
-        d, f, stored, computed = self.d, self.f, self.stored, self.computed
-        decoded = self.decoded()
+        stored, computed, decoded, dy = self.stored, self.computed, self.decoded_bytes(), self.x * self.stored
         if not self.fused:
-            of_weight = 0 if self.adapter else 4 * self.config.dim * self.config.hidden_dim  # a gradient not yet added
-            return (d + f) * stored + max(f * stored, of_weight) + decoded
-        gates = 2 * f if self.cast or makes_gates else 0  # in the products' dtype
-        if not self.on_cpu:
-            # dh, and the rest where gate and up were; then d_gate, d_up, and of norm(x) the gradient, x's, and itself
-            wide = (gates or f) * computed + d * computed + max(decoded, d * (computed + stored))
-            return d * stored + max((f + gates) * computed + decoded, wide)
-        down = (3 * f + gates + (d if self.cast else 0)) * computed + decoded  # silu(g) u, silu(g), dh; dy
-        wide = (2 * f + 2 * d) * computed  # d_gate, d_up; norm(x) and its gradient
-        norm = 4 * d * (1 + (computed != 4) + (stored != 4))  # what it multiplies, and in float32
-        return d * stored + max(down, wide + max(decoded, norm))
+            dh = d_gate = self.gate * stored
+            d_weight = 0 if self.adapter else 4 * self.config.dim * self.config.hidden_dim  # not yet added
+            return dy + dh + max(d_gate, d_weight) + decoded
+        gate = up = self.gate * computed if self.cast or makes_gates else 0  # as they are multiplied
+        h = silu = dh = d_gate = d_up = self.gate * computed
+        normed = dn = self.x * computed
+        if not self.on_cpu:  # d_gate lies where dh was, d_up where up was, which is no scratch if it was kept
+            dmid = self.x * stored
+            return dy + max(gate + up + dh + decoded, d_gate + up + dn + max(decoded, normed + dmid))
+        cast_dy = self.x * computed if self.cast else 0
+        in_norm = 4 * self.x * (1 + (computed != 4) + (stored != 4))  # what it multiplies, and in float32
+        at_down = gate + up + h + silu + dh + cast_dy + decoded
+        return dy + max(at_down, d_gate + d_up + normed + dn + max(decoded, in_norm))
 
-    def forward(self, new: int | None = None) -> dict[str, int]:
+    def forward_bytes(self, new: int | None = None) -> dict[str, int]:
         """What a pass without gradients takes: the widest of the MLP, attention and loss; an estimate.
 
         new: tokens to be generated from prompts of this length, so with a KV cache; None for a loss
@@ -215,17 +215,18 @@ class StepPlan:
         # Without gradients a head that learns has none.
         adapter = self.adapter if self.before else replace(self.lora or LoraConfig(), modules_to_save=())
         frozen = replace(self, adapter=adapter, ahead=False)
-        mlp = (2 * self.d + (3 if self.lora is None else 4) * self.f) * stored + self.f * cast + frozen.decoded()
+        gates = 3 if self.lora is None else 4  # gate, up, and h; what an adapter adds
+        mlp = (2 * self.x + gates * self.gate) * stored + self.gate * cast + frozen.decoded_bytes()
         repeated = 0 if self.on_cpu else config.n_heads
         heads = 2 * (config.n_kv_heads + repeated) * config.head_dim  # k and v, and repeated
-        attention = (2 * self.d + 3 * self.q + keys * heads + mask) * stored + self.q * cast
-        last = frozen.loss() if new is None else {"logits": self.rows * config.vocab_size * 4}
+        attention = (2 * self.x + 3 * self.q + keys * heads + mask) * stored + self.q * cast
+        last = frozen.loss_bytes() if new is None else {"logits": self.rows * config.vocab_size * 4}
         of_slot = 2 * config.n_layers // len(slots) * self.rows * config.n_kv_heads * config.head_dim * stored
         cache = {"KV cache": sum(slots) * of_slot}
         shared = cache | {"attention": self.tokens * config.head_dim * stored + mask}
         return add_up(shared, max({"scratch": max(mlp, attention)}, last, key=lambda owners: sum(owners.values())))
 
-    def loss(self) -> dict[str, int]:
+    def loss_bytes(self) -> dict[str, int]:
         """The final norm's input and output, and the loss's tile of logits with what becomes of it (loss.py)."""
         dim, columns, head, norm = self.config.dim, self.config.vocab_size, self.learns.head, self.learns.norm
         if self.on_cpu:
@@ -236,19 +237,19 @@ class StepPlan:
             in_work += dim * self.computed * (rows + columns) if self.cast else 0
             hidden = (self.tokens + targets) * dim * self.stored  # also of the targets alone
         else:
-            targets, rows, hidden = self.tokens, whole_rows(self.tokens, columns, self.stored), self.d * self.stored
+            targets, rows, hidden = self.tokens, whole_rows(self.tokens, columns, self.stored), self.x * self.stored
             in_work = rows * columns * self.stored
             if head:  # a tile's h where it is a target; the head in h's dtype
                 in_work += rows * dim * self.stored + (head * self.stored if self.stored != 4 else 0)
-        hidden += 4 * self.d if norm else 0  # x / rms
-        back = targets * dim * self.stored  # h's gradient: backward makes it and the head's anew, scaled
-        logits = max(in_work, 4 * head + (0 if self.on_cpu else back)) + 4 * head + back
+        hidden += 4 * self.x if norm else 0  # x / rms
+        dh, d_head = targets * dim * self.stored, 4 * head  # backward makes both anew, scaled
+        logits = max(in_work, d_head + (0 if self.on_cpu else dh)) + d_head + dh
         kept = {"final hidden": hidden, "logits": logits}
         # The last block's output, which is the norm's input: by autograd, not fused, in float32.
         as_it_is = self.stored == 4 or (self.fused and not norm)
-        return add_up(kept, {"residual stream": self.d * self.stored} if as_it_is else {"final hidden": 4 * self.d})
+        return add_up(kept, {"residual stream": self.x * self.stored} if as_it_is else {"final hidden": 4 * self.x})
 
-    def decoded(self) -> int:
+    def decoded_bytes(self) -> int:
         """The slice of a frozen weight, the largest, that is in work at a time, in the products' dtype, and what
         decoding takes."""
         size = self.config.dim * self.config.hidden_dim

@@ -22,13 +22,13 @@ def test_a_gpu_s_loss_by_hand() -> None:
     of = {"rows": 4, "length": 1024, "targets": 10, "device": torch.device("cuda")}
     h, v = 4096 * 4096, 32768 * 4096
     plan = StepPlan(MISTRAL_7B, torch.bfloat16, True, LoraConfig(rank=16), **of)
-    assert plan.loss() == {"residual stream": 2 * h, "final hidden": 2 * h, "logits": (64 << 20) + 2 * h}
+    assert plan.loss_bytes() == {"residual stream": 2 * h, "final hidden": 2 * h, "logits": (64 << 20) + 2 * h}
     plan = StepPlan(MISTRAL_7B, torch.bfloat16, True, LoraConfig(rank=16, modules_to_save=("lm_head",)), **of)
     in_work = (64 << 20) + 1024 * 4096 * 2 + 2 * v
     logits = max(in_work, 4 * v + 2 * h) + 4 * v + 2 * h
-    assert plan.loss() == {"residual stream": 2 * h, "final hidden": 2 * h, "logits": logits}
+    assert plan.loss_bytes() == {"residual stream": 2 * h, "final hidden": 2 * h, "logits": logits}
     plan = StepPlan(MISTRAL_7B, torch.float32, None, None, **of)
-    assert plan.loss()["logits"] == max((64 << 20) + 512 * 4096 * 4, 4 * v + 4 * h) + 4 * v + 4 * h
+    assert plan.loss_bytes()["logits"] == max((64 << 20) + 512 * 4096 * 4, 4 * v + 4 * h) + 4 * v + 4 * h
 
 
 @pytest.mark.parametrize("rank", [8, 16])
@@ -49,7 +49,7 @@ def test_kept_weights_have_what_the_adapters_join_to_them(rank: int, monkeypatch
     gpu, keep = torch.device("cuda"), (Keep.WEIGHTS,) * TINY.n_layers
     plan = StepPlan(TINY, torch.float32, True, LoraConfig(rank=rank), 1, 8, device=gpu, keep=keep)
     corners = 4 * 7 * rank * rank if rank == 16 else 0
-    assert plan.kept(0, plan.block())["decoded weights"] == n_bytes - corners
+    assert plan.kept_bytes(0, plan.block_bytes())["decoded weights"] == n_bytes - corners
 
 
 def test_a_gpu_s_mlp_by_hand() -> None:
@@ -57,5 +57,5 @@ def test_a_gpu_s_mlp_by_hand() -> None:
     where they were. Two gradients of x, and norm(x) with the second."""
     plan = StepPlan(MISTRAL_7B, torch.bfloat16, True, LoraConfig(rank=16), 1, 2048, device=torch.device("cuda"))
     x, gate, weight = 2 * 2048 * 4096, 2 * 2048 * 14336, 2 * 4096 * 14336
-    assert plan.scratch(makes_gates=False) == x + max(gate + weight, gate + x + weight)
-    assert plan.scratch(makes_gates=True) == x + max(3 * gate + weight, 2 * gate + x + weight)
+    assert plan.scratch_bytes(makes_gates=False) == x + max(gate + weight, gate + x + weight)
+    assert plan.scratch_bytes(makes_gates=True) == x + max(3 * gate + weight, 2 * gate + x + weight)

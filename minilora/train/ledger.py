@@ -79,9 +79,9 @@ class Ledger:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
         plan, limits = self._plan(), self.config.eval
         scored = replace(plan, rows=limits.batch_size, targets=None)
-        in_between = [scored.forward()] if self._scores() else []
+        in_between = [scored.forward_bytes()] if self._scores() else []
         if self.prompt:
-            in_between.append(replace(scored, length=self.prompt).forward(limits.max_new_tokens))
+            in_between.append(replace(scored, length=self.prompt).forward_bytes(limits.max_new_tokens))
         on_cpu = self.device.type == "cpu"
         held = {"process": private_bytes()} if on_cpu else {}
         if on_cpu and self.config.data.general:

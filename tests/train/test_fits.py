@@ -236,8 +236,8 @@ def test_decoding_ahead_takes_memory_for_two_weights(monkeypatch: pytest.MonkeyP
     assert of(runs[0]).predict() == of(runs[1]).predict()
     on_card = replace(of(runs[1]), device=torch.device("cuda"), flash=True)
     plan, plan_ahead = replace(on_card._plan(), ahead=False), on_card._plan()
-    assert plan_ahead.forward() == plan.forward()
-    decoded = [p.decoded() for p in (plan, plan_ahead)]
+    assert plan_ahead.forward_bytes() == plan.forward_bytes()
+    decoded = [p.decoded_bytes() for p in (plan, plan_ahead)]
     assert decoded == [2 * sizes.dim * sizes.hidden_dim, 0], "it lies in one of the two"
     monkeypatch.setattr(ledger, "free_bytes", lambda _: sum(on_card.predict().values()) - 1)
     with pytest.raises(UserError, match=r"train\.decode_ahead false"):
