@@ -18,7 +18,7 @@ from benchmarks.feeds import Feed, packed_batches, peer_batches, tokens_of_steps
 from benchmarks.harness import Step
 from benchmarks.shapes import shape
 from minilora.attention import attend_back, attend_kept
-from minilora.backend import product_dtype
+from minilora.backend import product_dtype_of
 from minilora.checkpoint.load import load_model
 from minilora.compiled import compile_loops
 from minilora.config import PROJECTIONS, BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
@@ -153,7 +153,7 @@ def shared_work(dtype: str, feed: Feed, shape_name: str) -> Step:
     """
     keep_freed_memory(large_pages=True)
     config, rows, length = shape(shape_name), feed["rows"], feed["length"]
-    generator, kind = torch.Generator().manual_seed(0), product_dtype(torch.empty(0, dtype=getattr(torch, dtype)))
+    generator, kind = torch.Generator().manual_seed(0), product_dtype_of(getattr(torch, dtype), torch.device("cpu"))
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(kind)

@@ -76,7 +76,7 @@ def pick_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, s
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
-        widened = device.type == "cpu" and _cpu_product_dtype(dtype) != dtype
+        widened = product_dtype_of(dtype, device) != dtype
         return dtype, "asked for" + (", but this CPU multiplies in float32: less memory, no faster" if widened else "")
     if device.type != "cuda":
         return torch.float32, "a CPU"
@@ -92,13 +92,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What matrix products of x are computed in: its own dtype, but float32 on a CPU without 16-bit instructions.
+    """What matrix products of x are computed in."""
+    return product_dtype_of(x.dtype, x.device)
+
+
+def product_dtype_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What products of matrices in `dtype` are computed in: that, but float32 on a CPU without 16-bit instructions.
 
     There torch falls back to loops: on an AVX2 machine a bfloat16 product ran at 1 to 20 GFLOP/s where float32 reached
     180, on one with AVX512 but not AVX512_BF16 at 50 where it reached 240. A product in float32 of numbers rounded to
     16 bits is the same product, summed more exactly.
     """
-    return _cpu_product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+    return _cpu_product_dtype(dtype) if device.type == "cpu" else dtype
 
 
 def whole_shapes(n: int, dtype: torch.dtype) -> int:

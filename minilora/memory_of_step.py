@@ -21,7 +21,7 @@ import torch
 
 from minilora import nf4
 from minilora.adamw import PAGE, state_bytes
-from minilora.backend import product_dtype
+from minilora.backend import product_dtype_of
 from minilora.checkpoint.names import tensor_specs
 from minilora.config import LoraConfig, ModelConfig, Optimizer, PrefixConfig
 from minilora.fused import Keep
@@ -86,7 +86,7 @@ class StepPlan:
         self.block_norms = any(lora.saves(spec.module) for spec in of_blocks) if lora else False
         # Bytes of a number in the residual stream, and in products; whether these have a dtype of their own.
         self.on_cpu, self.stored = self.device.type == "cpu", self.dtype.itemsize
-        self.computed = product_dtype(torch.empty(0, dtype=self.dtype)).itemsize if self.on_cpu else self.stored
+        self.computed = product_dtype_of(self.dtype, self.device).itemsize
         self.cast = self.stored != self.computed
         # Whether the blocks are the fast ones, and what each keeps.
         self.fused = lora is not None and lora.dropout == 0 and not lora.dora and not self.block_norms

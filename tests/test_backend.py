@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minilora import backend
-from minilora.backend import pick_device, pick_dtype, product_dtype
+from minilora.backend import pick_device, pick_dtype, product_dtype, product_dtype_of
 
 
 def test_a_gpu_that_is_named_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +26,8 @@ def test_a_16_bit_product_is_widened_only_where_the_cpu_lacks_it(
     for dtype in (torch.bfloat16, torch.float16):
         assert product_dtype(torch.empty(1, dtype=dtype)) == (dtype if dtype == native else torch.float32)
         assert product_dtype(torch.empty(1, dtype=dtype, device="meta")) == dtype
+        for device in (torch.device("cpu"), torch.device("meta")):
+            assert product_dtype_of(dtype, device) == product_dtype(torch.empty(1, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("native", [False, True])

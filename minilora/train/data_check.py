@@ -11,7 +11,7 @@ from timeit import Timer
 
 import torch
 
-from minilora.backend import pick_device, pick_dtype, product_dtype
+from minilora.backend import pick_device, pick_dtype, product_dtype_of
 from minilora.base import tokenizer_for
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.write import atomic_write
@@ -99,7 +99,7 @@ def work(sizes: ModelConfig, learned: Learned | None, tokens: int, predicted: in
 
 
 def _flop_per_s(sizes: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
-    dtype = product_dtype(torch.empty(0, dtype=dtype)) if device.type == "cpu" else dtype
+    dtype = product_dtype_of(dtype, device)
     x, weight = (torch.ones(n, sizes.dim, device=device, dtype=dtype) for n in (tokens, sizes.hidden_dim))
     product = Timer(lambda: (x @ weight.T)[0, 0].item())  # waits for the device
     product.timeit(1)  # only warms up

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minilora.adamw import FlatAdamW
 from minilora.ahead import Ahead
-from minilora.backend import product_dtype
+from minilora.backend import product_dtype_of
 from minilora.data.pack import PackedBatch
 from minilora.fast_block import FusedBlock
 from minilora.loss import cross_entropy_sum
@@ -85,7 +85,7 @@ def backward_of(
     ahead: decodes frozen weights ahead of their use
     """
 
-    multiplied = product_dtype(torch.empty(0, dtype=model.dtype, device=model.device))
+    multiplied = product_dtype_of(model.dtype, model.device)
     reads_casts = any(isinstance(block, FusedBlock) for block in model.layers)  # projections.py does, nobody else
 
     def both(batch: PackedBatch, factor: float | Tensor) -> Tensor:
