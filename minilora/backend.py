@@ -62,6 +62,11 @@ def backend_for(device: torch.device) -> Backend:
     return Backend("triton", f"compute capability {capability[0]}.{capability[1]}")
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels compute there."""
+    return backend_for(device).name == "triton"
+
+
 def told(device: torch.device) -> str:
     """The device, and what computes there, in one line."""
     backend, compiled = backend_for(device), ", what is elementwise compiled to C++" if compiles(device) else ""

@@ -18,7 +18,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from minilora.backend import backend_for
+from minilora.backend import has_kernels
 from minilora.kv_cache import KVCache
 from minilora.lora import casts
 from minilora.model import Mistral
@@ -45,7 +45,7 @@ class Steps:
     @staticmethod
     def can_record(device: torch.device) -> bool:
         """Whether a step can be recorded: where the kernels run, which never wait, on the GPU that torch records."""
-        return backend_for(device).name == "triton" and device.index == torch.cuda.current_device()
+        return has_kernels(device) and device.index == torch.cuda.current_device()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of what follows `tokens` (B,), the next ones of each row; valid until the next call."""

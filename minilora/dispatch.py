@@ -30,7 +30,7 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from minilora.backend import backend_for
+from minilora.backend import has_kernels
 from minilora.errors import UserError
 from minilora.nf4 import BLOCK_SIZE, NF4Tensor
 from minilora.nf4 import quantize_nf4 as quantize_by_definition
@@ -108,7 +108,7 @@ def entry_for(arch: int) -> Entry:
 
 def quantize(weight: Tensor, block_size: int = BLOCK_SIZE, double_quant: bool = True) -> NF4Tensor:
     """`nf4.quantize_nf4` where the weight lies, to the same bytes."""
-    if backend_for(weight.device).name != "triton":
+    if not has_kernels(weight.device):
         return quantize_by_definition(weight, block_size, double_quant)
     from minilora.kernels.nf4_quantize import quantize_nf4
 
@@ -120,7 +120,7 @@ def decode(weight: NF4Tensor, start: int, stop: int, out: Tensor, columns: Tenso
 
     columns: (rows, r) to follow the rows of all of the weight; `out` is (rows, in + r) then, else anything in order
     """
-    if backend_for(out.device).name == "triton" and (start, stop) == (0, weight.n):
+    if has_kernels(out.device) and (start, stop) == (0, weight.n):
         from minilora.kernels.nf4_dequantize import dequantize
 
         dequantize(weight, out=out.view(weight.shape) if columns is None else out, columns=columns)
@@ -132,7 +132,7 @@ def decode(weight: NF4Tensor, start: int, stop: int, out: Tensor, columns: Tenso
 
 def fused_product(x: Tensor, weight: NF4Tensor) -> Tensor | None:
     """x (M, K) times the transpose of W' (N, K), (M, N) in x's dtype; None where `decode` and a product are better."""
-    if backend_for(x.device).name != "triton":
+    if not has_kernels(x.device):
         return None
     from minilora.kernels.nf4_dequantize import is_whole
     from minilora.kernels.nf4_matmul import is_exact, matmul
@@ -167,15 +167,14 @@ def kernel_on_gpu(definition: Callable[P, R]) -> Callable[P, R]:
     def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        on_gpu = backend_for(first.device).name == "triton"
-        return (launcher(definition) if on_gpu else definition)(*args, **kwargs)
+        return (launcher(definition) if has_kernels(first.device) else definition)(*args, **kwargs)
 
     return chosen
 
 
 def undifferentiated_on_gpu(x: Tensor) -> bool:
     """Whether kernels, which autograd does not see into, may take the place of what torch would do to x in steps."""
-    return not torch.is_grad_enabled() and x.itemsize <= 4 and backend_for(x.device).name == "triton"
+    return not torch.is_grad_enabled() and x.itemsize <= 4 and has_kernels(x.device)
 
 
 def launcher(definition: Callable[P, R]) -> Callable[P, R]:

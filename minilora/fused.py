@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from minilora.attention import attend_back, attend_kept
-from minilora.backend import backend_for, product_dtype
+from minilora.backend import has_kernels, product_dtype
 from minilora.model import Context
 from minilora.norm import RMSNorm, add_rms_norm, rms_norm, rms_norm_backward
 from minilora.projections import Gradients, Projections
@@ -225,7 +225,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, inverse = ctx.saved_tensors
         dn = _rows(grads[0])
-        if dn.dtype == torch.float32 and backend_for(dn.device).name != "triton":
+        if dn.dtype == torch.float32 and not has_kernels(dn.device):
             dn = dn.clone()  # it would be overwritten, and it is autograd's
         dx, _ = rms_norm_backward(dn, _rows(x), weight, inverse, room=ctx.dx_room)
         return _bare_gradient(dx, x.shape), None, None, None

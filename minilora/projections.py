@@ -37,7 +37,7 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from minilora.backend import backend_for
+from minilora.backend import has_kernels
 from minilora.linear import NF4Linear, add_product_, decoded, multiply, multiply_back
 from minilora.lora import LoRALinear, cast_of
 from minilora.nf4 import NF4Tensor
@@ -201,8 +201,7 @@ def _joins(weight: NF4Tensor | Tensor, rank: int) -> bool:
     """Whether an adapter joins the product: where the weight is decoded, which gives B a place beside it; where rows of
     so many more are a multiple of 16 numbers, else Triton moves them by 2 bytes, not 16; and on a GPU, which waits for
     memory: on a CPU the longer sums take the time that is saved."""
-    on_gpu = isinstance(weight, NF4Tensor) and backend_for(weight.packed.device).name == "triton"
-    return on_gpu and rank % WHOLE == 0
+    return isinstance(weight, NF4Tensor) and has_kernels(weight.packed.device) and rank % WHOLE == 0
 
 
 def _as_one(parts: Sequence[Tensor]) -> Tensor | None:

@@ -137,12 +137,12 @@ def test_what_is_not_kept_is_made_again_to_the_same_bits(
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(("rank", "backend_name", "joins"), [(16, "triton", 16), (8, "triton", 0), (16, "torch", 0)])
+@pytest.mark.parametrize(("rank", "by_kernels", "joins"), [(16, True, 16), (8, True, 0), (16, False, 0)])
 def test_columns_are_for_gpus_and_rows_of_so_many_numbers(
-    rank: int, backend_name: str, joins: int, monkeypatch: pytest.MonkeyPatch
+    rank: int, by_kernels: bool, joins: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlps = [adapted(SHAPES[0], LoraConfig(rank=rank), nf4).layers[0].mlp for nf4 in (True, False)]
-    monkeypatch.setattr(projections, "backend_for", lambda _: backend.Backend(backend_name, "as if"))  # type: ignore[arg-type]
+    monkeypatch.setattr(projections, "has_kernels", lambda _: by_kernels)
     both = [Projections.of(mlp.gate_proj, mlp.up_proj) for mlp in mlps]
     assert [(of.x_room, of.dy_room) for of in both] == [(joins, 2 * joins), (0, 0)]
 
