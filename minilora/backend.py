@@ -111,8 +111,9 @@ def product_dtype_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return _cpu_product_dtype(dtype) if device.type == "cpu" else dtype
 
 
-def whole_shapes(n: int, dtype: torch.dtype) -> int:
-    """n, for 16-bit dtypes rounded up to a multiple of 32, so that oneDNN meets few sizes of products on a CPU.
+def padded_rows(n: int, dtype: torch.dtype) -> int:
+    """How many rows to multiply where there are n: for 16-bit dtypes n rounded up to a multiple of 32, so that on a CPU
+    oneDNN meets few sizes of products.
 
     It makes machine code for each of them, one to two MB, and keeps a thousand.
     """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minilora.backend import product_dtype, whole_shapes
+from minilora.backend import padded_rows, product_dtype
 from minilora.compiled import compilable
 from minilora.linear import add_product_
 from minilora.softmax_gradient import softmax_gradient_
@@ -88,11 +88,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         n_rows, n_columns = tile(len(hidden), len(head), grad_head is not None)
         buffer = hidden.new_empty(
-            whole_shapes(n_rows, dtype) * n_columns, dtype=dtype
+            padded_rows(n_rows, dtype) * n_columns, dtype=dtype
         )  # one for all tiles: new memory is slow
         for start in range(0, len(hidden), n_rows):
             n = min(n_rows, len(hidden) - start)
-            more = (0, 0, 0, whole_shapes(n, dtype) - n)  # rows of zeros, whose loss and gradient nobody reads
+            more = (0, 0, 0, padded_rows(n, dtype) - n)  # rows of zeros, whose loss and gradient nobody reads
             h, y = pad(hidden[start : start + n].to(dtype), more), pad(labels[start : start + n, None], more)
             largest, sums, label_logit = (torch.full((len(h), 1), at, device=h.device) for at in (-inf, 0.0, -inf))
             grad = torch.zeros(h.shape, device=h.device)
