@@ -41,11 +41,11 @@ def dynamic_thresholds(device: torch.device, signed: bool = True) -> Tensor:
 
     Unsigned, the first is 0: what is above zero keeps a level above zero, since optimizers divide by its root.
     """
-    levels = dynamic_map(device, signed)
+    levels = dynamic_map(torch.device("cpu"), signed)
     middles = (levels[:-1] + levels[1:]) / 2
     if not signed:
         middles[0] = 0
-    return middles
+    return middles.to(device)  # there once this returns, so that any stream may read it
 
 
 def encode_dynamic(values: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
