@@ -2,13 +2,12 @@
 8 bits beside bitsandbytes' on flat memory, which is its best: `benchmarks.gpu`."""
 
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_harness import Call, in_turns, n_sets, report, run_part
+from benchmarks.gpu_harness import Call, in_turns, n_sets, of_bitsandbytes, report, run_part
 from minilora.adamw import Update
 from minilora.dynamic_8bit import dynamic_map
 
@@ -37,8 +36,8 @@ def measure(device: torch.device) -> dict[str, Any]:
         "minilora": [partial(adamw_8bit_, p, grad, m, v, a, b, update) for p, grad, m, v, a, b in coded],
         "minilora, 32 bits": contestants["minilora"],
     }
-    if device.type == "cuda" and find_spec("bitsandbytes"):
-        contestants["bitsandbytes"] = [bitsandbytes_adamw(parts) for parts in coded]
+    if peers := of_bitsandbytes(device, lambda: [bitsandbytes_adamw(parts) for parts in coded]):
+        contestants["bitsandbytes"] = peers
     what = f"adamw_8bit, {n_tensors} of {rank} x {dim}"
     return cases | {what: report(what, in_turns(contestants, device), 16 * n, peers=("bitsandbytes",))}
 
@@ -49,13 +48,15 @@ def codes_like(p: Tensor) -> Tensor:
 
 
 def bitsandbytes_adamw(parts: list[Tensor]) -> Call:
-    """An update of p, gradient, codes and absmax."""
+    """An update of p, gradient, codes and absmax, made once to see that it can be."""
     import bitsandbytes.functional as bnb
 
     p, grad, m, v, *absmax = (part.clone() for part in parts)
     maps = dynamic_map(p.device), dynamic_map(p.device, signed=False)
     numbers = (0.9, 0.999, 0.0, 0.0, 1e-8, 10, LR)
-    return partial(bnb.optimizer_update_8bit_blockwise, "adam", grad, p, m, v, *numbers, *maps, *absmax, 0.0, 0.5)
+    update = partial(bnb.optimizer_update_8bit_blockwise, "adam", grad, p, m, v, *numbers, *maps, *absmax, 0.0, 0.5)
+    update()
+    return update
 
 
 def torch_adamw(flat: Tensor, n_tensors: int) -> Call:

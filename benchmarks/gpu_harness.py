@@ -18,7 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 from inspect import unwrap
 from statistics import median, quantiles
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from minilora.dispatch import launcher
 from minilora.nf4 import NF4Tensor, quantize_nf4
 
 Call = Callable[[], object]
+T = TypeVar("T")
 
 SLEEP_CYCLES = 40_000_000  # some 20 ms: the CPU launches a batch of rounds meanwhile
 BATCH = 10  # rounds
@@ -126,13 +127,22 @@ def nf4_sets(dense: Tensor, double_quant: bool = True) -> list[NF4Tensor]:
 
 
 def peer_sets(dense: Tensor, sets: int) -> list[tuple[Tensor, Any]]:
-    """bitsandbytes' own (packed, state), as many; none where it is not installed, or, which is told, cannot run."""
-    if dense.device.type != "cuda" or find_spec("bitsandbytes") is None:
-        return []
-    try:
+    """bitsandbytes' own (packed, state), as many; none where it cannot run."""
+
+    def quantized() -> list[tuple[Tensor, Any]]:
         import bitsandbytes.functional as bnb
 
         return [bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True) for _ in range(sets)]
+
+    return of_bitsandbytes(dense.device, quantized)
+
+
+def of_bitsandbytes(device: torch.device, make: Callable[[], list[T]]) -> list[T]:
+    """What `make` makes with it; nothing where it is not installed, or, which is told, cannot run."""
+    if device.type != "cuda" or find_spec("bitsandbytes") is None:
+        return []
+    try:
+        return make()
     except Exception as error:  # whatever a library may raise that was built for something else
         print(f"bitsandbytes is left out: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return []
