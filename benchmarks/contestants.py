@@ -48,14 +48,14 @@ def ours(base: str, dtype: str, feed: Feed, checkpointing: bool, compiled: bool 
     weights = trainable(model)
     same_adapters(weights.items())
     optimizer = optimizer_for(weights, run)
-    loss_scale = LossScale(False)
+    backward, loss_scale = backward_of(model, optimizer), LossScale.of(torch.float32)
     if compiled:
-        backward = backward_of(model, optimizer)
         _compile_all(lambda batch: backward(batch, 1.0), batches)
 
     def step() -> dict[str, Any]:
         turn = next(turns) % len(batches)
-        done = train_step(model, optimizer, [batches[turn]], LEARNING_RATE, 0.0, loss_scale)
+        batch = batches[turn]
+        done = train_step(backward, optimizer, [batch], batch.n_targets, LEARNING_RATE, 0.0, loss_scale)
         return {"loss": done.loss, "tokens": tokens[turn]}
 
     gc.collect()

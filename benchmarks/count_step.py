@@ -77,7 +77,7 @@ def counted(sizes: ModelConfig, rows: int, length: int, rank: int, keep: Keep) -
 
     from minilora.linear import NF4Linear, slices
     from minilora.train.setup import optimizer_for
-    from minilora.train.step import LossScale, train_step
+    from minilora.train.step import LossScale, backward_of, train_step
     from minilora.train.strategies import apply_strategy, trainable
 
     run = run_config(Cell("", rows, length, "float16"), rank)
@@ -88,7 +88,8 @@ def counted(sizes: ModelConfig, rows: int, length: int, rank: int, keep: Keep) -
         optimizer = optimizer_for(trainable(model), run)
         for _ in slices(weight, torch.empty(0, dtype=torch.float16)):  # which makes the kernels' tables
             gpu.launches.clear()
-        done = train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(True))
+        backward, scale = backward_of(model, optimizer), LossScale.of(torch.float16)
+        done = train_step(backward, optimizer, [batch], batch.n_targets, 1e-3, 0.0, scale)
     assert done.updated
     found = {kind: Sum() for kind in KINDS}
     for launch in gpu.launches:

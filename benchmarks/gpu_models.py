@@ -68,7 +68,8 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
             block.keep = Keep[keep]
         [batch] = packed_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size})
         optimizer, backward = state["optimizer"], state["backward"]
-        done = train_step(model, optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False), backward)
+        scale = LossScale.of(torch.float32)
+        done = train_step(backward, optimizer, [batch], batch.n_targets, LEARNING_RATE, 0.0, scale)
         return {"loss": done.loss, "predicted_bytes": predicted_bytes(rows, length, keep, ahead)}
 
     @cache

@@ -44,7 +44,7 @@ from minilora.model import Mistral
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor
 from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, train_step
+from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
 STEP_CAP_S = 1800.0
@@ -122,6 +122,7 @@ def _step(cell: Cell, base: Mistral) -> Callable[[], tuple[dict[str, int], int]]
     run = run_config(cell)
     model = apply_strategy(base, run, cell.kept(base.config)).train()
     optimizer = optimizer_for(trainable(model), run)
+    backward, loss_scale = backward_of(model, optimizer), LossScale.of(torch.float32)
     batch = random_batch(cell.rows, cell.length, model.config.vocab_size)
 
     def step() -> tuple[dict[str, int], int]:
@@ -129,7 +130,7 @@ def _step(cell: Cell, base: Mistral) -> Callable[[], tuple[dict[str, int], int]]
         peak = PeakMemory(torch.device("cpu"))
         peak.start()
         with StepWatch(model, optimizer) as watch:
-            train_step(model, optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False))
+            train_step(backward, optimizer, [batch], batch.n_targets, LEARNING_RATE, 0.0, loss_scale)
         peak.note()
         return watch.owners(), peak.private
 

@@ -37,7 +37,7 @@ from minilora.errors import UserError
 from minilora.memory import PeakMemory
 from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, train_step
+from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 from minilora.visible import Pieces, visible
 
@@ -87,7 +87,9 @@ class _Model:
 
 def _step(model: _Model, rows: int, length: int) -> Callable[[], float]:
     batch = random_batch(rows, length, model.base.config.vocab_size)
-    return _timed(partial(train_step, model.base, model.optimizer, [batch], LEARNING_RATE, 0.0, LossScale(False)))
+    backward, scale = backward_of(model.base, model.optimizer), LossScale.of(torch.float32)
+    settings = (batch.n_targets, LEARNING_RATE, 0.0, scale)
+    return _timed(partial(train_step, backward, model.optimizer, [batch], *settings))
 
 
 def _attention(what: str, model: _Model, length: int, window: int | None) -> Callable[[], float]:

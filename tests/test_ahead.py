@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from tiny_runs import TINY
+from tiny_runs import TINY, step_of
 from torch import Tensor
 
 from benchmarks.feeds import random_batch
@@ -18,7 +18,7 @@ from minilora.dispatch import quantize
 from minilora.linear import multiply, multiply_back
 from minilora.nf4 import CPU
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, backward_of, train_step
+from minilora.train.step import backward_of
 from minilora.train.strategies import apply_strategy, trainable
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU")
@@ -173,7 +173,7 @@ def test_a_run_is_the_same_bits(checkpointing: bool) -> None:
         model = apply_strategy(random_model(TINY, torch.float32), run).train()
         optimizer = optimizer_for(trainable(model), RunConfig())
         backward = backward_of(model, optimizer, ahead=ahead)
-        losses = [train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False), backward).loss for _ in range(4)]
+        losses = [step_of(model, optimizer, [batch], 1e-3, 0.0, backward=backward).loss for _ in range(4)]
         assert losses[-1] < losses[0]
         found.append((losses, [p.detach().clone() for p in trainable(model).values()]))
         if ahead is not None:

@@ -3,14 +3,17 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minilora.adamw import FlatAdamW
 from minilora.config import ModelConfig, RunConfig
+from minilora.data.pack import PackedBatch
 from minilora.model import Mistral
+from minilora.train.step import Backward, LossScale, StepResult, backward_of, train_step
 
 TOKENIZER = Path(__file__).parents[1] / "minilora" / "demo" / "base" / "tokenizer.model"
 TINY = ModelConfig(
@@ -27,6 +30,21 @@ def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> Mistral:
             if weight.dim() == 2:
                 weight.mul_(6)
     return model.requires_grad_(False).eval()
+
+
+def step_of(
+    model: Mistral,
+    optimizer: FlatAdamW,
+    batches: Sequence[PackedBatch],
+    lr: float = 1e-3,
+    clip_norm: float = 0.0,
+    loss_scale: LossScale | None = None,
+    backward: Backward | None = None,
+) -> StepResult:
+    """`train_step`, by autograd and without a loss scale unless told otherwise."""
+    backward, loss_scale = backward or backward_of(model, optimizer), loss_scale or LossScale.of(torch.float32)
+    n_targets = sum(batch.n_targets for batch in batches)
+    return train_step(backward, optimizer, batches, n_targets, lr, clip_norm, loss_scale)
 
 
 def chat(*contents: str) -> dict[str, Any]:

@@ -404,7 +404,11 @@ def _fresh_state() -> RunState:
     weights = {f"layers.{i}.q_proj.lora_{part}": torch.nn.Parameter(torch.randn(3, 4)) for i in (0, 1) for part in "AB"}
     optimizer = FlatAdamW({(0.01, 1.0): list(weights.values())})
     return RunState(
-        weights, optimizer, RowSampler(_LENGTHS, 12, 0), LossScale(False), {"config": {"seed": 0}, "base": "abc"}
+        weights,
+        optimizer,
+        RowSampler(_LENGTHS, 12, 0),
+        LossScale.of(torch.float32),
+        {"config": {"seed": 0}, "base": "abc"},
     )
 
 

@@ -70,7 +70,7 @@ class Forgetting:
         """Loss and perplexity of the whole general text; {} if there is none."""
         if not self.general:
             return {}
-        loss, _ = mean_loss(model, self.general, self.config.data.max_seq_len, self.config.eval.batch_size)
+        loss = mean_loss(model, self.general, self.config.data.max_seq_len, self.config.eval.batch_size)
         return {"loss": loss, "perplexity": perplexity(loss)}
 
     def glance(self, model: Mistral) -> dict[str, float]:

@@ -45,7 +45,7 @@ def measure(
         return {}, []
     questions = asked(samples, limits)
     say(f"scoring {len(samples):,} samples" + (f", answering {len(questions):,} of them" if questions else ""))
-    loss, _ = mean_loss(model, samples, max_seq_len, limits.batch_size)
+    loss = mean_loss(model, samples, max_seq_len, limits.batch_size)
     answers = answer_samples(model, tokenizer, questions, limits.max_new_tokens, limits.batch_size)
     figures, _ = score(answers[: limits.answers], limits.metrics)
     return {"loss": loss, "perplexity": perplexity(loss)} | figures, answers

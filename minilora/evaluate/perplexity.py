@@ -4,23 +4,29 @@ from collections.abc import Sequence
 from math import exp, inf
 
 import torch
+from torch import Tensor
 
 from minilora.data.encode import Sample
-from minilora.data.pack import batches
+from minilora.data.pack import PackedBatch, batches
 from minilora.loss import cross_entropy_sum
 from minilora.model import Mistral, evaluating
 
 
+def loss_sum(model: Mistral, batch: PackedBatch) -> Tensor:
+    """Summed loss in nats of a packed batch's target tokens, () float32. The batch lies on the model's device."""
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
+    return cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
+
+
 @torch.no_grad()
-def mean_loss(model: Mistral, samples: Sequence[Sample], max_seq_len: int, batch_size: int = 8) -> tuple[float, int]:
-    """Mean loss in nats of all target tokens of the samples, and their number. Leaves the training mode as it was."""
+def mean_loss(model: Mistral, samples: Sequence[Sample], max_seq_len: int, batch_size: int = 8) -> float:
+    """Mean loss in nats of all target tokens of the samples. Leaves the training mode as it was."""
     total, n_targets = 0.0, 0
     with evaluating(model):
         for batch in batches(samples, max_seq_len, batch_size, model.device):
-            hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
-            total += float(cross_entropy_sum(hidden, model.lm_head.weight, batch.labels))
+            total += float(loss_sum(model, batch))
             n_targets += batch.n_targets
-    return total / n_targets, n_targets
+    return total / n_targets
 
 
 def perplexity(loss: float) -> float:

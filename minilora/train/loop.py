@@ -166,20 +166,20 @@ def one_step(run: Run, follow: Callable[[], None]) -> tuple[dict[str, Any], dict
     """
     train, counters, began = run.config.train, run.state.counters, time.perf_counter()
 
-    def micro_batches(sampler: RowSampler) -> Iterator[list[list[int]]]:
+    def rows_of(sampler: RowSampler) -> Iterator[list[list[int]]]:
         for _ in range(train.accumulate):
             follow()
             yield sampler.take(train.batch_size)
 
     run.memory.start()
-    ahead, n_tokens, n_targets = copy(run.state.sampler), 0, 0
-    for rows in micro_batches(ahead):  # counted first, since a target's weight in the loss depends on all of them
+    after, n_tokens, n_targets = copy(run.state.sampler), 0, 0
+    for rows in rows_of(after):  # counted first, since a target's weight in the loss depends on all; none are kept
         n_tokens += sum(run.train[i].length for row in rows for i in row)
         n_targets += sum(run.train[i].n_targets for row in rows for i in row)
     length = run.config.data.max_seq_len
-    batches = (make_batch(run.train, rows, length) for rows in micro_batches(copy(run.state.sampler)))
+    batches = (make_batch(run.train, rows, length) for rows in rows_of(copy(run.state.sampler)))
     lr, scale = lr_at(counters.updates, run.n_steps, train), run.state.loss_scale
-    result = train_step(run.model, run.state.optimizer, batches, lr, train.clip_norm, scale, run.backward, n_targets)
+    result = train_step(run.backward, run.state.optimizer, batches, n_targets, lr, train.clip_norm, scale)
     run.memory.note()
     counters.step += 1
     counters.tokens += n_tokens
@@ -193,7 +193,7 @@ def one_step(run: Run, follow: Callable[[], None]) -> tuple[dict[str, Any], dict
         counters.bad_in_a_row += 1
         rows = run.state.sampler.take(train.batch_size * train.accumulate)
         metrics |= {"skipped": True, "samples": [run.train[i].where for row in rows for i in row]}
-    run.state.sampler = ahead
+    run.state.sampler = after
     seconds = time.perf_counter() - began
     timing = {"step": counters.step, "seconds": seconds, "tok_per_s": n_tokens / seconds}
     return metrics, timing | {"memory_bytes": run.memory.now_bytes()}
@@ -221,7 +221,7 @@ def validate(run: Run) -> dict[str, float]:
     general = {f"general_{name}": value for name, value in run.forgetting.glance(run.model).items()}
     if not run.validation:
         return general
-    loss, _ = mean_loss(run.model, run.validation, run.config.data.max_seq_len, run.config.eval.batch_size)
+    loss = mean_loss(run.model, run.validation, run.config.data.max_seq_len, run.config.eval.batch_size)
     if loss < (inf if counters.best_loss is None else counters.best_loss):  # never true of NaN
         counters.best_loss, counters.best_step, counters.validations_since_best = loss, counters.step, 0
         run.state.save(run.folder.checkpoint("best", counters.step), weights_only=True)

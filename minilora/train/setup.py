@@ -169,9 +169,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if StepGraphs.can_record(model):
         backward = StepGraphs(model, optimizer, ahead)
         reporter.say("steps are replayed as CUDA graphs")
-    state = RunState(
-        weights, optimizer, sampler, LossScale(dtype == torch.float16), _origin(config, model, tokenizer, device, dtype)
-    )
+    state = RunState(weights, optimizer, sampler, LossScale.of(dtype), _origin(config, model, tokenizer, device, dtype))
     return Run(
         config, folder, model, tokenizer, data.learnt, data.samples["validation"], data.samples["test"], state,
         n_steps, reporter, memory, backward, predicted, forgetting,

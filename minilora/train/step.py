@@ -18,11 +18,11 @@ from minilora.adamw import FlatAdamW
 from minilora.ahead import Ahead
 from minilora.backend import product_dtype_of
 from minilora.data.pack import PackedBatch
+from minilora.evaluate.perplexity import loss_sum
 from minilora.fast_block import FusedBlock
-from minilora.loss import cross_entropy_sum
 from minilora.model import Mistral
 
-LEAST_SCALE = 2.0**-14
+FIRST_SCALE, LEAST_SCALE = 2.0**16, 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,18 @@ class StepResult:
 class LossScale:
     """float16 holds nothing below 6e-8: the loss is multiplied by `scale` before backward and the gradients divided.
 
-    An overflow halves the scale and the step is left out; `patience` good steps double it. Off (scale 1) elsewhere.
-    scale: 0 stands for where it begins, 2^16
+    An overflow halves the scale and the step is left out; `patience` good steps double it. Elsewhere it is off, and 1.
     """
 
     enabled: bool
-    scale: float = 0.0
+    scale: float
     good_steps: int = 0
     patience: int = 1000
 
-    def __post_init__(self) -> None:
-        self.scale = self.scale or (2.0**16 if self.enabled else 1.0)
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> "LossScale":
+        """The one that a run in `dtype` begins with."""
+        return cls(True, FIRST_SCALE) if dtype == torch.float16 else cls(False, 1.0)
 
     @property
     def shrinking(self) -> bool:
@@ -63,13 +64,6 @@ class LossScale:
             self.scale = max(self.scale / 2, LEAST_SCALE)
         elif self.good_steps >= self.patience:
             self.scale, self.good_steps = self.scale * 2, 0
-
-
-def loss_sum(model: Mistral, batch: PackedBatch) -> Tensor:
-    """Summed loss of a packed batch's target tokens, () float32."""
-    batch = batch.to(model.device)
-    hidden = model.hidden(batch.tokens, batch.positions, batch.segments, runs=batch.runs)
-    return cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
 
 
 # A batch and a factor -> its summed loss times the factor, () float32, whose gradients have been added up.
@@ -90,7 +84,7 @@ def backward_of(
 
     def both(batch: PackedBatch, factor: float | Tensor) -> Tensor:
         with optimizer.casts(multiplied) if reads_casts else nullcontext(), ahead.step() if ahead else nullcontext():
-            loss = loss_sum(model, batch) * factor
+            loss = loss_sum(model, batch.to(model.device)) * factor
             after_forward()
             loss.backward()
         return loss.detach()
@@ -99,29 +93,28 @@ def backward_of(
 
 
 def train_step(
-    model: Mistral,
+    backward: Backward,
     optimizer: FlatAdamW,
     batches: Iterable[PackedBatch],
+    n_targets: int,
     lr: float,
     clip_norm: float,
     loss_scale: LossScale,
-    backward: Backward | None = None,
-    n_targets: int | None = None,
 ) -> StepResult:
     """Forward, backward, guard, update, which clips. Where loss or gradient is not finite, nothing is changed.
 
-    backward: another way than `backward_of` to the model's loss and gradients
-    n_targets: of all batches, where these are made one by one and can be gone over only once
+    batches: the micro-batches, gone over once, so that they can be made one by one
+    n_targets: target tokens of all of them together
+    clip_norm: the gradient is shortened to this length where it is longer; 0 leaves it
 
     Raises ValueError where no token is a target.
     """
-    n_targets = n_targets or sum(batch.n_targets for batch in batches)
     if n_targets == 0:
         raise ValueError("there is no token to train on: every label is IGNORE")
     optimizer.zero_grad()
-    total, backward = torch.zeros((), device=model.device), backward or backward_of(model, optimizer)
+    total = torch.zeros(())
     for batch in batches:
-        total += backward(batch, loss_scale.scale / n_targets)
+        total = total + backward(batch, loss_scale.scale / n_targets)  # on the device of the losses
     loss, norm = (torch.stack((total, optimizer.grad_norm())) / loss_scale.scale).tolist()  # the one wait for a GPU
     finite = isfinite(loss) and isfinite(norm)
     if finite:

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from tiny_runs import step_of
 from torch import Tensor
 
 from benchmarks.count_gpu import GPU, PretendedGPU
@@ -35,7 +36,7 @@ from minilora.ahead import Ahead
 from minilora.dispatch import entry_for
 from minilora.fused import Keep
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, StepResult, backward_of, train_step
+from minilora.train.step import LossScale, StepResult, backward_of
 from minilora.train.strategies import apply_strategy, trainable
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended by Triton's interpreter")
@@ -58,14 +59,14 @@ def step(pretends: bool, n_steps: int = 1, ahead: Ahead | None = None) -> tuple[
     model = apply_strategy(random_model(sizes, torch.float16), run).train()
     for weight in trainable(model).values():
         torch.nn.init.normal_(weight, std=0.05)
-    batch, scale = random_batch(rows, length, sizes.vocab_size), LossScale(True)
+    batch, scale = random_batch(rows, length, sizes.vocab_size), LossScale.of(torch.float16)
     gpu = PretendedGPU()
     with gpu if pretends else nullcontext():
         assert (model.device == GPU) == pretends
         optimizer = optimizer_for(trainable(model), run)
         backward = backward_of(model, optimizer, ahead=ahead)
         for _ in range(n_steps):
-            done = train_step(model, optimizer, [batch], 1e-2, 0.0, scale, backward)
+            done = step_of(model, optimizer, [batch], 1e-2, 0.0, scale, backward)
     assert model.device.type == "cpu"
     return done, [weight.detach().clone() for weight in trainable(model).values()], len(gpu.launches)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import step_of
 
 from benchmarks import ledger
 from benchmarks.feeds import random_batch
@@ -20,7 +21,6 @@ from minilora.fused import Keep
 from minilora.model import Mistral
 from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, train_step
 from minilora.train.strategies import apply_strategy, trainable
 from minilora.visible import Runs
 
@@ -112,7 +112,7 @@ def test_under_a_window_and_of_short_samples_too(window: Any, packed: tuple[int,
     optimizer = optimizer_for(trainable(model), run_config(cell))
     for _ in range(2):
         with StepWatch(model, optimizer) as watch:
-            train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False))
+            step_of(model, optimizer, [batch])
     measured = watch.owners()
     assert_predicted(predicted, measured)
     if keep == Keep.ALL:  # else it is made again in backward, and counts as scratch
@@ -163,5 +163,5 @@ def test_every_strategy_takes_what_was_predicted(settings: dict[str, Any], tied:
     optimizer = optimizer_for(trainable(model), run)
     for _ in range(2):
         with StepWatch(model, optimizer) as watch:
-            train_step(model, optimizer, [batch], 1e-3, 0.0, LossScale(False))
+            step_of(model, optimizer, [batch])
     assert_predicted(predicted, watch.owners())

@@ -24,7 +24,7 @@ def test_both_states_are_trained_with_and_timed(
     monkeypatch.setattr(optimizer_state, "TURNS", 1)
     asked = read_records(little_demo_data / "chat_validation.jsonl")
     samples = encode_records(asked, load_tokenizer("demo"), 256)
-    before = mean_loss(load_model("demo", dtype=torch.float32), samples, 256)[0]
+    before = mean_loss(load_model("demo", dtype=torch.float32), samples, 256)
     out = tmp_path / "optimizer_state.json"
     assert main(["--seeds", "1", "--max_steps", "2", "--out", str(out)]) == 0
     [part] = json.loads(out.read_text())["parts"].values()

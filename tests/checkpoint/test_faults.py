@@ -65,7 +65,7 @@ def save_state(folder: Path, out: Path) -> None:
     optimizer = FlatAdamW({(0.0, 1.0): list(weights.values())})
     sum(p.sum() for p in weights.values()).backward()
     optimizer.step(1e-3)
-    RunState(weights, optimizer, RowSampler([8, 8], 8, seed=0), LossScale(enabled=False), {}).save(out)
+    RunState(weights, optimizer, RowSampler([8, 8], 8, seed=0), LossScale.of(torch.float32), {}).save(out)
 
 
 def writers(folder: Path) -> dict[str, Writer]:

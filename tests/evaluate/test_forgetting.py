@@ -76,8 +76,8 @@ def test_kl_is_that_of_a_naive_loop_and_0_of_the_base_itself(samples: list[Sampl
     glance = measured.glance(tiny_model(1).train())
     assert glance["kl"] == report["kl"]
     assert glance["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5), "all of the text is looked at here"
-    assert report["before"]["loss"] == mean_loss(tiny_model(0), samples, 2048)[0]
-    assert report["after"]["loss"] == mean_loss(tiny_model(1), samples, 2048)[0]
+    assert report["before"]["loss"] == mean_loss(tiny_model(0), samples, 2048)
+    assert report["after"]["loss"] == mean_loss(tiny_model(1), samples, 2048)
     assert report["after"]["perplexity"] == pytest.approx(math.exp(report["after"]["loss"]))
 
 
@@ -121,10 +121,10 @@ def test_before_is_the_base_whatever_the_strategy(
     base = load_model(config.model.path, quantize=config.quantize, dtype=torch.float32)
     run = fine_tune(config, quiet)
     if config.train.reinit == "none":
-        assert run.before["metrics"]["loss"] == pytest.approx(mean_loss(base, run.validation, 64)[0], abs=1e-6)
+        assert run.before["metrics"]["loss"] == pytest.approx(mean_loss(base, run.validation, 64), abs=1e-6)
     forgetting = run.folder.read_json("summary.json")["forgetting"]
-    assert forgetting["before"]["loss"] == pytest.approx(mean_loss(base, samples, 64)[0], abs=1e-6)
-    assert forgetting["after"]["loss"] == mean_loss(run.model, samples, 64)[0]
+    assert forgetting["before"]["loss"] == pytest.approx(mean_loss(base, samples, 64), abs=1e-6)
+    assert forgetting["after"]["loss"] == mean_loss(run.model, samples, 64)
     assert forgetting["kl"] > 0.01
     lines = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert ["general_loss" in line for line in lines] == [False, True, False, True]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, tiny_model
+from tiny_runs import TINY, step_of, tiny_model
 
 from minilora.ahead import Ahead
 from minilora.checkpoint.load import load_model
@@ -21,7 +21,7 @@ from minilora.model import Mistral
 from minilora.train import graph
 from minilora.train.graph import MOST_GRAPHS, StepGraphs
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LossScale, backward_of, train_step
+from minilora.train.step import backward_of
 from minilora.train.strategies import apply_strategy, trainable
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -124,7 +124,7 @@ def test_a_run_by_graphs_is_the_run_without(
         found, data = [], batches(12)
         for start in range(0, len(data), n_micro):
             step = data[start : start + n_micro]
-            found.append(train_step(model, optimizer, step, 1e-3, 1.0, LossScale(False), backward).loss)
+            found.append(step_of(model, optimizer, step, 1e-3, 1.0, backward=backward).loss)
         losses.append(found)
         grads.append({name: copy.deepcopy(p.grad) for name, p in trainable(model).items()})
         if isinstance(backward, StepGraphs):
@@ -150,5 +150,5 @@ def test_after_a_release_graphs_are_recorded_anew(adapted: Callable[[], Mistral]
             backward.release()
         if turn in (0, 2, 3):
             generate(model, torch.full((1, 5), 20), 20)
-        losses.append(train_step(model, optimizer, [batch], 0.0, 0.0, LossScale(False), backward).loss)
+        losses.append(step_of(model, optimizer, [batch], 0.0, 0.0, backward=backward).loss)
     assert losses == pytest.approx([losses[0]] * 6, rel=2**-7)

@@ -115,7 +115,7 @@ def test_the_adapter_is_the_model_that_was_measured(make_config: MakeConfig, qui
     run = fine_tune(make_config(), quiet)
     loaded = load_model(tiny_base, quantize="nf4", dtype=torch.float32)
     load_adapter(loaded, run.folder.path / "adapter")
-    loss, _ = mean_loss(loaded, run.validation, 64)
+    loss = mean_loss(loaded, run.validation, 64)
     assert loss == run.folder.read_json("summary.json")["after"]["loss"]
 
 
@@ -282,12 +282,11 @@ def with_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> lis
     seen: list[dict[str, torch.Tensor]] = []
     real, left = loop.mean_loss, list(losses)
 
-    def fake(model: Any, *args: Any) -> tuple[float, int]:
-        loss, n = real(model, *args)
+    def fake(model: Any, *args: Any) -> float:
         if model.training and left:  # before and after the run it is in eval mode
             seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-            return left.pop(0), n
-        return loss, n
+            return left.pop(0)
+        return real(model, *args)
 
     monkeypatch.setattr(loop, "mean_loss", fake)
     return seen

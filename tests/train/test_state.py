@@ -32,7 +32,7 @@ def fresh(seed: int = 0, origin: dict[str, Any] = ORIGIN, kind: Optimizer = "ada
     torch.manual_seed(seed)
     weights = trainable(add_lora(tiny_model(), LoraConfig(rank=2, alpha=4)))
     optimizer = FlatAdamW({(0.01, 1.0): list(weights.values())}, kind=kind)
-    return RunState(weights, optimizer, RowSampler(LENGTHS, 12, 0), LossScale(False), origin)
+    return RunState(weights, optimizer, RowSampler(LENGTHS, 12, 0), LossScale.of(torch.float32), origin)
 
 
 def advance(state: RunState, steps: int = 1) -> list[list[int]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import as_trained, lora_layers, merged_weights
-from tiny_runs import TINY, tiny_model
+from tiny_runs import TINY, step_of, tiny_model
 from torch import Tensor, nn
 
 from minilora import backend
@@ -26,7 +26,7 @@ from minilora.loss import IGNORE
 from minilora.model import Mistral
 from minilora.train import step as step_module
 from minilora.train.setup import optimizer_for
-from minilora.train.step import LEAST_SCALE, LossScale, StepResult, backward_of, train_step
+from minilora.train.step import FIRST_SCALE, LEAST_SCALE, LossScale, StepResult, backward_of
 from minilora.train.strategies import apply_strategy, trainable
 
 LENGTHS = (5, 17, 3, 30, 9, 24, 2, 12)
@@ -61,8 +61,7 @@ def rows(width: int) -> list[PackedBatch]:
 
 def gradients(model: Mistral, batches: Sequence[PackedBatch], **changes: Any) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step that does not clip; the gradients are still the loss scale's."""
-    step = {"lr": 1e-3, "clip_norm": 0.0, "loss_scale": LossScale(False)} | changes
-    result = train_step(model, adamw(model), batches, **step)
+    result = step_of(model, adamw(model), batches, **changes)
     assert result.updated
     return result.loss, {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
 
@@ -126,7 +125,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
     _, free = gradients(with_lora(), rows(8))
     norm = math.sqrt(sum(float((g**2).sum()) for g in free.values()))
     optimizer = adamw(model)
-    result = train_step(model, optimizer, rows(8), 1e-3, norm / 3, LossScale(False))
+    result = step_of(model, optimizer, rows(8), 1e-3, norm / 3)
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
     for name, p in trainable(model).items():  # Adam's first moment is a tenth of its first gradient
         torch.testing.assert_close(10 * optimizer.state[p]["exp_avg"], free[name] / 3, atol=1e-7, rtol=1e-4)
@@ -135,7 +134,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
 def test_the_learning_rate_is_the_step_s() -> None:
     model = with_lora()
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
-    train_step(model, adamw(model), rows(8), 1e-3, 1.0, LossScale(False))
+    step_of(model, adamw(model), rows(8), 1e-3, 1.0)
     for name, p in trainable(model).items():  # Adam's first update is lr, in the gradient's direction
         assert float((p.detach() - before[name]).abs().max()) == pytest.approx(1e-3, rel=1e-2), name
 
@@ -145,7 +144,7 @@ def test_after_forward_is_called_once_a_micro_batch() -> None:
     model = with_lora()
     optimizer = adamw(model)
     backward = backward_of(model, optimizer, lambda: calls.append(None))
-    train_step(model, optimizer, rows(2), 1e-3, 1.0, LossScale(False), backward)
+    step_of(model, optimizer, rows(2), 1e-3, 1.0, backward=backward)
     assert len(calls) == 4
 
 
@@ -166,28 +165,28 @@ def assert_unchanged(model: nn.Module, optimizer: FlatAdamW, old: tuple[int, dic
 def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
     model = with_lora()
     optimizer = adamw(model)
-    train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
+    step_of(model, optimizer, rows(8), 1e-3, 1.0)
     old = snapshot(model, optimizer)
     spoilt = model.lm_head.weight[20, 0].item()
     with torch.no_grad():
         model.lm_head.weight[20, 0] = bad
-    result = train_step(model, optimizer, rows(2), 1e-3, 1.0, LossScale(False))
+    result = step_of(model, optimizer, rows(2), 1e-3, 1.0)
     assert not result.updated
     assert not math.isfinite(result.loss)
     assert_unchanged(model, optimizer, old)
     with torch.no_grad():
         model.lm_head.weight[20, 0] = spoilt
-    assert train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False)).updated
+    assert step_of(model, optimizer, rows(8), 1e-3, 1.0).updated
     assert all(p.isfinite().all() for p in trainable(model).values())
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is() -> None:
     model = with_lora()
     optimizer = adamw(model)
-    train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
+    step_of(model, optimizer, rows(8), 1e-3, 1.0)
     old = snapshot(model, optimizer)
     next(iter(trainable(model).values())).register_hook(lambda grad: grad * math.inf)
-    result = train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
+    result = step_of(model, optimizer, rows(8), 1e-3, 1.0)
     assert math.isfinite(result.loss)
     assert not result.updated
     assert_unchanged(model, optimizer, old)
@@ -199,7 +198,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(monkey
     model = with_lora()
     optimizer = adamw(model)
     old = snapshot(model, optimizer)
-    result = train_step(model, optimizer, rows(8), 1e-3, 1.0, LossScale(False))
+    result = step_of(model, optimizer, rows(8), 1e-3, 1.0)
     assert math.isfinite(result.grad_norm)
     assert not result.updated
     assert_unchanged(model, optimizer, old)
@@ -228,20 +227,20 @@ def test_no_target_is_refused() -> None:
     model, [batch] = with_lora(), rows(8)
     batch.labels.fill_(IGNORE)
     with pytest.raises(ValueError, match="no token to train on"):
-        train_step(model, adamw(model), [batch], 1e-3, 0.0, LossScale(False))
+        step_of(model, adamw(model), [batch], 1e-3, 0.0)
 
 
 # --- Loss scale -----------------------------------------------------------------------------------------------------
 
 
 def test_off_it_is_one_and_stays() -> None:
-    scale = LossScale(False)
+    scale = LossScale.of(torch.float32)
     scale.update(overflowed=True)
     assert (scale.scale, scale.shrinking) == (1.0, False)
 
 
 def test_an_overflow_halves_it_and_patience_doubles_it() -> None:
-    scale = LossScale(True, patience=3)
+    scale = LossScale(True, FIRST_SCALE, patience=3)
     assert scale.scale == 2.0**16
     scale.update(overflowed=True)
     assert (scale.scale, scale.good_steps) == (2.0**15, 0)
@@ -255,18 +254,18 @@ def test_an_overflow_halves_it_and_patience_doubles_it() -> None:
 
 
 def test_it_does_not_shrink_for_ever() -> None:
-    scale = LossScale(True)
+    scale = LossScale.of(torch.float16)
+    assert scale.scale == FIRST_SCALE
     for _ in range(100):
         scale.update(overflowed=True)
     assert scale.scale == LEAST_SCALE
     assert not scale.shrinking
-    assert LossScale(True, scale=1.0).scale == 1.0  # as a run that has come so low goes on
 
 
 def test_it_cancels_out() -> None:
     """A power of two changes no bit of a float32 gradient."""
     _, plain = gradients(with_lora(), rows(4))
-    _, scaled = gradients(with_lora(), rows(4), loss_scale=LossScale(True))
+    _, scaled = gradients(with_lora(), rows(4), loss_scale=LossScale.of(torch.float16))
     assert all((scaled[name] / 2**16).equal(gradient) for name, gradient in plain.items())
     (one, same), (two, also) = with_both_scales()
     assert same == also
@@ -276,9 +275,9 @@ def test_it_cancels_out() -> None:
 def with_both_scales() -> list[tuple[Mistral, StepResult]]:
     """The model after a step that clips, and what the step tells, without a loss scale and with one."""
     done = []
-    for scale in (LossScale(False), LossScale(True)):
+    for scale in (LossScale.of(torch.float32), LossScale.of(torch.float16)):
         model = with_lora()
-        done.append((model, train_step(model, adamw(model), rows(4), 1e-3, 0.1, scale)))
+        done.append((model, step_of(model, adamw(model), rows(4), 1e-3, 0.1, scale)))
     return done
 
 
@@ -294,7 +293,7 @@ def test_an_overflow_skips_the_step() -> None:
     model, scale = half_with_lora(), LossScale(True, scale=2.0**30)
     optimizer = adamw(model)
     old = snapshot(model, optimizer)
-    result = train_step(model, optimizer, rows(8), 1e-3, 1.0, scale)
+    result = step_of(model, optimizer, rows(8), 1e-3, 1.0, scale)
     assert not result.updated
     assert math.isfinite(result.loss)
     assert scale.scale == 2.0**29
@@ -386,7 +385,7 @@ def test_one_optimizer_step_is_peft_s(
         torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-3).step()
 
     optimizer = optimizer_for(trainable(ours), run)
-    result = train_step(ours, optimizer, [make_batch([sample], [[0]], 40)], 1e-3, longest, LossScale(False))
+    result = step_of(ours, optimizer, [make_batch([sample], [[0]], 40)], 1e-3, longest)
     assert result.loss == pytest.approx(float(output.loss.detach()), rel=1e-6)
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
     assert result.grad_norm > longest, "the gradient is clipped"
