@@ -25,7 +25,7 @@ from minilora.config import PROJECTIONS, BaseConfig, DataConfig, LoraConfig, Run
 from minilora.linear import multiply, multiply_back
 from minilora.scratch import keep_freed_memory
 from minilora.train.ledger import Ledger
-from minilora.train.setup import optimizer_for
+from minilora.train.setup import optimizer_for, settle_heap
 from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 from minilora.visible import Pieces
@@ -44,6 +44,7 @@ def ours(base: str, dtype: str, feed: Feed, checkpointing: bool, compiled: bool 
     data, lora = DataConfig(max_seq_len=length), LoraConfig(rank=RANK, alpha=ALPHA)
     run = RunConfig(model=BaseConfig(dtype=dtype), lora=lora, data=data, train=train)  # type: ignore[arg-type]
     ledger = Ledger(run, model.config, model.device, batches[0], length).fitted()
+    settle_heap(train, ledger.keep)
     apply_strategy(model, run, ledger.keep).train()
     weights = trainable(model)
     same_adapters(weights.items())

@@ -43,7 +43,7 @@ from minilora.memory import PeakMemory, private_bytes
 from minilora.model import Mistral
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor
 from minilora.train.ledger import Ledger
-from minilora.train.setup import optimizer_for
+from minilora.train.setup import optimizer_for, settle_heap
 from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -120,7 +120,9 @@ def one_step(cell: Mapping[str, Any], model: str | None) -> Step:
 def _step(cell: Cell, base: Mistral) -> Callable[[], tuple[dict[str, int], int]]:
     """A training step: bytes by owner, and the most private memory while it ran."""
     run = run_config(cell)
-    model = apply_strategy(base, run, cell.kept(base.config)).train()
+    kept = cell.kept(base.config)
+    settle_heap(run.train, kept)
+    model = apply_strategy(base, run, kept).train()
     optimizer = optimizer_for(trainable(model), run)
     backward, loss_scale = backward_of(model, optimizer), LossScale.of(torch.float32)
     batch = random_batch(cell.rows, cell.length, model.config.vocab_size)

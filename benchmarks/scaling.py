@@ -36,7 +36,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.errors import UserError
 from minilora.memory import PeakMemory
 from minilora.train.ledger import Ledger
-from minilora.train.setup import optimizer_for
+from minilora.train.setup import optimizer_for, settle_heap
 from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 from minilora.visible import Pieces, visible
@@ -81,6 +81,7 @@ class _Model:
     def __init__(self, shape_name: str, n_layers: int) -> None:
         base = random_model(replace(shape(shape_name), n_layers=n_layers), torch.float32)
         run = run_config(Cell(shape_name, 1, 2, "float32"))
+        settle_heap(run.train, ())
         self.base = apply_strategy(base, run).train()
         self.optimizer = optimizer_for(trainable(self.base), run)
 

@@ -15,11 +15,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 
 import numpy as np
 
-from minilora.config import DataConfig
+from minilora.config import DataConfig, ModelConfig
 from minilora.data.duplicates import groups_of_equal, near_pairs
 from minilora.data.encode import Sample, TooLongError, encode_record
 from minilora.data.pack import Mix, epoch_rows
@@ -80,20 +79,18 @@ class Data:
             yield f"warning: {len(group):,} x {first.kind}, the first: {first.text}"
 
 
-def load_data(
-    config: DataConfig, tokenizer: Tokenizer, vocab_size: int, mend: bool = False, max_positions: float = inf
-) -> Data:
+def load_data(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig, mend: bool = False) -> Data:
     """Read, split and encode what the configuration names, and look for faults; they are not raised but collected.
 
+    model: whose vocabulary and positions the samples must lie in
     mend: of damaged conversations keep what can be kept (see `parse_row`)
-    max_positions: how long a sample the model knows
 
     Raises UserError for a file that cannot be read, and for a weight that would be ignored.
     """
     data, sizes = Data(tokenizer), list[int]()
-    if mismatch := tokenizer.mismatch(vocab_size):
+    if mismatch := tokenizer.mismatch(model.vocab_size):
         data.findings.append(Finding("template", mismatch))
-    elif more := vocab_size - tokenizer.vocab_size:
+    elif more := model.vocab_size - tokenizer.vocab_size:
         padded = f"{tokenizer.path}: the model's vocabulary has {more:,} more, padding or added tokens no text gets"
         data.findings.append(Finding("vocabulary", padded, False))
     parts = [part for part in FILE_KEYS if part != "replay_from" or config.replay]
@@ -122,8 +119,8 @@ def load_data(
     data.findings += [Finding("empty", text) for text in _empty_parts(data, config, sizes)]
     data.findings += _duplicates(data)
     longest = max((s for found in data.samples.values() for s in found), key=lambda s: s.length, default=None)
-    if longest and longest.length > max_positions:
-        beyond = f"{longest.length:,} positions, but the model's max_position_embeddings is {max_positions:,}"
+    if longest and longest.length > model.max_seq_len:
+        beyond = f"{longest.length:,} positions, but the model's max_position_embeddings is {model.max_seq_len:,}"
         text = f"{longest.where}: the longest sample takes {beyond}: it knows none beyond; lower data.max_seq_len"
         data.findings.append(Finding("long sample", text, False))
     return data

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Any
 
 from minilora.checkpoint.files import sha256_of
-from minilora.config import DataConfig, Sources
+from minilora.config import DataConfig, RunConfig, Sources
 from minilora.data.files import read_rows, reader
 from minilora.data.records import Record, TextRecord, parse_row
 from minilora.errors import UserError
@@ -47,21 +47,21 @@ def _source(text: str) -> Source:
     return Source(match[1], weight)
 
 
-def fingerprints(config: DataConfig, probes: str | None = None) -> dict[str, Any]:
-    """sha256 of each file, by key; of several, or weighted ones, by their number and with their weights.
+def fingerprints(config: RunConfig) -> dict[str, Any]:
+    """sha256 of each file of `data` and of `eval.probes`, if these are asked, by key; of several, or weighted ones, by
+    their number and with their weights.
 
     The ending stands behind it where a file is read by that: under another name the same bytes are other samples.
     """
-    named = {key: sources(getattr(config, key)) for key in FILE_KEYS}
-    found = {name: _fingerprint(files) for name, files in named.items() if files}
-    return found | ({"probes": sha256_of(probes)} if probes else {})
+    named = {key: sources(getattr(config.data, key)) for key in FILE_KEYS}
+    by_key = {key: _fingerprint(files) for key, files in named.items() if files}
+    return by_key | ({"probes": sha256_of(config.eval.probes)} if config.eval.probes and config.eval.samples else {})
 
 
-def _fingerprint(found: Sequence[Source]) -> Any:
-    if len(found) == 1 and found[0].weight is None:
-        return sha256_of(found[0].path) + reader(found[0].path)
-    each = [{"sha256": sha256_of(source.path) + reader(source.path), "weight": source.weight} for source in found]
-    return {str(n): known for n, known in enumerate(each, 1)}
+def _fingerprint(files: Sequence[Source]) -> Any:
+    each = [{"sha256": sha256_of(source.path) + reader(source.path), "weight": source.weight} for source in files]
+    is_plain = len(files) == 1 and files[0].weight is None
+    return each[0]["sha256"] if is_plain else {str(n): known for n, known in enumerate(each, 1)}
 
 
 def read_source(path: str, mend: bool = False) -> tuple[list[Record], list[str]]:
@@ -82,8 +82,8 @@ def normal_form(record: Record) -> str:
     """The content as one text in which white space is single spaces. Records are equal if this is."""
     if isinstance(record, TextRecord):
         return " ".join(record.text.split())
-    said = [" ".join(f"{m['role']}: {m['content']} {m.get('tool_calls') or ''}".split()) for m in record.messages]
-    return "\n".join([*said, str(record.tools or "")])
+    turns = [" ".join(f"{m['role']}: {m['content']} {m.get('tool_calls') or ''}".split()) for m in record.messages]
+    return "\n".join([*turns, str(record.tools or "")])
 
 
 def side(record: Record, config: DataConfig) -> str:

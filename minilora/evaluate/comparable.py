@@ -56,7 +56,7 @@ def refuse_unlike(runs: Mapping[str, RunConfig]) -> None:
 def made_of(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """What a run of these files says in its minilora.json that it is made of."""
     return {
-        "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
+        "data": fingerprints(config),
         "base_fingerprint": checkpoint.fingerprint(),
         "tokenizer": _tokenizer(config.model),
     }

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.config import RunConfig
+from minilora.config import EvalConfig, RunConfig
 from minilora.data.encode import Sample
 from minilora.data.files import read_lines
 from minilora.data.pack import batches
@@ -32,12 +32,15 @@ from minilora.tokenizer import Tokenizer
 ROWS = 64  # of logits in work at a time: 8 MB at V = 32,768
 
 
-def read_probes(path: str | None, tokenizer: Tokenizer) -> list[Sample]:
-    """Prompts, one a line, as a user's questions without an answer; those that ship with the package if path is None.
+def read_probes(limits: EvalConfig, tokenizer: Tokenizer) -> list[Sample]:
+    """The prompts of `eval.probes`, one a line, as a user's questions without an answer, or those that ship with the
+    package; none where `eval.samples` is 0.
 
     Raises UserError for a file that cannot be read or holds none.
     """
-    file = Path(__file__).with_name("probes.txt") if path is None else Path(path)
+    if not limits.samples:
+        return []
+    file = Path(__file__).with_name("probes.txt") if limits.probes is None else Path(limits.probes)
     probes = []
     try:
         for line, where in read_lines(file):

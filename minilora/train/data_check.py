@@ -15,7 +15,7 @@ from minilora.backend import pick_device, pick_dtype, product_dtype_of
 from minilora.base import tokenizer_for
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.write import atomic_write
-from minilora.config import DataConfig, ModelConfig, RunConfig
+from minilora.config import ModelConfig, RunConfig
 from minilora.data.check import Data, Finding, figures, load_data, mended
 from minilora.data.pack import RowSampler
 from minilora.errors import UserError
@@ -23,8 +23,7 @@ from minilora.evaluate.forgetting import read_probes
 from minilora.memory import as_text, free_bytes
 from minilora.memory_at_rest import Learned
 from minilora.train.ledger import ledger_of
-from minilora.train.schedule import too_short
-from minilora.train.setup import steps_of_run
+from minilora.train.schedule import steps_of_run, too_short
 from minilora.train.strategies import learned_names
 
 
@@ -35,27 +34,22 @@ def check_data(config: RunConfig) -> tuple[Data, list[tuple[str, str]]]:
     """
     if not config.data.train:
         raise UserError("data.train is empty; name a file, as in `minilora data check chats.jsonl`")
-    data = _load(config, config.data)
+    checkpoint = open_checkpoint(config.model.path)
+    data = load_data(config.data, tokenizer_for(config.model, checkpoint), checkpoint.config)
     if not data.samples["train"] or (data.mix and 0 in data.mix.sizes):
         return data, []
-    sizes, lengths = open_checkpoint(config.model.path).config, [sample.length for sample in data.learnt]
-    n_steps = steps_of_run(lengths, config, data.mix)
+    n_steps = steps_of_run([sample.length for sample in data.learnt], config, data.mix)
     if warning := too_short(n_steps, config.train):
         data.findings.append(Finding("warm-up", warning, False))
-    return data, [*figures(data, config.data.max_seq_len, config.train.seed), *_costs(config, sizes, data, n_steps)]
-
-
-def _load(config: RunConfig, data: DataConfig, mend: bool = False) -> Data:
-    checkpoint = open_checkpoint(config.model.path)
-    tokenizer, sizes = tokenizer_for(config.model, checkpoint), checkpoint.config
-    return load_data(data, tokenizer, sizes.vocab_size, mend, sizes.max_seq_len)
+    costs = _costs(config, checkpoint.config, data, n_steps)
+    return data, [*figures(data, config.data.max_seq_len, config.train.seed), *costs]
 
 
 def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> list[tuple[str, str]]:
     """Steps, time and memory of an epoch on this machine."""
     train, length, device = config.train, config.data.max_seq_len, pick_device(config.model.device)
     sampler = RowSampler([sample.length for sample in data.learnt], length, train.seed, mix=data.mix)
-    probes = read_probes(config.eval.probes, data.tokenizer) if config.eval.samples else []
+    probes = read_probes(config.eval, data.tokenizer)
     needed = sum(ledger_of(config, sizes, device, data, probes, sampler).fitted().predict().values())
     n_rows, per_step = len(sampler.rows), train.batch_size * train.accumulate
     speed = _flop_per_s(sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0])
@@ -76,10 +70,8 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> l
 
 
 def _learned(config: RunConfig, sizes: ModelConfig) -> Learned | None:
-    if config.train.strategy == "prefix":
-        return None
-    base_learns = config.train.base_learns
-    return Learned.of(sizes, learned_names(sizes, config.train)) if base_learns else Learned.of_lora(sizes, config.lora)
+    adapters = None if config.train.strategy == "prefix" else Learned.of_lora(sizes, config.lora)
+    return Learned.of(sizes, learned_names(sizes, config.train)) if config.train.base_learns else adapters
 
 
 def work(sizes: ModelConfig, learned: Learned | None, tokens: int, predicted: int) -> int:
@@ -116,10 +108,12 @@ def fix_data(config: RunConfig, out: str) -> str:
     out: a new file. Raises UserError if nothing can be kept, or what was written has a fault still.
     """
     whole = replace(config.data, validation_share=0.0, test_share=0.0, share=1.0)
-    text, left_out = mended(_load(config, whole, mend=True))
+    checkpoint = open_checkpoint(config.model.path)
+    tokenizer, sizes = tokenizer_for(config.model, checkpoint), checkpoint.config
+    text, left_out = mended(load_data(whole, tokenizer, sizes, mend=True))
     if not text:
         raise UserError(f"{out}: not written, nothing can be kept")
     atomic_write(out, text)
-    _load(config, replace(whole, train=out)).refuse_faults()
+    load_data(replace(whole, train=out), tokenizer, sizes).refuse_faults()
     kinds = ", ".join(f"{n:,} x {kind}" for kind, n in left_out.items()) or "nothing"
     return f"written to {out}: {text.count(chr(10)):,} records; left out: {kinds}"

@@ -22,22 +22,23 @@ from minilora.compiled import compile_loops
 from minilora.config import LoraConfig, RunConfig, TrainConfig, to_dict
 from minilora.data.check import Data, load_data
 from minilora.data.encode import Sample
-from minilora.data.pack import Mix, RowSampler, epoch_rows
+from minilora.data.pack import RowSampler
 from minilora.data.records import as_jsonl
 from minilora.data.sources import FILE_KEYS, fingerprints
 from minilora.errors import UserError, need_library
 from minilora.evaluate.answers import Answer
 from minilora.evaluate.forgetting import Forgetting, read_probes
 from minilora.evaluate.metrics import check_libraries
+from minilora.fused import Keep
 from minilora.hub import pinned
 from minilora.memory import PeakMemory, as_text, free_bytes, one_line
 from minilora.model import Mistral
 from minilora.scratch import keep_freed_memory
 from minilora.tokenizer import OLD_HF, Tokenizer
 from minilora.train.graph import StepGraphs
-from minilora.train.ledger import ledger_of
+from minilora.train.ledger import Ledger, ledger_of
 from minilora.train.run_folder import RunFolder
-from minilora.train.schedule import too_short
+from minilora.train.schedule import steps_of_run, too_short
 from minilora.train.state import RunState
 from minilora.train.step import Backward, LossScale, backward_of
 from minilora.train.strategies import apply_strategy, trainable
@@ -113,55 +114,31 @@ def _begun_from(config: RunConfig, adapter: str, checkpoint: Checkpoint) -> RunC
 
 def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
-    check_libraries(config.eval.metrics)
-    if config.train.tensorboard:
-        need_library("tensorboard", "tensorboard", "train.tensorboard")
-    config, checkpoint = settled(config)
-    tokenizer = tokenizer_for(config.model, checkpoint)
-    if not config.data.train:
-        raise UserError("data.train is empty; name a file of messages or text")
-    probes = read_probes(config.eval.probes, tokenizer) if config.eval.samples else []
-    sizes = checkpoint.config
-    data = load_data(config.data, tokenizer, sizes.vocab_size, max_positions=sizes.max_seq_len)
-    data.refuse_faults()
-    if config.eval.patience and not data.samples["validation"]:
-        without = "none; name data.validation or data.validation_share, or leave it out"
-        raise UserError(f"eval.patience waits for a better validation, and there is {without}")
-    for warning in data.warnings():
-        reporter.say(warning)
-
+    config, checkpoint, data, probes = _read_inputs(config, reporter)
     device = pick_device(config.model.device)
     dtype, why = _pick_dtype(config, checkpoint, device)
-    on_cpu = device.type == "cpu"
-    compile_loops(config.train.compile and on_cpu)
+    compile_loops(config.train.compile and device.type == "cpu")
     reporter.say(told(device))
     if config.train.adapter:
         reporter.say(f"adapters begin as those of {config.train.adapter}, with its [lora]")
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
-    sampler = RowSampler([s.length for s in data.learnt], config.data.max_seq_len, config.train.seed, mix=data.mix)
+    lengths = [sample.length for sample in data.learnt]
+    sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed, mix=data.mix)
     ledger = ledger_of(config, checkpoint.config, device, data, probes, sampler).fitted()
-    predicted = ledger.check()
-    reporter.say(one_line(predicted))
-    if kept := ledger.kept():
-        reporter.say(kept)
-    n_steps = steps_of_run([s.length for s in data.learnt], config, data.mix)
-    check_space(folder.path, _saved_bytes(config.train, predicted.get("gradients", 0) // 4, n_steps) - folder.n_bytes())
+    n_steps = steps_of_run(lengths, config, data.mix)
+    predicted = _check_fits(ledger, folder, n_steps, reporter)
+
     model = load_model(
         checkpoint.folder, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
     )
-    forgetting = Forgetting(config, tokenizer, data.samples["general"], probes, model)
+    forgetting = Forgetting(config, data.tokenizer, data.samples["general"], probes, model)
     torch.manual_seed(config.train.seed)
+    with_holes = 1.5 * sum(predicted.values())  # so much the heap may come to
+    settle_heap(config.train, ledger.keep, device.type == "cpu" and with_holes > free_bytes(device))
     apply_strategy(model, config, ledger.keep)
-    if on_cpu and 1.5 * sum(predicted.values()) > free_bytes(device):  # so much the heap's holes may come to
-        keep_freed_memory(short=True)
-
     weights = trainable(model)
-    _tell_steps(n_steps, config, data, model, sampler, reporter)
     memory, optimizer = PeakMemory(device), optimizer_for(weights, config)
-    if config.train.paged:
-        n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
-        where = "in the host's memory" if optimizer.paged else "is in the host's memory anyway, where there is no GPU"
-        reporter.say(f"paged: {n_bytes} of the optimizer's state {where}")
+    _tell_steps(n_steps, config, model, optimizer, data, len(sampler.rows), reporter)
     ahead = Ahead(device) if ledger.decodes_ahead else None
     if config.train.decode_ahead and ahead is None:
         reporter.say("nothing is decoded ahead: that is for weights in NF4 on a GPU that does not keep them decoded")
@@ -169,16 +146,59 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if StepGraphs.can_record(model):
         backward = StepGraphs(model, optimizer, ahead)
         reporter.say("steps are replayed as CUDA graphs")
-    state = RunState(weights, optimizer, sampler, LossScale.of(dtype), _origin(config, model, tokenizer, device, dtype))
+    state = RunState(weights, optimizer, sampler, LossScale.of(dtype), _origin(config, model, data.tokenizer, dtype))
     return Run(
-        config, folder, model, tokenizer, data.learnt, data.samples["validation"], data.samples["test"], state,
+        config, folder, model, data.tokenizer, data.learnt, data.samples["validation"], data.samples["test"], state,
         n_steps, reporter, memory, backward, predicted, forgetting,
         as_jsonl(data.records["validation"]) if config.data.validation_share else "",
     )  # fmt: skip
 
 
+def _read_inputs(config: RunConfig, reporter: Reporter) -> tuple[RunConfig, Checkpoint, Data, list[Sample]]:
+    """What a run is made from: its configuration, settled, its base, opened, its data and probes.
+
+    Raises UserError for what is missing, and for the first fault of the data.
+    """
+    check_libraries(config.eval.metrics)
+    if config.train.tensorboard:
+        need_library("tensorboard", "tensorboard", "train.tensorboard")
+    config, checkpoint = settled(config)
+    tokenizer = tokenizer_for(config.model, checkpoint)
+    if not config.data.train:
+        raise UserError("data.train is empty; name a file of messages or text")
+    probes = read_probes(config.eval, tokenizer)
+    data = load_data(config.data, tokenizer, checkpoint.config)
+    data.refuse_faults()
+    if config.eval.patience and not data.samples["validation"]:
+        without = "none; name data.validation or data.validation_share, or leave it out"
+        raise UserError(f"eval.patience waits for a better validation, and there is {without}")
+    for warning in data.warnings():
+        reporter.say(warning)
+    return config, checkpoint, data, probes
+
+
+def _check_fits(ledger: Ledger, folder: RunFolder, n_steps: int, reporter: Reporter) -> dict[str, int]:
+    """The predicted memory, which is told. Raises UserError where that, or the space on the disk, is short."""
+    predicted = ledger.check()
+    reporter.say(one_line(predicted))
+    if kept := ledger.kept():
+        reporter.say(kept)
+    n_learned = predicted.get("gradients", 0) // 4
+    check_space(folder.path, _saved_bytes(ledger.config.train, n_learned, n_steps) - folder.n_bytes())
+    return predicted
+
+
+def settle_heap(train: TrainConfig, keep: Sequence[Keep], is_tight: bool = False) -> None:
+    """Have this process keep what a step frees, as far as memory allows (`keep_freed_memory`).
+
+    keep: what each fast block keeps for backward, as in `apply_strategy`; is_tight: memory is short whatever that says
+    """
+    is_short = train.activation_checkpointing or min(keep, default=Keep.ALL) < Keep.ALL
+    keep_freed_memory(Keep.WEIGHTS in keep, is_short or is_tight)
+
+
 def _pick_dtype(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> tuple[torch.dtype, str]:
-    """What is computed in, and why. Raises UserError where the strategy cannot train in it, or on such a base."""
+    """The dtype to compute in, and why. Raises UserError where the strategy cannot train in it, or on the base."""
     named = f'train.strategy "{config.train.strategy}"'
     if checkpoint.nf4 and config.quantize is None:
         checkpoint.refuse_nf4(named)
@@ -190,17 +210,21 @@ def _pick_dtype(config: RunConfig, checkpoint: Checkpoint, device: torch.device)
 
 
 def _tell_steps(
-    n_steps: int, config: RunConfig, data: Data, model: Mistral, sampler: RowSampler, reporter: Reporter
+    n_steps: int, config: RunConfig, model: Mistral, optimizer: FlatAdamW, data: Data, n_rows: int, reporter: Reporter
 ) -> None:
-    """How many steps the run has, with what they are made of."""
+    """Say how many steps the run has, what they are made of, and what of the optimizer's state is paged."""
     train = config.train
     reporter.say(
         f"{train.strategy}: {sum(p.numel() for p in trainable(model).values()):,} weights learn, the base has "
-        f"{model.config.n_parameters:,}; {len(data.learnt):,} samples in {len(sampler.rows):,} rows of "
+        f"{model.config.n_parameters:,}; {len(data.learnt):,} samples in {n_rows:,} rows of "
         f"{config.data.max_seq_len}, {n_steps:,} steps of {train.batch_size * train.accumulate} rows"
     )
     if warning := too_short(n_steps, train):
         reporter.say(f"warning: {warning}")
+    if train.paged:
+        n_bytes = as_text(sum(part.nbytes for parts in optimizer.state.values() for part in parts.values()))
+        where = "in the host's memory" if optimizer.paged else "is in the host's memory anyway, where there is no GPU"
+        reporter.say(f"paged: {n_bytes} of the optimizer's state {where}")
 
 
 def _saved_bytes(train: TrainConfig, n_learned: int, n_steps: int) -> int:
@@ -209,16 +233,14 @@ def _saved_bytes(train: TrainConfig, n_learned: int, n_steps: int) -> int:
     return min(train.keep_checkpoints + 1, ceil(n_steps / train.checkpoint_every)) * (weights + state) + 2 * weights
 
 
-def _origin(
-    config: RunConfig, model: Mistral, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def _origin(config: RunConfig, model: Mistral, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
     """What a saved state belongs to: a run may go on from it where this is the same."""
     begun = sorted(Path(config.train.adapter).glob("*.safetensors")) if config.train.adapter else []
     return {
         "config": _what_must_stay(config), "base": model.base_fingerprint,
         "tokenizer": tokenizer_of(tokenizer),
-        "data": fingerprints(config.data, config.eval.probes if config.eval.samples else None),
-        "device": device.type, "dtype": dtype_name(dtype),
+        "data": fingerprints(config),
+        "device": model.device.type, "dtype": dtype_name(dtype),
     } | ({"adapter": [sha256_of(file) for file in begun]} if begun else {})  # fmt: skip
 
 
@@ -233,20 +255,6 @@ def dtypes(config: RunConfig, dtype: torch.dtype) -> str:
         f"linear layers {storage}; embeddings, head and activations {compute}; {learns} and gradients float32; "
         f"optimizer {state}; norms, softmax and loss float32"
     )
-
-
-def steps_of_run(lengths: Sequence[int], config: RunConfig, mix: Mix | None) -> int:
-    """Optimizer steps: `train.max_steps`, or as many as the rows of `train.epochs` fill, and a part of one."""
-    train, whole = config.train, int(config.train.epochs)
-
-    def rows(epoch: int) -> int:  # each epoch packs anew, into a few rows more or less
-        return len(epoch_rows(lengths, config.data.max_seq_len, train.seed, epoch, mix=mix))
-
-    if train.max_steps:
-        return train.max_steps
-    part = train.epochs - whole
-    n_rows = sum(map(rows, range(whole))) + (part * rows(whole) if part else 0)
-    return max(1, ceil(n_rows / (train.batch_size * train.accumulate) - 1e-9))  # a sum's rounding is no step
 
 
 def optimizer_for(weights: dict[str, torch.nn.Parameter], config: RunConfig) -> FlatAdamW:

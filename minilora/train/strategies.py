@@ -19,18 +19,14 @@ from minilora.fused import Keep
 from minilora.lora import add_lora
 from minilora.model import Mistral
 from minilora.prefix import add_prefix
-from minilora.scratch import keep_freed_memory
 
 
 def apply_strategy(model: Mistral, config: RunConfig, keep: Sequence[Keep] = ()) -> Mistral:
     """Make the model of a run from its base, in place. What is added is drawn from torch's global random state.
 
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
-
-    What a CPU's heap keeps depends on the same, so the process is told that, too (`keep_freed_memory`).
     """
     train = config.train
-    keep_freed_memory(Keep.WEIGHTS in keep, train.activation_checkpointing or min(keep, default=Keep.ALL) < Keep.ALL)
     model.activation_checkpointing, model.neftune_alpha = train.activation_checkpointing, train.neftune_alpha
     if train.base_learns:
         learned = learned_names(model.config, train)
@@ -74,7 +70,7 @@ def learned_names(sizes: ModelConfig, train: TrainConfig) -> set[str]:
 
 
 def _of_top(sizes: ModelConfig, n: int) -> set[str]:
-    """The names in the n layers at the top."""
+    """Names of the parameters in the n uppermost layers."""
     return {spec.name for spec in tensor_specs(sizes) if spec.layer >= sizes.n_layers - n}
 
 

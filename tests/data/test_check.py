@@ -10,9 +10,9 @@ from typing import Any
 import mistral_common
 import numpy as np
 import pytest
-from tiny_runs import chat, write_jsonl
+from tiny_runs import TINY, chat, write_jsonl
 
-from minilora.config import DataConfig
+from minilora.config import DataConfig, ModelConfig
 from minilora.data import check
 from minilora.data.check import Data, figures, histogram, load_data, mended, spans
 from minilora.data.encode import Sample, encode_records
@@ -33,10 +33,14 @@ def tokenizer(name: str = V3) -> Tokenizer:
     return load_tokenizer(TOKENIZERS / name)
 
 
+def model(vocab_size: int = 32_768) -> ModelConfig:
+    return replace(TINY, vocab_size=vocab_size)
+
+
 def load(tmp_path: Path, rows: list[Any], name: str = V3, **changes: Any) -> Data:
     train = write_jsonl(tmp_path / "train.jsonl", rows)
     config = DataConfig(str(train), max_seq_len=60)
-    return load_data(replace(config, **changes), tokenizer(name), tokenizer(name).vocab_size)
+    return load_data(replace(config, **changes), tokenizer(name), model(tokenizer(name).vocab_size))
 
 
 def said(data: Data) -> list[tuple[str, str, bool]]:
@@ -137,25 +141,25 @@ def test_to_talk_about_a_template_is_no_fault(tmp_path: Path, row: dict[str, Any
 def test_template_and_model_of_unlike_versions(tmp_path: Path) -> None:
     raw = [{"text": "[INST] Hi [/INST] Yo"}]
     train = str(write_jsonl(tmp_path / "raw.jsonl", raw))
-    assert load_data(DataConfig(train), tokenizer(V1), 32_000).findings == [], "that is v1's own template"
+    assert load_data(DataConfig(train), tokenizer(V1), model(32_000)).findings == [], "that is v1's own template"
     for written in ("<s>[INST] Hi [/INST] Yo</s>", "<s>[INST] a [/INST] b</s> [INST] c [/INST] d</s>"):
         write_jsonl(tmp_path / "raw.jsonl", [{"text": written}])
         with pytest.raises(UserError, match="two bos"):
-            load_data(DataConfig(train), tokenizer(V1), 32_000).refuse_faults()
+            load_data(DataConfig(train), tokenizer(V1), model(32_000)).refuse_faults()
     write_jsonl(tmp_path / "raw.jsonl", raw)
     with pytest.raises(
         UserError, match=r"v1: a v1 tokenizer of 32,000 pieces, but the model's vocabulary has 32,768; "
     ):
-        load_data(DataConfig(train), tokenizer(V1), 32_768).refuse_faults()
+        load_data(DataConfig(train), tokenizer(V1), model()).refuse_faults()
     with pytest.raises(
         UserError, match=r"v3: a v3 tokenizer of 32,768 pieces, but the model's vocabulary has 32,000; "
     ):
-        load_data(DataConfig(train), tokenizer(), 32_000).refuse_faults()
+        load_data(DataConfig(train), tokenizer(), model(32_000)).refuse_faults()
 
 
 def test_a_padded_vocabulary_is_told(tmp_path: Path) -> None:
     train = str(write_jsonl(tmp_path / "chats.jsonl", [chat("Hi", "Yo")]))
-    data = load_data(DataConfig(train), tokenizer(V1), 32_002)
+    data = load_data(DataConfig(train), tokenizer(V1), model(32_002))
     data.refuse_faults()
     (warning,) = data.warnings()
     assert f"{V1}: the model's vocabulary has 2 more, padding or added tokens" in warning
@@ -277,16 +281,16 @@ def test_the_mended_copy_passes(tmp_path: Path) -> None:
     write_jsonl(path, rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"half a l")
     config = DataConfig(str(path), test=held_out)
-    assert Counter(f.kind for f in load_data(config, tokenizer(), 32_768).faults) == {
+    assert Counter(f.kind for f in load_data(config, tokenizer(), model()).faults) == {
         "bad line": 3, "template": 1, "leak": 1,
     }  # fmt: skip
-    text, left_out = mended(load_data(config, tokenizer(), 32_768, mend=True))
+    text, left_out = mended(load_data(config, tokenizer(), model(), mend=True))
     assert [json.loads(line)["messages"] for line in text.splitlines()] == [
         GOOD[0]["messages"], chat("keep", "this")["messages"], chat("Add.\n1", "2")["messages"],
     ]  # fmt: skip
     assert left_out == {"duplicate": 1, "bad line": 2, "template": 1, "leak": 1}
     (tmp_path / "fixed.jsonl").write_text(text)
-    again = load_data(replace(config, train=str(tmp_path / "fixed.jsonl")), tokenizer(), 32_768)
+    again = load_data(replace(config, train=str(tmp_path / "fixed.jsonl")), tokenizer(), model())
     assert again.findings == []
 
 
@@ -296,7 +300,7 @@ def test_what_a_mended_copy_lacks_is_counted(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "train.jsonl", [*GOOD[:3], GOOD[2], {"x": 1}, long]))
     held_out = str(write_jsonl(tmp_path / "test.jsonl", [GOOD[2], chat("new", "one"), chat("new", "one")]))
     config = DataConfig((path, path), test=held_out, bad_lines="skip", too_long="skip", max_seq_len=60)
-    text, left_out = mended(load_data(config, tokenizer(), 32_768))
+    text, left_out = mended(load_data(config, tokenizer(), model()))
     assert [json.loads(line) for line in text.splitlines()] == GOOD[:2]
     assert left_out == {"bad line": 1, "too long": 1, "leak": 1, "duplicate": 2 + 2}
 
@@ -332,7 +336,7 @@ def test_a_sample_beyond_the_models_positions_is_told_once(tmp_path: Path) -> No
     load(tmp_path, [chat("a", "b"), chat("a", "b c " * 9), chat("d", "e " * 12)])
     config, longest = DataConfig(f"{tmp_path}/train.jsonl", max_seq_len=60), 0
     for known in (60, 10):
-        data = load_data(config, tokenizer(), tokenizer().vocab_size, max_positions=known)
+        data = load_data(config, tokenizer(), replace(model(), max_seq_len=known))
         longest = max(sample.length for sample in data.learnt)
         warned = [f"warning: 1 x long sample, the first: {tmp_path}/train.jsonl:2: the longest sample takes {longest}"]
         assert [line.partition(" positions")[0] for line in data.warnings()] == (warned if known < longest else [])

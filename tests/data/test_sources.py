@@ -1,12 +1,13 @@
 """Names of sources, fingerprints, and the split that stays where it is."""
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from minilora.config import DataConfig
+from minilora.config import DataConfig, EvalConfig, RunConfig
 from minilora.data.records import Record, TextRecord, parse_row
 from minilora.data.sources import Source, fingerprints, normal_form, read_source, side, sources
 from minilora.errors import UserError
@@ -35,8 +36,8 @@ def test_fingerprints_know_each_file_and_its_weight(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     a, b = (str(tmp_path / name) for name in "ab")
     digests = [sha256(name).hexdigest() for name in (b"a", b"b")]
-    assert fingerprints(DataConfig(a, b)) == {"train": digests[0], "validation": digests[1]}
-    several = fingerprints(DataConfig((a, f"{b}:3")))["train"]
+    assert fingerprints(RunConfig(data=DataConfig(a, b))) == {"train": digests[0], "validation": digests[1]}
+    several = fingerprints(RunConfig(data=DataConfig((a, f"{b}:3"))))["train"]
     assert several == {"1": {"sha256": digests[0], "weight": None}, "2": {"sha256": digests[1], "weight": 3.0}}
 
 
@@ -44,11 +45,13 @@ def test_fingerprints_know_how_each_file_is_read(tmp_path: Path) -> None:
     same = [tmp_path / name for name in ("d.jsonl", "d.json", "d.txt", "d.CSV", "e.csv")]
     for path in same:
         path.write_text("{}")
-    jsonl, json_, txt, upper, csv = (fingerprints(DataConfig(str(path)))["train"] for path in same)
+    jsonl, json_, txt, upper, csv = (fingerprints(RunConfig(data=DataConfig(str(path))))["train"] for path in same)
     assert jsonl == json_ == sha256(b"{}").hexdigest()
     assert (txt, upper, csv) == (f"{jsonl}.txt", f"{jsonl}.csv", f"{jsonl}.csv")
-    assert fingerprints(DataConfig(f"{same[2]}:2"))["train"]["1"]["sha256"] == txt
-    assert fingerprints(DataConfig(), str(same[2])) == {"probes": jsonl}, "they are read by lines anyway"
+    assert fingerprints(RunConfig(data=DataConfig(f"{same[2]}:2")))["train"]["1"]["sha256"] == txt
+    probes = EvalConfig(probes=str(same[2]))
+    assert fingerprints(RunConfig(eval=probes)) == {"probes": jsonl}, "they are read by lines anyway"
+    assert fingerprints(RunConfig(eval=replace(probes, samples=0))) == {}, "nobody asks them"
 
 
 def test_a_source_is_read_to_its_end(tmp_path: Path) -> None:

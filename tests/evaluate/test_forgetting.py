@@ -10,7 +10,7 @@ import torch
 from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, chat, tiny_model, write_jsonl
 
 from minilora.checkpoint.load import load_model
-from minilora.config import RunConfig
+from minilora.config import EvalConfig, RunConfig
 from minilora.data.encode import Sample, encode_records
 from minilora.data.records import read_records
 from minilora.errors import UserError
@@ -90,18 +90,20 @@ def test_probes_are_lines_of_a_file(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TOKENIZER)
     file = tmp_path / "probes.txt"
     file.write_text("\ufeffone\n\n  two \n", "utf-8")
-    probes = read_probes(str(file), tokenizer)
+    limits = EvalConfig(probes=str(file))
+    probes = read_probes(limits, tokenizer)
     assert [p.where for p in probes] == [f"{file}:1", f"{file}:3"]
     assert probes[1].tokens.tolist() == tokenizer.encode_chat([{"role": "user", "content": "two"}])[0]
-    assert len(read_probes(None, tokenizer)) == 8
+    assert len(read_probes(EvalConfig(), tokenizer)) == 8
+    assert read_probes(replace(limits, samples=0), tokenizer) == []
     file.write_text("\n \n")
     with pytest.raises(UserError, match="holds no prompts"):
-        read_probes(str(file), tokenizer)
+        read_probes(limits, tokenizer)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
-        read_probes(str(file), tokenizer)
+        read_probes(limits, tokenizer)
     with pytest.raises(UserError, match="No such file"):
-        read_probes(str(tmp_path / "none.txt"), tokenizer)
+        read_probes(EvalConfig(probes=str(tmp_path / "none.txt")), tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from html import unescape
 from pathlib import Path
 
 from rich.console import Console
-from tiny_runs import TOKENIZER, chat, write_jsonl
+from tiny_runs import TINY, TOKENIZER, chat, write_jsonl
 
 from minilora.config import DataConfig
 from minilora.data.check import Data, Finding, figures, load_data
@@ -18,7 +18,7 @@ TOKENS = load_tokenizer(TOKENIZER)
 
 def loaded(tmp_path: Path, *rows: object) -> Data:
     train = write_jsonl(tmp_path / "t.jsonl", list(rows))  # type: ignore[arg-type]
-    return load_data(DataConfig(str(train), max_seq_len=60), TOKENS, TOKENS.vocab_size)
+    return load_data(DataConfig(str(train), max_seq_len=60), TOKENS, TINY)
 
 
 def shown(data: Data, page: Path, n: int = 3, colour: bool = False) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from tiny_runs import MakeConfig, Quiet
 
 from minilora.base import Base
 from minilora.cli import main
-from minilora.config import DataConfig
+from minilora.config import DataConfig, RunConfig
 from minilora.data.sources import fingerprints
 from minilora.errors import UserError
 from minilora.report.page import write_report
@@ -39,7 +39,9 @@ def test_a_damaged_before_json_is_named(tmp_path: Path) -> None:
 def test_a_test_file_is_known_by_its_bytes(tmp_path: Path) -> None:
     file = tmp_path / "test.csv"
     file.write_text("text\nHi\n")
-    (tmp_path / "before.json").write_text(json.dumps({"data": fingerprints(DataConfig(test=str(file)))}))
+    (tmp_path / "before.json").write_text(
+        json.dumps({"data": fingerprints(RunConfig(data=DataConfig(test=str(file))))})
+    )
     other = file.rename(tmp_path / "renamed.txt")
     assert run_tested_on(str(other), str(tmp_path / "adapter")) == tmp_path.resolve()
 

@@ -33,7 +33,7 @@ from minilora.memory import PeakMemory
 from minilora.projections import Projections
 from minilora.report.page import write_report
 from minilora.tokenizer import load_tokenizer
-from minilora.train import dry_run, ledger, loop, setup
+from minilora.train import dry_run, ledger, loop, schedule, setup
 from minilora.train.data_check import check_data
 from minilora.train.ledger import Ledger
 from minilora.train.loop import fine_tune
@@ -49,21 +49,6 @@ Steps = list[dict[str, Any]]
 
 def read_lines(path: Path) -> Steps:
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
-
-
-def test_a_run_that_just_fits_leaves_no_holes_in_the_heap(
-    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where less than half as much again as is predicted is free."""
-    calls = list[bool]()
-    monkeypatch.setattr(setup, "keep_freed_memory", lambda short: calls.append(short))
-    monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)  # else it moves between two predictions
-    config, predicted = make_config(train__max_steps=1), 0.0
-    for times, asked in ((1.0, []), (1.51, []), (1.49, [True])):
-        monkeypatch.setattr(setup, "free_bytes", lambda _, free=times * predicted: free or 1e15)
-        run = fine_tune(config, quiet, overwrite=True)
-        predicted = float(sum(run.predicted_bytes.values()))
-        assert calls == asked, times
 
 
 def adapter_bytes(run: Run) -> bytes:
@@ -578,18 +563,18 @@ def test_where_the_state_lies_may_change(make_config: MakeConfig, quiet: Quiet) 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (1.11, 12), (0.3, 3), (1e-12, 1)])
 def test_a_sum_that_is_off_by_a_rounding_is_no_step_more(make_config: MakeConfig, epochs: float, steps: int) -> None:
     config = make_config(train__max_steps=None, train__epochs=epochs, train__batch_size=10, data__max_seq_len=50)
-    assert setup.steps_of_run([50] * 100, config, None) == steps
+    assert schedule.steps_of_run([50] * 100, config, None) == steps
 
 
 @pytest.mark.parametrize(("epochs", "packed"), [(1.0, [0]), (2.0, [0, 1]), (1.5, [0, 1])])
 def test_rows_are_packed_for_the_epochs_that_there_are(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, epochs: float, packed: list[int]
 ) -> None:
-    asked, pack_rows = list[int](), setup.epoch_rows
-    monkeypatch.setattr(setup, "epoch_rows", lambda *args, mix: asked.append(args[3]) or pack_rows(*args, mix=mix))
+    asked, pack_rows = list[int](), schedule.epoch_rows
+    monkeypatch.setattr(schedule, "epoch_rows", lambda *args, mix: asked.append(args[3]) or pack_rows(*args, mix=mix))
     lengths = [20, 30, 40, 10] * 5
     config = make_config(train__epochs=epochs, train__max_steps=None, train__batch_size=1)
-    assert 0 < setup.steps_of_run(lengths, config, None) <= epochs * len(lengths)
+    assert 0 < schedule.steps_of_run(lengths, config, None) <= epochs * len(lengths)
     assert asked == packed
 
 

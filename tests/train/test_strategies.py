@@ -14,7 +14,6 @@ from minilora.fast_block import FusedBlock, fuse
 from minilora.fused import Keep
 from minilora.lora import add_lora
 from minilora.model import Mistral
-from minilora.train import strategies
 from minilora.train.strategies import MovementCheck, apply_strategy, learned_names, trainable
 
 
@@ -126,30 +125,6 @@ def test_the_fast_block_is_plain_loras_alone(make_config: MakeConfig) -> None:
     assert not is_fast(train__strategy="partial", train__layers=1)
     frozen = add_lora(tiny_model(), LoraConfig(rank=2, dora=True)).requires_grad_(False)
     assert not fuse(frozen), "not even where nothing learns"
-
-
-@pytest.mark.parametrize(
-    ("keep", "checkpointing", "plentiful", "short"),
-    [
-        ((), False, False, False),
-        ((), True, False, True),
-        ((Keep.ALL, Keep.ALL), False, False, False),
-        ((Keep.INPUT, Keep.ALL), False, False, True),
-        ((Keep.WEIGHTS, Keep.WEIGHTS), False, True, False),
-    ],
-)
-def test_the_heap_is_as_memory_is(
-    make_config: MakeConfig,
-    keep: tuple[Keep, ...],
-    checkpointing: bool,
-    plentiful: bool,
-    short: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked = list[tuple[bool, bool]]()
-    monkeypatch.setattr(strategies, "keep_freed_memory", lambda *how: asked.append(how))
-    apply_strategy(tiny_model(), make_config(train__activation_checkpointing=checkpointing), keep)
-    assert asked == [(plentiful, short)]
 
 
 def test_activation_checkpointing_is_set(make_config: MakeConfig) -> None:
