@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.checkpoint.json_file import read_json, short
-from minilora.checkpoint.layout import CONFIG_NAMES, find_layout
+from minilora.checkpoint.layout import CONFIG_NAMES, Layout
 from minilora.config import ModelConfig
 from minilora.errors import UserError
 
@@ -48,16 +48,16 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 _NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The sizes of the checkpoint in `folder`, from the config file of its layout.
+def read_config(folder: Path, layout: Layout) -> tuple[ModelConfig, bool]:
+    """The sizes of the checkpoint in `folder`, from the config file of its layout, and whether that says that weights
+    are in NF4.
 
     Raises UserError that names file and key for a missing file, a bad value, or a model that is no plain Mistral.
     """
-    layout = find_layout(folder)
     file = folder / CONFIG_NAMES[layout]
     values, read = read_json(file), _from_hf if layout == "hf" else _from_params
     try:
-        return ModelConfig(**read(values, file))
+        return ModelConfig(**read(values, file)), layout == "hf" and values.get("quantization_config") is not None
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

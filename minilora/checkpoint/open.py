@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minilora.checkpoint.config_files import read_config
-from minilora.checkpoint.json_file import read_json, short
+from minilora.checkpoint.json_file import short
 from minilora.checkpoint.layout import CONFIG_NAMES, Layout, find_layout, read_entries
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.checkpoint.nf4_file import PARTS, NF4Entry, is_packed, open_nf4
@@ -115,7 +115,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     missing, unknown, misshapen or of a type other than F32, BF16, F16 and bitsandbytes' NF4.
     """
     folder = local_folder(path)
-    layout, config = find_layout(folder), read_config(folder)
+    layout = find_layout(folder)
+    config, may_pack = read_config(folder, layout)
     held = read_entries(folder, layout)
     if config.n_layers > len(held):  # a made-up number of layers must not make us list billions of names
         counts = f"the files hold {len(held):,} tensors, but {CONFIG_NAMES[layout]} says {config.n_layers:,} layers"
@@ -124,7 +125,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if config.tied_embeddings and (head := TIED_HEAD.key(layout)) in held:
         specs[head] = replace(TIED_HEAD, shape=(config.vocab_size, config.dim))
     _refuse(folder, "missing tensor", [key for key in specs if key not in held])
-    may_pack = layout == "hf" and read_json(folder / CONFIG_NAMES[layout]).get("quantization_config") is not None
     if layout == "hf" and not may_pack and (key := next((k for k in specs if is_packed(k, held)), None)):
         lacks = "config.json lacks quantization_config; fetch config.json again"
         raise UserError(f"{folder}: {key} is in NF4, but {lacks}")

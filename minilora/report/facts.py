@@ -88,7 +88,7 @@ def _listed(tensors: list[Listed]) -> Facts:
 
 
 def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
-    facts["layout"], config = find_layout(path), read_config(path)
+    config, _ = read_config(path, facts.setdefault("layout", find_layout(path)))
     facts["architecture"] = to_dict(config) | {"parameters": config.n_parameters}
     checkpoint, listed = open_checkpoint(path), list[Listed]()
     for spec in checkpoint.tensors():

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import PUBLISHED, edit_json, write_json
+from tiny_checkpoints import PUBLISHED, config_in, edit_json, write_json
 from transformers import MistralConfig
 
-from minilora.checkpoint.config_files import config_to_hf, config_to_params, read_config
+from minilora.checkpoint.config_files import config_to_hf, config_to_params
 from minilora.config import ModelConfig
 from minilora.errors import UserError
 
@@ -30,7 +30,7 @@ TINY = ModelConfig(
 
 @pytest.mark.parametrize("layout", ["hf", "mistral"])
 def test_both_files_say_the_same(originals: Path, layout: str) -> None:
-    assert read_config(originals / layout) == TINY
+    assert config_in(originals / layout) == TINY
 
 
 MINISTRAL = {"model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
@@ -68,7 +68,7 @@ HF_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("changes", "result"), HF_READ)
 def test_config_json_reads(hf_folder: Path, changes: dict[str, Any], result: dict[str, Any]) -> None:
     edit_json(hf_folder / "config.json", **changes)
-    assert asdict(read_config(hf_folder)) == {**asdict(TINY), **result}
+    assert asdict(config_in(hf_folder)) == {**asdict(TINY), **result}
 
 
 PARAMS_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -95,7 +95,7 @@ PARAMS_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("changes", "result"), PARAMS_READ)
 def test_params_json_reads(mistral_folder: Path, changes: dict[str, Any], result: dict[str, Any]) -> None:
     edit_json(mistral_folder / "params.json", **changes)
-    assert asdict(read_config(mistral_folder)) == {**asdict(TINY), **result}
+    assert asdict(config_in(mistral_folder)) == {**asdict(TINY), **result}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -107,10 +107,10 @@ def test_the_published_models_have_their_number_of_weights(
     write_json(hf_folder / "config.json", sizes)
     write_json(mistral_folder / "params.json", params)
     for folder in (hf_folder, mistral_folder):
-        config = read_config(folder)
+        config = config_in(folder)
         assert (config.n_parameters, config.head_dim) == (n_parameters, 128)
         assert (config.sliding_window, config.rope_theta) == (sizes["sliding_window"], sizes["rope_theta"])
-    assert asdict(read_config(hf_folder)) == asdict(read_config(mistral_folder))
+    assert asdict(config_in(hf_folder)) == asdict(config_in(mistral_folder))
     assert ("no rope_theta; 10000 is taken" in caplog.text) == (name == "7B v0.1")
 
 
@@ -121,10 +121,10 @@ def test_windows_of_two_sizes_have_no_config_json() -> None:
 
 def test_a_chosen_theta_is_reported(mistral_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        read_config(mistral_folder)
+        config_in(mistral_folder)
         assert not caplog.records
         edit_json(mistral_folder / "params.json", rope_theta=...)
-        read_config(mistral_folder)
+        config_in(mistral_folder)
     assert "params.json: no rope_theta; 10000 is taken, since sliding_window is 7" in caplog.text
 
 
@@ -188,7 +188,7 @@ HF_REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_config_json_refuses(hf_folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_json(hf_folder / "config.json", **changes)
     with pytest.raises(UserError, match=rf"config\.json: {message}"):
-        read_config(hf_folder)
+        config_in(hf_folder)
 
 
 PARAMS_REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -215,7 +215,7 @@ PARAMS_REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_params_json_refuses(mistral_folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_json(mistral_folder / "params.json", **changes)
     with pytest.raises(UserError, match=rf"params\.json: {message}"):
-        read_config(mistral_folder)
+        config_in(mistral_folder)
 
 
 DAMAGED: list[tuple[bytes, str]] = [
@@ -233,7 +233,7 @@ DAMAGED: list[tuple[bytes, str]] = [
 def test_damaged_json_is_one_line(hf_folder: Path, content: bytes, message: str) -> None:
     (hf_folder / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"config\.json: not a readable JSON file: .*{message}") as caught:
-        read_config(hf_folder)
+        config_in(hf_folder)
     assert len(str(caught.value)) < 500
 
 
@@ -241,11 +241,11 @@ def test_a_huge_config_is_not_parsed(hf_folder: Path) -> None:
     with (hf_folder / "config.json").open("wb") as file:
         file.truncate(101_000_000)  # sparse: takes no space
     with pytest.raises(UserError, match=r"config\.json: .*101,000,000 bytes, more than"):
-        read_config(hf_folder)
+        config_in(hf_folder)
     # Objects take thirty times the bytes of their text.
     (hf_folder / "config.json").write_bytes(b'{"a": [' + b"[]," * 700_000 + b"0]}")
     with pytest.raises(UserError, match=r"config\.json: .*2,100,010 bytes, more than the 2,000,000"):
-        read_config(hf_folder)
+        config_in(hf_folder)
 
 
 def test_windows_for_a_million_layers_are_not_gone_through(hf_folder: Path, mistral_folder: Path) -> None:
@@ -254,13 +254,13 @@ def test_windows_for_a_million_layers_are_not_gone_through(hf_folder: Path, mist
     edit_json(hf_folder / "config.json", **MINISTRAL | {"layer_types": kinds, "num_hidden_layers": len(kinds)})
     for folder, says in ((mistral_folder, "sliding_window has 300000 entries"), (hf_folder, "layer_types is")):
         with pytest.raises(UserError, match=says):
-            read_config(folder)
+            config_in(folder)
 
 
 def test_a_long_value_does_not_flood_the_terminal(hf_folder: Path) -> None:
     edit_json(hf_folder / "config.json", model_type="x" * 100_000)
     with pytest.raises(UserError, match="model_type is 'xxx") as caught:
-        read_config(hf_folder)
+        config_in(hf_folder)
     assert len(str(caught.value)) < 500
 
 
@@ -270,8 +270,8 @@ def test_written_configs_read_back(hf_folder: Path, mistral_folder: Path, window
     config = ModelConfig(**{**asdict(TINY), "sliding_window": window, "tied_embeddings": tied})
     write_json(hf_folder / "config.json", config_to_hf(config, "bfloat16"))
     write_json(mistral_folder / "params.json", config_to_params(config))
-    assert read_config(hf_folder) == config
-    assert read_config(mistral_folder) == config
+    assert config_in(hf_folder) == config
+    assert config_in(mistral_folder) == config
 
 
 def test_transformers_reads_our_config(hf_folder: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_checkpoints import config_in
 
-from minilora.checkpoint.config_files import read_config
 from minilora.checkpoint.layout import Layout
 from minilora.checkpoint.names import tensor_specs
 from minilora.model import Mistral
@@ -17,11 +17,11 @@ def test_keys_and_shapes_are_the_files(originals: Path, layout: Layout, file: st
     folder = originals / layout
     with safe_open(folder / file, "pt") as opened:
         shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    assert {spec.key(layout): spec.shape for spec in tensor_specs(read_config(folder))} == shapes
+    assert {spec.key(layout): spec.shape for spec in tensor_specs(config_in(folder))} == shapes
 
 
 def test_names_are_the_models_own_in_its_order(originals: Path) -> None:
-    config = read_config(originals / "hf")
+    config = config_in(originals / "hf")
     with torch.device("meta"):
         parameters = {name: tuple(p.shape) for name, p in Mistral(config).named_parameters()}
     specs = {spec.name: spec.shape for spec in tensor_specs(config)}
@@ -30,7 +30,7 @@ def test_names_are_the_models_own_in_its_order(originals: Path) -> None:
 
 def test_only_q_and_k_change_between_layouts_and_come_back(originals: Path) -> None:
     moved = set()
-    for spec in tensor_specs(read_config(originals / "hf")):
+    for spec in tensor_specs(config_in(originals / "hf")):
         rows = torch.arange(spec.shape[0])
         theirs = spec.to_layout(rows, "mistral")
         assert torch.equal(spec.from_layout(theirs, "mistral"), rows)

@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 from transformers import logging as transformers_logging
 
+from minilora.checkpoint.config_files import read_config
+from minilora.checkpoint.layout import find_layout
+from minilora.config import ModelConfig
 from minilora.model import Mistral
 
 transformers_logging.disable_progress_bar()
@@ -32,6 +35,12 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 THETA = 5e4
+
+
+def config_in(folder: Path) -> ModelConfig:
+    """What the config file of the folder's layout says."""
+    config, _ = read_config(folder, find_layout(folder))
+    return config
 
 
 def _published(vocab: int, theta: float, window: int | None, **larger: int) -> tuple[dict[str, Any], dict[str, Any]]:
