@@ -38,7 +38,6 @@ def load_model(
     double_quant: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
-    progress: Progress = unheard,
 ) -> Mistral:
     """Load a Mistral for inference: eval mode, no parameter requires a gradient (a training strategy turns them on).
 
@@ -47,7 +46,6 @@ def load_model(
         neither changes what a folder in bitsandbytes' 4-bit layout holds
     dtype: of the dense weights, and so of what is computed: float32, bfloat16 or float16
     device: None is torch's default device
-    progress: called after each tensor with the tensors loaded and the tensors in all
 
     All headers are checked first (`open_checkpoint`). Raises UserError for what is wrong with the files, and for a
     number that NF4 or `dtype` cannot hold, by tensor and index.
@@ -59,11 +57,9 @@ def load_model(
     device = torch.get_default_device() if device is None else torch.device(device)
     checkpoint = open_checkpoint(path)
     checkpoint.check_tied_head()
-    model, specs = skeleton(checkpoint.config), list(checkpoint.tensors())
-    storage = Storage(quantize is not None, double_quant, dtype, device)
-    for done, spec in enumerate(specs, start=1):
+    model, storage = skeleton(checkpoint.config), Storage(quantize is not None, double_quant, dtype, device)
+    for spec in checkpoint.tensors():
         fill(model, checkpoint, spec, storage)
-        progress(done, len(specs))
     if checkpoint.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.base_fingerprint, model.base_converted_from = checkpoint.fingerprint(), checkpoint.converted_from()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tiny_checkpoints import THETA, edit_json, edit_tensors, hf_model, tokens, write_mistral
 
+from minilora.checkpoint import load
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.safetensors_file import TensorEntry
@@ -70,13 +72,11 @@ def test_mistral_weights_beside_an_hf_config(mistral_folder: Path, originals: Pa
 
 
 def test_the_result_is_frozen_in_eval_mode_and_fully_there(hf_folder: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    model = load_model(hf_folder, quantize="nf4", progress=lambda done, of: seen.append((done, of)))
+    model = load_model(hf_folder, quantize="nf4")
     assert not model.training
     assert not any(module.training for module in model.modules())
     assert not any(p.requires_grad or p.is_meta or p.dtype != torch.bfloat16 for p in model.parameters())
     assert not any(b.is_meta for b in model.buffers())
-    assert seen == [(i, 21) for i in range(1, 22)]
 
 
 def test_building_the_model_draws_nothing_and_imports_no_compiler(hf_folder: Path) -> None:
@@ -132,13 +132,14 @@ def test_nf4_is_quantized_from_the_files_own_precision(originals: Path, layout: 
 
 WATCHED_LOAD = """
 import ctypes, gc, sys
-from minilora.checkpoint.load import load_model
+from minilora.checkpoint import load
 from minilora.memory import private_bytes
-load_model(sys.argv[1], quantize="nf4")  # the libraries are warm after this
+load.load_model(sys.argv[1], quantize="nf4")  # the libraries are warm after this
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # free memory that is kept for later would hide what the load takes
-before, peaks = private_bytes(), []
-model = load_model(sys.argv[2], quantize="nf4", progress=lambda done, of: peaks.append(private_bytes() - before))
+before, peaks, fill = private_bytes(), [], load.fill
+load.fill = lambda *args: (fill(*args), peaks.append(private_bytes() - before))
+model = load.load_model(sys.argv[2], quantize="nf4")
 print(max(peaks), sum(t.nbytes for t in [*model.parameters(), *model.buffers()]))
 """
 
@@ -164,10 +165,17 @@ def test_non_finite_weight_is_refused_by_name_and_index(hf_folder: Path) -> None
         load_model(hf_folder, quantize="nf4")
 
 
-def test_a_file_that_changes_during_the_load(hf_folder: Path) -> None:
-    file = hf_folder / "model.safetensors"
+def test_a_file_that_changes_during_the_load(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill, done = load.fill, count(1)
+
+    def and_touch(*args: Any) -> None:
+        fill(*args)
+        if next(done) == 3:
+            os.utime(hf_folder / "model.safetensors", ns=(0, 0))
+
+    monkeypatch.setattr(load, "fill", and_touch)
     with pytest.raises(UserError, match=r"model\.safetensors: changed while it was read"):
-        load_model(hf_folder, progress=lambda done, _: os.utime(file, ns=(0, 0)) if done == 3 else None)
+        load_model(hf_folder)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])

@@ -19,7 +19,7 @@ from adapters import as_trained, lora_layers
 from disks import dead_pid, largest_file
 from tiny_checkpoints import edit_tensors, hf_model
 
-from minilora.checkpoint import save
+from minilora.checkpoint import load, save
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -295,18 +295,22 @@ def test_memory_holds_a_few_weights_of_the_source(originals: Path, larger: Path,
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and glibc")
-def test_a_load_takes_little_more_than_the_weights(larger: Path, tmp_path: Path) -> None:
+def test_a_load_takes_little_more_than_the_weights(
+    larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantize_checkpoint(larger, tmp_path / "x")
     load_model(tmp_path / "x")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before, peak = private_bytes(), 0
+    before, peak, fill = private_bytes(), 0, load.fill
 
-    def watch(_done: int, _of: int) -> None:
+    def watch(*args: Any) -> None:
         nonlocal peak
+        fill(*args)
         peak = max(peak, private_bytes() - before)
 
-    model = load_model(tmp_path / "x", dtype=torch.float32, progress=watch)
+    monkeypatch.setattr(load, "fill", watch)
+    model = load_model(tmp_path / "x", dtype=torch.float32)
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert weights > 25e6
     assert peak < weights + 6e6
