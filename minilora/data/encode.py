@@ -13,16 +13,18 @@ A conversation that is too long can be shortened: system text and last exchange 
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minilora.config import TooLong
-from minilora.data.records import ChatRecord, Record
+from minilora.data.files import read_rows
+from minilora.data.records import ChatRecord, Record, parse_row
 from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer
 
@@ -53,14 +55,13 @@ class Sample:
         return int(self.target_mask.sum())
 
 
-def encode_records(
-    records: Iterable[Record], tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail"
-) -> list[Sample]:
-    """The samples in the order of the file. Raises UserError as `encode_record` does, and if all are left out."""
-    records = list(records)
+def read_samples(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail") -> list[Sample]:
+    """The samples of a file, in its order. Raises UserError for the first line that cannot be read, then as
+    `encode_record` does, and if all are left out."""
+    records = [parse_row(row, where) for where, row in read_rows(path)]
     encoded = (encode_record(record, tokenizer, max_seq_len, too_long) for record in records)
-    samples = [sample for found, _ in encoded for sample in found]
-    if records and not samples:
+    samples = [sample for of_record, _ in encoded for sample in of_record]
+    if not samples:
         limit = f"data.max_seq_len, {max_seq_len} positions; raise it"
         raise UserError(f"{records[0].where}: left out, as all that follow: each takes more than {limit}")
     return samples
@@ -103,17 +104,17 @@ def _text_samples(ids: Sequence[int], max_seq_len: int, where: str) -> Iterator[
 
 
 def _chat_samples(record: ChatRecord, tokenizer: Tokenizer, max_seq_len: int | None) -> Iterator[Sample]:
-    """max_seq_len: drop the oldest exchanges until the sample fits, or only the last is left."""
+    """A conversation's samples. max_seq_len: drop the oldest exchanges until one fits, or only the last is left."""
     messages = record.messages
     for end in _answer_ends(messages) if record.tools else [len(messages)]:
-        said = [*messages[: end - 1], _without_call_ids(messages[end - 1])]
-        sample = _chat_sample(said, record, tokenizer)
+        turns = [*messages[: end - 1], _without_call_ids(messages[end - 1])]
+        sample = _chat_sample(turns, record, tokenizer)
         if max_seq_len is not None and sample.length > max_seq_len:
-            starts = _exchange_starts(said)
-            shortened = [[m for i, m in enumerate(said) if i >= start or m["role"] == "system"] for start in starts]
+            starts = _exchange_starts(turns)
+            shortened = [[m for i, m in enumerate(turns) if i >= start or m["role"] == "system"] for start in starts]
             fits = bisect_left(shortened, -max_seq_len, key=lambda m: -_chat_sample(m, record, tokenizer).length)
             kept = shortened[min(fits, len(shortened) - 1)]
-            sample = replace(_chat_sample(kept, record, tokenizer), dropped=len(said) - len(kept))
+            sample = replace(_chat_sample(kept, record, tokenizer), dropped=len(turns) - len(kept))
         yield sample
 
 

@@ -71,7 +71,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[bytes, str]]:
                 yield line.rstrip(b"\r\n"), f"{path}:{number}"
 
 
-def parse_object(line: bytes) -> Row:
+def parse_line(line: bytes) -> Row:
     """The object that a line of JSON holds, or why there is none: also for what is no JSON, such as NaN."""
     if len(line) > LINE_LIMIT_BYTES:
         return UserError("the line is over 64 MiB; is this JSONL, one object a line?")
@@ -99,14 +99,14 @@ def _parse(text: bytes) -> Any:
 
 
 def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values of one key, Python would drop the first without a word."""
+    """Raise UserError where a key stands twice: Python would drop the first value without a word."""
     if len(found := dict(pairs)) < len(pairs):
         raise UserError(f"it has the key {_twin(key for key, _ in pairs)!r} twice; keep one of them")
     return found
 
 
 def _twin(names: Iterable[str]) -> str | None:
-    """The first that stands there more than once."""
+    """The first name that stands there more than once."""
     return next((name for name, n in Counter(names).items() if n > 1), None)
 
 
@@ -120,7 +120,7 @@ def _read_json(path: str) -> Iterator[tuple[str, Row]]:
             for number, item in enumerate(_parse(_read_whole(path)), 1):
                 yield f"{path}:{number}", _row(item)
             return
-        yield where, parse_object(line)
+        yield where, parse_line(line)
 
 
 def _read_document(path: str) -> Iterator[tuple[str, Row]]:

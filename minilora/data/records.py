@@ -15,13 +15,12 @@ A bad row is a UserError "file:line: what is wrong; what to do".
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minilora.conversation import ROLES, content_text, kind
-from minilora.data.files import Row, read_rows
+from minilora.data.files import Row
 from minilora.errors import UserError
 
 ALPACA, ADGEN = ("instruction", "output"), ("content", "summary")
@@ -51,12 +50,6 @@ class ChatRecord:
 
 
 Record = TextRecord | ChatRecord
-
-
-def read_records(path: str | Path) -> Iterator[Record]:
-    """The file's records. Raises UserError at the first bad line, and at the end of a file that has no record."""
-    for where, row in read_rows(path):
-        yield parse_row(row, where)
 
 
 def parse_row(row: Row, where: str, mend: bool = False) -> Record:

@@ -19,8 +19,7 @@ from minilora.checkpoint.json_file import read_json
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
 from minilora.config import MISTRAL_7B, BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
-from minilora.data.encode import encode_records
-from minilora.data.records import read_records
+from minilora.data.encode import read_samples
 from minilora.demo.phonemes import DATA, phoneme_errors, raw_prompt
 from minilora.errors import UserError
 from minilora.evaluate.answers import Answer, answer_samples
@@ -77,7 +76,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
     config = demo_config(output, seed)
     base = open_checkpoint("demo")
     tokenizer = load_tokenizer("demo")
-    chats = encode_records(read_records(DATA / "chat_test.jsonl"), tokenizer, max_seq_len=256)
+    chats = read_samples(DATA / "chat_test.jsonl", tokenizer, max_seq_len=256)
     console.rule("Memory at rest")
     console.print(memory_table(base, config.lora))
 

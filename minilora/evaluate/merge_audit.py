@@ -20,8 +20,7 @@ from minilora.checkpoint.load import Progress, unheard
 from minilora.checkpoint.save import plan_hf, write_plan
 from minilora.checkpoint.write import check_target
 from minilora.config import Route, TooLong
-from minilora.data.encode import Sample, encode_records
-from minilora.data.records import read_records
+from minilora.data.encode import Sample, read_samples
 from minilora.errors import UserError
 from minilora.evaluate.distance import Distance, first_tokens
 from minilora.evaluate.merge_pass import BASE, MERGED, MergePass
@@ -78,7 +77,7 @@ def held_out(
     """The first samples of the file `text` that have n_tokens targets; None: of the validation of the adapter's run."""
     if not (text := text or adapter.provenance.get("validation_path")):
         raise UserError(f"{base.adapter}: names no validation file; give held-out text with --text")
-    return first_tokens(encode_records(read_records(text), base.tokenizer, max_seq_len, too_long), n_tokens)
+    return first_tokens(read_samples(text, base.tokenizer, max_seq_len, too_long), n_tokens)
 
 
 @torch.no_grad()

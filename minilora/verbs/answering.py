@@ -24,8 +24,7 @@ def evaluate(args: list[str]) -> None:
     parsed = arguments.parse(parser, args)
 
     from minilora.checkpoint import files, json_file, provenance, write
-    from minilora.data.encode import encode_records
-    from minilora.data.records import read_records
+    from minilora.data.encode import read_samples
     from minilora.evaluate import measure, metrics
     from minilora.report import page
     from minilora.train import looks
@@ -36,7 +35,7 @@ def evaluate(args: list[str]) -> None:
     if parsed.out:
         write.check_new(parsed.out)
     base = arguments.find_base(parsed)
-    samples = encode_records(read_records(parsed.file), base.tokenizer, max_seq_len, parsed.data.too_long)
+    samples = read_samples(parsed.file, base.tokenizer, max_seq_len, parsed.data.too_long)
     if run := looks.run_tested_on(parsed.file, base.adapter or str(base.checkpoint.folder)):
         looks.check_notable(run)
     model = base.load_for(*measure.works(samples, max_seq_len, limits), say=terminal.note)

@@ -11,8 +11,7 @@ from benchmarks.harness import RESULTS
 from benchmarks.optimizer_state import BEGIN, KINDS, PAGE, main, table
 from benchmarks.table import between
 from minilora.checkpoint.load import load_model
-from minilora.data.encode import encode_records
-from minilora.data.records import read_records
+from minilora.data.encode import read_samples
 from minilora.evaluate.perplexity import mean_loss
 from minilora.tokenizer import load_tokenizer
 
@@ -22,8 +21,7 @@ def test_both_states_are_trained_with_and_timed(
     tmp_path: Path, little_demo_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimizer_state, "TURNS", 1)
-    asked = read_records(little_demo_data / "chat_validation.jsonl")
-    samples = encode_records(asked, load_tokenizer("demo"), 256)
+    samples = read_samples(little_demo_data / "chat_validation.jsonl", load_tokenizer("demo"), 256)
     before = mean_loss(load_model("demo", dtype=torch.float32), samples, 256)
     out = tmp_path / "optimizer_state.json"
     assert main(["--seeds", "1", "--max_steps", "2", "--out", str(out)]) == 0

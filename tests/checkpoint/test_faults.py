@@ -31,9 +31,8 @@ from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.checkpoint.save import save_hf, save_mistral
 from minilora.checkpoint.write import sweep_stale, verify_manifest
 from minilora.config import UNNAMED, BaseConfig, LoraConfig
-from minilora.data.encode import encode_records
+from minilora.data.encode import read_samples
 from minilora.data.pack import RowSampler
-from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.evaluate.merge_audit import merge_with_audit
 from minilora.lora import add_lora
@@ -54,7 +53,7 @@ def prepare(folder: Path) -> None:
 
 def merge(folder: Path, out: Path) -> None:
     base = Base.find(BaseConfig(path=UNNAMED, device="cpu"), str(folder / "adapter"))
-    samples = encode_records(read_records(folder / "text.jsonl"), base.tokenizer, 64)
+    samples = read_samples(folder / "text.jsonl", base.tokenizer, 64)
     adapter = read_adapter(folder / "adapter", base.checkpoint.config)
     merge_with_audit(base, adapter, out, samples, 64, overwrite=True, force=True)
 

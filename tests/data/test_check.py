@@ -14,8 +14,8 @@ from tiny_runs import TINY, chat, write_jsonl
 
 from minilora.config import DataConfig, ModelConfig
 from minilora.data import check
-from minilora.data.check import Data, figures, histogram, load_data, mended, spans
-from minilora.data.encode import Sample, encode_records
+from minilora.data.check import Data, figures, load_data, mended
+from minilora.data.encode import Sample, encode_record
 from minilora.data.pack import epoch_rows
 from minilora.data.records import ChatRecord, TextRecord
 from minilora.data.sources import FILE_KEYS
@@ -167,7 +167,7 @@ def test_a_padded_vocabulary_is_told(tmp_path: Path) -> None:
 
 def test_samples_that_would_teach_the_wrong_thing() -> None:
     """Our own encoding makes none of these; the check is what holds it to that."""
-    [good] = encode_records([ChatRecord(chat("Hi", "Yo")["messages"], None, "f:1")], tokenizer(), 60)
+    [good], _ = encode_record(ChatRecord(chat("Hi", "Yo")["messages"], None, "f:1"), tokenizer(), 60)
     tokens, mask = good.tokens, good.target_mask
 
     def faults(tokens: Any, mask: Any) -> str:
@@ -178,7 +178,7 @@ def test_samples_that_would_teach_the_wrong_thing() -> None:
     assert "cut, or its end is masked" in faults(tokens, [*mask[:-1], False])
     assert "no token to train on" in faults(tokens, mask & False)
     assert "two bos" in faults([1, *tokens], [False, *mask])
-    [text] = encode_records([TextRecord("some words", "f:1")], tokenizer(), 60)
+    [text], _ = encode_record(TextRecord("some words", "f:1"), tokenizer(), 60)
     assert faults(text.tokens[:-1], text.target_mask[:-1]) == "", "a piece of a document has no end"
 
 
@@ -317,8 +317,6 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     )
     assert found["lengths"].startswith(f"min {min(lengths)}, median {max(lengths)}")
     assert found["packing"] == f"1 rows of 60 in an epoch, {sum(lengths) / 60:.1%} of the slots are tokens"
-    assert histogram([1, 1, 5, 10], 5) == [(2, 2), (4, 0), (6, 1), (8, 0), (10, 1)]
-    assert histogram([3]) == [(1, 0), (2, 0), (3, 1)]
 
 
 def test_an_epoch_is_packed_by_its_seed(tmp_path: Path) -> None:
@@ -341,32 +339,3 @@ def test_a_sample_beyond_the_models_positions_is_told_once(tmp_path: Path) -> No
         warned = [f"warning: 1 x long sample, the first: {tmp_path}/train.jsonl:2: the longest sample takes {longest}"]
         assert [line.partition(" positions")[0] for line in data.warnings()] == (warned if known < longest else [])
     assert 10 < longest < 60
-
-
-@pytest.mark.parametrize("name", [V1, V3])
-def test_spans_are_the_sample_token_for_token(name: str) -> None:
-    messages = chat("Hi there", "Yo, 你好", "\x1b[31mred", "No")["messages"]
-    messages[1]["weight"] = 0
-    [sample] = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(name), 100)
-    found = list(spans(sample, tokenizer(name)))
-    if name == V1:
-        assert found == [
-            ("<s>", "control"), ("[INST] Hi there [/INST] Yo, 你好", "prompt"), ("</s>", "eos, not trained on"),
-            ("[INST] \ufffd[31mred [/INST]", "prompt"), ("No", "target"), ("</s>", "eos"),
-        ]  # fmt: skip
-    else:
-        assert found == [
-            ("<s>", "control"), ("[INST]", "control"), ("Hi there", "prompt"), ("[/INST]", "control"),
-            ("Yo, 你好", "prompt"), ("</s>", "eos, not trained on"), ("[INST]", "control"),
-            ("\ufffd[31mred", "prompt"), ("[/INST]", "control"), ("No", "target"), ("</s>", "eos"),
-        ]  # fmt: skip
-
-
-def test_control_tokens_that_are_targets_are_shown_as_such() -> None:
-    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
-    messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    [sample] = encode_records([ChatRecord(messages, [TOOL], "f:1")], tokenizer(), 100)
-    found = list(spans(sample, tokenizer()))
-    assert ("[AVAILABLE_TOOLS]", "control") in found
-    assert [sort for text, sort in found if text == "[TOOL_CALLS]"] == ["target"]
-    assert found[-1] == ("</s>", "eos")

@@ -8,8 +8,8 @@ import mistral_common
 import numpy as np
 import pytest
 
-from minilora.data.encode import Sample, encode_record, encode_records
-from minilora.data.records import ChatRecord, TextRecord
+from minilora.data.encode import Sample, encode_record, read_samples
+from minilora.data.records import ChatRecord, TextRecord, as_jsonl
 from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer, load_tokenizer
 
@@ -34,7 +34,7 @@ def learned(sample: Sample) -> str:
 
 def test_a_conversation_is_encode_chat() -> None:
     record = chat("What is 2+2?", "4", "And 3+3?", "6")
-    samples = encode_records([record], tokenizer(), 100)
+    samples, _ = encode_record(record, tokenizer(), 100)
     ids, targets = tokenizer().encode_chat(record.messages)
     assert (samples[0].tokens.tolist(), samples[0].target_mask.tolist()) == (ids, targets)
     assert (samples[0].length, samples[0].n_targets) == (len(ids) - 1, sum(targets))
@@ -48,7 +48,7 @@ def test_text_is_cut_so_that_every_token_is_a_target_once(max_seq_len: int) -> N
     text = "The quick brown fox.\nJumps over 12 dogs."
     ids = tokenizer().encode_text(text)
     assert len(ids) == 17
-    samples = encode_records([TextRecord(text, "f:9")], tokenizer(), max_seq_len)
+    samples, _ = encode_record(TextRecord(text, "f:9"), tokenizer(), max_seq_len)
     targets = [i for sample in samples for i in sample.tokens[sample.target_mask].tolist()]
     assert targets == ids[1:]
     assert [sample.tokens[0] for sample in samples] == ids[:-1][::max_seq_len]
@@ -60,12 +60,12 @@ def test_text_is_cut_so_that_every_token_is_a_target_once(max_seq_len: int) -> N
 def test_a_conversation_that_just_fits_and_one_that_does_not() -> None:
     record = chat("Hello", "Hi there!", where="data.jsonl:7")
     length = len(tokenizer().encode_chat(record.messages)[0]) - 1
-    assert len(encode_records([record], tokenizer(), length)) == 1
+    assert len(encode_record(record, tokenizer(), length)[0]) == 1
     with pytest.raises(UserError, match=rf"data.jsonl:7: .* takes {length} positions, .* is {length - 1};"):
-        encode_records([record], tokenizer(), length - 1)
+        encode_record(record, tokenizer(), length - 1)[0]
 
 
-def test_a_conversation_too_long_is_left_out_whole() -> None:
+def test_a_conversation_too_long_is_left_out_whole(tmp_path: Path) -> None:
     records = [chat("a", "b" * 60 * n, where=f"f:{n}") for n in range(1, 5)]
     lengths = [len(tokenizer().encode_chat(record.messages)[0]) - 1 for record in records]
     counts = [(1, 0) if length <= 80 else (0, 1) for length in lengths]
@@ -73,17 +73,18 @@ def test_a_conversation_too_long_is_left_out_whole() -> None:
     assert [(len(samples), n_left_out) for samples, n_left_out in made] == counts
     assert set(counts) == {(1, 0), (0, 1)}
     kept = [sample.where for samples, _ in made for sample in samples]
-    assert [sample.where for sample in encode_records(records, tokenizer(), 80, "skip")] == kept
-    with pytest.raises(UserError, match=r"^f:1: left out, as all that follow: .* 5 positions; raise it"):
-        encode_records(records, tokenizer(), 5, "skip")
+    (file := tmp_path / "f").write_text(as_jsonl(records))
+    assert [sample.where for sample in read_samples(file, tokenizer(), 80, "skip")] == [f"{tmp_path}/{w}" for w in kept]
+    with pytest.raises(UserError, match=r"/f:1: left out, as all that follow: .* 5 positions; raise it"):
+        read_samples(file, tokenizer(), 5, "skip")
 
 
 def test_what_the_tokenizer_refuses_has_its_line() -> None:
-    records = [chat("a", "b"), ChatRecord([{"role": "tool", "content": "x"}] * 2, None, "data.jsonl:2")]
+    record = ChatRecord([{"role": "tool", "content": "x"}] * 2, None, "data.jsonl:2")
     with pytest.raises(UserError, match=r"^data.jsonl:2: message 2: a tool result"):
-        encode_records(records, tokenizer(), 100)
+        encode_record(record, tokenizer(), 100)
     with pytest.raises(UserError, match=r"^data.jsonl:3: .*surrogate"):
-        encode_records([TextRecord("\ud800", "data.jsonl:3")], tokenizer(), 100)
+        encode_record(TextRecord("\ud800", "data.jsonl:3"), tokenizer(), 100)[0]
 
 
 def test_with_tools_every_answer_is_a_sample_of_its_own() -> None:
@@ -97,12 +98,12 @@ def test_with_tools_every_answer_is_a_sample_of_its_own() -> None:
         {"role": "assistant", "content": "Two"},
         {"role": "assistant", "content": "again"},
     ]
-    samples = encode_records([ChatRecord(messages, [TOOL], "f:1")], tokenizer(), 200)
+    samples, _ = encode_record(ChatRecord(messages, [TOOL], "f:1"), tokenizer(), 200)
     assert [learned(sample) for sample in samples] == ['[{"name": "f", "arguments": {}}]', "Two\n\nagain"]
     whole, _ = tokenizer().encode_chat(messages, [TOOL])
     assert samples[-1].tokens.tolist() == whole
     assert all((sample.tokens == 6).sum() == 1 for sample in samples), "each has [AVAILABLE_TOOLS]"
-    without = encode_records([ChatRecord(messages, None, "f:1")], tokenizer(), 200)
+    without, _ = encode_record(ChatRecord(messages, None, "f:1"), tokenizer(), 200)
     assert [sample.n_targets for sample in without] == [sum(tokenizer().encode_chat(messages)[1])]
 
 
@@ -110,14 +111,14 @@ def test_the_ids_of_last_calls_are_not_learned() -> None:
     call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
     record = chat("Go")
     record.messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    samples = encode_records([record], tokenizer(), 200)
+    samples, _ = encode_record(record, tokenizer(), 200)
     assert learned(samples[0]) == '[{"name": "f", "arguments": {}}]'
 
 
 def test_an_answer_of_weight_0_at_the_end() -> None:
     record = chat("One?", "1", tools=[TOOL])
     record.messages.append({"role": "assistant", "content": "2", "weight": 0})
-    samples = encode_records([record], tokenizer(), 200)
+    samples, _ = encode_record(record, tokenizer(), 200)
     assert [learned(sample) for sample in samples] == ["1"]
 
 

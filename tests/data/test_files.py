@@ -12,7 +12,7 @@ import pytest
 from minilora import errors
 from minilora.data import files
 from minilora.data.files import read_rows
-from minilora.data.records import ChatRecord, TextRecord, read_records
+from minilora.data.records import ChatRecord, TextRecord, parse_row
 from minilora.errors import UserError
 
 
@@ -64,7 +64,8 @@ def test_many_names_are_compared_at_once(tmp_path: Path) -> None:
         rows(write(tmp_path / "a.csv", ",".join([*names, "k99999"])))
     turns = [{"from": "system", "value": "x"}] * 20_000
     chat = {"conversations": [*turns, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    (record,) = read_records(write(tmp_path / "b.jsonl", json.dumps(chat)))
+    [(where, row)] = read_rows(write(tmp_path / "b.jsonl", json.dumps(chat)))
+    record = parse_row(row, where)
     assert isinstance(record, ChatRecord)
     assert time.process_time() - began < 5
 
@@ -91,7 +92,11 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pyarrow.table({"messages": [messages, None], "text": [None, "a"], "n": [1.5, None]})
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(table, path)
-    assert list(read_records(path)) == [ChatRecord(messages, None, f"{path}:1"), TextRecord("a", f"{path}:2")]
+    records = [parse_row(row, where) for where, row in read_rows(path)]
+    assert records == [
+        ChatRecord(messages, None, f"{path}:1"),
+        TextRecord("a", f"{path}:2"),
+    ]
     with pytest.raises(UserError, match=r"b.parquet: cannot be read: .*magic bytes"):
         rows(write(tmp_path / "b.parquet", b"x" * 100))
     year_29_348 = pyarrow.table({"text": ["a"], "day": pyarrow.array([10_000_000], pyarrow.int32()).cast("date32")})

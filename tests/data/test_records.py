@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,8 @@ import pytest
 
 from minilora.checkpoint.files import sha256_of
 from minilora.data import files
-from minilora.data.files import parse_object, read_lines
-from minilora.data.records import (
-    ChatRecord,
-    TextRecord,
-    as_row,
-    parse_row,
-    read_records,
-)
+from minilora.data.files import parse_line, read_lines, read_rows
+from minilora.data.records import ChatRecord, Record, TextRecord, as_row, parse_row
 from minilora.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
@@ -28,8 +23,12 @@ def chat(*messages: Any, **more: Any) -> bytes:
     return json.dumps({"messages": messages, **more}).encode()
 
 
+def records(path: Path | str) -> Iterator[Record]:
+    return (parse_row(row, where) for where, row in read_rows(path))
+
+
 def parse(line: bytes) -> Any:
-    return parse_row(parse_object(line), "f:1")
+    return parse_row(parse_line(line), "f:1")
 
 
 @pytest.mark.parametrize("key", ["text", "content"])
@@ -108,7 +107,7 @@ def test_everything_that_a_conversation_can_hold() -> None:
 def test_damaged_lines(tmp_path: Path, line: bytes, says: str) -> None:
     file = tmp_path / "data.jsonl"
     file.write_bytes(GOOD + b"\n\n" + line.replace(b"\n", b"") + b"\n" + GOOD)
-    read = read_records(file)
+    read = records(file)
     assert next(read) == ChatRecord([USER, ANSWER], None, f"{file}:1")
     with pytest.raises(UserError, match=rf"data.jsonl:3: .*{says}") as error:
         next(read)
@@ -118,7 +117,7 @@ def test_damaged_lines(tmp_path: Path, line: bytes, says: str) -> None:
 def test_line_ends_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n \t\r\n\n" + GOOD)
-    assert [record.where for record in read_records(file)] == [f"{file}:1", f"{file}:4"]
+    assert [record.where for record in records(file)] == [f"{file}:1", f"{file}:4"]
     assert list(read_lines(str(file)))[1] == (GOOD, f"{file}:4")
 
 
@@ -127,30 +126,30 @@ def test_a_file_without_records(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "data.jsonl"
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"data.jsonl: the file holds no records"):
-        list(read_records(file))
+        list(records(file))
 
 
 def test_a_line_over_the_limit_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LINE_LIMIT_BYTES", len(GOOD) + 1)
     file = tmp_path / "data.jsonl"
     file.write_bytes(GOOD + b"\n" + GOOD + b"  \n")
-    read = read_records(file)
+    read = records(file)
     assert next(read).where.endswith(":1")
     with pytest.raises(UserError, match=r"data.jsonl:2: the line is over 64 MiB"):
         next(read)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    for read in (lambda path: list(read_records(path)), sha256_of):
+    for read in (lambda path: list(records(path)), sha256_of):
         with pytest.raises(UserError, match=r"missing.jsonl: cannot be read: No such file"):
             read(tmp_path / "missing.jsonl")
         with pytest.raises(UserError, match="cannot be read: Is a directory"):
             read(tmp_path)
     with pytest.raises(UserError, match="/dev/zero: is no file; name one of JSONL"):
-        list(read_records("/dev/zero"))
+        list(records("/dev/zero"))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"pipe: is no file; .* write a pipe to a file first"):
-        list(read_records(tmp_path / "pipe"))
+        list(records(tmp_path / "pipe"))
 
 
 def test_only_last_trains_the_last_answer_alone() -> None:

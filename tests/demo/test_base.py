@@ -10,8 +10,7 @@ import transformers
 import minilora
 from benchmarks.demo_base.pretrain import MODEL
 from minilora.checkpoint.open import open_checkpoint
-from minilora.data.encode import encode_records
-from minilora.data.records import read_records
+from minilora.data.encode import read_samples
 from minilora.demo.phonemes import DATA
 from minilora.demo.story import LONGEST_ANSWER
 
@@ -24,7 +23,7 @@ def model() -> minilora.Mistral:
 
 
 def chats(name: str) -> list[list[int]]:
-    samples = encode_records(read_records(DATA / name), minilora.load_tokenizer(BASE), max_seq_len=256)
+    samples = read_samples(DATA / name, minilora.load_tokenizer(BASE), max_seq_len=256)
     return [sample.tokens.tolist() for sample in samples]
 
 
@@ -70,7 +69,7 @@ def test_logits_change_without_the_window(model: minilora.Mistral) -> None:
 
 
 def test_no_answer_is_cut_by_the_longest_one_allowed() -> None:
-    samples = encode_records(read_records(DATA / "chat_test.jsonl"), minilora.load_tokenizer(BASE), max_seq_len=256)
+    samples = read_samples(DATA / "chat_test.jsonl", minilora.load_tokenizer(BASE), max_seq_len=256)
     assert max(sample.n_targets for sample in samples) <= LONGEST_ANSWER
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import TOKENIZER, chat, tiny_model, write_jsonl
 
-from minilora.data.encode import Sample, encode_records
-from minilora.data.records import read_records
+from minilora.data.encode import Sample, read_samples
 from minilora.evaluate.answers import Answer, answer_samples, has_prompt, split_last_turn
 from minilora.tokenizer import load_tokenizer
 
@@ -14,7 +13,7 @@ from minilora.tokenizer import load_tokenizer
 @pytest.fixture
 def samples(tmp_path: Path) -> list[Sample]:
     chats = [chat("how", "so"), chat("a", "b", "and then what", "c d"), chat("x y z", "tr a m o n t"), {"text": "raw"}]
-    return encode_records(read_records(write_jsonl(tmp_path / "f.jsonl", chats)), load_tokenizer(TOKENIZER), 100)
+    return read_samples(write_jsonl(tmp_path / "f.jsonl", chats), load_tokenizer(TOKENIZER), 100)
 
 
 def test_a_prompt_is_all_before_the_last_answer(samples: list[Sample]) -> None:

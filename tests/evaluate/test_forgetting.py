@@ -11,8 +11,7 @@ from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, chat, tiny_model, writ
 
 from minilora.checkpoint.load import load_model
 from minilora.config import EvalConfig, RunConfig
-from minilora.data.encode import Sample, encode_records
-from minilora.data.records import read_records
+from minilora.data.encode import Sample, read_samples
 from minilora.errors import UserError
 from minilora.evaluate.forgetting import Forgetting, read_probes
 from minilora.evaluate.perplexity import mean_loss
@@ -29,7 +28,7 @@ def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(general: Path) -> list[Sample]:
-    return encode_records(read_records(general), load_tokenizer(TOKENIZER), 64)
+    return read_samples(general, load_tokenizer(TOKENIZER), 64)
 
 
 def naive_log_p(seed: int, samples: list[Sample]) -> torch.Tensor:

@@ -23,8 +23,7 @@ from minilora.checkpoint.safetensors_file import TensorEntry
 from minilora.checkpoint.save import save_hf
 from minilora.checkpoint.write import verify_manifest
 from minilora.config import BaseConfig, LoraConfig, Route, base_folder
-from minilora.data.encode import Sample, encode_records
-from minilora.data.records import read_records
+from minilora.data.encode import Sample, read_samples
 from minilora.errors import UserError
 from minilora.evaluate.merge_audit import MergeAudit, audit_routes, merge_with_audit
 from minilora.linear import NF4Linear
@@ -39,8 +38,7 @@ F32 = torch.float32
 
 @pytest.fixture
 def samples(data_folder: Path) -> list[Sample]:
-    records = read_records(data_folder / "validation.jsonl")
-    return encode_records(records, load_tokenizer(TOKENIZER), 64)
+    return read_samples(data_folder / "validation.jsonl", load_tokenizer(TOKENIZER), 64)
 
 
 def adapter_for(base: Path, folder: Path, quantize: Any = "nf4", strength: float = 0.1, **settings: Any) -> Path:
