@@ -16,7 +16,8 @@ from benchmarks.harness import RESULTS, write_result
 from benchmarks.table import between
 from minilora.checkpoint.json_file import read_json
 from minilora.cli import main as minilora
-from minilora.report.comparison import COLUMNS, comparison_figure, figures_of, ranked, text_of
+from minilora.report.comparison import COLUMNS, comparison_figure, ranked
+from minilora.report.figures import figures_of, text_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- compared: by python -m benchmarks.compare -->", "<!-- end compared -->"

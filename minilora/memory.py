@@ -140,3 +140,9 @@ class PeakMemory:
         of_device = {"device_allocated": self.device_allocated, "device_reserved": self.device_reserved}
         own = {"private": self.private, "max_rss": max(self.resident, max_rss_bytes())}
         return own | (of_device if self.device_reserved else {})
+
+
+def peak_bytes(summary: Mapping[str, int]) -> int:
+    """Of a `PeakMemory.summary` what counts: a GPU's allocated memory, or a CPU process's private one; 0 if it has
+    neither."""
+    return summary.get("device_allocated", summary.get("private", 0))

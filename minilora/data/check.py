@@ -32,8 +32,11 @@ LEARNT = ("train", "replay_from")
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: what it is one of, such as "duplicate"; text: "file:line: what, and what to do"; part: what of FILE_KEYS it
-    stands in."""
+    """Something to be said of the data. With a fault, nothing is trained.
+
+    kind: what it is one of, such as "duplicate"; text: "file:line: what, and what to do"; part: the one of FILE_KEYS in
+    which it stands
+    """
 
     kind: str
     text: str
@@ -73,9 +76,9 @@ class Data:
 
     def warnings(self) -> Iterator[str]:
         """A line for each kind of what was found and is no fault."""
-        told = [finding for finding in self.findings if not finding.fault]
-        for group in groups_of_equal(finding.kind for finding in told):
-            first = told[group[0]]
+        harmless = [finding for finding in self.findings if not finding.fault]
+        for group in groups_of_equal(finding.kind for finding in harmless):
+            first = harmless[group[0]]
             yield f"warning: {len(group):,} x {first.kind}, the first: {first.text}"
 
 
@@ -127,7 +130,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, model: ModelConfig, mend
 
 
 def _add(data: Data, part: str, record: Record, config: DataConfig) -> list[Finding]:
-    """Encode and keep a record; what makes it a bad line, which data.bad_lines "skip" does not keep."""
+    """Encode and keep a record; return what makes it a bad line, which data.bad_lines "skip" does not keep."""
 
     def found(kind: str, text: str, fault: bool = True) -> Finding:
         return Finding(kind, f"{record.where}: {text}", fault, part)
@@ -154,7 +157,7 @@ def _add(data: Data, part: str, record: Record, config: DataConfig) -> list[Find
 
 
 def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterator[str]:
-    """What has no sample left though no fault says why."""
+    """A sentence for each part that has no sample left though no fault says why."""
     if data.faults:
         return
     if not data.samples["train"]:
@@ -174,7 +177,7 @@ def _empty_parts(data: Data, config: DataConfig, sizes: Sequence[int]) -> Iterat
 
 
 def _written_template(record: Record, tokenizer: Tokenizer) -> Iterator[str]:
-    """What begins or ends like a rendered prompt. In the middle, somebody may just talk about it."""
+    """What is wrong with a text that begins or ends like a rendered prompt. In the middle, one may just talk of it."""
     raw = isinstance(record, TextRecord)
     texts = [record.text] if isinstance(record, TextRecord) else [str(m["content"]) for m in record.messages]
     if re.match(r"\s*<s>\s*(\[INST\]|(?!.*</s>.*\S))", texts[0], re.DOTALL):
@@ -201,7 +204,7 @@ def _sample_faults(sample: Sample, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _duplicates(data: Data) -> Iterator[Finding]:
-    """What stands twice, equal or nearly, within a part and across: what is learnt first, then test."""
+    """A finding for each record that stands twice, equal or nearly, within a part or across: learnt, then test."""
     order = (*LEARNT, "test", "validation", "general")
     placed = [(part, record) for part in order for record in data.records[part]]
     texts = [normal_form(record) for _, record in placed]
@@ -257,30 +260,3 @@ def figures(data: Data, max_seq_len: int, seed: int = 0) -> list[tuple[str, str]
         ("too long", f"{kinds['too long']:,} left out, {kinds['shortened']:,} shortened"),
         ("packing", f"{len(packed):,} rows of {max_seq_len:,} in an epoch, {filled:.1%} of the slots are tokens"),
     ]
-
-
-def histogram(lengths: Sequence[int], bins: int = 10) -> list[tuple[int, int]]:
-    """(largest length, samples) of equal bins up to the longest."""
-    edges = np.unique(np.linspace(0, max(lengths), bins + 1).round().astype(int))
-    counts = np.histogram(np.asarray(lengths) - 0.5, edges)[0]
-    return list(zip(edges[1:].tolist(), counts.tolist(), strict=True))
-
-
-# What is trained on
-
-
-def spans(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
-    """The sample as it is shown, (text, sort): "prompt", "target", "control", "eos" or "eos, not trained on".
-
-    Control tokens stand by their names; what a terminal would obey instead of showing it is replaced.
-    """
-    begin, tokens, mask = 0, sample.tokens.tolist(), sample.target_mask.tolist()
-    names = [tokenizer.control_name(token) for token in tokens]
-    for i in range(1, len(tokens) + 1):
-        if i < len(tokens) and not names[begin] and not names[i] and mask[i] == mask[begin]:
-            continue
-        name, plain, end = names[begin], ("prompt", "target"), ("eos, not trained on", "eos")
-        sort = (end if name == "</s>" else ("control", "target") if name else plain)[mask[begin]]
-        text = name or tokenizer.decode(tokens[begin:i])
-        yield re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text), sort
-        begin = i

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from minilora.checkpoint.write import atomic_write
 from minilora.data.duplicates import groups_of_equal
 from minilora.errors import UserError
+from minilora.memory import peak_bytes
 from minilora.report.console import Console, Table, say, table
+from minilora.report.figures import LOWER_IS_BETTER, figures_of, text_of
 from minilora.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE, legend, to_png
 
 Row = Mapping[str, Any]
 SHARE = "data.share"
-LOWER_IS_BETTER = ("loss", "perplexity")  # of what runs are ranked by
 PANELS = {
     "Weights that learn, millions": "learn M",
     "Peak memory, GB": "peak GB",
@@ -35,17 +36,10 @@ def forgetting_of(row: Row) -> float | None:
     return after / before if before and after else None
 
 
-def peak_of(row: Row) -> float | None:
-    """Peak memory of its steps in GB: a GPU's where there is one."""
-    peaks = row.get("peak_memory_bytes") or {}
-    peak = peaks.get("device_allocated", peaks.get("private"))
-    return None if peak is None else peak / 1e9
-
-
 COLUMNS: dict[str, Callable[[Row], Any]] = {
     "learn M": lambda row: row["trainable_parameters"] / 1e6 if "trainable_parameters" in row else None,
     "lr": lambda row: row.get("lr"),
-    "peak GB": peak_of,
+    "peak GB": lambda row: peak_bytes(row.get("peak_memory_bytes") or {}) / 1e9 or None,
     "tokens/s": lambda row: row.get("tok_per_s"),
     "val loss": lambda row: (row.get("after") or {}).get("loss"),
     "exact": lambda row: (row.get("after") or {}).get("exact_match"),
@@ -57,9 +51,9 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """A row a run, the best on validation first; what failed last."""
     cells = [[row["name"], *(text_of(column(row)) for column in COLUMNS.values())] for row in ranked(result)]
-    made = table(("run", *COLUMNS), cells)
-    made.columns[0].no_wrap = True
-    return made
+    runs = table(("run", *COLUMNS), cells)
+    runs.columns[0].no_wrap = True
+    return runs
 
 
 def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
@@ -123,7 +117,7 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
 
 
 def _kind(row: Row) -> str:
-    """What has a colour: a strategy, or else the run itself."""
+    """What a run has its colour by: its strategy, or else its name."""
     name: str = row["name"]
     first = name.partition("-")[0]
     return name if "=" in first else first  # which an exponent has cut
@@ -146,17 +140,3 @@ def _learning_curves(axes: Axes, curves: Sequence[Sequence[Row]], colours: Mappi
         axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=name)
     axes.set_xlabel("% of the data")
     legend(axes)
-
-
-def figures_of(figures: Mapping[str, Any]) -> str:
-    """Metrics in a line; words, such as BLEU's signature, are left out."""
-    return ", ".join(f"{name} {text_of(value)}" for name, value in figures.items() if isinstance(value, float))
-
-
-def text_of(value: Any, sign: str = "") -> str:
-    """A figure as it is shown: whole, or in four digits. sign: "+" says it of what is above 0, too."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:{sign},}"
-    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"

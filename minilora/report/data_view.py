@@ -4,15 +4,19 @@ prompt grey, target green, control tokens dim, </s> on green where it is trained
 """
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from minilora.checkpoint.write import atomic_write
-from minilora.data.check import Data, histogram, spans
+from minilora.data.check import Data
+from minilora.data.encode import Sample
 from minilora.report.page import html_page
+from minilora.tokenizer import Tokenizer
 
 LISTED = 100  # faults, and as many warnings, that are listed; all are counted
 BAR = 40
@@ -49,7 +53,7 @@ def _lines(data: Data, figures: Sequence[tuple[str, str]], n: int) -> Iterator[L
     yield [(f"{len(data.faults):,} faults", "fault" if data.faults else "good")]
     yield from ([(f"{name:12}{text}", "")] for name, text in figures)
     if figures:
-        bars = histogram([sample.length for sample in data.learnt])
+        bars = _histogram([sample.length for sample in data.learnt])
         most = max(count for _, count in bars)
         for edge, count in bars:
             yield [(f"{edge:>12,}  ", ""), ("█" * -(-count * BAR // most), "good"), (f" {count:,}", "")]
@@ -59,4 +63,28 @@ def _lines(data: Data, figures: Sequence[tuple[str, str]], n: int) -> Iterator[L
     for sample in data.learnt[:n]:
         yield [("", "")]
         yield [(f"{sample.where}: {sample.length} positions, {sample.n_targets} trained on", "")]
-        yield list(spans(sample, data.tokenizer))
+        yield list(_spans(sample, data.tokenizer))
+
+
+def _histogram(lengths: Sequence[int], bins: int = 10) -> list[tuple[int, int]]:
+    """(largest length, samples) of equal bins up to the longest."""
+    edges = np.unique(np.linspace(0, max(lengths), bins + 1).round().astype(int))
+    counts = np.histogram(np.asarray(lengths) - 0.5, edges)[0]
+    return list(zip(edges[1:].tolist(), counts.tolist(), strict=True))
+
+
+def _spans(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """The sample as it is shown, (text, sort): "prompt", "target", "control", "eos" or "eos, not trained on".
+
+    Control tokens stand by their names; what a terminal would obey instead of showing it is replaced.
+    """
+    begin, tokens, mask = 0, sample.tokens.tolist(), sample.target_mask.tolist()
+    names = [tokenizer.control_name(token) for token in tokens]
+    for i in range(1, len(tokens) + 1):
+        if i < len(tokens) and not names[begin] and not names[i] and mask[i] == mask[begin]:
+            continue
+        name, plain, end = names[begin], ("prompt", "target"), ("eos, not trained on", "eos")
+        sort = (end if name == "</s>" else ("control", "target") if name else plain)[mask[begin]]
+        text = name or tokenizer.decode(tokens[begin:i])
+        yield re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text), sort
+        begin = i

@@ -19,13 +19,12 @@ from urllib.parse import quote
 from minilora.checkpoint.json_file import parse_object, read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.errors import UserError
-from minilora.report.comparison import text_of
+from minilora.memory import peak_bytes
+from minilora.report.figures import LOWER_IS_BETTER, text_of
 from minilora.report.plots import draw
 
-LOWER_IS_BETTER = ("loss", "perplexity", "error_rate")
 HIGHER_IS_BETTER = ("exact_match", "bleu", "rouge1", "rouge2", "rougeL", "f1")
 SHOWN_ABOVE = ("before", "after", "test", "test_looks", "forgetting", "advice")
-PEAKS = {"device_allocated": "peak GPU memory", "private": "peak private memory"}  # the first that was measured
 CAPTIONS = {
     "loss.png": "Training loss step by step; validation loss, and loss on the general text, where they were measured.",
     "learning_rate.png": "The learning rate, and how long the gradient was before it was clipped.",
@@ -144,8 +143,8 @@ def _header(run_folder: Path, config: Mapping[str, Any], summary: Mapping[str, A
         f"base {base}" if base else "",
         "" if summary else "not finished",
     ]
-    title, told = escape(run_folder.resolve().name), escape(" · ".join(filter(None, facts)))
-    return f"<header>\n<h1>{title}</h1>\n<p>{told}</p>\n{_tiles(summary)}</header>"
+    title, subtitle = escape(run_folder.resolve().name), escape(" · ".join(filter(None, facts)))
+    return f"<header>\n<h1>{title}</h1>\n<p>{subtitle}</p>\n{_tiles(summary)}</header>"
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:
@@ -159,9 +158,8 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     if isinstance(summary.get("tok_per_s"), int | float):
         tiles.append(("tokens a second", f"{summary['tok_per_s']:,.0f}"))
     peaks = _flat(summary.get("peak_memory_bytes"))
-    kind = next((kind for kind in PEAKS if isinstance(peaks.get(kind), int | float)), None)
-    if kind is not None:
-        tiles.append((PEAKS[kind], f"{peaks[kind] / 1e9:.2f} GB"))
+    if isinstance(peak := peak_bytes(peaks), int | float) and peak:
+        tiles.append((f"peak {'GPU' if 'device_allocated' in peaks else 'private'} memory", f"{peak / 1e9:.2f} GB"))
     boxes = (f"<div><b>{escape(value)}</b><span>{escape(_words(name))}</span></div>" for name, value in tiles)
     return f'<div class="tiles">{"".join(boxes)}</div>\n' if tiles else ""
 
@@ -187,9 +185,9 @@ def _test_looks(path: Path) -> str:
 
 def _forgetting(summary: Mapping[str, Any]) -> str:
     """The general text before and after, and how far the model went from its base."""
-    found = summary.get("forgetting") or {}
-    kl = f"KL(base, tuned) is {_figure(found.get('kl'))} nats a token, on {_figure(found.get('kl_tokens'))} tokens."
-    return _before_after(found) + (f"<p>{escape(kl)}</p>" if found else "")
+    lost = summary.get("forgetting") or {}
+    distance = f"KL(base, tuned) is {_figure(lost.get('kl'))} nats a token, on {_figure(lost.get('kl_tokens'))} tokens."
+    return _before_after(lost) + (f"<p>{escape(distance)}</p>" if lost else "")
 
 
 def _advice(summary: Mapping[str, Any]) -> str:

@@ -24,8 +24,9 @@ from minilora.checkpoint.write import atomic_json
 from minilora.config import RunConfig
 from minilora.errors import UsageError, UserError
 from minilora.evaluate.comparable import made_of, refuse_unranked
-from minilora.report.comparison import SHARE, best_of, figures_of
+from minilora.report.comparison import SHARE, best_of
 from minilora.report.console import Console
+from minilora.report.figures import figures_of
 from minilora.report.page import write_report
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
@@ -119,10 +120,10 @@ def all_variants(
     fixed = [key for key in varied if key.startswith("lora.")]
     if fixed and common.adapter:
         raise UsageError(f"{fixed[0]} cannot be compared: it is the adapter's own that train.adapter names; drop one")
-    made = [Variant(name, changes, configured(changes)) for name, changes in pairs]
-    if twins := [name for name, n in Counter(variant.name for variant in made).items() if n > 1]:
+    variants = [Variant(name, changes, configured(changes)) for name, changes in pairs]
+    if twins := [name for name, n in Counter(variant.name for variant in variants).items() if n > 1]:
         raise UsageError(f"two of the runs are {twins[0]}; name each strategy and value once")
-    return [one for n, one in enumerate(made) if one.config not in [earlier.config for earlier in made[:n]]]
+    return [v for n, v in enumerate(variants) if v.config not in [earlier.config for earlier in variants[:n]]]
 
 
 def compare(
@@ -168,7 +169,7 @@ def compare(
 
 
 def _figures(config: RunConfig) -> dict[str, Any]:
-    """What a table has of a finished run."""
+    """The figures of a finished run that the comparison shows."""
     summary = read_json(Path(config.train.output) / "summary.json")
     kept = ("before", "after", "forgetting", "peak_memory_bytes", "tok_per_s", "steps", "trainable_parameters")
     own = {"lr": config.train.lr, "share": config.data.share}
@@ -184,18 +185,18 @@ def _is_finished(config: RunConfig) -> bool:
     config, checkpoint = settled(config)
     same = (folder / "config.toml").read_bytes() == config_toml(config).encode()
     is_whole = same and (folder / "summary.json").exists()
-    told = read_provenance(folder / ("model" if config.train.base_learns else "adapter")) if is_whole else {}
+    provenance = read_provenance(folder / ("model" if config.train.base_learns else "adapter")) if is_whole else {}
     latest = max(folder.glob(f"checkpoints/step-{'[0-9]' * 8}/{STATE}"), default=None)
-    if began := told or (read_json(latest).get("origin", {}) if latest else {}):
+    if began := provenance or (read_json(latest).get("origin", {}) if latest else {}):
         now = made_of(config, checkpoint)
         refuse_other_run({key: began.get(key, began.get("base")) for key in now}, now, folder)  # as a state has it
-    return bool(told)  # else its process goes on with it, or says why it cannot
+    return bool(provenance)  # else its process goes on with it, or says why it cannot
 
 
 def in_a_process(
     config: RunConfig, resume: bool = False, overwrite: bool = False, with_test: bool = False, stop_after: int = 0
 ) -> str | None:
-    """Run it; why it failed, if it did. A signal is handed on, and raises Stopped once the run has saved.
+    """Run it; return why it failed, if it did. A signal is handed on, and raises Stopped once the run has saved.
 
     stop_after: the step after which the run stops as if by a signal; 0: none
     """
@@ -231,7 +232,7 @@ def in_a_process(
 
 
 class _Stopping(ConsoleReporter):
-    """Has the run stopped after a step."""
+    """Stops its run after the step `at`, as a signal does."""
 
     def __init__(self, console: Console, at: int) -> None:
         super().__init__(console)
@@ -246,21 +247,21 @@ class _Stopping(ConsoleReporter):
 def _run(
     config: RunConfig, resume: bool, overwrite: bool, with_test: bool, stop_after: int, result: Connection
 ) -> None:
-    """In the new process: "" is sent when all is well, else what is wrong."""
+    """Fine-tune, in the new process, and send "" over `result` if all went well, else what went wrong."""
     os.setsid()  # a Ctrl-C goes to the parent alone, which hands it on
-    log, said = Path(f"{config.train.output}.log"), ""
+    log, wrong = Path(f"{config.train.output}.log"), ""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         with log.open("a" if resume else "w") as file:
             run = fine_tune(config, _Stopping(Console(file=file), stop_after), resume, overwrite, with_test)
         write_report(run.folder.path)
     except (UserError, Stopped) as error:
-        said = "" if stop_after and isinstance(error, Stopped) else str(error)
+        wrong = "" if stop_after and isinstance(error, Stopped) else str(error)
     except KeyboardInterrupt:  # before its steps, or after them
-        said = "stopped"
+        wrong = "stopped"
     except Exception as error:
-        said = f"{type(error).__name__}, see {log}"
+        wrong = f"{type(error).__name__}, see {log}"
         with suppress(OSError), log.open("a") as file:
             traceback.print_exc(file=file)
     with suppress(BrokenPipeError):  # nobody waits for it any more
-        result.send(said)
+        result.send(wrong)

@@ -14,7 +14,7 @@ from minilora.config import RunConfig
 from minilora.data.encode import Sample
 from minilora.errors import UserError
 from minilora.evaluate.answers import answer_samples, has_prompt
-from minilora.memory import as_text
+from minilora.memory import as_text, peak_bytes
 from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer
 from minilora.train.loop import fine_tune
@@ -25,7 +25,9 @@ COMPARED = 64  # tokens, by whose logits the reloaded model is known
 
 
 def dry_run(config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> None:
-    """Raises UserError for what would stop the run, and if what was saved does not come back bit for bit. That the run
+    """Take one step, save, reload and generate, in a folder that is thrown away.
+
+    Raises UserError for what would stop the run, and if what was saved does not come back bit for bit. That the run
     could not have its `train.output` is only told.
 
     resume, overwrite: how the run would be begun
@@ -52,16 +54,15 @@ def _one_step(config: RunConfig, reporter: Reporter) -> tuple[RunConfig, Tokeniz
     conversation if there is one, and its logits. The model goes, since a second one need not fit beside it."""
     run = fine_tune(config, reporter, overwrite=True, with_test=False)
     peaks, predicted = run.memory.summary(), as_text(sum(run.predicted_bytes.values()))
-    measured = as_text(peaks.get("device_allocated", peaks["private"]))
     holes = "" if "device_allocated" in peaks else ", with what the heap and libraries keep for later"
-    reporter.say(f"memory of the step: {predicted} predicted, {measured} measured{holes}")
+    reporter.say(f"memory of the step: {predicted} predicted, {as_text(peak_bytes(peaks))} measured{holes}")
     sample = next(filter(has_prompt, run.train), run.train[0])
     return run.config, run.tokenizer, sample, _logits(run.model, sample)
 
 
 @torch.no_grad()
 def _logits(model: Mistral, sample: Sample) -> Tensor:
-    """Of the first tokens, (1, <= COMPARED, V) on the CPU."""
+    """Logits of the sample's first tokens, (1, <= COMPARED, V) on the CPU."""
     logits: Tensor = model(torch.tensor([sample.tokens[:COMPARED].tolist()], device=model.device))
     return logits.cpu()
 

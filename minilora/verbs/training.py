@@ -47,7 +47,7 @@ def train(args: list[str]) -> None:
 
 
 def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
-    from minilora.report import comparison, console, page
+    from minilora.report import console, figures, page
     from minilora.train import loop, progress
 
     screen = terminal.console()
@@ -60,7 +60,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     measured = run.folder.read_json("summary.json")
     for name in ("before", "after", "test"):
         if measured[name]:
-            console.say(screen, f"{name:7}{comparison.figures_of(measured[name])}")
+            console.say(screen, f"{name:7}{figures.figures_of(measured[name])}")
     console.say(screen, f"done: {run.stopped_because}; report in {report}")
 
 

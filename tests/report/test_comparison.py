@@ -8,7 +8,7 @@ import pytest
 from matplotlib import image
 
 from minilora.report import comparison
-from minilora.report.comparison import _kind, comparison_figure, comparison_table, forgetting_of, peak_of, ranked, show
+from minilora.report.comparison import COLUMNS, _kind, comparison_figure, comparison_table, forgetting_of, ranked, show
 from minilora.report.console import Console
 
 
@@ -73,6 +73,7 @@ def test_of_equal_runs_the_one_of_less_loss_is_first() -> None:
 def test_what_was_not_measured_is_left_out() -> None:
     assert forgetting_of({"forgetting": {}}) is None
     assert forgetting_of({}) is None
+    peak_of = COLUMNS["peak GB"]
     assert peak_of({}) is None
     assert peak_of({"peak_memory_bytes": {"device_allocated": 3e9, "private": 1e9}}) == 3.0
 

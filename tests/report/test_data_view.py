@@ -5,15 +5,22 @@ import re
 from html import unescape
 from pathlib import Path
 
+import mistral_common
+import pytest
 from rich.console import Console
 from tiny_runs import TINY, TOKENIZER, chat, write_jsonl
 
 from minilora.config import DataConfig
 from minilora.data.check import Data, Finding, figures, load_data
-from minilora.report.data_view import show_data
+from minilora.data.encode import encode_record
+from minilora.data.records import ChatRecord
+from minilora.report.data_view import _histogram, _spans, show_data
 from minilora.tokenizer import load_tokenizer
 
 TOKENS = load_tokenizer(TOKENIZER)
+TOKENIZERS = Path(mistral_common.__file__).parent / "data"
+V1, V3 = "tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
 def loaded(tmp_path: Path, *rows: object) -> Data:
@@ -73,3 +80,39 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     terminal, _ = shown(loaded(tmp_path, {"x": 1}), tmp_path / "page.html")
     assert "t.jsonl:1: no " in terminal
     assert "1 faults" in terminal
+
+
+def test_lengths_are_counted_in_equal_bins() -> None:
+    assert _histogram([1, 1, 5, 10], 5) == [(2, 2), (4, 0), (6, 1), (8, 0), (10, 1)]
+    assert _histogram([3]) == [(1, 0), (2, 0), (3, 1)]
+
+
+@pytest.mark.parametrize("name", [V1, V3])
+def test_spans_are_the_sample_token_for_token(name: str) -> None:
+    messages = chat("Hi there", "Yo, 你好", "\x1b[31mred", "No")["messages"]
+    messages[1]["weight"] = 0
+    tokenizer = load_tokenizer(TOKENIZERS / name)
+    [sample], _ = encode_record(ChatRecord(messages, None, "f:1"), tokenizer, 100)
+    found = list(_spans(sample, tokenizer))
+    if name == V1:
+        assert found == [
+            ("<s>", "control"), ("[INST] Hi there [/INST] Yo, 你好", "prompt"), ("</s>", "eos, not trained on"),
+            ("[INST] \ufffd[31mred [/INST]", "prompt"), ("No", "target"), ("</s>", "eos"),
+        ]  # fmt: skip
+    else:
+        assert found == [
+            ("<s>", "control"), ("[INST]", "control"), ("Hi there", "prompt"), ("[/INST]", "control"),
+            ("Yo, 你好", "prompt"), ("</s>", "eos, not trained on"), ("[INST]", "control"),
+            ("\ufffd[31mred", "prompt"), ("[/INST]", "control"), ("No", "target"), ("</s>", "eos"),
+        ]  # fmt: skip
+
+
+def test_control_tokens_that_are_targets_are_shown_as_such() -> None:
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer = load_tokenizer(TOKENIZERS / V3)
+    [sample], _ = encode_record(ChatRecord(messages, [TOOL], "f:1"), tokenizer, 100)
+    found = list(_spans(sample, tokenizer))
+    assert ("[AVAILABLE_TOOLS]", "control") in found
+    assert [sort for text, sort in found if text == "[TOOL_CALLS]"] == ["target"]
+    assert found[-1] == ("</s>", "eos")
