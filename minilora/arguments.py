@@ -32,6 +32,8 @@ Steps = restricted_number_type("Steps", int, [(">=", 2), ("<", 2**31)])  # that 
 Port = restricted_number_type("Port", int, [(">=", 0), ("<", 2**16)])
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
 
+_SECTIONS = {f"--{section.name}" for section in fields(RunConfig)}  # each may have a file of its own
+
 # What a value must be, by what jsonargparse calls its type.
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "a table"}
 _KINDS |= dict.fromkeys(("tuple", "list"), "a list such as [a,b]")
@@ -53,8 +55,13 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
 
     instantiate: with the configurations made of them, which hold them against one another
     """
+    args = quoted(_spelled(parser, args))
+    for before, arg in zip(["", *args], args, strict=False):
+        option, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        if option in _SECTIONS and value.endswith(".toml") and os.path.isfile(value):
+            _keys(value, section=option[2:])
     try:
-        parsed: Namespace = parser.parse_args(quoted(_spelled(parser, args)))
+        parsed: Namespace = parser.parse_args(args)
         for name in PATHS:
             if isinstance(path := parsed.get(name), str):
                 if not path:  # what an unset variable gives
@@ -176,24 +183,26 @@ def _files_then_options(parser: ArgumentParser, args: Sequence[str], file_first:
     yield from (*(f"--config={file}" for file in (*recipes, *files)), *rest)
 
 
-def _keys(path: str) -> set[str]:
-    """Of a TOML file, read alone first, so that what is wrong in it is said with its name. Raises UserError."""
+def _keys(path: str, section: str = "") -> set[str]:
+    """The keys of a TOML file, or of one that holds a section alone. It is read for itself first, so that what is wrong
+    in it is said with its name. Raises UserError."""
     if not Path(path).is_file():
         how = f"no such file; `minilora train --print-config > {path}` writes one to start from"
         raise UserError(f"{path}: {'a folder; name a TOML file' if Path(path).is_dir() else how}")
     parser = _parser()
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
-        sections = tomllib.loads(Path(path).read_text("utf-8"))
-        for name, section in sections.items():
-            if not isinstance(section, dict):
-                raise UserError(f"{name} = {section!r:.40} stands in no section; put it below one, such as [train]")
-        parser.instantiate(parser.parse_path(path))
+        content = tomllib.loads(Path(path).read_text("utf-8"))
+        sections = {section: content} if section else content
+        for name, keys in sections.items():
+            if not isinstance(keys, dict):
+                raise UserError(f"{name} = {keys!r:.40} stands in no section; put it below one, such as [train]")
+        parser.instantiate(parser.parse_object(sections))
     except (ArgumentError, OverflowError, RecursionError, TypeError, ValueError, UserError) as error:
         other = isinstance(error, tomllib.TOMLDecodeError | UnicodeDecodeError) and not path.endswith(".toml")
         said = "no TOML file; data go to --data.train" if other else _in_our_words(error, parser)
         raise UserError(f"{path}: {said}") from None
-    return {f"{name}.{key}" for name, section in sections.items() for key in section}
+    return {f"{name}.{key}" for name, keys in sections.items() for key in keys}
 
 
 # -- What several verbs have -------------------------------------------------------------------------------------------

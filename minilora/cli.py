@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # sleep instead are woken on one core.
     if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    return exit_status(f"minilora {args[0]}", lambda: VERBS[args[0]](args[1:]))
+    name = "verify resume" if args[:2] == ["verify", "resume"] else args[0]
+    return exit_status(f"minilora {name}", lambda: VERBS[args[0]](args[1:]))
 
 
 def exit_status(name: str, work: Callable[[], object]) -> int:

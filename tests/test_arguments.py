@@ -108,7 +108,7 @@ def test_a_value_of_another_type_is_told_in_words_of_ours(run: Run, args: list[s
     got = run(*args)
     refused(got, 2)
     verb = " ".join(args[: 2 if args[0] == "verify" else 1])
-    assert got[2].startswith(f"minilora {args[0]}: {words}")
+    assert got[2].startswith(f"minilora {verb}: {words}")
     assert got[2].endswith(f"; see minilora {verb} --help\n")
 
 
@@ -132,6 +132,27 @@ def test_in_a_file_too(run: Run, tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "wrong.toml"
     path.write_text(text)
     assert run("train", path) == (1, "", f"minilora train: {path}: {words}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('rank = "x"\n', f"lora.rank is x, {NUMBER}"),
+        ("rank = 0\n", "lora.rank is 0"),
+        ("rnk = 3\n", f"{NO_KEY} lora.rnk; did you mean lora.rank?"),
+        ("[lora]\nrank = 3\n", f"{NO_KEY} lora.lora.rank"),
+        ("rank = \n", "Invalid value"),
+    ],
+)
+def test_so_in_a_section_s_own_file(run: Run, tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "lora.toml"
+    path.write_text(text)
+    for args in (["--lora", path], [f"--lora={path}"]):
+        refused(run("train", *args), 1, f"minilora train: {path}: {words}")
+    refused(run("train", "--lora", tmp_path / "none.toml"), 2, "lora is a section, and ")
+    path.write_text("rank = 3\n")
+    status, out, _ = run("train", "--lora", path, "--print-config")
+    assert (status, tomllib.loads(out)["lora"]["rank"]) == (0, 3)
 
 
 def test_options_are_spelled_with_hyphens_or_underscores(run: Run, toml: Path) -> None:
