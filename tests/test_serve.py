@@ -26,7 +26,7 @@ import pytest
 import torch
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
-from tiny_runs import TOKENIZER, Run
+from tiny_runs import TOKENIZER, Run, refused
 
 from minilora.chat import answer_text
 from minilora.checkpoint.adapter import save_adapter
@@ -793,6 +793,7 @@ def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base
     for given in ("our model", "our\nmodel"):
         run("serve", "--adapter", "alone", "--port", 0, "--name", given)
         assert made[-1].name == "our model"
+    refused(run("serve", "--adapter", "alone", "--port", 0, "--name", " \n "), 2, "--name is blank")
     (tmp_path / "alone").rename(odd := tmp_path / os.fsdecode(b"odd\xff"))
     run("serve", "--adapter", odd, "--port", 0)
     assert made[-1].name == "odd\\udcff", "what can be sent and asked for"

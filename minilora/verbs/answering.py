@@ -9,7 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from minilora import arguments
 from minilora.config import EvalConfig
-from minilora.errors import need_library, printable
+from minilora.errors import UsageError, need_library, printable
 from minilora.verbs import terminal
 
 
@@ -106,6 +106,8 @@ def serve(args: list[str]) -> None:
     arguments.add_sampling(parser, max_new_tokens=512)
     arguments.add_base(parser)
     parsed = arguments.parse(parser, args)
+    if parsed.name and not parsed.name.strip():
+        raise UsageError("--name is blank; give the model a name, or leave it out")
     for library in ("starlette", "uvicorn"):
         need_library(library, "serve", "minilora serve")
 
