@@ -31,7 +31,7 @@ def found_adapter(path: str | Path) -> Path:
     if not (folder / CONFIG).is_file() and not is_mistral(folder):
         run, whole = os.path.isfile(folder / "config.toml"), os.path.isdir(folder / "model")
         why = "this run is not finished" if run else "name the folder of an adapter, such as RUN/adapter"
-        why = f"this run left a whole model: --model.path {folder}/model" if whole else why
+        why = f"this run left a whole model: --model.path {folder}/model" if run and whole else why
         raise UserError(f"{folder}: holds no {CONFIG}; {why}")
     return folder
 

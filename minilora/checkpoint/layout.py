@@ -45,7 +45,8 @@ def find_layout(folder: Path) -> Layout:
         raise UserError(f"{folder}: holds {WEIGHTS_NAMES[weights[0]]} but no {CONFIG_NAMES[weights[0]]}")
     for pattern, why in _NO_CHECKPOINT.items():
         for file in sorted(folder.glob(pattern)):
-            raise UserError(f"{file}: {why}")
+            if pattern != "model" or (folder / "config.toml").exists():  # else it is something else's
+                raise UserError(f"{file}: {why}")
     raise UserError(f"{folder}: no checkpoint here; model.safetensors or consolidated.safetensors was looked for")
 
 

@@ -42,12 +42,14 @@ def gather(path: str | Path, *, base: str = UNNAMED, checksum: bool = False) -> 
     base: of an adapter, where it does not say itself where that lies
     checksum: also take the sha256 of every file, and hold them against the manifest
 
-    Raises UserError if there is nothing at `path`.
+    Raises UserError if there is nothing at `path`, OSError if that may not be read.
     """
     found = base_folder(path)
     if not found.exists():
         raise UserError(f"{path}: no such file or folder")
     folder = found.parent if found.is_file() else found
+    if found.is_dir():
+        next(found.iterdir(), None)  # raises where it may not be read, where a search finds nothing
     files = [found] if found.is_file() else sorted(f for f in found.rglob("*") if f.is_file())
     names = [f.name for f in files if f.parent == folder]
     kind, _, look = next((k for k in _KINDS if any(matching(names, pattern) for pattern in k[1])), _KINDS[-1])
@@ -109,7 +111,7 @@ def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
 
 
 def _adapter(path: Path, facts: Facts, base: str) -> None:
-    """Of both layouts. What is known without the base comes first."""
+    """The facts of an adapter in either layout. What is known without the base comes first."""
     mistral = is_mistral(path)
     facts["layout"] = "mistral-finetune" if mistral else "PEFT"
     if not mistral:
@@ -164,11 +166,11 @@ def _state(path: Path, facts: Facts, _base: str) -> None:
 
 
 def _tokenizer(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
-    found = load_tokenizer(path)
-    said = {"version": found.version, "vocabulary": found.vocab_size, "sha256": sha256_of(found.path)}
-    facts["tokenizer"] = {"file": found.path.name} | said
+    tokenizer = load_tokenizer(path)
+    own = {"version": tokenizer.version, "vocabulary": tokenizer.vocab_size, "sha256": sha256_of(tokenizer.path)}
+    facts["tokenizer"] = {"file": tokenizer.path.name} | own
     sizes = facts.get("architecture")
-    if sizes and (mismatch := found.mismatch(sizes["vocab_size"])):
+    if sizes and (mismatch := tokenizer.mismatch(sizes["vocab_size"])):
         raise UserError(mismatch)
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import mistral_common
 import pytest
 import torch
-from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, Run, tiny_model
+from tiny_runs import TINY, TOKENIZER, MakeConfig, Quiet, Run, refused, tiny_model
 
 from minilora.checkpoint import save
 from minilora.checkpoint.adapter import read_adapter, save_adapter
@@ -278,6 +278,20 @@ def test_what_is_nothing(tmp_path: Path, run: Run) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     assert "pickle files can run code and are not read" in gather(tmp_path)["reason"]
     assert run("inspect", tmp_path / "nothing")[0] == 1
+
+
+def test_a_folder_that_may_not_be_read_is_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may read everything, so the system is told to refuse."""
+    children, locked = Path.iterdir, tmp_path / "adapter"
+    locked.mkdir()
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return children(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    refused(run("inspect", locked), 1, f"minilora inspect: {locked}: Permission denied; change its permissions")
 
 
 def test_what_it_is_instead(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ def test_a_run_that_left_a_model_or_nothing_yet_says_so(run: Run, tmp_path: Path
     refused(
         run(*as_model, begun), 1, f"{begun}/config.toml: this run is not finished; minilora train --resume goes on\n"
     )
+    (whole / "config.toml").unlink()  # then it is not a run's
+    refused(run(*as_adapter, whole), 1, f"{whole}: {lacks} name the folder of an adapter, such as RUN/adapter\n")
+    refused(run(*as_model, whole), 1, f"{whole}: no checkpoint here;")
     shutil.copytree(base_folder("demo"), begun / "adapter")
     (begun / "adapter" / "adapter_config.json").touch()
     refused(run(*as_model, begun), 1, f"{begun}/adapter: this is a run's adapter; name its base")
