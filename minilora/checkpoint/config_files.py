@@ -77,7 +77,7 @@ def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = No
     if len(config.windows) > 1:
         kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
         kind, by_layer = "ministral", {"layer_types": kinds * (config.n_layers // len(kinds))}
-    made = by_layer | {
+    values = by_layer | {
         "architectures": [_HF_KINDS[kind]],
         "model_type": kind,
         **{key: getattr(config, name) for name, key in _SIZES.items()},
@@ -92,7 +92,7 @@ def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = No
         "torch_dtype": dtype,
     }
     if double_quant is not None:  # as transformers and vLLM read it
-        made["quantization_config"] = {
+        values["quantization_config"] = {
             **_NF4_CONFIG,
             "load_in_8bit": False,
             "bnb_4bit_use_double_quant": double_quant,
@@ -100,7 +100,7 @@ def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = No
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": None,
         }
-    return made
+    return values
 
 
 def config_to_params(config: ModelConfig) -> dict[str, Any]:

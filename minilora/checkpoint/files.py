@@ -20,7 +20,7 @@ def reading(file: str | Path) -> Iterator[BufferedReader]:
 
 
 def sha256_of(file: str | Path) -> str:
-    """Of the file's bytes, in hexadecimal. Raises UserError if it cannot be read."""
+    """The sha256 of the file's bytes, in hexadecimal. Raises UserError if it cannot be read."""
     with reading(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -49,7 +49,7 @@ class Checkpoint:
         return spec.from_layout(self.entries[spec.name].read(), self.layout)
 
     def dtype_of(self, spec: TensorSpec) -> torch.dtype:
-        """Of what `read` gives."""
+        """The dtype that `read` gives."""
         packed = self.nf4.get(spec.name)
         return packed.dtype if packed else DTYPES[self.entries[spec.name].dtype]
 
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def double_quant(self) -> bool:
-        """Are there weights in NF4 whose absmax are in 8 bits?"""
+        """Whether there are weights in NF4 whose absmax are in 8 bits."""
         return any(entry.nested_offset is not None for entry in self.nf4.values())
 
     def refuse_nf4(self, who: str) -> None:
@@ -151,8 +151,8 @@ def _fault(spec: TensorSpec, entry: TensorEntry) -> str | None:
     return None
 
 
-def _refuse(folder: Path, kind: str, found: list[str]) -> None:
-    """Raise UserError for the first of `found`, with the count of the others."""
-    if found:
-        others = f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
-        raise UserError(f"{folder}: {kind}{others}: {found[0]}")
+def _refuse(folder: Path, kind: str, faults: list[str]) -> None:
+    """Raise UserError for the first of `faults`, with the count of the others."""
+    if faults:
+        others = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
+        raise UserError(f"{folder}: {kind}{others}: {faults[0]}")

@@ -23,10 +23,10 @@ LONGEST = 1 << 20  # characters of a text that are looked at
 
 def groups_of_equal(keys: Iterable[object]) -> list[list[int]]:
     """The indices of equal keys together, in the order in which each appears first; a key that is alone, too."""
-    found: dict[object, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for i, key in enumerate(keys):
-        found.setdefault(key, []).append(i)
-    return list(found.values())
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 def near_pairs(texts: Sequence[str], n_learnt: int | None = None) -> list[tuple[int, int]]:
@@ -41,14 +41,14 @@ def near_pairs(texts: Sequence[str], n_learnt: int | None = None) -> list[tuple[
     least = np.array([_min_hashes(shingles, factors) for shingles in sets]).reshape(-1, BANDS, ROWS)
     near = dict[tuple[bool, int], tuple[int, int]]()
     for i, j in sorted(set(_candidates(least, n))):
-        told = (True, i) if i < n <= j else (False, j)
-        if told not in near and _jaccard(sets[i], sets[j]) >= NEAR:
-            near[told] = i, j
+        leak_or_copy = (True, i) if i < n <= j else (False, j)
+        if leak_or_copy not in near and _jaccard(sets[i], sets[j]) >= NEAR:
+            near[leak_or_copy] = i, j
     return list(near.values())
 
 
 def _shingles(text: str) -> NDArray[np.uint64]:
-    """Sorted, each once. A text of fewer than 5 characters is one shingle; a book is known by its beginning."""
+    """The shingles, sorted, each once. Fewer than 5 characters are one shingle; a book is known by its beginning."""
     points = np.frombuffer(text[:LONGEST].ljust(RUN).encode("utf-32-le"), np.uint32).astype(np.uint64)
     n = len(points) - RUN + 1
     hashed = np.zeros(n, np.uint64)

@@ -37,10 +37,10 @@ def advise(metrics: Sequence[Mapping[str, Any]], forgetting: Mapping[str, Any] |
     validation, n_skipped = _points(metrics, "val_loss"), sum(bool(r.get("skipped")) for r in metrics)
     learns = bool(validation) and validation[0][1] - validation[-1][1] > NATS
     lr = f"the learning rate {max((r['lr'] for r in metrics), default=0):.2g}"
-    said = [_training(train, learns, lr), _validation(train, validation, lr), _forgetting(forgetting or {})]
+    texts = [_training(train, learns, lr), _validation(train, validation, lr), _forgetting(forgetting or {})]
     if n_skipped > max(SKIPPED, len(metrics) / 10):
-        said.append(f"{n_skipped} of {len(metrics)} steps were left out, loss or gradient was not finite: lower {lr}.")
-    return [sentence for sentence in said if sentence]
+        texts.append(f"{n_skipped} of {len(metrics)} steps were left out, loss or gradient was not finite: lower {lr}.")
+    return [text for text in texts if text]
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> Points:

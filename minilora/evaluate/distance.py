@@ -25,7 +25,7 @@ class Distance:
 
     @staticmethod
     def of(logits_p: Tensor, logits_q: Tensor) -> "Distance":
-        """Of some tokens, one at least: from the logits of p (N, V) to those of q, float32."""
+        """The distance on N tokens, one at least: from the logits of p to those of q, both (N, V) float32."""
         log_p, log_q = logits_p.log_softmax(-1), logits_q.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         largest = float((logits_p - logits_q).abs().max())
@@ -33,7 +33,7 @@ class Distance:
         return Distance(float(kl.mean()), float(kl.max()), largest, float(agreed), len(kl))
 
     def __add__(self, other: "Distance") -> "Distance":
-        """That of both, taken together."""
+        """The distance on the tokens of both, taken together."""
         n, share = self.n_tokens + other.n_tokens, other.n_tokens / (self.n_tokens + other.n_tokens)
         return Distance(
             self.mean_kl + share * (other.mean_kl - self.mean_kl),

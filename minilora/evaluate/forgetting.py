@@ -58,7 +58,7 @@ class Forgetting:
     """The general text and the probes of a run, and what its base says of them.
 
     before: loss and perplexity of the general text, {} without one; log_p: (tokens, V) float32, of `log_probabilities`;
-    said: the base's answers to the probes
+    base_answers: what the base answers to the probes
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Forgetting:
     ) -> None:
         """Ask the base, which is not kept: the model before a strategy touches it."""
         self.config, self.tokenizer, self.general, self.probes = config, tokenizer, general, probes
-        self.before, self.said = self.measure(base), self.answers(base)
+        self.before, self.base_answers = self.measure(base), self.answers(base)
         self.log_p = torch.cat([log_p for log_p, _ in self.log_probabilities(base)]) if general else torch.empty(0)
 
     def measure(self, model: Mistral) -> dict[str, float]:

@@ -14,8 +14,8 @@ from minilora.tokenizer import Tokenizer
 
 
 def asked(samples: Sequence[Sample], limits: EvalConfig) -> list[Sample]:
-    """Those whose last turn is answered: the first conversations, `eval.answers` of them, or as many as `eval.samples`
-    shows, if that is more."""
+    """The samples whose last turn is answered: the first conversations, `eval.answers` of them, or as many as
+    `eval.samples` shows, if that is more."""
     return list(islice(filter(has_prompt, samples), max(limits.answers, limits.samples)))
 
 

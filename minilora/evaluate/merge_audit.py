@@ -54,8 +54,8 @@ class MergeAudit:
         )
 
     def rows(self) -> list[tuple[str, ...]]:
-        """For a table under COLUMNS: a line for each way, and one for the base. KL in nats a token; the share of tokens
-        with the same likeliest next; the largest difference of logits."""
+        """Rows of a table under COLUMNS, one for each way and one for the base: KL in nats a token; the share of
+        tokens with the same likeliest next; the largest difference of logits."""
 
         def figures(d: Distance) -> tuple[str, ...]:
             return f"{d.mean_kl:.3g}", f"{d.max_kl:.3g}", f"{d.top1_agreement:.2%}", f"{d.max_logit_difference:.3g}"
@@ -133,15 +133,15 @@ def merge_with_audit(
 
 
 def _possible(base: Base) -> tuple[Route, ...]:
-    """Those that differ: without NF4 the original is what was trained beside, and NF4 files do not hold it."""
+    """The ways that differ: without NF4 the original is what was trained beside, and NF4 files do not hold it."""
     return get_args(Route) if base.quantize and not base.checkpoint.nf4 else ("trained", "requantized")
 
 
 def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapter, audit: MergeAudit) -> None:
     """Put beside the merged weights the tokenizer, the card, and where it all comes from."""
     kind = "bnb-4bit" if route == "requantized" else "hf"
-    made = {"to": kind, "from": base.checkpoint.name, "adapter": Path(base.adapter or "").name, "onto": route}
+    export = {"to": kind, "from": base.checkpoint.name, "adapter": Path(base.adapter or "").name, "onto": route}
     facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance}
-    facts |= {"export": made, "audit": audit.to_dict(route)}
+    facts |= {"export": export, "audit": audit.to_dict(route)}
     write_card(folder, name, kind, base.checkpoint.config, facts, base.tokenizer.template, [])
     write_tokenizer(base.tokenizer, folder)

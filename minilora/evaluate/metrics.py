@@ -37,7 +37,8 @@ def figure_names(names: Collection[str]) -> list[str]:
 
 
 def tokens(text: str) -> list[str]:
-    """Small letters: each Chinese character or kana is a token, of other scripts each run of letters, digits and marks.
+    """The tokens of a text, in small letters: each Chinese character or kana is one, of other scripts each run of
+    letters, digits and marks.
 
     What is between them, such as punctuation, separates. Full-width letters and digits are as the usual ones (NFKC).
     """
@@ -72,7 +73,10 @@ def score(answers: Sequence[Answer], names: Collection[str]) -> tuple[dict[str, 
 
 
 def _bleu(answers: Sequence[Answer]) -> tuple[list[float], dict[str, Any]]:
-    """sacrebleu's tokenization "zh" where half of the expected tokens or more are Chinese, else "13a"."""
+    """BLEU of each answer, and of all together with its signature.
+
+    sacrebleu's tokenization is "zh" where half of the expected tokens or more are Chinese, else "13a".
+    """
     from sacrebleu.metrics.bleu import BLEU
 
     words = [token for a in answers for token in tokens(a.expected)]

@@ -28,10 +28,10 @@ def say(console: rich.console.Console, text: str) -> None:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table of plain texts: what looks like rich's markup in them is shown as it stands."""
-    made = Table(*columns)
+    filled = Table(*columns)
     for row in rows:
-        made.add_row(*map(escape, row))
-    return made
+        filled.add_row(*map(escape, row))
+    return filled
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _block(weight: Tensor, name: str, block: int) -> Iterator[RenderableType]:
 
 
 def _heading(text: str) -> Group:
-    """Below an empty line, as `_step`."""
+    """A rule with a title, below an empty line."""
     return Group("", Rule(Text(text, style="bold"), align="left", characters="─"))
 
 
@@ -111,7 +111,7 @@ def _table(sides: str, *titles: str) -> Table:
 
 
 def _level_style(scaled: float) -> str:
-    """Blue below zero, orange above it, the stronger the further away; grey at zero."""
+    """The colour of a number: blue below zero, orange above it, the stronger the further away; grey at zero."""
     grey, strong = (140, 140, 140), (60, 130, 255) if scaled < 0 else (255, 130, 30)
     share = min(1.0, abs(scaled)) ** 0.5
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(grey, strong, strict=True))
@@ -149,7 +149,7 @@ def _levels(codes: Tensor) -> Iterator[RenderableType]:
 
 
 def _bytes(values: Tensor, plain: NF4Tensor, block: int) -> Iterator[RenderableType]:
-    """Two numbers a row, as they share a byte."""
+    """A table with two numbers a row, as they share a byte."""
     start, absmax = block * plain.block_size, float(plain.absmax[block])
     stop, unit = start + len(values), _unit(absmax)
     codes, packed = plain.codes()[start:stop], plain.packed[start // 2 : (stop + 1) // 2]

@@ -51,8 +51,8 @@ def _parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _text(value: Any, n_bytes: bool = False) -> str:
     """A value in one line."""
     if isinstance(value, dict):
-        told = ((key, part) for key, part in value.items() if part not in _EMPTY)
-        return ", ".join(f"{key} {_text(part, key == 'bytes')}" for key, part in told)
+        parts = ((key, part) for key, part in value.items() if part not in _EMPTY)
+        return ", ".join(f"{key} {_text(part, key == 'bytes')}" for key, part in parts)
     if isinstance(value, list):
         return " ".join(map(_text, value))
     if isinstance(value, str) and len(value) > _LONGEST:

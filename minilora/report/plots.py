@@ -83,13 +83,13 @@ def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str
 
 
 def legend(axes: Axes, place: Literal["upper right", "lower right"] = "upper right") -> None:
-    """Of what has a label, if anything has."""
+    """Draw a legend of what has a label, if anything has."""
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc=place)
 
 
 def _start_at_zero(panels: Iterable[Axes]) -> None:
-    """So that heights compare; left alone where the values spread over powers of ten."""
+    """Let the panels begin at zero, so that heights compare; left alone where the values spread over powers of ten."""
     for axes in panels:
         if axes.get_yscale() == "linear":
             axes.set_ylim(bottom=0, top=1.05 * axes.get_ylim()[1])

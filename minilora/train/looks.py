@@ -44,11 +44,11 @@ def check_notable(run: Path) -> None:
 def looks(run: Path) -> list[dict[str, Any]]:
     """What was seen so far, the first look first. Raises UserError if the file is damaged."""
     try:
-        found = [parse_object(line) for line in (run / LOOKS).read_bytes().split(b"\n") if line]
-        for look in found:
+        noted = [parse_object(line) for line in (run / LOOKS).read_bytes().split(b"\n") if line]
+        for look in noted:
             if "command" not in look or not isinstance(look.get("figures"), dict):
                 raise ValueError(f"{short(look)} is no look")
-        return found
+        return noted
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -56,7 +56,7 @@ def looks(run: Path) -> list[dict[str, Any]]:
 
 
 def note_look(run: Path, command: str, sha256: Any, figures: Mapping[str, Any]) -> str | None:
-    """Add a look, also to the count in summary.json; what is to be said of it, if it is not the first.
+    """Add a look, also to the count in summary.json; return what is to be said of it, if it is not the first.
 
     Raises UserError if it cannot be written down: then nothing must be shown.
     """

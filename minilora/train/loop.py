@@ -92,7 +92,7 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
         with adapters_off(run.model):  # a new prefix is noise, and an adapter may have learnt: "before" is the base
             metrics, answers = _measure(run, run.validation)
-        run.before = {"metrics": metrics, "answers": [vars(a) for a in answers], "probes": run.forgetting.said}
+        run.before = {"metrics": metrics, "answers": [vars(a) for a in answers], "probes": run.forgetting.base_answers}
         run.before |= {"data": run.state.origin["data"]}
         run.folder.write_json("before.json", run.before)
     if run.held_out:

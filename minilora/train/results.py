@@ -86,10 +86,10 @@ def write_summary(run: Run, figures: dict[str, Any]) -> None:
 
 def write_answers(run: Run) -> None:
     """generated.jsonl: every validation answer before and after; samples.md: the first ones, and the probes."""
-    said = [answer["given"] for answer in run.before["answers"]]
+    given_before = [answer["given"] for answer in run.before["answers"]]
     _, each = score(run.after, run.config.eval.metrics)
     keys = ("where", "prompt", "expected", "before", "after")
-    rows = [(a.where, a.prompt, a.expected, b, a.given) for a, b in zip(run.after, said, strict=True)]
+    rows = [(a.where, a.prompt, a.expected, b, a.given) for a, b in zip(run.after, given_before, strict=True)]
     lines = [dict(zip(keys, row, strict=True)) | figures for row, figures in zip(rows, each, strict=True)]
     atomic_jsonl(run.folder.path / "generated.jsonl", lines)
     text = markdown_table("Samples", keys[1:], [row[1:] for row in rows[: run.config.eval.samples]])
@@ -101,8 +101,8 @@ def write_answers(run: Run) -> None:
 
 def records(log: Path, *keys: str) -> list[dict[str, Any]]:
     """The lines of a log that can be read and have the keys: none, if the disk was too full to note any."""
-    found = list[dict[str, Any]]()
+    parsed = list[dict[str, Any]]()
     for line in log.read_bytes().split(b"\n") if log.exists() else ():
         with suppress(ValueError):
-            found.append(parse_object(line))
-    return [record for record in found if record.keys() >= {*keys}]
+            parsed.append(parse_object(line))
+    return [record for record in parsed if record.keys() >= {*keys}]

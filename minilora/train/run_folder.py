@@ -42,7 +42,7 @@ class LineLog:
         self.size = path.stat().st_size if path.exists() else 0
 
     def append(self, record: dict[str, Any]) -> str | None:
-        """Write the record and all that waits; what went wrong, if it did for the first time."""
+        """Write the record and all that waits; return what went wrong, if it did for the first time."""
         in_trouble = bool(self.waiting)
         self.waiting += to_json(record).encode() + b"\n"
         try:
@@ -57,15 +57,15 @@ class LineLog:
         return None
 
     def cut(self, size: int) -> None:
-        """Back to the whole lines in the first `size` bytes, up to the checkpoint that a run goes on from. They may be
-        fewer: never written, or lost with the power. A file that is gone is made."""
+        """Keep only the whole lines in the first `size` bytes, up to the checkpoint that a run goes on from. They may
+        be fewer: never written, or lost with the power. A file that is gone is made."""
         with self.path.open("ab+") as file:
             file.seek(0)
             self.size, self.waiting = file.read(size).rfind(b"\n") + 1, b""
             file.truncate(self.size)
 
     def sync(self) -> int:
-        """Wait until the lines are on the disk; the bytes that they take."""
+        """Wait until the lines are on the disk; return how many bytes they take."""
         with suppress(OSError), self.path.open("rb") as file:
             os.fsync(file.fileno())
         return self.size
@@ -83,7 +83,7 @@ class RunFolder:
         self.metrics, self.timing = LineLog(path / "metrics.jsonl"), LineLog(path / "timing.jsonl")
 
     def n_bytes(self) -> int:
-        """Of all that lies in the folder."""
+        """Bytes of all files in the folder."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def begin(self, config: RunConfig) -> None:
@@ -130,8 +130,8 @@ class RunFolder:
 
     def _all(self, kind: str) -> list[Path]:
         """Checkpoints in their order; copies and links that a user made beside them are none."""
-        found = sorted(self.checkpoints.glob(f"{kind}-{'[0-9]' * 8}"))
-        return [path for path in found if path.is_dir() and not path.is_symlink()]
+        matches = sorted(self.checkpoints.glob(f"{kind}-{'[0-9]' * 8}"))
+        return [path for path in matches if path.is_dir() and not path.is_symlink()]
 
     def prune(self, keep: int, best: int) -> None:
         """Delete all but the last `keep` "step" checkpoints and the "best" one of that step."""
@@ -232,6 +232,6 @@ def config_toml(config: RunConfig) -> str:
     lines: list[str] = []
     for section, values in to_dict(config).items():
         keys = [field.name for field in fields(getattr(config, section))]
-        told = (f"{key} = {_toml(values[key])}" if key in values else f"# {key} is unset" for key in keys)
-        lines += [f"[{section}]", *told, ""]
+        settings = (f"{key} = {_toml(values[key])}" if key in values else f"# {key} is unset" for key in keys)
+        lines += [f"[{section}]", *settings, ""]
     return "\n".join(lines)

@@ -124,7 +124,7 @@ class RunState:
         return dict(document["versions"])
 
     def _moments(self) -> dict[str, Tensor]:
-        """The optimizer's, and its steps beside each."""
+        """The optimizer's moments of each weight by key, with the number of its steps beside them."""
         steps = {"step": torch.tensor(float(self.optimizer.steps))}
         moments = {name: steps | self.optimizer.state[p] for name, p in self.weights.items()}
         return {f"optimizer.{name}.{key}": value for name, held in moments.items() for key, value in held.items()}
@@ -135,7 +135,7 @@ def _of_weights(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Of torch, on the CPU and, where it is in use, on the GPU."""
+    """Torch's random state, on the CPU and, where it is in use, on the GPU."""
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {"rng.cpu": torch.get_rng_state()} | ({"rng.cuda": torch.cuda.get_rng_state()} if on_gpu else {})
 
@@ -173,7 +173,7 @@ def _check(values: Any, kinds: Mapping[str, Any], what: str) -> None:
 
 
 def _read_tensors(folder: Path, held: Mapping[str, TensorEntry], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the checkpoint has held, by key. Raises UserError where that is not what is in `like`, or not finite."""
+    """A checkpoint's tensors by key. Raises UserError where they are not those of `like`, or not finite."""
     wrong = like.keys() ^ held.keys()
     wrong |= {k for k in like.keys() & held.keys() if (like[k].dtype, like[k].shape) != held[k].kind}
     if wrong:
@@ -200,7 +200,7 @@ def refuse_other_run(saved: Any, current: dict[str, Any], folder: Path, prefix: 
 
 
 def load_weights(weights: dict[str, nn.Parameter], folder: Path) -> None:
-    """Only the trained weights of a checkpoint: how the best one is put back."""
+    """Load only the trained weights of a checkpoint: how the best one is put back."""
     read_document(folder)
     held, like = read_header(folder / TENSORS), _of_weights(weights)
     _copy(_read_tensors(folder, {key: held[key] for key in held.keys() & like.keys()}, like), weights)

@@ -36,17 +36,17 @@ def compare_twins(config: RunConfig, n_steps: int, say: Callable[[str], object],
         _run(interrupted, stop_after=middle)
         say("and resumed ...")
         _run(interrupted, resume=True)
-        told = f"{n_steps} steps, and {n_steps} interrupted after {middle}"
+        runs = f"{n_steps} steps, and {n_steps} interrupted after {middle}"
         if _bytes(whole) == _bytes(interrupted):
-            return f"{told}: figures and weights are the same bytes"
+            return f"{runs}: figures and weights are the same bytes"
         if device == "cpu":
             raise UserError(f"{_first_difference(whole, interrupted)}: please report this bug")
         say("a second whole run, to see how far apart two come on a GPU ...")
         _run(again)
         apart, by_chance = _apart(whole, interrupted), _apart(whole, again)
         if apart > CHANCE * by_chance:
-            raise UserError(f"{told} lie {apart:.2g} apart, two whole runs {by_chance:.2g}: please report this bug")
-        return f"{told}: weights lie {apart:.2g} apart, and those of two whole runs {by_chance:.2g}, by chance"
+            raise UserError(f"{runs} lie {apart:.2g} apart, two whole runs {by_chance:.2g}: please report this bug")
+        return f"{runs}: weights lie {apart:.2g} apart, and those of two whole runs {by_chance:.2g}, by chance"
 
 
 def _run(config: RunConfig, resume: bool = False, stop_after: int = 0) -> None:
@@ -58,7 +58,7 @@ def _run(config: RunConfig, resume: bool = False, stop_after: int = 0) -> None:
 
 
 def _short(config: RunConfig, output: Path, n_steps: int) -> RunConfig:
-    """Of so many steps, with a validation in each half and nothing that is not the training's."""
+    """The configuration of a run of n_steps, with a validation in each half and nothing that is not the training's."""
     train = replace(config.train, output=str(output), max_steps=n_steps, warmup_steps=min(1, config.train.warmup_steps))
     limits = replace(config.eval, every=max(1, n_steps // 2 - 1), patience=0, answers=0, samples=0, probes=None)
     return replace(config, train=train, eval=limits, data=replace(config.data, general=None, test=None))
@@ -68,8 +68,8 @@ def _set(config: RunConfig, short: RunConfig) -> str:
     """What the short run has other than the configuration, but for its steps and its folder, which is thrown away."""
     pairs = ((s.name, getattr(config, s.name), vars(getattr(short, s.name))) for s in fields(config))
     changed = [(f"{s}.{key}", new) for s, old, ours in pairs for key, new in ours.items() if new != getattr(old, key)]
-    told = [(key, new) for key, new in changed if key not in ("train.output", "train.max_steps")]
-    return ", ".join(f"{key} {'unset' if new is None else new}" for key, new in told) or "nothing"
+    shown = [(key, new) for key, new in changed if key not in ("train.output", "train.max_steps")]
+    return ", ".join(f"{key} {'unset' if new is None else new}" for key, new in shown) or "nothing"
 
 
 def _learnt(config: RunConfig) -> list[Path]:
@@ -79,12 +79,12 @@ def _learnt(config: RunConfig) -> list[Path]:
 
 
 def _bytes(config: RunConfig) -> list[bytes]:
-    """Of the steps' figures and of what was learnt."""
+    """The bytes of the steps' figures and of each file of learnt weights."""
     return [file.read_bytes() for file in (Path(config.train.output, "metrics.jsonl"), *_learnt(config))]
 
 
 def _apart(one: RunConfig, other: RunConfig) -> float:
-    """The longest distance of a tensor, relative to its length."""
+    """The longest distance between two runs' tensors of one name, relative to the tensor's length."""
     longest = 0.0
     for here, there in zip(map(read_header, _learnt(one)), map(read_header, _learnt(other)), strict=True):
         for key in here:
@@ -94,7 +94,7 @@ def _apart(one: RunConfig, other: RunConfig) -> float:
 
 
 def _first_difference(one: RunConfig, other: RunConfig) -> str:
-    """In words, by the steps' figures, or if these are the same by the weights."""
+    """How the runs differ, in words: in the steps' figures, or if these are the same in the weights."""
     lines: Sequence[list[str]] = [Path(c.train.output, "metrics.jsonl").read_text().splitlines() for c in (one, other)]
     for a, b in zip(*lines, strict=False):
         if a != b:
