@@ -21,7 +21,7 @@ from minilora.checkpoint.save import save_hf
 from minilora.cli import main
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.demo import story
-from minilora.train.run_folder import config_toml
+from minilora.toml import config_toml
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated, so before any of them is imported

@@ -19,8 +19,8 @@ from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig
 from minilora.evaluate.perplexity import mean_loss
 from minilora.lora import TrainedCopy
+from minilora.toml import config_toml
 from minilora.train.loop import fine_tune
-from minilora.train.run_folder import config_toml
 
 FEATURES: dict[str, Any] = {
     "targets": r"model\.layers\.\d\.(self_attn|mlp)\.(q|v|up)_proj", "rank_pattern": {"q_proj": 2, r"layers\.1\..*": 5},

@@ -41,12 +41,12 @@ def test_an_unknown_verb(run: Run) -> None:
     refused(run("tarin"), 2, "no verb 'tarin'", "train")
 
 
-def test_help_and_usage_errors_import_no_torch() -> None:
+def test_help_settings_and_usage_errors_import_no_torch() -> None:
     code = """
 import sys
 from minilora.cli import main
-for args in ("--help", "no", "train --help", "train --nonsense", "train no.toml", "evaluate --help", "generate --help",
-             "generate x --top_p 2", "merge", "demo --help"):
+for args in ("--help", "no", "train --help", "train --print-config", "train --nonsense", "train no.toml",
+             "evaluate --help", "generate --help", "generate x --top_p 2", "merge", "demo --help"):
     try:
         main(args.split())
     except SystemExit:

@@ -22,8 +22,8 @@ from minilora.errors import UserError
 from minilora.fast_block import fuse
 from minilora.loss import _exponentials
 from minilora.nf4 import CPU, quantize_nf4
+from minilora.toml import config_toml
 from minilora.train.loop import Stopped, fine_tune
-from minilora.train.run_folder import config_toml
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with"),

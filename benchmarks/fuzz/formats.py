@@ -50,7 +50,7 @@ from minilora.model import Mistral
 from minilora.prefix import add_prefix
 from minilora.recipes import recipe_file, recipe_names
 from minilora.tokenizer import load_tokenizer
-from minilora.train.run_folder import config_toml
+from minilora.toml import config_toml
 from minilora.train.state import RunState, load_weights
 from minilora.train.step import LossScale
 from minilora.verbs.training import train

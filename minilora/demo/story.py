@@ -31,9 +31,10 @@ from minilora.model import Mistral
 from minilora.report.console import Console, Table, say, table
 from minilora.report.page import write_report
 from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.toml import config_toml
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
-from minilora.train.run_folder import RUN_BYTES, config_toml
+from minilora.train.run_folder import RUN_BYTES
 from minilora.train.setup import Run
 
 LONGEST_ANSWER = 32  # tokens; the longest word of the test has 22

@@ -28,9 +28,10 @@ from minilora.report.comparison import SHARE, best_of
 from minilora.report.console import Console
 from minilora.report.figures import figures_of
 from minilora.report.page import write_report
+from minilora.toml import config_toml
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
-from minilora.train.run_folder import LOCK, config_toml, hold, refuse_both
+from minilora.train.run_folder import LOCK, hold, refuse_both
 from minilora.train.setup import settled
 from minilora.train.signals import SIGNALS, Stopped, StopRequest
 from minilora.train.state import STATE, refuse_other_run

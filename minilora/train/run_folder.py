@@ -9,20 +9,19 @@ at the end      summary.json, samples.md, report.html, *.png, and what was learn
 """
 
 import fcntl
-import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from minilora.checkpoint.adapter import adapter_folder
 from minilora.checkpoint.json_file import read_json, to_json
 from minilora.checkpoint.write import atomic_json, atomic_write, not_ours, sweep_stale
-from minilora.config import RunConfig, base_folder, to_dict
+from minilora.config import RunConfig, base_folder
 from minilora.data.sources import FILE_KEYS, sources
 from minilora.errors import UsageError, UserError
+from minilora.toml import config_toml
 
 LOCK, HELD_OUT = ".lock", "validation.jsonl"
 RUN_BYTES = 100_000_000  # of a file of JSON: before.json holds all answers
@@ -218,20 +217,3 @@ def _refuse_own_sources(path: Path, config: RunConfig) -> None:
     for source, place in places:
         if place.resolve().is_relative_to(path.resolve()):
             raise UserError(f"{source} lies in {path}, which would be begun anew; name another --train.output")
-
-
-def _toml(value: Any) -> str:
-    """TOML writes strings, numbers, lists and true/false as JSON does, but for one character that must be escaped."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def config_toml(config: RunConfig) -> str:
-    """The complete configuration as TOML. It has no word for None: such a key stands in a comment."""
-    lines: list[str] = []
-    for section, values in to_dict(config).items():
-        keys = [field.name for field in fields(getattr(config, section))]
-        settings = (f"{key} = {_toml(values[key])}" if key in values else f"# {key} is unset" for key in keys)
-        lines += [f"[{section}]", *settings, ""]
-    return "\n".join(lines)

@@ -13,6 +13,7 @@ from minilora import arguments
 from minilora.config import MISTRAL_7B, RunConfig
 from minilora.errors import UsageError, UserError
 from minilora.recipes import recipe_names, summary
+from minilora.toml import config_toml
 from minilora.verbs import terminal
 
 
@@ -34,8 +35,6 @@ def train(args: list[str]) -> None:
             predicted = as_text(sum(predict_on_gpu(recipe, MISTRAL_7B).values()))
             print(f"{name:18} {predicted:>8} predicted for a 7B  {summary(name)}")
     elif parsed.print_config:
-        from minilora.train.run_folder import config_toml
-
         print(config_toml(config), end="")
     elif parsed.dry_run:
         from minilora.train import dry_run, progress

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from minilora.demo import story
 from minilora.errors import UserError
-from minilora.train.run_folder import config_toml
+from minilora.toml import config_toml
 
 
 def short_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from minilora.evaluate.metrics import figure_names
 from minilora.report import page as page_module
 from minilora.report.page import write_report
 from minilora.report.plots import draw, smooth
-from minilora.train.run_folder import FILES, config_toml
+from minilora.toml import config_toml
+from minilora.train.run_folder import FILES
 
 PLOTS = ["loss.png", "learning_rate.png", "speed.png"]
 EVIL = """<script>alert("1")</script> & 'quotes' "here" </td>"""

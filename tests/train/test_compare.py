@@ -23,8 +23,9 @@ from minilora.checkpoint.save import save_hf
 from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
+from minilora.toml import config_toml
 from minilora.train.compare import STRATEGIES, Variant, all_variants, combinations, compare
-from minilora.train.run_folder import LOCK, config_toml, hold
+from minilora.train.run_folder import LOCK, hold
 from minilora.verbs.training import compare as compare_verb
 
 

@@ -17,7 +17,8 @@ from tiny_runs import MakeConfig
 from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
-from minilora.train.run_folder import RunFolder, config_toml
+from minilora.toml import config_toml
+from minilora.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 N_STEPS = 24

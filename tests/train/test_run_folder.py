@@ -20,9 +20,10 @@ from minilora.checkpoint.write import atomic_folder
 from minilora.config import RunConfig, to_dict
 from minilora.errors import UserError
 from minilora.report.facts import gather
+from minilora.toml import config_toml
 from minilora.train import run_folder
 from minilora.train.loop import fine_tune
-from minilora.train.run_folder import FILES, LEARNT, LineLog, RunFolder, config_toml
+from minilora.train.run_folder import FILES, LEARNT, LineLog, RunFolder
 
 
 def open_folder(config: RunConfig, resume: bool = False, overwrite: bool = False) -> RunFolder:

@@ -14,8 +14,8 @@ from tiny_runs import MakeConfig
 from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
+from minilora.toml import config_toml
 from minilora.train import twins
-from minilora.train.run_folder import config_toml
 from minilora.train.signals import Stopped
 from minilora.train.twins import compare_twins
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import MakeConfig, Run
 
-from minilora.train.run_folder import config_toml
+from minilora.toml import config_toml
 
 
 @pytest.fixture(scope="session")

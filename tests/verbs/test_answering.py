@@ -14,7 +14,7 @@ from minilora.checkpoint.save import save_hf
 from minilora.config import UNNAMED, BaseConfig
 from minilora.evaluate import metrics
 from minilora.generation import generate
-from minilora.train.run_folder import config_toml
+from minilora.toml import config_toml
 
 
 def test_evaluate_agrees_with_the_run(run: Run, finished: Path, data_folder: Path) -> None:
