@@ -254,7 +254,7 @@ def _kind(name: str) -> str:
         return "optimizer"
     if is_product and (called & {"multiply", "multiply_back", "_WholeRowCrossEntropy.forward"}):
         return "products"
-    if is_product or functions[:1] in (["Projections.forward"], ["_decode_and_grow"]):
+    if is_product or functions[:1] in (["Projections.forward"], ["_decode_with"]):
         return "adapters"
     if any("CrossEntropy" in function for function in functions):
         return "loss"
