@@ -177,8 +177,9 @@ def test_without_a_compiler_a_run_is_refused_in_one_line(
     import torch._inductor.config
 
     (tmp_path / "run.toml").write_text(config_toml(make_config(train__compile=True)))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
     compiled._compiled.cache_clear()
-    refused(run("train", tmp_path / "run.toml"), 1, "train.compile: torch cannot compile (", "no-such-compiler")
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):  # which monkeypatch could not put back
+        got = run("train", tmp_path / "run.toml")
+    refused(got, 1, "train.compile: torch cannot compile (", "no-such-compiler")
