@@ -4,10 +4,9 @@ A 7B's step on a few hundred tokens is over on a fast GPU before its host has ma
 one shape, so the launches of one step are those of the next: they are recorded once and replayed, on other numbers in
 the same memory.
 
-    first batch                   run as it comes: kernels are compiled, libraries choose theirs
-    the next, and the first of    recorded, and replayed
-        every other shape
-    all others                    copied to where the recorded kernels read, and replayed
+    first batch of so many rows, so long    run as it comes: kernels are compiled, libraries choose theirs
+    the next, and the first of a shape      recorded, and replayed
+    all others                              copied to where the recorded kernels read, and replayed
 
 A shape is rows, length, and how many runs there is space for; which kernels run follows from rows and length alone.
 Nothing in between may depend on a number that only the GPU knows: the loss goes over all rows, not over those with a
