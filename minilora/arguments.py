@@ -58,7 +58,7 @@ def parse(parser: ArgumentParser, args: Sequence[str], instantiate: bool = True)
     args = quoted(_spelled(parser, args))
     for before, arg in zip(["", *args], args, strict=False):
         option, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
-        if option in _SECTIONS and value.endswith(".toml") and os.path.isfile(value):
+        if option in _SECTIONS & parser._option_string_actions.keys() and os.path.isfile(value):
             _keys(value, section=option[2:])
     try:
         parsed: Namespace = parser.parse_args(args)
@@ -199,8 +199,8 @@ def _keys(path: str, section: str = "") -> set[str]:
                 raise UserError(f"{name} = {keys!r:.40} stands in no section; put it below one, such as [train]")
         parser.instantiate(parser.parse_object(sections))
     except (ArgumentError, OverflowError, RecursionError, TypeError, ValueError, UserError) as error:
-        other = isinstance(error, tomllib.TOMLDecodeError | UnicodeDecodeError) and not path.endswith(".toml")
-        said = "no TOML file; data go to --data.train" if other else _in_our_words(error, parser)
+        toml = section or path.endswith(".toml") or not isinstance(error, tomllib.TOMLDecodeError | UnicodeDecodeError)
+        said = "no TOML file; data go to --data.train" if not toml else _in_our_words(error, parser)
         raise UserError(f"{path}: {said}") from None
     return {f"{name}.{key}" for name, keys in sections.items() for key in keys}
 

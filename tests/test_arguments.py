@@ -150,6 +150,11 @@ def test_so_in_a_section_s_own_file(run: Run, tmp_path: Path, text: str, words: 
     for args in (["--lora", path], [f"--lora={path}"]):
         refused(run("train", *args), 1, f"minilora train: {path}: {words}")
     refused(run("train", "--lora", tmp_path / "none.toml"), 2, "lora is a section, and ")
+    path.rename(other := tmp_path / "lora")  # whatever its name
+    refused(run("train", "--lora", other), 1, f"{other}: ", words)
+    refused(run("generate", "--train", other, "hi"), 2, "there is no --train")
+    other.write_bytes(b"\xff")
+    refused(run("train", "--lora", other), 1, f"{other}: ", "can't decode")
     path.write_text("rank = 3\n")
     status, out, _ = run("train", "--lora", path, "--print-config")
     assert (status, tomllib.loads(out)["lora"]["rank"]) == (0, 3)
