@@ -28,7 +28,7 @@ class FusedBlock(Block):
         self.train(block.training)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if not torch.is_grad_enabled() or context.cache is not None:
+        if not torch.is_grad_enabled() or context.cache is not None or context.prefix:
             return super().forward(x, context)
         attention, mlp = self.self_attn, self.mlp
         # k carries s dy B: its dy is made by a function of ours, which can leave room; v's is torch's attention's.
@@ -66,7 +66,7 @@ def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
     whether it did.
 
     keep: what each block keeps for backward; none: everything, or the input alone where the model has
-        `activation_checkpointing`, which is switched off, as the fast blocks see to it
+        `activation_checkpointing`, which is switched off, as the fast blocks see to it; a fast one stays as it is
 
     It applies if no weight of the blocks learns but adapters, these are plain, without dropout and not DoRA's, and
     there is no prefix.
@@ -79,13 +79,15 @@ def fuse(model: Mistral, keep: Sequence[Keep] = ()) -> bool:
         plain = all(m.dropout == 0 and m.lora_magnitude_vector is None for m in adapted)
         if not (plain and learn <= {id(p) for m in adapted for p in (m.lora_A, m.lora_B)}):
             return False
-    keep = keep or [Keep.INPUT if model.activation_checkpointing else Keep.ALL] * len(model.layers)
+    kept = Keep.INPUT if model.activation_checkpointing else Keep.ALL
     model.activation_checkpointing = False
-    for i, kept in enumerate(keep):
-        block = model.layers[i]
+    for i, block in enumerate(model.layers):
         assert isinstance(block, Block)
-        model.layers[i] = fast = block if isinstance(block, FusedBlock) else FusedBlock(block)
-        fast.keep = kept
+        if not isinstance(block, FusedBlock):
+            model.layers[i] = block = FusedBlock(block)
+            block.keep = kept
+        if keep:
+            block.keep = keep[i]
     if type(model.norm) is RMSNorm and not model.norm.weight.requires_grad:
         model.norm = FusedNorm(model.norm)
     return True
