@@ -194,7 +194,7 @@ def settle_heap(train: TrainConfig, keep: Sequence[Keep], is_tight: bool = False
     keep: what each fast block keeps for backward, as in `apply_strategy`; is_tight: memory is short whatever that says
     """
     is_short = train.activation_checkpointing or min(keep, default=Keep.ALL) < Keep.ALL
-    keep_freed_memory(Keep.WEIGHTS in keep, is_short or is_tight)
+    keep_freed_memory(Keep.WEIGHTS in keep and not is_tight, is_short or is_tight)
 
 
 def _pick_dtype(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> tuple[torch.dtype, str]:

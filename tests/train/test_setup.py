@@ -36,13 +36,14 @@ def test_a_run_that_just_fits_leaves_no_holes_in_the_heap(
     make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where less than half as much again as is predicted is free."""
-    calls = list[bool]()
-    monkeypatch.setattr(setup, "keep_freed_memory", lambda _large_pages, is_short: calls.append(is_short))
+    calls = list[tuple[bool, bool]]()
+    monkeypatch.setattr(setup, "keep_freed_memory", lambda *asked: calls.append(asked))
     monkeypatch.setattr(ledger, "private_bytes", lambda: 300_000_000)  # else it moves between two predictions
     config, predicted = make_config(train__max_steps=1), 0.0
     for times, short in ((1.0, False), (1.51, False), (1.49, True)):
         monkeypatch.setattr(setup, "free_bytes", lambda _, free=times * predicted: free or 1e15)
         run = fine_tune(config, quiet, overwrite=True)
         predicted = float(sum(run.predicted_bytes.values()))
-        assert calls == [short], times
+        [(large_pages, is_short)] = calls
+        assert (is_short, large_pages and short) == (short, False), times
         calls.clear()
