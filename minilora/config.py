@@ -124,7 +124,7 @@ class BaseConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        fits = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device, re.ASCII)
+        fits = re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", self.device, re.ASCII)
         _check(bool(fits), f"model.device is {self.device!r}, but must be auto, cpu, cuda or cuda:N")
 
 

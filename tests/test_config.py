@@ -38,7 +38,7 @@ MODEL: list[tuple[str, Any]] = [
     ("head_dim", 127),
 ]  # fmt: skip
 SECTIONS: list[tuple[type, str, Any]] = [
-    *((BaseConfig, "device", value) for value in ("", "gpu", "mps", "cuda:", "cuda:x", "cpu:0", "cuda:²")),
+    *((BaseConfig, "device", value) for value in ("", "gpu", "mps", "cuda:", "cuda:x", "cpu:x", "cuda:²")),
     *((LoraConfig, "rank", value) for value in (0, -4, 2**31, 2.5, "4", True, None)),
     *((LoraConfig, "alpha", value) for value in (0.0, -1.0, nan, inf, "32", None)),
     *((LoraConfig, "dropout", value) for value in (-0.1, 1.0, 2.0, nan)),

@@ -793,7 +793,8 @@ def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base
     for given in ("our model", "our\nmodel"):
         run("serve", "--adapter", "alone", "--port", 0, "--name", given)
         assert made[-1].name == "our model"
-    refused(run("serve", "--adapter", "alone", "--port", 0, "--name", " \n "), 2, "--name is blank")
+    for given in ("", " \n "):
+        refused(run("serve", "--adapter", "alone", "--port", 0, "--name", given), 2, "--name is blank")
     (tmp_path / "alone").rename(odd := tmp_path / os.fsdecode(b"odd\xff"))
     run("serve", "--adapter", odd, "--port", 0)
     assert made[-1].name == "odd\\udcff", "what can be sent and asked for"

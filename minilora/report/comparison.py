@@ -70,7 +70,7 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
 def ranked(result: Mapping[str, Any]) -> list[Row]:
     """The rows, the best on validation first, of equal ones that of less loss; those that failed last."""
     by = result["ranked_by"]
-    sign = 1 if by in LOWER_IS_BETTER else -1
+    sign = 1 if by.endswith(LOWER_IS_BETTER) else -1
 
     def place(row: Row) -> tuple[bool, float, float]:
         after = row.get("after") or {}

@@ -106,7 +106,7 @@ def serve(args: list[str]) -> None:
     arguments.add_sampling(parser, max_new_tokens=512)
     arguments.add_base(parser)
     parsed = arguments.parse(parser, args)
-    if parsed.name and not parsed.name.strip():
+    if parsed.name is not None and not parsed.name.strip():
         raise UsageError("--name is blank; give the model a name, or leave it out")
     for library in ("starlette", "uvicorn"):
         need_library(library, "serve", "minilora serve")
