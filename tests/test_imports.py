@@ -54,9 +54,9 @@ OF_EXTRAS = {  # imported where they are used
 MAX_LINES = 10_910
 # What the README calls what trains, "some 4,000 lines".
 READING_PATH = {
-    *("config", "dynamic_8bit", "nf4", "backend", "dispatch", "compiled", "scratch", "ahead", "paging", "kv_cache"),
-    *("norm", "rope", "swiglu", "visible", "attention", "softmax_gradient", "loss", "adamw", "linear", "lora"),
-    *("model", "projections", "fused", "fast_block", "train"),
+    *("config", "toml", "dynamic_8bit", "nf4", "backend", "dispatch", "compiled", "scratch", "ahead", "paging"),
+    *("kv_cache", "norm", "rope", "swiglu", "visible", "attention", "softmax_gradient", "loss", "adamw"),
+    *("linear", "lora", "model", "projections", "fused", "fast_block", "train"),
 }
 MAX_PATH_LINES = 4_020
 

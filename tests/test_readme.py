@@ -63,6 +63,7 @@ def test_every_shell_command_of_the_readme_runs(folder: Path, run: Run, monkeypa
     monkeypatch.setenv("HOME", str(folder))
     lines = [line for block in blocks("sh") for line in block.splitlines() if line]
     assert len(lines) >= 7
+    assert Path(shell("command -v minilora", folder).strip()).parent == Path(sys.executable).parent, "not installed"
     for line in lines:
         if ">" in line or not line.startswith("minilora "):
             shell(line, folder)
