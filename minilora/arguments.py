@@ -33,6 +33,7 @@ Port = restricted_number_type("Port", int, [(">=", 0), ("<", 2**16)])
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what torch takes
 
 _SECTIONS = {f"--{section.name}" for section in fields(RunConfig)}  # each may have a file of its own
+_TOML_BYTES = 1 << 20  # a larger file is no configuration, and need not be read to know it
 
 # What a value must be, by what jsonargparse calls its type.
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "a table"}
@@ -189,6 +190,9 @@ def _keys(path: str, section: str = "") -> set[str]:
     if not Path(path).is_file():
         how = f"no such file; `minilora train --print-config > {path}` writes one to start from"
         raise UserError(f"{path}: {'a folder; name a TOML file' if Path(path).is_dir() else how}")
+    other = f"no TOML file; {f'name a key, as in --{section}.KEY' if section else 'data go to --data.train'}"
+    if os.path.getsize(path) > _TOML_BYTES:
+        raise UserError(f"{path}: {other}")
     parser = _parser()
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
@@ -199,9 +203,8 @@ def _keys(path: str, section: str = "") -> set[str]:
                 raise UserError(f"{name} = {keys!r:.40} stands in no section; put it below one, such as [train]")
         parser.instantiate(parser.parse_object(sections))
     except (ArgumentError, OverflowError, RecursionError, TypeError, ValueError, UserError) as error:
-        toml = section or path.endswith(".toml") or not isinstance(error, tomllib.TOMLDecodeError | UnicodeDecodeError)
-        said = "no TOML file; data go to --data.train" if not toml else _in_our_words(error, parser)
-        raise UserError(f"{path}: {said}") from None
+        is_other = isinstance(error, tomllib.TOMLDecodeError | UnicodeDecodeError) and not path.endswith(".toml")
+        raise UserError(f"{path}: {other if is_other else _in_our_words(error, parser)}") from None
     return {f"{name}.{key}" for name, keys in sections.items() for key in keys}
 
 

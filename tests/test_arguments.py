@@ -151,13 +151,22 @@ def test_so_in_a_section_s_own_file(run: Run, tmp_path: Path, text: str, words: 
         refused(run("train", *args), 1, f"minilora train: {path}: {words}")
     refused(run("train", "--lora", tmp_path / "none.toml"), 2, "lora is a section, and ")
     path.rename(other := tmp_path / "lora")  # whatever its name
-    refused(run("train", "--lora", other), 1, f"{other}: ", words)
+    no_toml = "no TOML file; name a key, as in --lora.KEY"
+    refused(run("train", "--lora", other), 1, f"{other}: {no_toml if words == 'Invalid value' else words}")
     refused(run("generate", "--train", other, "hi"), 2, "there is no --train")
     other.write_bytes(b"\xff")
-    refused(run("train", "--lora", other), 1, f"{other}: ", "can't decode")
+    refused(run("train", "--lora", other), 1, f"{other}: {no_toml}")
+
     path.write_text("rank = 3\n")
     status, out, _ = run("train", "--lora", path, "--print-config")
     assert (status, tomllib.loads(out)["lora"]["rank"]) == (0, 3)
+
+
+def test_a_large_file_is_known_for_no_configuration_unread(run: Run, tmp_path: Path) -> None:
+    with (large := tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 40)
+    refused(run("train", "--model", large), 1, f"{large}: no TOML file; name a key, as in --model.KEY")
+    refused(run("train", large), 1, f"{large}: no TOML file; data go to --data.train")
 
 
 def test_options_are_spelled_with_hyphens_or_underscores(run: Run, toml: Path) -> None:
