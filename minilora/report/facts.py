@@ -90,7 +90,8 @@ def _listed(tensors: list[Listed]) -> Facts:
 
 
 def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
-    config, _ = read_config(path, facts.setdefault("layout", find_layout(path)))
+    facts["layout"] = layout = find_layout(path)
+    config, _ = read_config(path, layout)
     facts["architecture"] = to_dict(config) | {"parameters": config.n_parameters}
     checkpoint, listed = open_checkpoint(path), list[Listed]()
     for spec in checkpoint.tensors():

@@ -70,8 +70,9 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> l
 
 
 def _learned(config: RunConfig, sizes: ModelConfig) -> Learned | None:
-    adapters = None if config.train.strategy == "prefix" else Learned.of_lora(sizes, config.lora)
-    return Learned.of(sizes, learned_names(sizes, config.train)) if config.train.base_learns else adapters
+    if config.train.base_learns:
+        return Learned.of(sizes, learned_names(sizes, config.train))
+    return None if config.train.strategy == "prefix" else Learned.of_lora(sizes, config.lora)
 
 
 def work(sizes: ModelConfig, learned: Learned | None, tokens: int, predicted: int) -> int:
