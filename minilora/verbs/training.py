@@ -73,7 +73,7 @@ def data(args: list[str]) -> None:
     parser.add_argument("--show", type=NonNegativeInt, default=3, help="samples to show")
     config, parsed = arguments.parse_run(parser, args, file_first=False)
     if "" in parsed.files:  # what an unset variable gives
-        raise UsageError("FILE is empty; name a file, or leave it out")
+        raise UsageError("the name of a FILE is empty; name one, or leave it out for data.train")
     if parsed.files:
         config = replace(config, data=replace(config.data, train=tuple(parsed.files)))
 

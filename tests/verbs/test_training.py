@@ -139,8 +139,8 @@ def test_data_check_exits_with_1_and_one_line(run: Run, chats: Path, tmp_path: P
     )
     refused(run("data", "check", tmp_path / "no.jsonl"), 1, "no.jsonl: cannot be read")
     refused(run("data", "check"), 1, "data.train is empty")
-    refused(run("data", "check", ""), 2, "FILE is empty; name a file, or leave it out")
-    refused(run("data", "check", chats, ""), 2, "FILE is empty")
+    refused(run("data", "check", ""), 2, "the name of a FILE is empty; name one, or leave it out for data.train")
+    refused(run("data", "check", chats, ""), 2, "the name of a FILE is empty")
     refused(run("data", "chekc", chats), 2, "check")
 
 
