@@ -35,7 +35,7 @@ from minilora.linear import NF4Linear
 from minilora.memory_of_step import StepPlan
 from minilora.model import Mistral
 from minilora.train.graph import StepGraphs
-from minilora.train.setup import optimizer_for
+from minilora.train.setup import optimizer_for, settle_heap
 from minilora.train.step import LossScale, backward_of, train_step
 from minilora.train.strategies import apply_strategy, trainable
 
@@ -49,6 +49,7 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
     train_config = TrainConfig(strategy="qlora", weight_decay=0.0)
     run = RunConfig(lora=LoraConfig(rank=RANK, alpha=ALPHA), train=train_config)
     if adapters:
+        settle_heap(train_config, ())
         apply_strategy(model, run).train()
     weights = trainable(model) if adapters else {}
     state: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from benchmarks import contestants, harness, nf4_cpu, scaling
 from benchmarks.harness import Contestant, ContestantError, Measured, Worker
 from benchmarks.shapes import SHAPES
 from minilora.compiled import compile_loops
+from minilora.train import setup
 
 
 class NoProcess(Worker):
@@ -45,7 +46,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(SHAPES, "tiny", replace(SHAPES["tiny"], vocab_size=512))
     for module in (harness, nf4_cpu, scaling):
         monkeypatch.setattr(module, "Worker", NoProcess)
-    for module in (contestants, nf4_cpu):
-        monkeypatch.setattr(module, "keep_freed_memory", lambda **_: None)
+    for module in (contestants, nf4_cpu, setup):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda *_, **__: None)
     yield
     compile_loops(False)
