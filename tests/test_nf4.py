@@ -102,14 +102,18 @@ def test_a_matrix_is_flattened_row_by_row_as_bitsandbytes_does(dtype: torch.dtyp
     assert torch.equal(transposed.packed, quantize_nf4(weight.T.contiguous(), double_quant=False).packed)
 
 
-def test_where_blocks_go_over_the_ends_of_rows_bitsandbytes_errs_on_a_cpu() -> None:
+def test_where_blocks_go_over_the_ends_of_rows_bitsandbytes_errs_on_a_cpu_with_avx512() -> None:
     """The bytes are the same. Once this fails, README and the note of `minilora export` can go."""
     weight = random_weight(64, 144)
     packed, state = bnb_quantize(weight)
     ours = quantize_nf4(weight, double_quant=False)
     assert torch.equal(ours.packed, packed)
     assert (ours.dequantize() - weight).norm() < 0.1 * weight.norm()
-    assert (bnb.dequantize_4bit(packed.view(-1, 1), state) - weight).norm() > 0.2 * weight.norm()
+    theirs = bnb.dequantize_4bit(packed.view(-1, 1), state)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # as bitsandbytes asks
+        assert (theirs - weight).norm() > 0.2 * weight.norm()
+    else:
+        assert torch.equal(ours.dequantize(), theirs)
 
 
 @pytest.mark.parametrize("storage", DTYPES)

@@ -188,5 +188,5 @@ def _notes(job: _Job) -> list[str]:
     if job.source.nf4:
         notes.append("The weights were in NF4: these are their dequantized values.")
     if job.to == "bnb-4bit" and any(s.is_projection and s.shape[1] % BLOCK_SIZE for s in job.source.tensors()):
-        notes.append(f"bitsandbytes 0.50 decodes rows that are no multiple of {BLOCK_SIZE} wrongly on a CPU.")
+        notes.append(f"With AVX512 bitsandbytes 0.50 decodes rows wrongly that are no multiple of {BLOCK_SIZE}.")
     return notes
