@@ -175,9 +175,16 @@ def _read_parquet(path: str) -> Iterator[tuple[str, Row]]:
             for batch in file.iter_batches(1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:{number}", row
+                    yield f"{path}:{number}", {column: _without_nulls(value) for column, value in row.items()}
     except (ArrowException, ArithmeticError) as error:  # such as a date that Python has not
         raise ValueError(error) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A Parquet value without its objects' nulls: in each row they have all keys that they have in any."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
 def _decode(content: bytes) -> str:

@@ -128,7 +128,7 @@ def _read_tools(data: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = data["tools"] if data.get("tools") is not None else data.get("available_tools")
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"its tools are {kind(tools)}, but must be a list")
-    return tools or None
+    return _as_json(tools, "its tools") or None
 
 
 def _read_messages(messages: Any, system_prompt: Any, alternate: bool, mend: bool) -> list[dict[str, Any]]:
@@ -175,7 +175,17 @@ def _read_message(message: Any, n: int) -> dict[str, Any]:
     if role in ("user", "assistant") and not text.strip() and not calls:
         raise UserError(f"message {n} ({role}) has empty content; fill it, or drop the line")
     kept = {key: message[key] for key in ("tool_calls", "tool_call_id", "name", "weight") if key in message}
+    _as_json(kept, f"message {n} ({role})")
     return {"role": role, "content": text, **kept}
+
+
+def _as_json(value: Any, what: str) -> Any:
+    """The value. Raises UserError for what JSON cannot hold, such as a time or bytes, which a Parquet file may have."""
+    try:
+        json.dumps(value)
+    except (TypeError, RecursionError) as error:
+        raise UserError(f"{what}: {error}; write it as text") from None
+    return value
 
 
 def _what(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,19 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ChatRecord(messages, None, f"{path}:1"),
         TextRecord("a", f"{path}:2"),
     ]
+    weather = {"id": "a23456789", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    add = {"id": "b23456789", "function": {"name": "add", "arguments": {"a": 1, "of": [None, 2]}}}
+    calls = [[messages[0], {"role": "assistant", "tool_calls": [call]}] for call in (weather, add)]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": calls}), tmp_path / "calls.parquet")
+    read = [parse_row(row, where) for where, row in read_rows(tmp_path / "calls.parquet")]
+    assert read == [parse_row({"messages": row}, record.where) for row, record in zip(calls, read, strict=True)]
+    calls[0][1]["tool_calls"] = [weather | {"created": date(2026, 1, 1)}]
+    for row, wrong in (
+        ({"messages": calls[0]}, r"message 2 \(assistant\): Object of type date is not JSON"),
+        ({"messages": messages, "tools": [{"function": b"f"}]}, "its tools: Object of type bytes is not JSON"),
+    ):
+        with pytest.raises(UserError, match=rf"^a.parquet:1: {wrong} serializable; write it as text"):
+            parse_row(row, "a.parquet:1")
     with pytest.raises(UserError, match=r"b.parquet: cannot be read: .*magic bytes"):
         rows(write(tmp_path / "b.parquet", b"x" * 100))
     year_29_348 = pyarrow.table({"text": ["a"], "day": pyarrow.array([10_000_000], pyarrow.int32()).cast("date32")})
