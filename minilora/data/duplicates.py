@@ -11,6 +11,7 @@ first four of those that are measured on, so that thousands of records of one te
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -36,13 +37,13 @@ def near_pairs(texts: Sequence[str], n_learnt: int | None = None) -> list[tuple[
         for each i that is learnt, since it is that which must go
     """
     n = len(texts) if n_learnt is None else n_learnt
-    sets = [_shingles(text) for text in texts]
     factors = np.random.default_rng(0).integers(0, 2**63, BANDS * ROWS, np.uint64) * np.uint64(2) + np.uint64(1)
-    least = np.array([_min_hashes(shingles, factors) for shingles in sets]).reshape(-1, BANDS, ROWS)
+    least = np.array([_min_hashes(_shingles(text), factors) for text in texts]).reshape(-1, BANDS, ROWS)
+    shingles = lru_cache(1024)(lambda i: _shingles(texts[i]))  # all of them would be eight times the text
     near = dict[tuple[bool, int], tuple[int, int]]()
     for i, j in sorted(set(_candidates(least, n))):
         leak_or_copy = (True, i) if i < n <= j else (False, j)
-        if leak_or_copy not in near and _jaccard(sets[i], sets[j]) >= NEAR:
+        if leak_or_copy not in near and _jaccard(shingles(i), shingles(j)) >= NEAR:
             near[leak_or_copy] = i, j
     return list(near.values())
 

@@ -53,7 +53,8 @@ def fingerprints(config: RunConfig) -> dict[str, Any]:
 
     The ending stands behind it where a file is read by that: under another name the same bytes are other samples.
     """
-    named = {key: sources(getattr(config.data, key)) for key in FILE_KEYS}
+    read = [key for key in FILE_KEYS if key != "replay_from" or config.data.replay]
+    named = {key: sources(getattr(config.data, key)) for key in read}
     by_key = {key: _fingerprint(files) for key, files in named.items() if files}
     return by_key | ({"probes": sha256_of(config.eval.probes)} if config.eval.probes and config.eval.samples else {})
 

@@ -53,7 +53,8 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> l
     needed = sum(ledger_of(config, sizes, device, data, probes, sampler).fitted().predict().values())
     n_rows, per_step = len(sampler.rows), train.batch_size * train.accumulate
     speed = _flop_per_s(sizes, min(4096, train.batch_size * length), device, pick_dtype(device, config.model.dtype)[0])
-    targets = sum(data.learnt[i].n_targets for row in sampler.rows for i in row)
+    n_targets = [sample.n_targets for sample in data.learnt]
+    targets = sum(n_targets[i] for row in sampler.rows for i in row)
     flop = work(sizes, _learned(config, sizes), n_rows * length, targets if device.type == "cpu" else n_rows * length)
     seconds = flop / speed
     least = f"{seconds / 60:,.2g} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"

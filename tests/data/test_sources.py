@@ -37,6 +37,10 @@ def test_fingerprints_know_each_file_and_its_weight(tmp_path: Path) -> None:
     a, b = (str(tmp_path / name) for name in "ab")
     digests = [sha256(name).hexdigest() for name in (b"a", b"b")]
     assert fingerprints(RunConfig(data=DataConfig(a, b))) == {"train": digests[0], "validation": digests[1]}
+    replayed = RunConfig(data=DataConfig(a, replay_from=b, replay=0.5))
+    assert fingerprints(replayed) == {"train": digests[0], "replay_from": digests[1]}
+    unread = replace(replayed, data=replace(replayed.data, replay=0.0, replay_from=str(tmp_path / "gone")))
+    assert fingerprints(unread) == {"train": digests[0]}
     several = fingerprints(RunConfig(data=DataConfig((a, f"{b}:3"))))["train"]
     assert several == {"1": {"sha256": digests[0], "weight": None}, "2": {"sha256": digests[1], "weight": 3.0}}
 
