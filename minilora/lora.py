@@ -45,6 +45,12 @@ class Added(nn.Module):
     enabled = True
 
 
+def init_a(lora_A: Tensor, generator: torch.Generator | None = None) -> None:
+    """As PEFT does: kaiming_uniform with a = sqrt(5). B begins as zeros, so the adapter adds nothing yet."""
+    bound = 1 / sqrt(lora_A.shape[1])
+    nn.init.uniform_(lora_A, -bound, bound, generator)
+
+
 class LoRALinear(Added):
     """`base`, frozen, with an adapter beside it. Its names are the field's: lora_A, lora_B, lora_magnitude_vector."""
 
@@ -59,8 +65,7 @@ class LoRALinear(Added):
         device = next(iter([*base.parameters(), *base.buffers()])).device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        bound = 1 / sqrt(base.in_features)  # PEFT's kaiming_uniform with a = sqrt(5)
-        nn.init.uniform_(self.lora_A, -bound, bound)
+        init_a(self.lora_A)
         squared = _squared_rows(base.weight) if config.dora else None
         self.register_buffer("squared_rows", squared, persistent=False)
         magnitude = None if squared is None else nn.Parameter(squared.sqrt())

@@ -157,7 +157,8 @@ def _from_hf(values: Values, file: Path) -> dict[str, Any]:
     dim, n_heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
     if values.get("head_dim") is None and dim % n_heads:
         raise UserError(f"head_dim is not given, and {n_heads} heads do not divide hidden_size {dim}")
-    defaults = {"head_dim": dim // n_heads, "n_kv_heads": n_heads, "max_seq_len": _HF_MAX_SEQ_LEN[kind]}
+    n_kv_heads = n_heads if kind == "llama" or "num_key_value_heads" in values else 8
+    defaults = {"head_dim": dim // n_heads, "n_kv_heads": n_kv_heads, "max_seq_len": _HF_MAX_SEQ_LEN[kind]}
     sizes = {name: _whole(values, key, defaults.get(name)) for name, key in _SIZES.items()}
     window = None if kind == "llama" else _hf_window(values, file, sizes["n_layers"], by_layer=kind == "ministral")
     return sizes | {

@@ -3,7 +3,8 @@
     hf        config.json   model.safetensors.index.json, or model.safetensors
     mistral   params.json   consolidated.safetensors.index.json, or consolidated.safetensors
 
-The first that is complete is taken, so a folder of Mistral 7B v0.3, which has both, is read in Hugging Face's layout.
+The first of which weights are there is taken, so a folder of Mistral 7B v0.3, which has both, is read in Hugging Face's
+layout; but where its shards were not fetched, only their index, in Mistral's.
 An index names shards. What it names must be a plain file name, and the file must lie in the folder, links resolved:
 a downloaded index must not make us read elsewhere.
 """
@@ -38,7 +39,7 @@ def find_layout(folder: Path) -> Layout:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: not a folder; name the folder that holds the checkpoint")
     weights = [x for x in WEIGHTS_NAMES if _index(folder, x).exists() or (folder / WEIGHTS_NAMES[x]).exists()]
-    for layout in weights:
+    for layout in sorted(weights, key=lambda x: not any(folder.glob(f"{Path(WEIGHTS_NAMES[x]).stem}*.safetensors"))):
         if (folder / CONFIG_NAMES[layout]).exists():
             return layout
     if weights:

@@ -8,7 +8,7 @@ its caller and else takes 2. As in all of Mistral's files, the rows of wq and wk
 them those of their B (rope.py). There is one rank, one scale and no word for DoRA, for whole modules or for a prefix.
 
 Source: finetune/checkpointing.py and model/lora.py of github.com/mistralai/mistral-finetune; lora.py of
-mistral-inference, which looks for all seven layers: one without an adapter is written as zeros.
+mistral-inference, which looks for all seven layers: one without an adapter is written as a new one, whose B is zero.
 """
 
 import os
@@ -27,6 +27,7 @@ from minilora.checkpoint.safetensors_file import read_header, write_tensors
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import LoraConfig, ModelConfig, PrefixConfig
 from minilora.errors import UserError
+from minilora.lora import init_a
 
 WEIGHTS, PARAMS = "lora.safetensors", "params.json"
 
@@ -89,9 +90,12 @@ def save_mistral_adapter(adapter: Adapter, sizes: ModelConfig, folder: str | Pat
     for key, used in more.items():
         if used:
             raise UserError(f"mistral-finetune's layout has no word for {key}; keep PEFT's, or merge the adapter")
-    tensors = dict[str, Tensor]()
+    tensors, generator = dict[str, Tensor](), torch.Generator().manual_seed(0)
     for name, shape in expected_shapes(LoraConfig(ranks[0]), sizes).items():  # of all seven layers
-        tensors[name] = adapter.tensors.get(name, torch.zeros(shape)).bfloat16()
+        new = torch.zeros(shape)
+        if name.endswith("lora_A"):  # were it zero as B is, neither would ever learn
+            init_a(new, generator)
+        tensors[name] = adapter.tensors.get(name, new).bfloat16()
         refuse_not_finite(tensors[name], name, "bfloat16 cannot hold it; keep PEFT's layout")
     lora = {"enable": True, "rank": ranks[0], "dropout": config.dropout, "scaling": scales[0]}
     with atomic_folder(folder, overwrite=overwrite) as temp:

@@ -39,6 +39,8 @@ HF_READ: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"head_dim": ...}, {"head_dim": 32}),
     ({"head_dim": None}, {"head_dim": 32}),
     ({"num_key_value_heads": None}, {"n_kv_heads": 4}),
+    ({"num_key_value_heads": ..., "num_attention_heads": 16}, {"n_heads": 16, "n_kv_heads": 8}),
+    (LLAMA | {"num_key_value_heads": ...}, {"n_kv_heads": 4, "sliding_window": None}),
     ({"sliding_window": None}, {"sliding_window": None}),
     ({"sliding_window": ...}, {"sliding_window": 4096}),
     ({"rms_norm_eps": ...}, {"norm_eps": 1e-6}),

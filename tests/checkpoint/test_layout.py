@@ -56,6 +56,15 @@ def test_a_folder_as_it_was_published_opens(name: str, tmp_path: Path) -> None:
     assert mistral.fingerprint() == both.fingerprint()
 
 
+def test_an_index_whose_shards_were_not_fetched_hides_no_whole_model(sharded_folder: Path, originals: Path) -> None:
+    for name in {*weight_map(sharded_folder).values()}:
+        (sharded_folder / name).unlink()
+    assert find_layout(sharded_folder) == "hf"
+    for name in ("consolidated.safetensors", "params.json"):
+        shutil.copy(originals / "mistral" / name, sharded_folder)
+    assert open_checkpoint(sharded_folder).fingerprint() == open_checkpoint(originals / "hf").fingerprint()
+
+
 def test_a_missing_shard(sharded_folder: Path) -> None:
     shard = sharded_folder / weight_map(sharded_folder)["model.norm.weight"]
     shard.unlink()
