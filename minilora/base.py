@@ -72,8 +72,8 @@ class Base:
         quantize: Literal["nf4"] | None = "nf4" if config.quantize == "nf4" else None
         if (trained_on := made_on.get("quantization")) and config.quantize == "auto":
             quantize = "nf4" if trained_on.get("type") == "nf4" else None
-            double_quant = trained_on.get("double_quant")
-            config = config if double_quant is None else replace(config, double_quant=double_quant)
+            if trained_on.get("double_quant") is False:
+                config = replace(config, double_quant=False)
         if adapter is not None and config.path == UNNAMED:
             if not made_on.get("base_path"):
                 raise UserError(f"{adapter}: does not say where its base lies; give it with --model.path")

@@ -129,9 +129,17 @@ def test_an_adapter_brings_its_template(make_config: MakeConfig, tmp_path: Path)
     base = Base.find(BaseConfig(path=UNNAMED, device="cpu"), str(adapter))
     read = read_adapter(adapter, base.checkpoint.config)
     merge_with_audit(base, read, tmp_path / "merged", run.train[:1], 64, force=True)
+    shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("minilora.json", "manifest.json"))
+    named = BaseConfig(path=str(tmp_path / "v1"), device="cpu", quantize="nf4", old_hf_spaces=True)
+    bare = Base.find(named, str(tmp_path / "bare"))
+    merge_with_audit(bare, bare.read_adapter(), tmp_path / "of_bare", run.train[:1], 64, force=True)
     of_all = make_config(config, train__strategy="full", train__output=str(tmp_path / "full"))
     full = fine_tune(of_all, Quiet()).folder.path / "model"
-    for learnt in (tmp_path / "merged", full):  # what they learnt is in them, and said beside them
+    for learnt in (
+        tmp_path / "merged",
+        tmp_path / "of_bare",
+        full,
+    ):  # what they learnt is in them, and said beside them
         assert Base.find(BaseConfig(path=str(learnt))).tokenizer.encode_chat(hello)[0][-2:] == [23809, 2]
         on = make_config(model__path=str(learnt), train__output=str(tmp_path / f"on-{learnt.name}"), train__max_steps=1)
         assert fine_tune(on, Quiet()).tokenizer.template == "v1-hf"
@@ -142,6 +150,20 @@ def test_an_adapter_brings_its_template(make_config: MakeConfig, tmp_path: Path)
     (plain / "minilora.json").write_text(written.replace('"v1-hf"', '"v1"'))
     with pytest.raises(UserError, match=r"whose template is 'v1', but here it is 'v1-hf'; mend --model\.old_hf_spaces"):
         Base.find(BaseConfig(path=UNNAMED, old_hf_spaces=True), str(plain))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_absmax_is_in_8_bits_unless_run_or_user_say_no(
+    make_config: MakeConfig, tmp_path: Path, trained: bool, asked: bool
+) -> None:
+    fine_tune(make_config(model__double_quant=trained, train__max_steps=1), Quiet())
+    base = Base.find(BaseConfig(path=UNNAMED, double_quant=asked, device="cpu"), str(tmp_path / "run" / "adapter"))
+    assert (base.quantize, base.double_quant) == ("nf4", trained and asked)
+    assert [told for told in base.warnings if "double_quant" in told] == [
+        f"{tmp_path}/run/adapter: trained on a base stored with double_quant True, here it is False; "
+        "expect slightly other answers"
+    ] * (trained and not asked)
 
 
 def test_the_tokenizer_of_another_model_is_refused(tiny_base: Path) -> None:

@@ -17,6 +17,7 @@ from minilora.checkpoint.adapter_parts import Adapter
 from minilora.checkpoint.card import license_of, write_card
 from minilora.checkpoint.chat_template import write_tokenizer
 from minilora.checkpoint.load import Progress, unheard
+from minilora.checkpoint.provenance import tokenizer_of
 from minilora.checkpoint.save import plan_hf, write_plan
 from minilora.checkpoint.write import check_target
 from minilora.config import Route, TooLong
@@ -142,6 +143,6 @@ def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapte
     kind = "bnb-4bit" if route == "requantized" else "hf"
     export = {"to": kind, "from": base.checkpoint.name, "adapter": Path(base.adapter or "").name, "onto": route}
     facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance}
-    facts |= {"export": export, "audit": audit.to_dict(route)}
+    facts |= {"tokenizer": tokenizer_of(base.tokenizer), "export": export, "audit": audit.to_dict(route)}
     write_card(folder, name, kind, base.checkpoint.config, facts, base.tokenizer.template, [])
     write_tokenizer(base.tokenizer, folder)
