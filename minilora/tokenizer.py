@@ -77,20 +77,22 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; control pieces have none. It is not that of its parts, joined: see `TextStream`."""
-        text: str = self._model.decode(self._checked(ids))
+        text: str = self._model.decode(self.known(ids))
         return text
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """The bytes that pieces such as <0xE2> stand for; other tokens have none."""
-        pieces = (self._model.id_to_piece(i) for i in self._checked(ids) if self._model.is_byte(i))
+        pieces = (self._model.id_to_piece(i) for i in self.known(ids) if self._model.is_byte(i))
         return bytes(int(piece[1:-1], 16) for piece in pieces)
 
-    def _checked(self, ids: Iterable[int]) -> list[int]:
+    def known(self, ids: Iterable[int]) -> list[int]:
+        """Those that are pieces: what a model's vocabulary has beyond them (`mismatch`) has no text. Raises UserError
+        for any other."""
         ids = [int(i) for i in ids]
         for i in ids:
-            if not 0 <= i < self.vocab_size:
+            if not 0 <= i < self.vocab_size + MAY_LACK:
                 raise UserError(f"token id {i} is outside of the vocabulary, 0 to {self.vocab_size - 1}")
-        return ids
+        return [i for i in ids if i < self.vocab_size]
 
     def control_name(self, token: int) -> str | None:
         """The name of a token that stands for no text: "<s>", "</s>" or, from v2 on, "[INST]", ..."""
@@ -182,7 +184,7 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text that this token makes final, often "". Raises UserError for an id outside of the vocabulary."""
-        ids = [*self._held, token]
+        ids = [*self._held, *self._tokenizer.known([token])]
         begun = self._tokenizer.bytes_of(ids)
         whole = codecs.utf_8_decode(begun, "replace", False)[1] if len(begun) == len(ids) else len(ids)
         self._held = ids[whole:]
