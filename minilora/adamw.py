@@ -49,9 +49,13 @@ State = tuple[Tensor, ...]
 Piece = tuple[Tensor, Tensor, State]  # parameters and gradients, each (n,), and their state
 
 
-def state_bytes(kind: Optimizer, n: int) -> int:
-    """Of n numbers' moments; of several parameters it may be an entry more each."""
-    return sum(-(-n // shared) * dtype.itemsize for dtype, shared in STATE[kind].values())
+def state_bytes(kind: Optimizer, n: int, pinned: bool = False) -> int:
+    """Of n numbers' moments; of several parameters it may be an entry more each.
+
+    pinned: of the host, of which torch takes a power of two for each tensor
+    """
+    each = (-(-n // shared) * dtype.itemsize for dtype, shared in STATE[kind].values())
+    return sum(1 << (size - 1).bit_length() if pinned else size for size in each)
 
 
 class Update(NamedTuple):

@@ -35,8 +35,9 @@ def of_system(error: OSError | UnicodeError) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised it for want of memory: its own class on a GPU, a RuntimeError among others on a CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether torch raised it for want of memory: its own class for a GPU's, else a RuntimeError among others."""
+    said = ("can't allocate memory", "CUDA error: out of memory")  # the second of pinned memory
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in said)
 
 
 def need_library(name: str, extra: str, what: str) -> None:

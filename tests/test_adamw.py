@@ -260,6 +260,8 @@ def test_the_bytes_of_the_state(kind: Optimizer) -> None:
     assert sum(part.nbytes for part in state.values()) == state_bytes(kind, 16 * 4096)
     assert state_bytes("adamw", 16 * 4096) == 8 * 16 * 4096
     assert state_bytes("adamw_8bit", 42_000_000) == pytest.approx((2 + 8 / 256) * 42e6, rel=1e-6)
+    assert state_bytes("adamw", 42_000_000, pinned=True) == 2 * 2**28
+    assert state_bytes("adamw", 2**20, pinned=True) == state_bytes("adamw", 2**20)
 
 
 # -- paged -------------------------------------------------------------------------------------------------------------

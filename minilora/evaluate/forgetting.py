@@ -67,7 +67,10 @@ class Forgetting:
         """Ask the base, which is not kept: the model before a strategy touches it."""
         self.config, self.tokenizer, self.general, self.probes = config, tokenizer, general, probes
         self.before, self.base_answers = self.measure(base), self.answers(base)
-        self.log_p = torch.cat([log_p for log_p, _ in self.log_probabilities(base)]) if general else torch.empty(0)
+        n_tokens = min(config.eval.general_tokens, sum(sample.n_targets for sample in general))
+        self.log_p, start = torch.empty(n_tokens, base.config.vocab_size), 0
+        for log_p, _ in self.log_probabilities(base) if general else ():
+            self.log_p[start : (start := start + len(log_p))] = log_p
 
     def measure(self, model: Mistral) -> dict[str, float]:
         """Loss and perplexity of the whole general text; {} if there is none."""

@@ -48,6 +48,9 @@ def ledger_of(
     config: RunConfig, sizes: ModelConfig, device: torch.device, data: Data, probes: list[Sample], sampler: RowSampler
 ) -> "Ledger":
     """The ledger of a run on these data, which also answers the probes."""
+    if n_general := sum(sample.n_targets for sample in data.samples["general"]):
+        n_tokens = min(config.eval.general_tokens, n_general)
+        config = replace(config, eval=replace(config.eval, general_tokens=n_tokens))
     first = make_batch(data.learnt, sampler.rows[: config.train.batch_size], config.data.max_seq_len)
     lengths = (chat.length for samples in data.samples.values() for chat in samples if has_prompt(chat))
     prompts = [longest_prompt(data.samples[part], config.eval) for part in ("validation", "test")]
@@ -84,9 +87,13 @@ class Ledger:
             in_between.append(replace(scored, length=self.prompt).forward_bytes(limits.max_new_tokens))
         on_cpu = self.device.type == "cpu"
         held = {"process": private_bytes()} if on_cpu else {}
-        if on_cpu and self.config.data.general:
-            held["base's predictions"] = 4 * self.sizes.vocab_size * self.config.eval.general_tokens
+        if on_cpu and (of_base := self._base_predictions_bytes()):
+            held["base's predictions"] = of_base
         return held | plan.predict(in_between)
+
+    def _base_predictions_bytes(self) -> int:
+        """Bytes of what the base says of the general text, which lies in the host's memory."""
+        return 4 * self.sizes.vocab_size * self.config.eval.general_tokens if self.config.data.general else 0
 
     def _plan(self) -> StepPlan:
         model, train, length, first = self.config.model, self.config.train, self.config.data.max_seq_len, self.first
@@ -141,10 +148,8 @@ class Ledger:
     def check(self) -> dict[str, int]:
         """The prediction. Raises UserError if it does not fit, with the mildest form of each setting that is enough."""
         predicted, free = self.predict(), free_bytes(self.device)
-        of_state = state_bytes(self.config.train.optimizer, predicted.get("gradients", 0) // 4)
-        if self._plan().paged and of_state > (of_host := free_bytes(CPU)):
-            needed = f"train.paged needs {as_text(of_state)} of the host's memory, {as_text(of_host)} are free"
-            raise UserError(f"{needed}: let fewer weights learn, or set train.optimizer adamw_8bit if it is not")
+        if self.device.type != "cpu":
+            self._check_host(predicted.get("gradients", 0) // 4)
         if sum(predicted.values()) <= free:
             return predicted
         enough, strongest, together = dict[str, str](), dict[str, str](), self
@@ -158,6 +163,19 @@ class Ledger:
             too_much = "" if together._total() <= free else ", too much still: take a smaller model"
             advice = f"even {', '.join(strongest.values()) or 'this'} comes to {as_text(together._total())}{too_much}"
         raise UserError(f"the run needs {as_text(self._total())} of memory, {as_text(free)} are free: {advice}")
+
+    def _check_host(self, n_learned: int) -> None:
+        """Raise UserError if what a run on a GPU keeps in the host's memory does not fit there."""
+        of_state = state_bytes(self.config.train.optimizer, n_learned, pinned=True) if self._plan().paged else 0
+        needs = {
+            "train.paged": (of_state, "let fewer weights learn, or set train.optimizer adamw_8bit if it is not"),
+            "eval.general_tokens": (self._base_predictions_bytes(), "set a smaller one"),
+        }
+        free, most = max(0, free_bytes(CPU) - private_bytes()), max(needs, key=lambda key: needs[key][0])
+        if (total := sum(n for n, _ in needs.values())) > free:
+            keys = " and ".join(key for key, (n, _) in needs.items() if n)
+            needed = f"for {keys} {as_text(total)} of the host's memory are needed, {as_text(free)} are free"
+            raise UserError(f"{needed}: {needs[most][1]}")
 
     def _smaller(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Settings that need less memory, the mildest form of each first: key, value, what changes in its sections."""

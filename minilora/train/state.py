@@ -11,7 +11,7 @@ numpy's random states are not used. A checkpoint is taken between steps, so ther
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -38,7 +38,7 @@ class Counters:
     """How far a run is.
 
     step: batches taken; updates: of them, those that changed the weights (the schedule counts these)
-    tokens, target_tokens: trained on so far; bad_in_a_row: steps left out, one after another
+    tokens, target_tokens: of the batches taken; bad_in_a_row: steps left out, one after another
     best_loss, best_step: of the best validation; validations_since_best: for early stopping
     metrics_bytes, timing_bytes: lengths of the metrics files, which a resumed run cuts back to
     peak_private_bytes: the most private memory of the steps so far, also of the processes before this one
@@ -104,20 +104,23 @@ class RunState:
             like |= self._moments()
         if "rng.cuda" in held and torch.cuda.is_available():
             like["rng.cuda"] = torch.cuda.get_rng_state()
-        tensors = _read_tensors(folder, held, like)
-        steps = {int(tensor) for key, tensor in tensors.items() if key.endswith(".step")}
+        read = _tensors(folder, held, like)  # twice: all are looked at before one is changed, and none is kept
+        small = {key: tensor for key, tensor in read if key.endswith(".step") or key.startswith("rng.")}
+        steps = {int(tensor) for key, tensor in small.items() if key.endswith(".step")}
         if len(steps) > 1:
             raise UserError(f"{folder / TENSORS}: its weights have taken unlike numbers of steps, {sorted(steps)}")
         try:
             self.sampler.load_state_dict(document["sampler"])
-            torch.set_rng_state(tensors["rng.cpu"])
-            if "rng.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["rng.cuda"])
+            torch.set_rng_state(small["rng.cpu"])
+            if "rng.cuda" in small:
+                torch.cuda.set_rng_state(small["rng.cuda"])
         except RuntimeError as error:
             raise UserError(f"{folder / TENSORS}: holds no random state of this torch: {error}") from None
-        _copy(tensors, self.weights)
         for key, moment in self._moments().items():
-            moment.copy_(tensors.get(key, torch.zeros(())))
+            if key not in like:
+                moment.zero_()
+        for key, tensor in _tensors(folder, held, like):
+            like[key].copy_(tensor)
         self.optimizer.steps = max(steps, default=0)
         self.loss_scale = LossScale(**document["loss_scale"])
         self.counters = Counters(**document["counters"])
@@ -172,19 +175,20 @@ def _check(values: Any, kinds: Mapping[str, Any], what: str) -> None:
     raise UserError(f"{what} is {short(values)}, which no run of this version writes; resume from another checkpoint")
 
 
-def _read_tensors(folder: Path, held: Mapping[str, TensorEntry], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by key. Raises UserError where they are not those of `like`, or not finite."""
+def _tensors(folder: Path, held: Mapping[str, TensorEntry], like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors with their keys, read one by one. Raises UserError where they are not those of `like`, or
+    not finite."""
     wrong = like.keys() ^ held.keys()
     wrong |= {k for k in like.keys() & held.keys() if (like[k].dtype, like[k].shape) != held[k].kind}
     if wrong:
         raise UserError(f"{folder / TENSORS}: {short(min(wrong))} is not as this run writes it; it is another run's")
-    tensors = {key: held[key].read() for key in like}
     remedy = "resume from another checkpoint"
-    for key, tensor in tensors.items():
+    for key in like:
+        tensor = held[key].read()
         refuse_not_finite(tensor, f"{folder / TENSORS}: {key}", remedy)
         if key.endswith((".step", ".exp_avg_sq", "_absmax")) and tensor.min() < 0:
             raise UserError(f"{folder / TENSORS}: {key} is below 0, as no run writes it; {remedy}")
-    return tensors
+        yield key, tensor
 
 
 def refuse_other_run(saved: Any, current: dict[str, Any], folder: Path, prefix: str = "") -> None:
@@ -203,10 +207,8 @@ def load_weights(weights: dict[str, nn.Parameter], folder: Path) -> None:
     """Load only the trained weights of a checkpoint: how the best one is put back."""
     read_document(folder)
     held, like = read_header(folder / TENSORS), _of_weights(weights)
-    _copy(_read_tensors(folder, {key: held[key] for key in held.keys() & like.keys()}, like), weights)
-
-
-@torch.no_grad()
-def _copy(tensors: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in weights.items():
-        parameter.copy_(tensors[f"weight.{name}"])
+    held = {key: held[key] for key in held.keys() & like.keys()}
+    for _ in _tensors(folder, held, like):  # all are looked at before one is changed
+        pass
+    for key, tensor in _tensors(folder, held, like):
+        like[key].copy_(tensor)

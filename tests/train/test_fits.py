@@ -278,14 +278,28 @@ def test_on_a_gpu_paging_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_paged_state_must_fit_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     paged = changed(model={"dtype": "float32"}, train={"strategy": "full", "paged": True})
-    monkeypatch.setattr(ledger, "free_bytes", lambda device: 1e12 if device.type == "cuda" else 3e8)
+    monkeypatch.setattr(ledger, "free_bytes", lambda device: 1e12 if device.type == "cuda" else 1e9)
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 100_000_000)
     on_card = replace(of(paged), device=torch.device("cuda"))
-    with pytest.raises(
-        UserError, match=r"^train.paged needs 622.9 MB of the host's memory, 300.0 MB are free: .*adamw_8bit"
-    ):
+    message = r"^for train.paged 1.07 GB of the host's memory are needed, 900.0 MB are free: .*adamw_8bit"
+    with pytest.raises(UserError, match=message):
         on_card.check()
     coded = replace(paged, train=replace(paged.train, optimizer="adamw_8bit"))
     assert replace(on_card, config=coded).check()["optimizer"] == state_bytes("adamw_8bit", 2 * PAGE)
+
+
+def test_what_the_base_says_must_fit_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = changed(data={"general": "general.jsonl"}, eval={"general_tokens": 10_000})
+    said = 4 * of(run).sizes.vocab_size * 10_000
+    monkeypatch.setattr(ledger, "private_bytes", lambda: 100_000_000)
+    for free, fits in ((said + 100_000_000, True), (said + 99_999_999, False)):
+        monkeypatch.setattr(ledger, "free_bytes", lambda device, free=free: 1e12 if device.type == "cuda" else free)
+        on_card = replace(of(run), device=torch.device("cuda"))
+        if fits:
+            on_card.check()
+        else:
+            with pytest.raises(UserError, match=r"^for eval.general_tokens .* are needed, .*: set a smaller"):
+                on_card.check()
 
 
 def test_evaluation_counts_where_it_takes_more_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
