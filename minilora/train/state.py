@@ -208,7 +208,7 @@ def load_weights(weights: dict[str, nn.Parameter], folder: Path) -> None:
     read_document(folder)
     held, like = read_header(folder / TENSORS), _of_weights(weights)
     held = {key: held[key] for key in held.keys() & like.keys()}
-    for _ in _tensors(folder, held, like):  # all are looked at before one is changed
-        pass
-    for key, tensor in _tensors(folder, held, like):
-        like[key].copy_(tensor)
+    for copying in (False, True):  # all are looked at before one is changed
+        for key, tensor in _tensors(folder, held, like):
+            if copying:
+                like[key].copy_(tensor)

@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import tiny_model
+from torch import Tensor
 
 from minilora.adamw import STATE, FlatAdamW
+from minilora.checkpoint.safetensors_file import TensorEntry
 from minilora.checkpoint.write import atomic_folder
 from minilora.config import LoraConfig, Optimizer
 from minilora.data.pack import RowSampler
@@ -166,6 +169,25 @@ def test_the_best_weights_alone(tmp_path: Path) -> None:
     whole.save(tmp_path / "whole")
     sizes = [(tmp_path / name / "state.safetensors").stat().st_size for name in ("best", "whole")]
     assert sizes[0] < sizes[1] / 2
+
+
+def test_a_checkpoint_is_read_a_tensor_at_a_time(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive, most, read = WeakSet[Tensor](), 0, TensorEntry.read
+
+    def counted(entry: TensorEntry) -> Tensor:
+        nonlocal most
+        tensor = read(entry)
+        if tensor.dtype == torch.float32 and tensor.numel() > 1:
+            alive.add(tensor)
+            most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(TensorEntry, "read", counted)
+    state = fresh()
+    state.load(saved)
+    load_weights(state.weights, saved)
+    assert most <= 2, "the one before is let go once there is a next"
+    assert len(state.weights) > 4
 
 
 def test_a_new_save_replaces_the_old_one(saved: Path) -> None:
