@@ -2,7 +2,7 @@
 
     .jsonl .json   an object a line, or one array of objects       "file:line", in an array "file:item"
     .csv           a row for each row below the header             "file:line", the one that the row ends in
-    .parquet       a row for each row, read by pyarrow             "file:row"
+    .parquet       a row for each row; null in a struct is no key  "file:row"
     .txt           the whole file is one document of raw text      "file:1"
 
 A name with another ending is read as .jsonl. In a .txt no line or blank line ends the document: paragraphs belong
