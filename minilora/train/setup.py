@@ -184,7 +184,7 @@ def _check_fits(ledger: Ledger, folder: RunFolder, n_steps: int, reporter: Repor
     if kept := ledger.kept():
         reporter.say(kept)
     n_learned = predicted.get("gradients", 0) // 4
-    check_space(folder.path, _saved_bytes(ledger.config.train, n_learned, n_steps) - folder.n_bytes())
+    check_space(folder.path, _saved_bytes(ledger, n_learned, n_steps) - folder.n_bytes())
     return predicted
 
 
@@ -227,10 +227,13 @@ def _tell_steps(
         reporter.say(f"paged: {n_bytes} of the optimizer's state {where}")
 
 
-def _saved_bytes(train: TrainConfig, n_learned: int, n_steps: int) -> int:
-    """The most that a run has on the disk: checkpoints, one of them new, the best step's weights and the last ones."""
-    weights, state = 4 * n_learned, state_bytes(train.optimizer, n_learned)
-    return min(train.keep_checkpoints + 1, ceil(n_steps / train.checkpoint_every)) * (weights + state) + 2 * weights
+def _saved_bytes(ledger: Ledger, n_learned: int, n_steps: int) -> int:
+    """The most that a run has on the disk: checkpoints, one of them new, the best step's weights, and what it leaves:
+    what was added to the base, or the whole model where weights of the base learn."""
+    train, weights = ledger.config.train, 4 * n_learned
+    checkpoint, left = weights + state_bytes(train.optimizer, n_learned), 4 * ledger.sizes.n_parameters
+    n_checkpoints = min(train.keep_checkpoints + 1, ceil(n_steps / train.checkpoint_every))
+    return n_checkpoints * checkpoint + weights + (left if train.base_learns else weights)
 
 
 def _origin(config: RunConfig, model: Mistral, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:

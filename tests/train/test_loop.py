@@ -479,13 +479,16 @@ def test_a_run_without_any_log_still_ends_well(
     assert summary["tok_per_s"] is None
 
 
+@pytest.mark.parametrize("learns", [{}, {"train__strategy": "partial", "train__layers": 1}])
 def test_a_disk_that_is_too_small_is_found_before_the_base_is_loaded(
-    make_config: MakeConfig, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: dict[str, Any]
 ) -> None:
-    """Two checkpoints, of weights and two moments, and twice the weights; what a run has written counts as free."""
-    config = make_config(train__checkpoint_every=2)
+    """Two checkpoints, of weights and two moments, the best weights, and what is left: of partial the whole model; what
+    a run has written counts as free."""
+    config = make_config(train__checkpoint_every=2, **learns)
     run = fine_tune(config, Quiet())
-    needed = 4 * sum(p.numel() for p in trainable(run.model).values()) * (2 * 3 + 2)
+    learned, whole = (sum(p.numel() for p in ps) for ps in (trainable(run.model).values(), run.model.parameters()))
+    needed = 4 * (learned * (2 * 3 + 1) + (whole if learns else learned))
     assert run.folder.n_bytes() > needed
 
     def disk_with(free: int) -> None:
