@@ -1,4 +1,8 @@
-"""The whole road of a run in a folder that is thrown away: config, data, shapes, one step, save, reload, generate."""
+"""The whole road of a run in a folder that is thrown away: config, data, shapes, one step, save, reload, generate.
+
+What the run itself checks before it loads its base is checked first, as it is configured; then the step, without the
+answers that a run gives before and after.
+"""
 
 import tempfile
 from dataclasses import replace
@@ -19,16 +23,16 @@ from minilora.model import Mistral
 from minilora.tokenizer import Tokenizer
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import refuse_output
-from minilora.train.setup import Reporter
+from minilora.train.setup import Reporter, check_run
 
 COMPARED = 64  # tokens, by whose logits the reloaded model is known
 
 
 def dry_run(config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> None:
-    """Take one step, save, reload and generate, in a folder that is thrown away.
+    """Check what the run would; take one step, save, reload and generate, in a folder that is thrown away.
 
     Raises UserError for what would stop the run, and if what was saved does not come back bit for bit. That the run
-    could not have its `train.output` is only told.
+    could not have its `train.output` is only told. The checkpoint that it would go on from is not looked at.
 
     resume, overwrite: how the run would be begun
     """
@@ -36,6 +40,7 @@ def dry_run(config: RunConfig, reporter: Reporter, resume: bool = False, overwri
         refuse_output(config, resume, overwrite)
     except UserError as error:
         reporter.say(f"warning: the run itself would be refused: {error}")
+    reporter.say(f"memory of the run, its answers included: {as_text(sum(check_run(config).values()))} predicted")
     with tempfile.TemporaryDirectory() as folder:
         train = replace(config.train, output=folder, max_steps=1, warmup_steps=0)
         short = replace(config, train=train, eval=replace(config.eval, answers=0, samples=0))

@@ -114,19 +114,19 @@ def _begun_from(config: RunConfig, adapter: str, checkpoint: Checkpoint) -> RunC
 
 def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
-    config, checkpoint, data, probes = _read_inputs(config, reporter)
-    device = pick_device(config.model.device)
+    checkpoint, data, probes, sampler, n_steps, ledger = _planned(config)
+    config, device = ledger.config, ledger.device
+    for warning in data.warnings():
+        reporter.say(warning)
     dtype, why = _pick_dtype(config, checkpoint, device)
-    compile_loops(config.train.compile and device.type == "cpu")
     reporter.say(told(device))
     if config.train.adapter:
         reporter.say(f"adapters begin as those of {config.train.adapter}, with its [lora]")
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
-    lengths = [sample.length for sample in data.learnt]
-    sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed, mix=data.mix)
-    ledger = ledger_of(config, checkpoint.config, device, data, probes, sampler).fitted()
-    n_steps = steps_of_run(lengths, config, data.mix)
-    predicted = _check_fits(ledger, folder, n_steps, reporter)
+    predicted = _check_fits(ledger, folder.path, n_steps, folder.n_bytes())
+    reporter.say(one_line(predicted))
+    if kept := ledger.kept():
+        reporter.say(kept)
 
     model = load_model(
         checkpoint.folder, quantize=config.quantize, double_quant=config.model.double_quant, dtype=dtype, device=device
@@ -154,10 +154,22 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     )  # fmt: skip
 
 
-def _read_inputs(config: RunConfig, reporter: Reporter) -> tuple[RunConfig, Checkpoint, Data, list[Sample]]:
-    """What a run is made from: its configuration, settled, its base, opened, its data and probes.
+def check_run(config: RunConfig) -> dict[str, int]:
+    """All that a run does before it loads its base, and nothing else; the memory that it will need, by owner.
 
-    Raises UserError for what is missing, and for the first fault of the data.
+    Raises UserError for what it is made from, and where memory, or the space on the disk of `train.output`, is short.
+    """
+    *_, n_steps, ledger = _planned(config)
+    folder = Path(config.train.output)
+    return _check_fits(ledger, folder, n_steps, sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+
+
+def _planned(config: RunConfig) -> tuple[Checkpoint, Data, list[Sample], RowSampler, int, Ledger]:
+    """What a run is made from: its base, opened, its data and probes, the order of the data, how many steps it has, and
+    its ledger, which has the configuration, settled.
+
+    Raises UserError for what is missing, for the first fault of the data, where the strategy cannot train the base, and
+    where torch cannot compile.
     """
     check_libraries(config.eval.metrics)
     if config.train.tensorboard:
@@ -172,19 +184,21 @@ def _read_inputs(config: RunConfig, reporter: Reporter) -> tuple[RunConfig, Chec
     if config.eval.patience and not data.samples["validation"]:
         without = "none; name data.validation or data.validation_share, or leave it out"
         raise UserError(f"eval.patience waits for a better validation, and there is {without}")
-    for warning in data.warnings():
-        reporter.say(warning)
-    return config, checkpoint, data, probes
+    _pick_dtype(config, checkpoint, device := pick_device(config.model.device))
+    compile_loops(config.train.compile and device.type == "cpu")  # what it imports is in the ledger, too
+    lengths = [sample.length for sample in data.learnt]
+    sampler = RowSampler(lengths, config.data.max_seq_len, config.train.seed, mix=data.mix)
+    ledger = ledger_of(config, checkpoint.config, device, data, probes, sampler).fitted()
+    return checkpoint, data, probes, sampler, steps_of_run(lengths, config, data.mix), ledger
 
 
-def _check_fits(ledger: Ledger, folder: RunFolder, n_steps: int, reporter: Reporter) -> dict[str, int]:
-    """The predicted memory, which is told. Raises UserError where that, or the space on the disk, is short."""
+def _check_fits(ledger: Ledger, folder: Path, n_steps: int, written: int) -> dict[str, int]:
+    """The predicted memory. Raises UserError where that, or the space on the disk, is short.
+
+    written: bytes that lie in the folder already, and count as free
+    """
     predicted = ledger.check()
-    reporter.say(one_line(predicted))
-    if kept := ledger.kept():
-        reporter.say(kept)
-    n_learned = predicted.get("gradients", 0) // 4
-    check_space(folder.path, _saved_bytes(ledger, n_learned, n_steps) - folder.n_bytes())
+    check_space(folder, _saved_bytes(ledger, predicted.get("gradients", 0) // 4, n_steps) - written)
     return predicted
 
 

@@ -890,6 +890,29 @@ def test_a_dry_run_tells_that_the_folder_is_taken(make_config: MakeConfig) -> No
         assert [line.endswith("or --train.output") for line in said] == [True] * refused
 
 
+def test_a_dry_run_looks_at_the_disk_that_the_run_writes_to(
+    make_config: MakeConfig, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all of its steps; what would be begun anew there counts as free."""
+    config = make_config(train__checkpoint_every=1)
+    needed = 4 * (3 * 3 + 2) * sum(p.numel() for p in trainable(fine_tune(config, Quiet()).model).values())
+    shutil.move(tmp_path / "run", tmp_path / "away")
+    free = needed
+
+    def disk_usage(path: Path) -> Any:
+        here = free if Path(path).is_relative_to(tmp_path) else 10**15
+        return shutil._ntuple_diskusage(2 * here, here, here)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    dry_run.dry_run(config, Quiet())
+    free = needed - 1
+    with pytest.raises(UserError, match=r"run: .* GB are needed, .* are free; free some or choose another folder"):
+        dry_run.dry_run(config, quiet)
+    assert not quiet.steps
+    shutil.move(tmp_path / "away", tmp_path / "run")
+    dry_run.dry_run(config, quiet, overwrite=True)
+
+
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,9 @@ def test_a_folder_that_holds_a_run(run: Run, finished: Path) -> None:
     refused(run("train", finished / "config.toml", "--resume", "--overwrite"), 2, "give one of them")
     status, _, err = run("train", finished / "config.toml", "--resume")
     assert (status, err) == (0, "")
+    status, out, err = run("train", finished / "config.toml", "--resume", "--dry-run")
+    assert (status, err) == (0, "")
+    assert "the checkpoint to go on from was not looked at; nothing was kept" in out
 
 
 def test_a_dry_run_goes_the_whole_way_and_keeps_nothing(run: Run, toml: Path, tmp_path: Path) -> None:
@@ -48,6 +51,15 @@ def test_a_dry_run_goes_the_whole_way_and_keeps_nothing(run: Run, toml: Path, tm
         assert "nothing was kept" in out
         assert "is answered" in out
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_the_run_would(run: Run, toml: Path, tmp_path: Path) -> None:
+    """Also where only its answers, which a dry run does not give, need it."""
+    too_many = ["--data.validation=null", "--eval.batch_size", 10**9]
+    for flags, words in ((["--eval.probes", tmp_path / "no.txt"], "no.txt: cannot be read"), (too_many, "of memory")):
+        for dry in ([], ["--dry-run"]):
+            refused(run("train", toml, *flags, *dry), 1, words)
+    assert run("train", toml, *too_many, "--eval.samples", 0, "--eval.answers", 0, "--dry-run")[0] == 0
 
 
 @pytest.mark.parametrize("closed", [True, False])
