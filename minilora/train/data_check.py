@@ -13,7 +13,6 @@ import torch
 
 from minilora.backend import pick_device, pick_dtype, product_dtype_of
 from minilora.base import tokenizer_for
-from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.write import atomic_write
 from minilora.config import ModelConfig, RunConfig
 from minilora.data.check import Data, Finding, figures, load_data, mended
@@ -24,17 +23,18 @@ from minilora.memory import as_text, free_bytes
 from minilora.memory_at_rest import Learned
 from minilora.train.ledger import ledger_of
 from minilora.train.schedule import steps_of_run, too_short
+from minilora.train.setup import settled
 from minilora.train.strategies import learned_names
 
 
 def check_data(config: RunConfig) -> tuple[Data, list[tuple[str, str]]]:
     """(the data and what was found in them, figures as names and texts; none if nothing is left).
 
-    Raises UserError for a file that cannot be read.
+    Raises UserError for a file that cannot be read, and as `settled` does.
     """
     if not config.data.train:
         raise UserError("data.train is empty; name a file, as in `minilora data check chats.jsonl`")
-    checkpoint = open_checkpoint(config.model.path)
+    config, checkpoint = settled(config)
     data = load_data(config.data, tokenizer_for(config.model, checkpoint), checkpoint.config)
     if not data.samples["train"] or (data.mix and 0 in data.mix.sizes):
         return data, []
@@ -109,8 +109,8 @@ def fix_data(config: RunConfig, out: str) -> str:
 
     out: a new file. Raises UserError if nothing can be kept, or what was written has a fault still.
     """
+    config, checkpoint = settled(config)
     whole = replace(config.data, validation_share=0.0, test_share=0.0, share=1.0)
-    checkpoint = open_checkpoint(config.model.path)
     tokenizer, sizes = tokenizer_for(config.model, checkpoint), checkpoint.config
     text, left_out = mended(load_data(whole, tokenizer, sizes, mend=True))
     if not text:

@@ -102,7 +102,7 @@ def _begun_from(config: RunConfig, adapter: str, checkpoint: Checkpoint) -> RunC
     if not isinstance(base.added, LoraConfig):
         raise UserError(f"train.adapter: {adapter} is a prefix, which only begins anew")
     for text in base.warnings:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=2)
     lora = replace(base.added, dropout=config.lora.dropout)
     for key, value in vars(config.lora).items():
         if value not in (own := getattr(lora, key), getattr(LoraConfig(), key)):

@@ -20,8 +20,11 @@ from minilora.config import LoraConfig, RunConfig
 from minilora.errors import UserError
 from minilora.fast_block import FusedBlock
 from minilora.lora import LoRALinear
+from minilora.tokenizer import OLD_HF
 from minilora.train.compare import all_variants
+from minilora.train.data_check import check_data, fix_data
 from minilora.train.dry_run import dry_run
+from minilora.train.ledger import Ledger
 from minilora.train.loop import fine_tune
 from minilora.train.setup import settled
 from minilora.train.signals import Stopped
@@ -98,6 +101,11 @@ def test_another_storage_of_the_base_is_said(make_config: MakeConfig, first: Run
         settled(config)
     with pytest.warns(UserWarning, match="trained on a base stored with type nf4, here it is none"):
         settled(make_config(config, train__strategy="lora"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        settled(make_config(config, train__strategy="lora"))
+        settled(make_config(config, train__strategy="lora"))  # as by `minilora data check --fix`
+    assert len(said) == 1
 
 
 def test_what_is_no_adapter_is_told_before_anything_is_loaded(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -138,6 +146,25 @@ def test_tokenizer_and_template_are_the_adapter_s(make_config: MakeConfig, first
     assert told[0] == told[1]
 
 
+def test_data_check_sees_what_the_run_sees(
+    make_config: MakeConfig, first: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's [lora], of which the memory is, and its tokenizer, also where data are mended."""
+    base, ledgers = tmp_path / "base", list[Ledger]()
+    shutil.copytree(first.model.path, base)
+    (base / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    old = make_config(
+        first, model__path=str(base), model__tokenizer=str(tmp_path / "tokenizer.model"), eval__samples=0,
+        train__output=str(tmp_path / "old"),
+    )  # fmt: skip
+    fine_tune(old, Quiet())
+    config = begun_from(make_config, old, model__path=str(base))
+    monkeypatch.setattr(Ledger, "fitted", lambda self: ledgers.append(self) or self)
+    data, _ = check_data(config)
+    assert (data.tokenizer.path, ledgers[0].config.lora) == (tmp_path / "tokenizer.model", first.lora)
+    assert "60 records; left out: nothing" in fix_data(config, str(tmp_path / "fixed.jsonl"))
+
+
 def test_an_old_template_is_kept(make_config: MakeConfig, tmp_path: Path) -> None:
     """The one that put no space before an answer, which an adapter may have learnt."""
     base = tmp_path / "v1"
@@ -147,6 +174,7 @@ def test_an_old_template_is_kept(make_config: MakeConfig, tmp_path: Path) -> Non
     fine_tune(make_config(old, eval__samples=0, eval__answers=0), Quiet())
     config, _ = settled(begun_from(make_config, old, model__path=str(base)))
     assert config.model.old_hf_spaces
+    assert check_data(begun_from(make_config, old, model__path=str(base)))[0].tokenizer.template == OLD_HF
 
 
 @pytest.mark.parametrize("strategy", ["full", "prefix"])
