@@ -68,13 +68,15 @@ class Variant:
 
 
 def combinations(
-    strategies: Sequence[str], grid: Sequence[str], shares: Sequence[str], lr: float
+    strategies: Sequence[str], grid: Sequence[str], shares: Sequence[str], lr: float, is_partial: bool = False
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """(name, keys and values) of each run: every strategy with every combination of the grid, on all of the data, and
     with the first combination on the `shares` of them. No strategy: the configuration's own.
 
-    grid: "KEY=A,B", each; commas in brackets are a value's own. Raises UsageError for what is none, for a key that no
-    configuration has, and for an unknown strategy.
+    grid: "KEY=A,B", each; commas in brackets are a value's own
+    lr, is_partial: of the configuration; a partial one says itself which weights learn
+
+    Raises UsageError for what is no grid, for a key that no configuration has, and for an unknown strategy.
     """
     if unknown := [name for name in strategies if name not in STRATEGIES]:
         raise UsageError(f"there is no strategy {unknown[0]!r} to compare; there are {', '.join(STRATEGIES)}")
@@ -93,6 +95,7 @@ def combinations(
         axes.append([(key, value) for value in values])
     for strategy in strategies or [""]:
         sets, factor = STRATEGIES.get(strategy, ({}, 1.0))
+        sets = {"train.strategy": "partial"} | _NOT_DORA if is_partial and strategy == "partial" else sets
         own = {"train.lr": f"{lr * factor:g}"} if factor != 1 else {}
         for n, values_of in enumerate(product(*axes)):
             for share in [None, *(shares if n == 0 else [])]:
@@ -116,7 +119,7 @@ def all_variants(
     Raises UsageError as `combinations` does, where two runs have one name, and for what an adapter to go on from fixes.
     """
     common = configured({}).train
-    pairs = list(combinations(strategies, grid, shares, common.lr))
+    pairs = list(combinations(strategies, grid, shares, common.lr, common.strategy == "partial"))
     varied = sorted({key for _, changes in pairs for key, _ in changes.items() - _NOT_DORA.items()} - {"lora.dropout"})
     fixed = [key for key in varied if key.startswith("lora.")]
     if fixed and common.adapter:

@@ -57,6 +57,7 @@ def test_help_names_the_strategies_and_what_they_do_to_the_learning_rate(capsys:
     factors = {name: factor for name, (_, factor) in STRATEGIES.items() if factor != 1}
     assert factors == {"full": 0.1, "prefix": 100.0}
     assert "full takes a tenth of its train.lr, prefix a hundred times as much" in said
+    assert "partial takes train.layers 2, unless the configuration is of partial itself" in said
 
 
 def test_a_grid_alone_and_a_grid_of_two_keys() -> None:
@@ -126,11 +127,17 @@ def test_the_same_run_twice_is_refused_before_one_is_trained(
 
 
 @pytest.mark.parametrize(
-    "own", [{"train__strategy": "partial", "train__layers": 1, "train__parameters": ("lm_head",)}, {"lora__dora": True}]
+    ("own", "layers", "parameters"),
+    [
+        ({"train__strategy": "partial", "train__layers": 1, "train__parameters": ("lm_head",)}, 1, ("lm_head",)),
+        ({"train__strategy": "partial", "train__parameters": ("lm_head",)}, None, ("lm_head",)),
+        ({"lora__dora": True}, 2, ()),
+    ],
 )
 def test_every_strategy_can_be_compared_from_a_configuration_of_another(
-    make_config: MakeConfig, tmp_path: Path, own: dict[str, Any]
+    make_config: MakeConfig, tmp_path: Path, own: dict[str, Any], layers: int | None, parameters: tuple[str, ...]
 ) -> None:
+    """And of partial itself, which keeps what it says of the weights that learn."""
     (tmp_path / "run.toml").write_text(config_toml(make_config(**own)))
     parser = run_parser(compare_verb)
 
@@ -140,7 +147,8 @@ def test_every_strategy_can_be_compared_from_a_configuration_of_another(
     made = {variant.name: variant.config for variant in all_variants(list(STRATEGIES), [], [], configured)}
     assert list(made) == list(STRATEGIES)
     assert {name for name, config in made.items() if config.lora.dora} == {"dora"}
-    assert {name for name, config in made.items() if config.train.layers} == {"partial"}
+    assert {name for name, config in made.items() if config.train.layers or config.train.parameters} == {"partial"}
+    assert (made["partial"].train.layers, made["partial"].train.parameters) == (layers, parameters)
 
 
 def test_runs_that_come_to_the_same_configuration_are_one(make_config: MakeConfig) -> None:
