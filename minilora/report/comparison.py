@@ -74,7 +74,8 @@ def ranked(result: Mapping[str, Any]) -> list[Row]:
 
     def place(row: Row) -> tuple[bool, float, float]:
         after = row.get("after") or {}
-        return after.get(by) is None, sign * (after.get(by) or 0.0), after.get("loss", inf)
+        loss = after.get("loss")  # None, too, where it was not finite
+        return after.get(by) is None, sign * (after.get(by) or 0.0), inf if loss is None else loss
 
     return sorted(result["rows"], key=place)
 

@@ -70,6 +70,11 @@ def test_of_equal_runs_the_one_of_less_loss_is_first() -> None:
     assert [made["name"] for made in ranked({"ranked_by": "exact_match", "rows": rows})] == ["less", "more"]
 
 
+def test_a_loss_that_was_not_finite_is_as_bad_as_none() -> None:
+    rows = [{"name": "failed", "failed": "x"}, {"name": "null", "after": {"loss": None}}, row("best", 0.1)]
+    assert [made["name"] for made in ranked({"ranked_by": "loss", "rows": rows})] == ["best", "failed", "null"]
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     assert forgetting_of({"forgetting": {}}) is None
     assert forgetting_of({}) is None
