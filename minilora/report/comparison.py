@@ -63,7 +63,9 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
     say(console, "tokens/s: the median step of a single run each, one after another; no race")
     say(console, f"best on validation by {result['ranked_by']}: {result['winner']}")
     if result["test"]:
-        say(console, f"its test, opened once: {figures_of(result['test'])}")
+        seen_by = result.get("test_seen_by", ())  # older results have none
+        often = f"warning: its test was opened for {len(seen_by)} runs ({', '.join(seen_by)}) and is unseen no longer"
+        say(console, f"{often if len(seen_by) > 1 else 'its test, opened once'}: {figures_of(result['test'])}")
     say(console, f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}")
 
 

@@ -29,6 +29,7 @@ from minilora.report.console import Console
 from minilora.report.figures import figures_of
 from minilora.report.page import write_report
 from minilora.toml import config_toml
+from minilora.train.looks import looks
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
 from minilora.train.run_folder import LOCK, hold, refuse_both
@@ -138,7 +139,8 @@ def compare(
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run all, each in a folder of its name in `output`; what compare.json holds: a row a run, the winner and its test.
+    """Run all, each in a folder of its name in `output`; what compare.json holds: a row a run, the winner and its test,
+    with the runs in `output` for which that was opened.
 
     rank_by: "loss", "perplexity" or a figure of eval.metrics; resume: keep the runs that are finished, and go on with
     the others. A run that fails is a row with "failed". Raises UserError if there is nothing to rank by, before one is
@@ -167,7 +169,10 @@ def compare(
         if failed := in_a_process(winner, resume=True, overwrite=False, with_test=True):
             raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
         test = read_json(Path(winner.train.output) / "summary.json")["test"]
-        result = {"ranked_by": rank_by, "winner": best, "test": test, "rows": rows}
+        # An earlier comparison here may have opened it for another run.
+        seen = {run.name: [look.get("sha256") for look in looks(run)] for run in output.iterdir() if run.is_dir()}
+        seen_by = sorted(name for name, files in seen.items() if any(file in seen[best] for file in files))
+        result = {"ranked_by": rank_by, "winner": best, "test": test, "test_seen_by": seen_by, "rows": rows}
         atomic_json(output / RESULT, result)
     return result
 

@@ -56,6 +56,16 @@ def test_below_the_table_it_says_what_its_speeds_are_worth(tmp_path: Path) -> No
     assert told in console.file.getvalue().splitlines()
 
 
+def test_it_says_for_how_many_runs_the_test_was_opened(tmp_path: Path) -> None:
+    one, two = {"test_seen_by": ["qlora"]}, {"test_seen_by": ["a", "b"]}
+    once, often = "its test, opened once", "warning: its test was opened for 2 runs (a, b) and is unseen no longer"
+    for seen_by, how in (({}, once), (one, once), (two, often)):
+        console = Console(file=io.StringIO(), width=200)
+        show(RESULT | {"test": {"loss": 0.5}} | seen_by, tmp_path, console)
+        assert isinstance(console.file, io.StringIO)
+        assert f"{how}: loss 0.5" in console.file.getvalue().splitlines()
+
+
 def test_a_share_of_right_answers_ranks_the_other_way() -> None:
     rows = [row("worse", 0.1), row("better", 0.9)]
     rows[0]["after"]["exact_match"], rows[1]["after"]["exact_match"] = 0.2, 0.7

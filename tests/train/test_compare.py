@@ -240,6 +240,9 @@ def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
     looks = (tmp_path / "out/fast/test_looks.jsonl").read_text().splitlines()
     assert len(looks) == 1, "a comparison that goes on does not look again"
     assert not (tmp_path / "out/slow/test_looks.jsonl").exists()
+    assert again["test_seen_by"] == ["fast"]
+    other = compare(variants(config)[:1], tmp_path / "out", said.append, resume=True)
+    assert (other["winner"], other["test_seen_by"]) == ("slow", ["fast", "slow"])
 
 
 def test_what_is_finished_is_kept_also_where_the_base_says_how_it_is_stored(
