@@ -127,8 +127,8 @@ def refuse_other_run(output: Path) -> None:
 
 
 def _is_demo(folder: Path) -> bool:
-    """By the ceiling, which no other run measures; one that was stopped before it ended, by its configuration."""
-    if (summary := folder / "summary.json").is_file():
+    """By the ceiling, which no other run measures; one that was stopped before its report, by its configuration."""
+    if (summary := folder / "summary.json").is_file() and (folder / "report.html").is_file():
         return "ceiling" in read_json(summary, RUN_BYTES)
     config = folder / "config.toml"
     return config.is_file() and _key_lines(config.read_text()) == _key_lines(config_toml(demo_config(folder, seed=0)))

@@ -55,9 +55,12 @@ def test_a_demo_is_known_from_a_run_like_it(tmp_path: Path) -> None:
     (output / "summary.json").write_text('{"ceiling": {}}')
     story.refuse_other_run(output)  # done, maybe by another version
     (output / "summary.json").write_text('{"after": {}}')
+    story.refuse_other_run(output)  # stopped after its training
+    (output / "report.html").touch()
     with pytest.raises(UserError, match=r"mine holds something other than a demo; name another folder with --output"):
         story.refuse_other_run(output)  # `minilora train` with the demo's configuration
-    (output / "summary.json").unlink()
+    for name in ("summary.json", "report.html"):
+        (output / name).unlink()
     (output / "config.toml").write_text(config_toml(replace(config, lora=replace(config.lora, rank=8))))
     with pytest.raises(UserError, match="other than a demo"):
         story.refuse_other_run(output)
