@@ -301,7 +301,8 @@ class TrainConfig:
         layers: of "partial": that many layers at the top, with their norms
         parameters: of "partial": names of parameters or of what holds them, such as lm_head or layers.3.mlp.*
         reinit: weights that begin as random numbers of `seed`, not as the base's: "none", "top:N" for those of the N
-            layers at the top, "all"; of "full", and top:N of "partial", too
+            layers at the top, "all"; of "full", and top:N of "partial", too. The validation before training then
+            measures these; what is forgotten is held against the base all the same
         adapter: a run, or a folder that holds an adapter, to go on from: adapters begin with its weights, and [lora]
             but for dropout, tokenizer and template are its own
         prefix_tokens: length of the prefix, in tokens; a prefix wants a far higher lr than adapters, such as 0.02
@@ -315,7 +316,8 @@ class TrainConfig:
         lr: the highest learning rate
         schedule: how the learning rate falls after the warm-up
         warmup_steps: updates in which it rises to lr
-        min_lr_ratio: the last learning rate, as a share of lr, unless only one update follows the warm-up
+        min_lr_ratio: the last learning rate, as a share of lr, where the schedule is not constant and more than one
+            update follows the warm-up
         weight_decay: AdamW's pull of the matrices towards zero, as a share of lr
         beta1: AdamW's memory of the gradient
         beta2: AdamW's memory of its square

@@ -90,7 +90,8 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         if resume and (run.folder.path / "summary.json").exists():
             raise UserError(f"{run.folder.path}: finished, and its checkpoints are gone; --overwrite begins anew")
         run.folder.begin(run.config)  # also on a resume: nothing is left to go on from but the configuration
-        with adapters_off(run.model):  # a new prefix is noise, and an adapter may have learnt: "before" is the base
+        # A new prefix is noise, and an adapter may have learnt: "before" is the base, but for what train.reinit drew.
+        with adapters_off(run.model):
             metrics, answers = _measure(run, run.validation)
         run.before = {"metrics": metrics, "answers": [vars(a) for a in answers], "probes": run.forgetting.base_answers}
         run.before |= {"data": run.state.origin["data"]}
