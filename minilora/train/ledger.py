@@ -48,14 +48,12 @@ def ledger_of(
     config: RunConfig, sizes: ModelConfig, device: torch.device, data: Data, probes: list[Sample], sampler: RowSampler
 ) -> "Ledger":
     """The ledger of a run on these data, which also answers the probes."""
-    if n_general := sum(sample.n_targets for sample in data.samples["general"]):
-        n_tokens = min(config.eval.general_tokens, n_general)
-        config = replace(config, eval=replace(config.eval, general_tokens=n_tokens))
     first = make_batch(data.learnt, sampler.rows[: config.train.batch_size], config.data.max_seq_len)
     lengths = (chat.length for samples in data.samples.values() for chat in samples if has_prompt(chat))
     prompts = [longest_prompt(data.samples[part], config.eval) for part in ("validation", "test")]
     prompts += [len(probe.tokens) for probe in probes]
-    return Ledger(config, sizes, device, first, max(lengths, default=0), prompt=max(prompts))
+    n_general = sum(sample.n_targets for sample in data.samples["general"])
+    return Ledger(config, sizes, device, first, max(lengths, default=0), prompt=max(prompts), general=n_general)
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class Ledger:
     keep: what each fast block keeps for backward; none: as `train.activation_checkpointing` says
     flash: whether attention goes over runs by FlashAttention; None: if the device has it
     prompt: tokens of the longest prompt that is answered; 0: none is
+    general: target tokens of the general text; None: as many as are looked at
     """
 
     config: RunConfig
@@ -77,6 +76,7 @@ class Ledger:
     keep: tuple[Keep, ...] = ()
     flash: bool | None = None
     prompt: int = 0
+    general: int | None = None
 
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
@@ -93,7 +93,9 @@ class Ledger:
 
     def _base_predictions_bytes(self) -> int:
         """Bytes of what the base says of the general text, which lies in the host's memory."""
-        return 4 * self.sizes.vocab_size * self.config.eval.general_tokens if self.config.data.general else 0
+        most = self.config.eval.general_tokens
+        n_tokens = most if self.general is None else min(most, self.general)
+        return 4 * self.sizes.vocab_size * n_tokens if self.config.data.general else 0
 
     def _plan(self) -> StepPlan:
         model, train, length, first = self.config.model, self.config.train, self.config.data.max_seq_len, self.first

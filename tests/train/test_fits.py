@@ -300,6 +300,8 @@ def test_what_the_base_says_must_fit_the_host(monkeypatch: pytest.MonkeyPatch) -
         else:
             with pytest.raises(UserError, match=r"^for eval.general_tokens .* are needed, .*: set a smaller"):
                 on_card.check()
+    replace(on_card, general=9_999).check()  # a text may have fewer
+    assert replace(of(run), general=10).predict()["base's predictions"] == 40 * SIZES.vocab_size
 
 
 def test_evaluation_counts_where_it_takes_more_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
