@@ -12,12 +12,12 @@ from minilora.errors import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device; "auto" is the first GPU if there is one, else the CPU. Raises UserError if it is not there.
+    """The named device; "auto" is the `default_device`. Raises UserError if it is not there.
 
     A GPU that is named by its number becomes torch's current one: kernels are launched and numbers drawn there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -28,6 +28,11 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+def default_device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def abilities(device: torch.device) -> str:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny_runs import TOKENIZER, MakeConfig, Quiet, Run, chat, tiny_model, write_jsonl
 
+from minilora import backend
 from minilora.checkpoint.save import save_hf
 from minilora.cli import main
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
@@ -48,6 +49,14 @@ def thawed_in_the_end() -> Iterator[None]:
     """Else some of the libraries find their objects leaked."""
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def auto_is_the_cpu() -> Iterator[None]:
+    """Also beside a GPU, where dtypes and bits are others: a test that is for one names it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "default_device", lambda: torch.device("cpu"))
+        yield
 
 
 @pytest.fixture(scope="session")

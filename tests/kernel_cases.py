@@ -8,8 +8,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = DEVICE) -> Tensor:
+    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def assert_no_worse(ours: Tensor, *plain: Tensor, exact: Tensor) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import interpreted
 from tiny_runs import TINY, tiny_model
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from minilora.model import Mistral
 
 EOS = 2
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended by Triton's interpreter")
 
 
 @pytest.fixture(scope="module")

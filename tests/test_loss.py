@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from kernel_cases import DEVICE
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,13 +19,16 @@ from minilora.loss import IGNORE, cross_entropy_sum
 N, D, V = 37, 16, 101
 
 
-def problem(dtype: torch.dtype = torch.float32, ignored: int = 9) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, D), head (V, D), labels (N,) of which `ignored` are no targets."""
+def problem(
+    dtype: torch.dtype = torch.float32, ignored: int = 9, by: str = "definition"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, D), head (V, D), labels (N,) of which `ignored` are no targets; for the kernel, where it runs."""
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
     labels = torch.randint(V, (N,), generator=generator)
     labels[torch.randperm(N, generator=generator)[:ignored]] = IGNORE
-    return hidden.to(dtype), head.to(dtype), labels
+    device = torch.device("cpu") if by == "definition" else DEVICE
+    return hidden.to(device, dtype), head.to(device, dtype), labels.to(device)
 
 
 def value_and_gradients(
@@ -197,25 +201,23 @@ def whole_rows_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 def test_the_kernel_runs_where_it_is_said_to(by: str) -> None:
     with patch.object(softmax_gradient, "softmax_gradient_", wraps=softmax_gradient.softmax_gradient_) as kernel:
-        value_and_gradients(whole_rows_sum, *problem())
+        value_and_gradients(whole_rows_sum, *problem(by=by))
     assert kernel.called == (by == "kernel")
 
 
-@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("rows", [1, 5, 27, 36, 37, 1000])
 @pytest.mark.parametrize("ignored", [0, 9, N])
 @pytest.mark.parametrize("head_learns", [True, False])
 def test_whole_rows_are_torch_s_cross_entropy_too(
-    rows: int, ignored: int, head_learns: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, ignored: int, head_learns: bool, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     monkeypatch.setattr(loss_module, "WHOLE_BYTES", 4 * rows * V)
-    given = problem(ignored=ignored)
+    given = problem(ignored=ignored, by=by)
     ours = value_and_gradients(whole_rows_sum, *given, head_learns=head_learns)
     for mine, theirs in zip(ours, value_and_gradients(plain, *given, head_learns=head_learns), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_learns", [True, False])
 @pytest.mark.parametrize("head_dtype", [None, torch.float32])
@@ -230,7 +232,7 @@ def test_whole_rows_err_at_most_twice_as_much_as_torch(
     if by == "kernel" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter truncates casts to bfloat16")
     monkeypatch.setattr(loss_module, "WHOLE_BYTES", 2 * 10 * V)
-    hidden, head, labels = problem(dtype)
+    hidden, head, labels = problem(dtype, by=by)
     exact = value_and_gradients(plain_float64, hidden.double(), head.double(), labels, head_learns)
     ours = value_and_gradients(whole_rows_sum, hidden, head.to(head_dtype or dtype), labels, head_learns)
     theirs = value_and_gradients(plain, hidden, head, labels, head_learns)
@@ -239,9 +241,8 @@ def test_whole_rows_err_at_most_twice_as_much_as_torch(
         assert (mine.double() - true).norm() <= 2 * (peer.double() - true).norm() + 1e-6 * true.norm()
 
 
-@pytest.mark.usefixtures("by")
-def test_whole_rows_that_are_ignored_may_hold_anything() -> None:
-    hidden, head, labels = problem()
+def test_whole_rows_that_are_ignored_may_hold_anything(by: str) -> None:
+    hidden, head, labels = problem(by=by)
     clean = value_and_gradients(whole_rows_sum, hidden, head, labels)
     hidden[labels == IGNORE] = float("nan")
     for mine, expected in zip(value_and_gradients(whole_rows_sum, hidden, head, labels), clean, strict=True):
@@ -249,17 +250,15 @@ def test_whole_rows_that_are_ignored_may_hold_anything() -> None:
     assert (clean[1][labels == IGNORE] == 0).all()
 
 
-@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("label", [V, -1])
-def test_a_label_beyond_the_vocabulary_makes_a_gpu_s_loss_nan(label: int) -> None:
-    hidden, head, labels = problem()
+def test_a_label_beyond_the_vocabulary_makes_a_gpu_s_loss_nan(label: int, by: str) -> None:
+    hidden, head, labels = problem(by=by)
     labels[3] = label
     assert whole_rows_sum(hidden, head, labels).isnan()
 
 
-@pytest.mark.usefixtures("by")
-def test_whole_rows_without_gradients_and_no_rows() -> None:
-    hidden, head, labels = problem()
+def test_whole_rows_without_gradients_and_no_rows(by: str) -> None:
+    hidden, head, labels = problem(by=by)
     torch.testing.assert_close(whole_rows_sum(hidden, head, labels), plain(hidden, head, labels), rtol=1e-5, atol=0)
     assert whole_rows_sum(hidden[:0], head, labels[:0]) == 0
 

@@ -830,7 +830,8 @@ sys.exit(cli.main(sys.argv[1:]))
 )
 def test_a_signal_ends_the_server(signum: int, status: int, run_by: list[str], asked: list[str]) -> None:
     """Also where many wait, and where the model cannot be stopped, as while it reads a prompt."""
-    command = [sys.executable, "-W", "error", *run_by, "serve", "--port", "0", "--max_tokens", "32768"]
+    command = [sys.executable, "-W", "error", *run_by, "serve", "--model.device", "cpu"]
+    command += ["--port", "0", "--max_tokens", "32768"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:

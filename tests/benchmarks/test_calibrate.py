@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import interpreted
 
 import minilora.dispatch as dispatch
 from benchmarks import calibrate
@@ -66,6 +67,7 @@ def test_a_damaged_table_is_found_before_measuring(
     assert err.count("\n") == 1
 
 
+@interpreted
 def test_a_measurement_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "ROWS", (1, 3))
     grids = measure(torch.device("cpu"), False, [(48, 128)])

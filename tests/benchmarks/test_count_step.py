@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from marks import interpreted
 from tiny_runs import step_of
 from torch import Tensor
 
@@ -39,7 +40,6 @@ from minilora.train.setup import optimizer_for
 from minilora.train.step import LossScale, StepResult, backward_of
 from minilora.train.strategies import apply_strategy, trainable
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended by Triton's interpreter")
 CASES = [("grouped heads", keep) for keep in Keep] + [("as many key heads", keep) for keep in (Keep.INPUT, Keep.ALL)]
 
 

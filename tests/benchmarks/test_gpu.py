@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import interpreted
 
 import benchmarks.gpu as gpu
 from benchmarks import gpu_models, gpu_torchtune
@@ -22,6 +23,7 @@ from minilora.fused import Keep
 RATES = (("gb", "copy_gb"), ("tflop", "matmul_tflop"))
 
 
+@interpreted
 def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
     assert gpu.main(["--dry", "--only", "ops", "--out", str(out)]) == 0
@@ -41,6 +43,7 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "failed" not in capsys.readouterr().out
 
 
+@interpreted
 def test_one_operation_alone_has_its_share_of_the_ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "gpu.json"
     monkeypatch.setattr(sys, "argv", ["rope", "--dry", "--out", str(out)])

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from marks import interpreted
 
 from benchmarks import sass
 from benchmarks.sass import Compiled, Kernel, Listing, _rows, listing_of, main, parse
@@ -74,6 +75,7 @@ def test_instructions_a_weight() -> None:
     assert Compiled(in_loop, 90, parse(LISTING)["first"]).per_weight == 6 / 4
 
 
+@interpreted
 def test_the_interpreter_cannot_be_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only_ours", "--arch", "90", "--out", str(tmp_path / "sass.json")]) == 1
     assert capsys.readouterr().err == "sass: TRITON_INTERPRET is set; kernels can be compiled without it only\n"

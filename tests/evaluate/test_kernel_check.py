@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from marks import interpreted
 
 from minilora.cli import main
 from minilora.evaluate import kernel_check
 from minilora.evaluate.kernel_check import Check
 from minilora.kernels import nf4_dequantize, nf4_matmul, nf4_matvec, norm, rope, swiglu
 
+pytestmark = interpreted
 ELEMENTWISE = {"rms_norm", "add_rms_norm", "rms_norm_backward", "rotate", "rotate_back", "swiglu", "swiglu_backward"}
 
 
