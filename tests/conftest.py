@@ -3,16 +3,14 @@
 import gc
 import os
 import random
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, in this process and in those that tests start: two of them would wait for each other's
-# threads, and tensors this small are faster without.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import environment  # noqa: F401 - before torch
 import pytest
 import torch
 from tiny_runs import TOKENIZER, MakeConfig, Quiet, Run, chat, tiny_model, write_jsonl
@@ -24,7 +22,10 @@ from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunC
 from minilora.demo import story
 from minilora.toml import config_toml
 
-if not torch.cuda.is_available():
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "CUDA initialization:")  # a driver older than torch's build: there is no GPU
+    has_gpu = torch.cuda.is_available()
+if not has_gpu:
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated, so before any of them is imported
     from interpreter import patch_once_a_launch
 

@@ -33,7 +33,8 @@ def run_config(make_config: MakeConfig, output: Path) -> RunConfig:
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "minilora", "train", str(folder.with_suffix(".toml")), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
+    warnings = "error::UserWarning,ignore:CUDA initialization:UserWarning"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": warnings}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
