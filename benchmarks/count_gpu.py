@@ -87,6 +87,7 @@ class PretendedGPU(TorchDispatchMode):
             mock.patch.object(Tensor, "device", property(device)),
             mock.patch.object(torch.cuda, "get_device_capability", _always(CAPABILITY)),
             mock.patch.object(torch.cuda, "device", _always(nullcontext())),
+            mock.patch.object(backend, "compiler_lacks", _always(None)),  # the interpreter compiles nothing
             mock.patch.object(model, "has_flash_attention", _always(True)),
             mock.patch.object(attention, "_flash", self._flash),
             mock.patch.object(torch.ops.aten, "_flash_attention_backward", self._flash_back),

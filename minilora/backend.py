@@ -1,8 +1,11 @@
 """What a device can do: which one is used, and what it computes in."""
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from shutil import which
+from sysconfig import get_path
 from typing import Literal
 
 import torch
@@ -64,7 +67,18 @@ def backend_for(device: torch.device) -> Backend:
         return Backend("torch", f"compute capability {capability[0]}.{capability[1]} is below 7.5")
     if find_spec("triton") is None:
         return Backend("torch", "Triton is not installed")
+    if lacks := compiler_lacks():
+        return Backend("torch", f"Triton finds no {lacks}")
     return Backend("triton", f"compute capability {capability[0]}.{capability[1]}")
+
+
+def compiler_lacks() -> str | None:
+    """What Triton does not find; before its first launch it compiles C that hands kernels to the driver."""
+    if not any(map(which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        return "C compiler (gcc, clang or CC)"
+    named = os.pathsep.join(os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")).split(os.pathsep)
+    folders = [get_path("include", "posix_prefix"), *filter(None, named)]
+    return None if any(os.path.exists(f"{folder}/Python.h") for folder in folders) else "Python.h (python3-dev)"
 
 
 def has_kernels(device: torch.device) -> bool:
