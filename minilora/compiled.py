@@ -71,7 +71,8 @@ def _compiled(definition: Callable[P, R]) -> Callable[P, R]:
             made: R = compiled(*args, **kwargs)
         except TorchDynamoException as error:
             why = " ".join(str(error).split("\n")[:2])
-            raise UserError(f"train.compile: torch cannot compile ({why}); install g++, or set it to false") from None
+            remedy = "install g++ and Python's headers (python3-dev), or set it to false"
+            raise UserError(f"train.compile: torch cannot compile ({why}); {remedy}") from None
         return made
 
     return run

@@ -2,15 +2,17 @@
 float64."""
 
 import copy
-import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import kernel_cases
 import pytest
 import torch
-from kernel_cases import assert_no_worse, random
+from kernel_cases import assert_no_worse
+from marks import compiles_loops
 from test_fused import SHAPES, adapted, distance, gradients
 from tiny_runs import MakeConfig, Quiet, Run, refused, stop_after
 from torch import Tensor
@@ -25,10 +27,8 @@ from minilora.nf4 import CPU, quantize_nf4
 from minilora.toml import config_toml
 from minilora.train.loop import Stopped, fine_tune
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with"),
-    pytest.mark.slow,
-]
+pytestmark = [compiles_loops, pytest.mark.slow]
+random = partial(kernel_cases.random, device=CPU)
 N, D, HEADS, HEAD_DIM = 24, 96, 3, 32
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import compiles_loops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import contestants, nf4_cpu, profile_step, train_step
@@ -205,6 +206,7 @@ def test_under_autocast_the_peer_learns_the_same_and_faster_adapters(tmp_path: P
     assert all(train_step._are_equal(cell, losses[0], theirs) for theirs in losses[1:])
 
 
+@compiles_loops
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_processes")
 @pytest.mark.filterwarnings("ignore")
