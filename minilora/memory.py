@@ -5,6 +5,7 @@ benchmarks/watch.py sees, without their formulas.
 """
 
 import resource
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _proc_bytes(file: str) -> dict[str, int]:
 
 def max_rss_bytes() -> int:
     """The most memory this process had resident, mapped files included, since `PeakMemory.start` or ever."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,20 +11,30 @@ from minilora import memory
 from minilora.memory import PeakMemory, free_bytes, max_rss_bytes, private_bytes
 
 
-@pytest.mark.parametrize(("limit", "leaves"), [("3000000000", 1_500_000_000), ("max", None), (None, None)])
+@pytest.mark.parametrize(
+    ("limit", "leaves"), [("3000000000", 1_500_000_000), ("max", 8_000_000_000), (None, 8_000_000_000)]
+)
 def test_a_container_s_limit_counts_without_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, leaves: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, leaves: int
 ) -> None:
     """Files that are cached are given back when memory is asked for."""
-    system = free_bytes(torch.device("cpu"))
     files = {"memory.max": limit, "memory.current": "2000000000", "memory.stat": "anon 1500000000\nfile 500000000\n"}
     for name, text in files.items():
         if text is not None:
             (tmp_path / name).write_text(text)
     monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, "memory.max", "memory.current", "file"),))
+    monkeypatch.setattr(memory, "_proc_bytes", lambda _: {"MemAvailable": 8_000_000_000})
     monkeypatch.setattr(memory, "private_bytes", lambda: 0)
-    free = free_bytes(torch.device("cpu"))
-    assert free == leaves if leaves is not None else free > system / 2
+    assert free_bytes(torch.device("cpu")) == leaves
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_systems_count_what_is_resident_in_units_of_their_own(
+    system: str, unit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory.sys, "platform", system)
+    monkeypatch.setattr(memory.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=5))
+    assert max_rss_bytes() == 5 * unit
 
 
 def test_peak_memory_keeps_the_largest_note() -> None:
