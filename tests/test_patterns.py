@@ -27,19 +27,19 @@ REFUSED = [
 @pytest.mark.parametrize("pattern", TAKEN)
 def test_what_users_write_is_taken_and_matched_at_once(pattern: str) -> None:
     check_pattern(pattern, "lora.targets")
-    began = time.perf_counter()
+    began = time.process_time()
     re.fullmatch(pattern, NAME)
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
 
 
 @pytest.mark.parametrize("pattern", REFUSED)
 def test_what_may_take_too_long_is_refused_at_once(pattern: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UserError, match=r"lora\.targets is '.*may take too long to match; write it with fewer"):
         LoraConfig(targets=pattern)
     with pytest.raises(UserError, match=r"lora\.rank_pattern is '"):
         LoraConfig(rank_pattern={pattern: 4})
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("pattern", ["(", "[a", "*", r"\1", "[[a]"])
@@ -60,12 +60,12 @@ def test_many_patterns_have_few_ways_together() -> None:
     """One after another they take as long as a single one of all their ways."""
     LoraConfig(rank_pattern={rf"layers.{i}.self_attn.[qk]_proj": 4 for i in range(1000)})
     LoraConfig(alpha_pattern={rf"layers.{i}.*_proj": 4 for i in range(80)})
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UserError, match=r"lora.alpha_pattern is .*may take too long to match"):
         LoraConfig(alpha_pattern={rf"layers.{i}.*_proj": 4 for i in range(90)})
     with pytest.raises(UserError, match=r"lora.rank_pattern is .*may take too long to match"):
         LoraConfig(rank_pattern={rf"(a|b|c|d|x{i})\.(q|k)_proj": 4 for i in range(1000)})
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_the_first_pattern_that_matches_an_end_counts() -> None:

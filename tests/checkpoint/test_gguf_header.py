@@ -70,10 +70,10 @@ def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path: Path, key: s
     data = bytearray(file.read_bytes())
     struct.pack_into("<Q", data, data.index(key.encode()) + len(key) + 8, length)
     file.write_bytes(data)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UserError, match=r"m\.gguf: not a whole GGUF file: .*; export it again"):
         read_gguf(file)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def spoilt(data: bytes, at: int, format_: str, value: int) -> bytes:

@@ -3,9 +3,10 @@
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 
 import pytest
 import torch
@@ -103,6 +104,20 @@ def test_a_run_that_fails_says_why(make_config: MakeConfig) -> None:
         compare_twins(make_config(model__path="nowhere"), 2, list[str]().append)
 
 
+def n_lines(metrics: Path) -> int:
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def signal_after_a_step(metrics: Path, before: int) -> None:
+    """Once it has more lines than before."""
+    ends = time.monotonic() + 120
+    while n_lines(metrics) <= before:
+        if time.monotonic() > ends:
+            return
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_signal_ends_it_and_nothing_is_left(
     at: int, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,7 +129,9 @@ def test_a_signal_ends_it_and_nothing_is_left(
     def say(text: str) -> None:
         started.append(text)
         if len(started) == at:
-            Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            [folder] = tmp_path.glob("minilora-verify-*")
+            metrics = folder / ("whole" if at == 1 else "twin") / "metrics.jsonl"
+            Thread(target=signal_after_a_step, args=[metrics, n_lines(metrics)], daemon=True).start()
 
     with pytest.raises(Stopped, match="stopped; nothing was kept") as stopped:
         compare_twins(make_config(), 100, say)
