@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -82,7 +83,7 @@ def test_a_full_standard_output_is_one_line() -> None:
 
 @pytest.mark.parametrize(("closed", "left"), [(">&-", "stderr"), ("2>&-", "stdout")])
 def test_a_closed_stream_is_no_crash(closed: str, left: str) -> None:
-    command = f"{sys.executable} -m minilora inspect demo {closed}"
+    command = f"{shlex.quote(sys.executable)} -m minilora inspect demo {closed}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert ("model" in done.stdout) == (left == "stdout")

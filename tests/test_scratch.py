@@ -90,11 +90,19 @@ rollup = dict(line.split()[:2] for line in open("/proc/self/smaps_rollup"))
 print(rollup["AnonHugePages:"])
 """
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+PAGE_BYTES = LARGE_PAGES.with_name("hpage_pmd_size")
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's malloc")
 @pytest.mark.skipif(
     not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="the system gives no large pages"
+)
+@pytest.mark.skipif(
+    not PAGE_BYTES.exists() or int(PAGE_BYTES.read_text()) != 2 << 20, reason="large pages are not of 2 MiB here"
+)
+@pytest.mark.skipif(
+    OVERCOMMIT.exists() and int(OVERCOMMIT.read_text()) == 2, reason="the system promises no more memory than it has"
 )
 def test_the_heap_lies_in_large_pages_if_asked_for_unless_the_user_says_otherwise() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
