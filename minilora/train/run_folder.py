@@ -70,6 +70,11 @@ class LineLog:
         return self.size
 
 
+def bytes_in(folder: Path) -> int:
+    """Of all files in a folder, which need not be there."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 class RunFolder:
     """A run's folder, held by one process at a time."""
 
@@ -80,10 +85,6 @@ class RunFolder:
         self.is_new, self.checkpoints = not path.exists(), path / "checkpoints"
         self._lock = hold(path, "run", "--train.output")
         self.metrics, self.timing = LineLog(path / "metrics.jsonl"), LineLog(path / "timing.jsonl")
-
-    def n_bytes(self) -> int:
-        """Bytes of all files in the folder."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def begin(self, config: RunConfig) -> None:
         """Delete what an earlier run wrote, and write the configuration: now the folder is the new run's.

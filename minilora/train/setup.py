@@ -37,7 +37,7 @@ from minilora.scratch import keep_freed_memory
 from minilora.tokenizer import OLD_HF, Tokenizer
 from minilora.train.graph import StepGraphs
 from minilora.train.ledger import Ledger, ledger_of
-from minilora.train.run_folder import RunFolder
+from minilora.train.run_folder import RunFolder, bytes_in
 from minilora.train.schedule import steps_of_run, too_short
 from minilora.train.state import RunState
 from minilora.train.step import Backward, LossScale, backward_of
@@ -123,7 +123,7 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if config.train.adapter:
         reporter.say(f"adapters begin as those of {config.train.adapter}, with its [lora]")
     reporter.say(f"dtypes: {dtypes(config, dtype)} ({why})")
-    predicted = _check_fits(ledger, folder.path, n_steps, folder.n_bytes())
+    predicted = _check_fits(ledger, folder.path, n_steps)
     reporter.say(one_line(predicted))
     if kept := ledger.kept():
         reporter.say(kept)
@@ -160,8 +160,7 @@ def check_run(config: RunConfig) -> dict[str, int]:
     Raises UserError for what it is made from, and where memory, or the space on the disk of `train.output`, is short.
     """
     *_, n_steps, ledger = _planned(config)
-    folder = Path(config.train.output)
-    return _check_fits(ledger, folder, n_steps, sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+    return _check_fits(ledger, Path(config.train.output), n_steps)
 
 
 def _planned(config: RunConfig) -> tuple[Checkpoint, Data, list[Sample], RowSampler, int, Ledger]:
@@ -192,13 +191,13 @@ def _planned(config: RunConfig) -> tuple[Checkpoint, Data, list[Sample], RowSamp
     return checkpoint, data, probes, sampler, steps_of_run(lengths, config, data.mix), ledger
 
 
-def _check_fits(ledger: Ledger, folder: Path, n_steps: int, written: int) -> dict[str, int]:
+def _check_fits(ledger: Ledger, folder: Path, n_steps: int) -> dict[str, int]:
     """The predicted memory. Raises UserError where that, or the space on the disk, is short.
 
-    written: bytes that lie in the folder already, and count as free
+    folder: the run's; what lies there already counts as free
     """
     predicted = ledger.check()
-    check_space(folder, _saved_bytes(ledger, predicted.get("gradients", 0) // 4, n_steps) - written)
+    check_space(folder, _saved_bytes(ledger, predicted.get("gradients", 0) // 4, n_steps) - bytes_in(folder))
     return predicted
 
 
