@@ -35,6 +35,7 @@ _SIZES = {  # ModelConfig's name, which is that of params.json: Hugging Face's
     "max_seq_len": "max_position_embeddings",
 }
 _HF_MAX_SEQ_LEN = {"mistral": 131_072, "ministral": 131_072, "llama": 2048}  # where the file leaves it out
+_HF_KV_HEADS = {"mistral": 8, "ministral": 8}  # likewise; Llama's class takes the number of heads, and so does null
 # What these keys may say, in either layout's file; absent and null always pass. An empty tuple: the feature is not
 # supported at all.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -157,7 +158,7 @@ def _from_hf(values: Values, file: Path) -> dict[str, Any]:
     dim, n_heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
     if values.get("head_dim") is None and dim % n_heads:
         raise UserError(f"head_dim is not given, and {n_heads} heads do not divide hidden_size {dim}")
-    n_kv_heads = n_heads if kind == "llama" or "num_key_value_heads" in values else 8
+    n_kv_heads = n_heads if "num_key_value_heads" in values else _HF_KV_HEADS.get(kind, n_heads)
     defaults = {"head_dim": dim // n_heads, "n_kv_heads": n_kv_heads, "max_seq_len": _HF_MAX_SEQ_LEN[kind]}
     sizes = {name: _whole(values, key, defaults.get(name)) for name, key in _SIZES.items()}
     window = None if kind == "llama" else _hf_window(values, file, sizes["n_layers"], by_layer=kind == "ministral")

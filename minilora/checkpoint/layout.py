@@ -39,7 +39,8 @@ def find_layout(folder: Path) -> Layout:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: not a folder; name the folder that holds the checkpoint")
     weights = [x for x in WEIGHTS_NAMES if _index(folder, x).exists() or (folder / WEIGHTS_NAMES[x]).exists()]
-    for layout in sorted(weights, key=lambda x: not any(folder.glob(f"{Path(WEIGHTS_NAMES[x]).stem}*.safetensors"))):
+    fetched = [x for x in weights if any(folder.glob(f"{Path(WEIGHTS_NAMES[x]).stem}*.safetensors"))]
+    for layout in fetched + weights:
         if (folder / CONFIG_NAMES[layout]).exists():
             return layout
     if weights:
