@@ -1,4 +1,4 @@
-"""What products are computed in: the dtype itself wherever the hardware has it."""
+"""Which device and what on it computes; and in what: products in the dtype itself wherever the hardware has it."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -135,11 +135,7 @@ def test_an_adapter_brings_its_template(make_config: MakeConfig, tmp_path: Path)
     merge_with_audit(bare, bare.read_adapter(), tmp_path / "of_bare", run.train[:1], 64, force=True)
     of_all = make_config(config, train__strategy="full", train__output=str(tmp_path / "full"))
     full = fine_tune(of_all, Quiet()).folder.path / "model"
-    for learnt in (
-        tmp_path / "merged",
-        tmp_path / "of_bare",
-        full,
-    ):  # what they learnt is in them, and said beside them
+    for learnt in (tmp_path / "merged", tmp_path / "of_bare", full):  # what they learnt is said beside them
         assert Base.find(BaseConfig(path=str(learnt))).tokenizer.encode_chat(hello)[0][-2:] == [23809, 2]
         on = make_config(model__path=str(learnt), train__output=str(tmp_path / f"on-{learnt.name}"), train__max_steps=1)
         assert fine_tune(on, Quiet()).tokenizer.template == "v1-hf"
