@@ -148,10 +148,10 @@ class Worker:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         answers, answers_of_child = os.pipe()
         env = {**os.environ, **contestant.env, "BENCHMARK_ANSWERS": str(answers_of_child)}
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])  # cwd is the user's
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.harness"],
-            cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=self._errors, stderr=self._errors,
-            pass_fds=[answers_of_child],
+            env=env, stdin=subprocess.PIPE, stdout=self._errors, stderr=self._errors, pass_fds=[answers_of_child],
         )  # fmt: skip
         os.close(answers_of_child)
         self._answers = os.fdopen(answers, "rb", buffering=0)

@@ -52,6 +52,14 @@ def test_steps_are_counted_and_arguments_arrive() -> None:
     assert all(step.seconds > 0 for step in first.steps)
 
 
+def test_a_path_is_read_from_where_the_command_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here.txt").write_text("read")
+    with started([toy("reader")]) as entrants:
+        [found] = race(entrants, rounds=1, file="here.txt")
+    assert found.steps[0].result == {"said": "read"}
+
+
 def test_peak_memory_is_of_the_steps_and_not_of_building() -> None:
     with started([toy("hog", build_mb=300, step_mb=100)]) as entrants:
         [hog] = race(entrants, rounds=2)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +18,11 @@ def counter(start: int = 0) -> Callable[..., dict[str, Any]]:
         return {"done": done, "arguments": arguments}
 
     return step
+
+
+def reader() -> Callable[[str], dict[str, str]]:
+    """Reads a file that it is told of."""
+    return lambda file: {"said": Path(file).read_text()}
 
 
 def hog(build_mb: int, step_mb: int) -> Callable[[], None]:
