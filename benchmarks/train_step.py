@@ -105,9 +105,9 @@ def our_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
 def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
     """{sdpa, eager} x {checkpointing off, on} x {plain, prepared}; real samples flat, and padded (sdpa).
 
-    For speed, of sdpa without checkpointing, also each layer compiled; in bf16 cells both under autocast, too, and with
-    float32 as the compute dtype of the 4-bit layers, which a user whose CPU has no bf16 instructions would set. What
-    may be fastest comes first.
+    For speed, of sdpa without checkpointing, also each layer compiled; in bf16 cells both under autocast, too, and
+    prepared with float32 as the compute dtype of the 4-bit layers, which a user whose CPU has no bf16 instructions
+    would set. What may be fastest comes first.
     """
     forms = ("flat", "padded") if cell.samples else ("rows",)
     ways = [
@@ -120,6 +120,7 @@ def peer_variants(cell: Cell, base: str, feed: Feed) -> dict[str, Contestant]:
     first = plain + [way | {"compiled": True} for way in plain]
     if cell.dtype != "float32":
         wide = [way | {"compute": "float32"} for way in ways if way["attention"] == "sdpa" and way["prepared"]]
+        wide += [way | {"compiled": True} for way in wide if not way["checkpointing"]]
         first = wide + first  # before all others, which are measured by their speed where bf16 is slow
     ways = ways[:1] if cell.quick else first + [way for way in ways if way not in fast]
     found = {}
