@@ -225,6 +225,7 @@ def validate(run: Run) -> dict[str, float]:
     loss = mean_loss(run.model, run.validation, run.config.data.max_seq_len, run.config.eval.batch_size)
     if loss < (inf if counters.best_loss is None else counters.best_loss):  # never true of NaN
         counters.best_loss, counters.best_step, counters.validations_since_best = loss, counters.step, 0
+        run.folder.drop_unsaved_best()
         run.state.save(run.folder.checkpoint("best", counters.step), weights_only=True)
     else:
         counters.validations_since_best += 1

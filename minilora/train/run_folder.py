@@ -139,6 +139,13 @@ class RunFolder:
         for old in (*self._all("step")[:-keep], *best_ones):
             shutil.rmtree(old)
 
+    def drop_unsaved_best(self) -> None:
+        """Delete the "best" checkpoints since the last "step" one, from which a run would go on without them."""
+        latest = self.latest()
+        for path in self._all("best"):
+            if latest is None or path.name.removeprefix("best") > latest.name.removeprefix("step"):
+                shutil.rmtree(path)
+
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         atomic_json(self.path / name, document)
 

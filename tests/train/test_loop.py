@@ -484,12 +484,12 @@ def test_a_run_without_any_log_still_ends_well(
 def test_a_disk_that_is_too_small_is_found_before_the_base_is_loaded(
     make_config: MakeConfig, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: dict[str, Any]
 ) -> None:
-    """Two checkpoints, of weights and two moments, the best weights, and what is left: of partial the whole model; what
+    """Two checkpoints, of weights and two moments, the best weights twice, and what is left: of partial the model; what
     a run has written counts as free."""
     config = make_config(train__checkpoint_every=2, **learns)
     run = fine_tune(config, Quiet())
     learned, whole = (sum(p.numel() for p in ps) for ps in (trainable(run.model).values(), run.model.parameters()))
-    needed = 4 * (learned * (2 * 3 + 1) + (whole if learns else learned))
+    needed = 4 * (learned * (2 * 3 + 2) + (whole if learns else learned))
     assert bytes_in(run.folder.path) > needed
 
     def disk_with(free: int) -> None:
@@ -896,7 +896,7 @@ def test_a_dry_run_looks_at_the_disk_that_the_run_writes_to(
 ) -> None:
     """For all of its steps; what would be begun anew there counts as free."""
     config = make_config(train__checkpoint_every=1)
-    needed = 4 * (3 * 3 + 2) * sum(p.numel() for p in trainable(fine_tune(config, Quiet()).model).values())
+    needed = 4 * (3 * 3 + 3) * sum(p.numel() for p in trainable(fine_tune(config, Quiet()).model).values())
     shutil.move(tmp_path / "run", tmp_path / "away")
     free = needed
 

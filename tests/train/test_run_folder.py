@@ -229,6 +229,10 @@ def test_the_latest_and_what_is_pruned(make_config: MakeConfig) -> None:
     assert folder.latest() == folder.checkpoint("step", 10)
     folder.prune(2, 8)
     assert {c.name for c in folder.checkpoints.iterdir()} == {"step-00000009", "step-00000010", "best-00000008"}
+    for step in (10, 11, 13):
+        folder.checkpoint("best", step).mkdir()
+    folder.drop_unsaved_best()
+    assert {c.name for c in folder.checkpoints.glob("best*")} == {"best-00000008", "best-00000010"}
     folder.close()
 
 
