@@ -124,7 +124,7 @@ class Base:
         learning = ("gradients", "optimizer")
         process = {"process": private_bytes()} if self.device.type == "cpu" else {}
         held = process | {owner: n for owner, n in at_rest.items() if owner not in learning}
-        if new is not None and self.device.type == "cuda" and self.dtype.itemsize == 2:
+        if new is not None and self.device.type == "cuda" and self.dtype.itemsize == 2 and "adapters" in held:
             held["adapters"] += held["adapters"] // 2  # cast once, for all tokens (`decode_graph.py`)
         return held | {owner: n for owner, n in plan.forward_bytes(new).items() if n}
 

@@ -49,6 +49,9 @@ def test_on_a_gpu_answers_take_adapters_in_16_bits_as_well(
     on_gpu = replace(found, device=torch.device("cuda"), dtype=torch.bfloat16)
     answers, scores, in_32 = on_gpu.predict(1, 8, 4), on_gpu.predict(1, 8), replace(on_gpu, dtype=torch.float32)
     assert answers["adapters"] == 1.5 * scores["adapters"] == 1.5 * in_32.predict(1, 8, 4)["adapters"] > 0
+    alone = replace(on_gpu, adapter=None, added=None).predict(1, 8, 4)
+    assert "adapters" not in alone
+    assert alone["KV cache"] == answers["KV cache"]
 
 
 def test_scoring_needs_no_gradient_of_the_head(tiny_base: Path) -> None:
