@@ -111,7 +111,8 @@ def _export_adapter(parsed: Namespace) -> None:
     from minilora.checkpoint import adapter, mistral_adapter, write
 
     base = Base.find(BaseConfig(parsed.model.path), parsed["from"], scaling=parsed.adapter_scaling, force=parsed.force)
-    write.check_target(parsed.out, parsed.overwrite, [parsed["from"], base.checkpoint.folder])
+    assert base.adapter is not None
+    write.check_target(parsed.out, parsed.overwrite, [base.adapter, base.checkpoint.folder])
     save = adapter.save_peft_adapter if parsed.to == "peft" else mistral_adapter.save_mistral_adapter
     saved = base.read_adapter()
     save(saved, base.checkpoint.config, parsed.out, overwrite=parsed.overwrite)

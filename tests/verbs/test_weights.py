@@ -22,6 +22,13 @@ def test_merge_without_a_folder_ignores_no_flag(run: Run) -> None:
     refused(run("merge", "a", "--onto", "original"), 2, "--onto does nothing without OUT")
 
 
+def test_the_adapter_of_a_run_is_not_replaced_by_its_own_export(run: Run, finished: Path) -> None:
+    before = sorted(file.name for file in (finished / "adapter").iterdir())
+    command = ("export", finished, finished / "adapter", "--to", "mistral-finetune", "--overwrite")
+    refused(run(*command), 1, "adapter: ")
+    assert sorted(file.name for file in (finished / "adapter").iterdir()) == before
+
+
 def test_export_ignores_no_flag(run: Run) -> None:
     refused(run("export", "a", "b", "--to", "peft", "--dtype", "float16"), 2, "--dtype does nothing with --to peft")
     refused(run("export", "a", "b", "--to", "hf", "--model.path", "c"), 2, "--model.path does nothing with --to hf")
