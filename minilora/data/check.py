@@ -22,7 +22,7 @@ from minilora.config import DataConfig, ModelConfig
 from minilora.data.duplicates import groups_of_equal, near_pairs
 from minilora.data.encode import Sample, TooLongError, encode_record
 from minilora.data.pack import Mix, epoch_rows
-from minilora.data.records import Record, TextRecord, as_jsonl
+from minilora.data.records import ChatRecord, Record, TextRecord, as_jsonl
 from minilora.data.sources import BAD_LINES_ALLOWED, FILE_KEYS, normal_form, read_source, side, sources
 from minilora.errors import UserError
 from minilora.tokenizer import Tokenizer
@@ -230,15 +230,22 @@ def _twice(first: tuple[str, Record], second: tuple[str, Record], what: str, nea
 
 
 def mended(data: Data) -> tuple[str, Counter[str]]:
-    """JSONL of the training records without a fault, each once; and how many were left out, by kind."""
+    """JSONL of the training records without a fault, each once; and how many were left out, by kind. The same chat with
+    other answers to learn is another record."""
     records = data.records["train"]
     held = {record.where for record in records}  # bad and too long ones may be left out already, and be no fault
     of_train = (finding for finding in data.findings if finding.part == "train")
     wrong = {finding.where: finding.kind for finding in of_train if finding.fault or finding.where not in held}
-    equal = groups_of_equal(map(normal_form, records))
+    equal = groups_of_equal((normal_form(record), _unlearnt(record)) for record in records)
     kept = [records[first] for first, *_ in equal if records[first].where not in wrong]
     copies = [i for _, *others in equal for i in others if records[i].where not in wrong]
     return as_jsonl(kept), Counter(wrong.values()) + Counter(duplicate=len(copies))
+
+
+def _unlearnt(record: Record) -> tuple[int, ...]:
+    """Which messages are not trained on."""
+    messages = record.messages if isinstance(record, ChatRecord) else []
+    return tuple(i for i, message in enumerate(messages) if message.get("weight") == 0)
 
 
 def figures(data: Data, max_seq_len: int, seed: int = 0) -> list[tuple[str, str]]:

@@ -57,13 +57,15 @@ class Sample:
 
 def read_samples(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, too_long: TooLong = "fail") -> list[Sample]:
     """The samples of a file, in its order. Raises UserError for the first line that cannot be read, then as
-    `encode_record` does, and if all are left out."""
+    `encode_record` does, for one without a target, and if all are left out."""
     records = [parse_row(row, where) for where, row in read_rows(path)]
     encoded = (encode_record(record, tokenizer, max_seq_len, too_long) for record in records)
     samples = [sample for of_record, _ in encoded for sample in of_record]
     if not samples:
         limit = f"data.max_seq_len, {max_seq_len} positions; raise it"
         raise UserError(f"{records[0].where}: left out, as all that follow: each takes more than {limit}")
+    if idle := [sample for sample in samples if not sample.n_targets]:
+        raise UserError(f"{idle[0].where}: no token to measure; drop the line")
     return samples
 
 
@@ -122,7 +124,8 @@ def _chat_sample(messages: Sequence[Mapping[str, Any]], record: ChatRecord, toke
     ids, targets = tokenizer.encode_chat(messages, record.tools)
     mask = np.array(targets)
     if record.tools:
-        mask[: np.flatnonzero(~mask)[-1]] = False  # all but the last answer
+        before = ~mask | (np.array(ids) == tokenizer.eos_id)  # of the last answer, which may stand behind another
+        mask[: np.flatnonzero(before[:-1])[-1] + 1] = False
     return Sample(np.array(ids, np.int32), mask, record.where)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -44,5 +45,11 @@ def answer_samples(
     """The model's likeliest answer to the last turn of each sample."""
     prompts, expected = zip(*map(split_last_turn, samples), strict=True) if samples else ((), ())
     given = answer(model, prompts, max_new_tokens, tokenizer.eos_id, batch_size)
-    texts = (map(tokenizer.decode, ids) for ids in (prompts, expected, given))
-    return [Answer(*row) for row in zip(*texts, (s.where for s in samples), strict=True)]
+    said = ([_said(tokenizer, ids) for ids in side] for side in (expected, given))
+    return [Answer(*row) for row in zip(map(tokenizer.decode, prompts), *said, (s.where for s in samples), strict=True)]
+
+
+def _said(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of an answer. What makes a call of it, [TOOL_CALLS], is a control piece, which else has no text."""
+    parts = groupby(tokenizer.known(ids), tokenizer.control_name)
+    return " ".join(name or tokenizer.decode(of) for name, of in parts)

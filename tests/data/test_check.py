@@ -294,6 +294,16 @@ def test_the_mended_copy_passes(tmp_path: Path) -> None:
     assert again.findings == []
 
 
+def test_a_mended_copy_keeps_what_differs_in_what_is_learned(tmp_path: Path) -> None:
+    """One chat may stand in two rows, with another answer to be learned in each."""
+    rows = [{"messages": [dict(m) for m in chat("a", "b", "c", "d")["messages"]]} for _ in range(3)]
+    for row, at in zip(rows, (1, 3, 3), strict=True):
+        row["messages"][at]["weight"] = 0
+    text, left_out = mended(load(tmp_path, rows))
+    assert [json.loads(line) for line in text.splitlines()] == rows[:2]
+    assert left_out == {"duplicate": 1}
+
+
 def test_what_a_mended_copy_lacks_is_counted(tmp_path: Path) -> None:
     """Of a file that is named twice one copy stays, of a leak none, and duplicates in other files do not count."""
     long = chat("q", "z " * 80)

@@ -1,5 +1,6 @@
 """Samples: which tokens they hold, which of them are targets, and what does not fit."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,33 @@ def test_with_tools_every_answer_is_a_sample_of_its_own() -> None:
     assert all((sample.tokens == 6).sum() == 1 for sample in samples), "each has [AVAILABLE_TOOLS]"
     without, _ = encode_record(ChatRecord(messages, None, "f:1"), tokenizer(), 200)
     assert [sample.n_targets for sample in without] == [sum(tokenizer().encode_chat(messages)[1])]
+
+
+def test_an_answer_behind_another_is_learned_alone() -> None:
+    """Neighbours of unlike weights are two answers: each has its own </s>."""
+    record = chat("One?", "first", tools=[TOOL])
+    record.messages[-1]["weight"] = 1
+    record.messages.append({"role": "assistant", "content": "second"})
+    samples, _ = encode_record(record, tokenizer(), 200)
+    assert [learned(sample) for sample in samples] == ["first", "second"]
+    assert all(sample.tokens[-1] == tokenizer().eos_id and sample.target_mask[-1] for sample in samples)
+
+
+def test_what_is_measured_has_a_target(tmp_path: Path) -> None:
+    """v2 forgets calls before the last user's message, here all that could be learned."""
+    call = {"id": "abcdefgh1", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "name": "f"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c", "weight": 0},
+    ]
+    file = tmp_path / "f.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    v2 = load_tokenizer(V3.with_name("mistral_instruct_tokenizer_240216.model.v2"))
+    with pytest.raises(UserError, match=r"f\.jsonl:1: no token to measure; drop the line"):
+        read_samples(file, v2, 200)
 
 
 def test_the_ids_of_last_calls_are_not_learned() -> None:

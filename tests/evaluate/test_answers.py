@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import mistral_common
 import pytest
 from tiny_runs import TOKENIZER, chat, tiny_model, write_jsonl
 
 from minilora.data.encode import Sample, read_samples
-from minilora.evaluate.answers import Answer, answer_samples, has_prompt, split_last_turn
+from minilora.evaluate.answers import Answer, _said, answer_samples, has_prompt, split_last_turn
 from minilora.tokenizer import load_tokenizer
+
+TOKENIZERS = Path(mistral_common.__file__).parent / "data"
 
 
 @pytest.fixture
@@ -37,6 +40,16 @@ def test_answers_in_batches_are_answers_one_by_one(samples: list[Sample]) -> Non
     assert [a.expected for a in together] == ["so", "c d", "tr a m o n t"]
     assert "and then what" in together[1].prompt
     assert answer_samples(model, tokenizer, [], 10) == []
+
+
+def test_the_words_of_a_call_are_no_call() -> None:
+    """[TOOL_CALLS] is a piece without text, so the text of both is the same."""
+    v3 = load_tokenizer(TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3")
+    words = v3.encode('[{"name": "f"}]')
+    call = _said(v3, [5, *words])
+    assert v3.decode([5, *words]) == _said(v3, words) == '[{"name": "f"}]'
+    assert call == '[TOOL_CALLS] [{"name": "f"}]'
+    assert _said(v3, [*words, 40_000 - 7_000]) == _said(v3, words), "nor has what no piece stands for"
 
 
 def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
