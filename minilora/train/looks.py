@@ -6,9 +6,11 @@ the file's sha256, and what was seen. A run that is resumed after its end trains
 gave and does not look again.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,16 +57,28 @@ def looks(run: Path) -> list[dict[str, Any]]:
         raise UserError(f"{run / LOOKS}: cannot be read: {error}; nobody knows how often the test was seen") from None
 
 
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """One process at a time: of two that write a look down at once, one would be lost."""
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def note_look(run: Path, command: str, sha256: Any, figures: Mapping[str, Any]) -> str | None:
     """Add a look, also to the count in summary.json; return what is to be said of it, if it is not the first.
 
     Raises UserError if it cannot be written down: then nothing must be shown.
     """
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    seen = [*looks(run), {"time": when, "command": command, "sha256": sha256, "figures": figures}]
-    atomic_jsonl(run / LOOKS, seen)
-    if (run / "summary.json").exists():
-        atomic_json(run / "summary.json", read_json(run / "summary.json") | {"test_looks": len(seen)})
+    with _alone(run):
+        seen = [*looks(run), {"time": when, "command": command, "sha256": sha256, "figures": figures}]
+        atomic_jsonl(run / LOOKS, seen)
+        if (run / "summary.json").exists():
+            atomic_json(run / "summary.json", read_json(run / "summary.json") | {"test_looks": len(seen)})
     if len(seen) == 1:
         return None
     return f"this is look {len(seen)} at the test file of {run}: its figure no longer counts as unseen"

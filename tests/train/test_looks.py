@@ -1,6 +1,7 @@
 """The test file: opened once, and whoever looks again is told so, in the run's folder and on its page."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def test_a_run_looks_once_also_where_it_is_resumed_after_its_end(
     fine_tune(config, quiet, resume=True)
     assert looks(path) == [look]
     assert summary(path)["test"] == look["figures"]
+
+
+def test_no_look_is_lost_where_several_look_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as several:
+        said = list(several.map(lambda n: note_look(tmp_path, f"evaluate {n}", "", {}), range(24)))
+    assert sorted(look["command"] for look in looks(tmp_path)) == sorted(f"evaluate {n}" for n in range(24))
+    assert len({*said}) == 24
 
 
 def test_a_run_can_leave_it_closed_until_it_is_asked(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:
