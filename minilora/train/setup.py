@@ -1,7 +1,7 @@
 """From a configuration to a run that is ready to step: base, tokenizer, data, what learns, optimizer."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -115,7 +115,7 @@ def _begun_from(config: RunConfig, adapter: str, checkpoint: Checkpoint) -> RunC
 def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
     checkpoint, data, probes, sampler, n_steps, ledger = _planned(config)
-    config, device = ledger.config, ledger.device
+    config, device, read = ledger.config, ledger.device, fingerprints(config)  # now: to load the base takes minutes
     for warning in data.warnings():
         reporter.say(warning)
     dtype, why = _pick_dtype(config, checkpoint, device)
@@ -146,7 +146,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     if StepGraphs.can_record(model):
         backward = StepGraphs(model, optimizer, ahead)
         reporter.say("steps are replayed as CUDA graphs")
-    state = RunState(weights, optimizer, sampler, LossScale.of(dtype), _origin(config, model, data.tokenizer, dtype))
+    origin = _origin(config, model, data.tokenizer, dtype, read)
+    state = RunState(weights, optimizer, sampler, LossScale.of(dtype), origin)
     return Run(
         config, folder, model, data.tokenizer, data.learnt, data.samples["validation"], data.samples["test"], state,
         n_steps, reporter, memory, backward, predicted, forgetting,
@@ -249,13 +250,15 @@ def _saved_bytes(ledger: Ledger, n_learned: int, n_steps: int) -> int:
     return n_checkpoints * checkpoint + 2 * weights + (left if train.base_learns else weights)
 
 
-def _origin(config: RunConfig, model: Mistral, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    """What a saved state belongs to: a run may go on from it where this is the same."""
+def _origin(
+    config: RunConfig, model: Mistral, tokenizer: Tokenizer, dtype: torch.dtype, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a saved state belongs to: a run may go on from it where this is the same. data: their fingerprints"""
     begun = sorted(Path(config.train.adapter).glob("*.safetensors")) if config.train.adapter else []
     return {
         "config": _what_must_stay(config), "base": model.base_fingerprint,
         "tokenizer": tokenizer_of(tokenizer),
-        "data": fingerprints(config),
+        "data": data,
         "device": model.device.type, "dtype": dtype_name(dtype),
     } | ({"adapter": [sha256_of(file) for file in begun]} if begun else {})  # fmt: skip
 

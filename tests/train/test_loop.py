@@ -504,6 +504,24 @@ def test_a_disk_that_is_too_small_is_found_before_the_base_is_loaded(
     fine_tune(config, quiet, resume=True)
 
 
+def test_the_data_are_known_as_they_were_read(
+    make_config: MakeConfig, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is appended while the base is loaded is of another run."""
+    grows = tmp_path / "train.jsonl"
+    grows.write_bytes((data_folder / "train.jsonl").read_bytes())
+    known, real = sha256_of(grows), setup.load_model
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        with grows.open("a") as file:
+            file.write(json.dumps(chat("more", "of it")) + "\n")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(setup, "load_model", load)
+    run = fine_tune(make_config(data__train=str(grows)), Quiet())
+    assert run.state.origin["data"]["train"] == known
+
+
 def test_a_failed_start_leaves_nothing_in_the_way(make_config: MakeConfig, quiet: Quiet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.jsonl: cannot be read"):
         fine_tune(make_config(data__train=str(tmp_path / "nowhere.jsonl")), quiet)
