@@ -33,6 +33,7 @@ from minilora.evaluate.distance import Distance
 from minilora.linear import NF4Linear, multiply, product
 from minilora.lora import adapters_off
 from minilora.loss import IGNORE
+from minilora.memory import as_text, free_bytes
 from minilora.model import Block, Context
 from minilora.nf4 import NF4Tensor
 
@@ -64,6 +65,11 @@ class MergePass:
         self.config, self.skeleton = config, skeleton(config)
         self.storage = Storage(base.quantize is not None, base.double_quant, base.dtype, base.device)
         self.batches = list(batches(self.samples, self.max_seq_len, 1, base.device))
+        n = sum(batch.tokens.numel() for batch in self.batches)
+        needed = n * config.dim * base.dtype.itemsize * (2 + len(self.routes))
+        if needed > (free := free_bytes(base.device)):
+            held = f"the hidden states of {n:,} tokens, prompts included, take {as_text(needed)}"
+            raise UserError(f"{held}, {as_text(free)} are free; compare on fewer, with --audit_tokens")
         self.contexts = [Context(config, b.positions, b.segments, None, base.dtype, runs=b.runs) for b in self.batches]
         self.hidden: dict[str, list[Tensor]] = {}
         self.heads: dict[str, Tensor] = {}
@@ -150,8 +156,9 @@ class MergePass:
         """Take the hidden states through a part of the model: a block; or the embedding, norm or head."""
         module = parent.get_submodule(name)
         if isinstance(module, Block):
-            pairs = zip(self.hidden[who], self.contexts, strict=True)
-            self.hidden[who] = [module(x, context) for x, context in pairs]
+            hidden = self.hidden[who]
+            for i, context in enumerate(self.contexts):  # one by one: what was before a block goes as what comes behind
+                hidden[i] = module(hidden[i], context)
         elif name == "embed_tokens":
             self.hidden[who] = [module(batch.tokens).to(self.storage.dtype) for batch in self.batches]
         elif name == "norm":

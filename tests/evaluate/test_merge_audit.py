@@ -25,6 +25,7 @@ from minilora.checkpoint.write import verify_manifest
 from minilora.config import BaseConfig, LoraConfig, Route, base_folder
 from minilora.data.encode import Sample, read_samples
 from minilora.errors import UserError
+from minilora.evaluate import merge_pass
 from minilora.evaluate.merge_audit import MergeAudit, audit_routes, merge_with_audit
 from minilora.linear import NF4Linear
 from minilora.lora import LoRALinear, add_lora
@@ -237,6 +238,18 @@ def test_it_may_be_stopped_while_it_is_measured_and_read_back(
     with pytest.raises(Stopped):
         merge(tiny_base, adapter, tmp_path / "merged", samples, progress=progress)
     assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_text_whose_states_do_not_fit_is_refused_before_a_block_is_read(
+    tmp_path: Path, tiny_base: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every token, prompts included, each model that goes along has a state; the rows are filled up."""
+    adapter, n_tokens = adapter_for(tiny_base, tmp_path / "adapter"), sum(sample.length for sample in samples)
+    least = 4 * n_tokens * TINY.dim * 3  # the base's, the trained model's, the merged one's
+    monkeypatch.setattr(merge_pass, "free_bytes", lambda _: least - 1)
+    with pytest.raises(UserError, match=r"prompts included, take .* are free; compare on fewer, with --audit_tokens"):
+        merge(tiny_base, adapter, tmp_path / "merged", samples)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("path", ["demo", "."])
