@@ -120,6 +120,8 @@ def compare(args: list[str]) -> None:
         return arguments.parse_run(parser, [*args, *(f"--{key}={value}" for key, value in changes.items())])[0]
 
     screen, output, words = terminal.console(), Path(parsed.output), re.compile(r"[^][,\s]+").findall
+    if embedded:
+        console.say(screen, "no data.train is named: what is not given is the demo's, its data too")
     strategies = words(parsed.strategies or ("" if parsed.grid else ",".join(runs.STRATEGIES)))
     grid = parsed.grid or (["data.replay=0,0.2"] if embedded else [])
     shares = words(parsed.shares or ("0.25,0.5" if embedded else ""))

@@ -180,7 +180,9 @@ def test_the_embedded_data_are_there_before_options_are_held_against_them(
     monkeypatch.setattr("minilora.train.compare.compare", stop)
     command = ["compare", "--data.replay", "0.3", "--grid", "train.seed=1,2", "--output", str(tmp_path / "out")]
     assert main(command) == 1
-    assert "seen enough" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "seen enough" in told.err
+    assert "no data.train is named: what is not given is the demo's, its data too" in told.out + told.err
     assert [v.config.data.replay for v in seen if "data.share" not in v.changes] == [0.3, 0.3]
     assert all("chat_train.jsonl" in v.config.data.train for v in seen)
 
