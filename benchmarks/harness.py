@@ -365,7 +365,7 @@ def race(
 ) -> list[Record]:
     """Step the entrants in turns, `rounds` times after `warm_ups` that do not count; one Record each.
 
-    cap_s: no further round begins once this has passed, but the first one does
+    cap_s: no further round begins once this has passed since the warm-ups, but the first one does
     step_cap_s: a step that takes longer fails
     watch: read the memory
     arguments: of every step
@@ -378,9 +378,10 @@ def race(
     ]
     start = time.monotonic()
     for turn in range(-warm_ups, rounds):
-        # Always the first warm-up and the first round; all others only while there is time.
-        if turn not in (-warm_ups, 0) and time.monotonic() - start > cap_s:
-            continue
+        if turn <= 0:  # all warm-ups, whatever they take: in them kernels are compiled, and a step is recorded
+            start = time.monotonic()
+        elif time.monotonic() - start > cap_s:
+            break
         for entrant, record in zip(entrants, records, strict=True):
             if entrant.worker and not record.error:
                 record.step(entrant.worker, turn >= 0, step_cap_s, watch, **arguments)

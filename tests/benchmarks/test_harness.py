@@ -91,6 +91,16 @@ def test_a_race_ends_after_its_time_but_has_one_round() -> None:
     assert len(slow.steps) == 1
 
 
+def test_the_time_of_a_race_begins_after_all_warm_ups() -> None:
+    with started([toy("wakes", seconds=0.4)]) as entrants:
+        [wakes] = race(entrants, rounds=3, warm_ups=2, cap_s=0.3)
+    assert len(wakes.steps) == 3
+    assert wakes.seconds < 0.3
+    with started([toy("counter")]) as entrants:
+        [counter] = race(entrants, rounds=3, warm_ups=2, cap_s=0.0)
+    assert [step.result["done"] for step in counter.steps] == [3]
+
+
 def test_a_slow_first_step_is_screened_by_itself() -> None:
     assert len(screen(toy("sleeps", seconds=0.05), steps=2, slow_s=0.01, step_cap_s=10).steps) == 1
     assert len(screen(toy("sleeps", seconds=0.01), steps=2, slow_s=10, step_cap_s=10).steps) == 2

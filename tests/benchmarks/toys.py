@@ -61,5 +61,18 @@ def dies() -> Callable[[], None]:
     return step
 
 
+def wakes(seconds: float) -> Callable[[], None]:
+    """Slow in its first two steps."""
+    left = 2
+
+    def step() -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            time.sleep(seconds)
+
+    return step
+
+
 def sleeps(seconds: float) -> Callable[[], None]:
     return lambda: time.sleep(seconds)
