@@ -433,13 +433,18 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
     """Write benchmarks/results/NAME.json, or `out`: sorted, floats in six figures, with machine and command.
 
     Where `data` has "parts" (objects by name, measured together or not), each part gets machine and command for itself,
-    and the parts of an older file that were not measured anew stay.
+    and the parts of an older file that were not measured anew stay; so does one with rows whose new one has an "error".
     """
     path = _result_path(name, out)
     stamp = {"machine": machine(), "command": command()}
     if "parts" in data:
-        old = json.loads(path.read_text())["parts"] if path.exists() else {}
-        whole = {**data, "parts": {**old, **{part: {**stamp, **value} for part, value in data["parts"].items()}}}
+        parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+        for part, value in data["parts"].items():
+            if "error" in value and parts.get(part, {}).get("rows"):
+                print(f"{path.name}: {part} failed, and keeps the figures that it had", file=sys.stderr)
+            else:
+                parts[part] = {**stamp, **value}
+        whole = {**data, "parts": parts}
     else:
         whole = {**stamp, **data}
     atomic_write(path, json.dumps(_rounded(whole), indent=1, sort_keys=True) + "\n")

@@ -145,6 +145,17 @@ def test_parts_that_were_not_measured_anew_stay(tmp_path: Path) -> None:
     assert all(part["machine"] for part in parts.values())
 
 
+def test_a_part_that_failed_takes_no_figures_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But that of a part that has none."""
+    for whole, error in (({"rows": [{"what": "w"}]}, "first"), ({"error": "e", "rows": []}, "second")):
+        write_result("x", {"parts": {"whole": whole, "failed": {"error": error}}}, tmp_path / "x.json")
+    parts = json.loads((tmp_path / "x.json").read_text())["parts"]
+    assert parts["failed"]["error"] == "second"
+    assert parts["whole"]["rows"] == [{"what": "w"}]
+    assert "error" not in parts["whole"]
+    assert capsys.readouterr().err == "x.json: whole failed, and keeps the figures that it had\n"
+
+
 @pytest.mark.parametrize("module", [nf4_cpu, profile_step, scaling], ids=lambda module: module.__name__)
 def test_where_nothing_can_be_written_nothing_is_measured(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
