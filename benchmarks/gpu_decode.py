@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_harness import run_part
+from benchmarks.gpu_models import way_of
 from benchmarks.harness import Contestant, Record, race, row, started
 from minilora.decode_graph import FEWEST
 
@@ -62,6 +63,7 @@ def _figures(new: int, one: Record, short: Record, long: Record) -> dict[str, An
         "tok_per_s": new / max(long.seconds - short.seconds, 1e-9),
         "tokens": long.steps[0].result["tokens"],
         "peak_reserved_bytes": long.steps[-1].result.get("peak_reserved_bytes"),
+        **way_of(one, short, long),
     }
 
 

@@ -6,10 +6,12 @@ must be equal. Linear layers of the blocks are NF4 with double quantization. A p
     train      one QLoRA step over random tokens, as in `contestants`
     generate   some tokens after a random prompt, greedily, with a KV cache
 
-A new setting begins with fresh adapters and an empty cache of memory; its first step is a warm-up.
+A new setting begins with fresh adapters and an empty cache of memory; its first step is a warm-up. A result says which
+way ours went: the backend, and whether the step was replayed as a graph; and of both sides what warnings there were.
 """
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -21,13 +23,16 @@ from torch import Tensor, nn
 from benchmarks.contestants import ALPHA, LEARNING_RATE, RANK, adamw, peft_model, same_adapters
 from benchmarks.feeds import packed_batches, peer_batches
 from benchmarks.gpu_harness import sixteen_bits
-from benchmarks.harness import Step
+from benchmarks.harness import Record, Step, without_folders
 from benchmarks.shapes import shape
 from minilora.ahead import Ahead
+from minilora.backend import backend_for
 from minilora.checkpoint.config_files import config_to_hf
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.decode_graph import FEWEST, Steps
 from minilora.dispatch import quantize
+from minilora.errors import UserError
 from minilora.fast_block import FusedBlock
 from minilora.fused import Keep
 from minilora.generation import generate
@@ -43,8 +48,11 @@ Work = Callable[..., dict[str, Any]]
 
 
 def ours(shape_name: str, device: str, adapters: bool) -> Step:
-    """minilora's own pieces."""
+    """minilora's own pieces. Raises UserError on a GPU that the kernels do not compute on."""
     config, where = shape(shape_name), torch.device(device)
+    backend = backend_for(where)
+    if where.type == "cuda" and backend.name == "torch":
+        raise UserError(f"{device} has no kernels: {backend.reason}")
     model = our_model(config, where)
     train_config = TrainConfig(strategy="qlora", weight_decay=0.0)
     run = RunConfig(lora=LoraConfig(rank=RANK, alpha=ALPHA), train=train_config)
@@ -68,10 +76,11 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
             assert isinstance(block, FusedBlock)
             block.keep = Keep[keep]
         [batch] = packed_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size})
-        optimizer, backward = state["optimizer"], state["backward"]
+        optimizer, back = state["optimizer"], state["backward"]
         scale = LossScale.of(torch.float32)
-        done = train_step(backward, optimizer, [batch], batch.n_targets, LEARNING_RATE, 0.0, scale)
-        return {"loss": done.loss, "predicted_bytes": predicted_bytes(rows, length, keep, ahead)}
+        done = train_step(back, optimizer, [batch], batch.n_targets, LEARNING_RATE, 0.0, scale)
+        way = {"backend": backend.name, "graph": isinstance(back, StepGraphs) and bool(back._graphs)}
+        return {"loss": done.loss, "predicted_bytes": predicted_bytes(rows, length, keep, ahead), **way}
 
     @cache
     def predicted_bytes(rows: int, length: int, keep: str, ahead: bool) -> int:
@@ -81,7 +90,9 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
 
     def continue_(prompt: int, new: int) -> dict[str, Any]:
         tokens = generate(model, random_prompt(config, prompt, where), new)
-        return {"tokens": tokens[0, prompt:].tolist()}
+        # A recording that fails is a warning.
+        way = {"backend": backend.name, "graph": new > FEWEST and Steps.can_record(model.device)}
+        return {"tokens": tokens[0, prompt:].tolist(), **way}
 
     return steps(where, begin, {"train": train, "generate": continue_})
 
@@ -124,12 +135,21 @@ def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False, a
 
 
 def steps(device: torch.device, begin: Callable[..., None], works: Mapping[str, Work]) -> Step:
-    """Each step ends when the device has done it; its result holds the device's memory at its peak."""
-    last: list[object] = []
+    """Each step ends when the device has done it; its result holds the device's memory at its peak, and the texts of
+    all warnings since its setting began."""
+    last, said = list[object](), dict[str, None]()
 
     def step(work: str, **setting: Any) -> dict[str, Any]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            result = measured(work, **setting)
+        said.update(dict.fromkeys(without_folders(str(warning.message)) for warning in caught))
+        return result | {"warnings": list(said)}
+
+    def measured(work: str, **setting: Any) -> dict[str, Any]:
         if [work, setting] != last:
             last[:] = [work, setting]
+            said.clear()
             begin(**setting)
             gc.collect()
             if device.type == "cuda":
@@ -145,6 +165,13 @@ def steps(device: torch.device, begin: Callable[..., None], works: Mapping[str, 
         }
 
     return step
+
+
+def way_of(*records: Record) -> dict[str, Any]:
+    """Which way the last step of the last one went, where it says so, and what any has warned of."""
+    results = [record.steps[-1].result for record in records]
+    way = {key: results[-1][key] for key in ("backend", "graph") if key in results[-1]}
+    return way | {"warnings": list(dict.fromkeys(text for result in results for text in result.get("warnings", [])))}
 
 
 # -- the models --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import gpu_torchtune
 from benchmarks.gpu_harness import matmul_tflop_per_s, run_part
+from benchmarks.gpu_models import way_of
 from benchmarks.harness import Contestant, Entrant, Record, race, ratio, ratio_text, row, started
 from benchmarks.shapes import qlora_step_flops, shape
 from minilora.fused import Keep
@@ -79,7 +80,7 @@ def _memory(ours: Sequence[Entrant], name: str, length: int, keep: Keep, warm_up
     if "peak_allocated_bytes" in first:
         found |= {"allocated": first["peak_allocated_bytes"], "reserved": last["peak_reserved_bytes"]}
     said = ", ".join(f"{n / 1e9:.2f} GB {which}" for which, n in found.items())
-    return {what: {**found, "rows": [row(what, said, "", "")] if len(found) > 1 else []}}
+    return {what: {**found, **way_of(record), "rows": [row(what, said, "", "")] if len(found) > 1 else []}}
 
 
 def _ahead(name: str, length: int, plain: Record, ahead: Record, ceiling: float) -> dict[str, Any]:
@@ -182,6 +183,7 @@ def _figures(record: Record, length: int, flops: float, ceiling: float) -> dict[
         "losses": [step.result["loss"] for step in record.steps],
         "first_loss": record.first.result["loss"] if record.first else None,
         **peaks,
+        **way_of(record),
         **({"error": record.error} if record.error else {}),
     }
 

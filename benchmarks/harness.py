@@ -227,7 +227,7 @@ class Worker:
         status = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f"ended with status {status}" + (f": {_without_folders(lines[-1])}" if lines else "")
+        return f"ended with status {status}" + (f": {without_folders(lines[-1])}" if lines else "")
 
 
 def private_bytes(pid: int | str = "self") -> int:
@@ -274,10 +274,10 @@ def _timed(step: Step, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _failure(error: Exception) -> dict[str, Any]:
     traceback.print_exc()
     lines = str(error).strip().splitlines()
-    return {"error": _without_folders(f"{type(error).__name__}: {lines[-1] if lines else ''}")}
+    return {"error": without_folders(f"{type(error).__name__}: {lines[-1] if lines else ''}")}
 
 
-def _without_folders(text: str) -> str:
+def without_folders(text: str) -> str:
     """At most 500 characters of an error, for a file that others read: paths lose their folders."""
     return re.sub(r"(?<![\w.])/[^\s'\":]*/", "", text)[:500]
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,9 @@ from benchmarks.gpu_harness import Timing, in_turns, peer_sets, report, run_part
 from benchmarks.gpu_train import _ahead, _cases, agreeing
 from benchmarks.harness import Measured, Record, rows_of
 from benchmarks.shapes import SHAPES
+from minilora.backend import Backend
 from minilora.config import ModelConfig
+from minilora.errors import UserError
 from minilora.fused import Keep
 
 RATES = (("gb", "copy_gb"), ("tflop", "matmul_tflop"))
@@ -80,11 +83,36 @@ def test_a_dry_run_of_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixt
         ours, *peers = case["sides"].values()
         assert all(ours["losses"] == pytest.approx(peer["losses"], rel=1e-4) for peer in peers)
         assert ours["losses"][0] < ours["first_loss"]
+        assert (ours["backend"], ours["graph"], ours["warnings"]) == ("torch", False, [])
+        assert all("backend" not in peer and "warnings" in peer for peer in peers)
     [decoding] = parts["decode"]["cases"].values()
     assert decoding["share_of_equal_tokens"] == 1
+    assert (decoding["minilora"]["backend"], decoding["minilora"]["graph"]) == ("torch", False)
     assert len(parts["train"]["rows"]) == 5
     assert len(parts["decode"]["rows"]) == 1
     assert "failed" not in capsys.readouterr().out
+
+
+def test_a_result_says_what_was_warned_of_in_its_setting() -> None:
+    def begin(first: bool) -> None:
+        if first:
+            warnings.warn("goes on without a graph", stacklevel=2)
+
+    def work(first: bool) -> dict[str, Any]:
+        warnings.warn(f"/a/folder/file.py: again, {first}", stacklevel=2)
+        return {"loss": 1.0}
+
+    step = gpu_models.steps(torch.device("cpu"), begin, {"train": work})
+    said = ["goes on without a graph", "file.py: again, True"]
+    for _ in range(2):
+        assert step(work="train", first=True) == {"loss": 1.0, "warnings": said}
+    assert step(work="train", first=False) == {"loss": 1.0, "warnings": ["file.py: again, False"]}
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_models, "backend_for", lambda _: Backend("torch", "Triton finds no C compiler"))
+    with pytest.raises(UserError, match=r"^cuda has no kernels: Triton finds no C compiler$"):
+        gpu_models.ours("tiny", "cuda", adapters=True)
 
 
 def test_who_has_another_loss_is_out() -> None:
