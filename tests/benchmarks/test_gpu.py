@@ -13,7 +13,7 @@ import torch
 from marks import interpreted
 
 import benchmarks.gpu as gpu
-from benchmarks import gpu_models, gpu_torchtune
+from benchmarks import gpu_decode, gpu_harness, gpu_models, gpu_torchtune
 from benchmarks.gpu_harness import Timing, in_turns, peer_sets, report, run_part
 from benchmarks.gpu_train import _ahead, _cases, agreeing
 from benchmarks.harness import Measured, Record, rows_of
@@ -23,6 +23,18 @@ from minilora.config import ModelConfig
 from minilora.errors import UserError
 from minilora.fused import Keep
 
+# Bytes and FLOP. A weight takes 1/2 byte, and by 64 of them an absmax of 1; and by 256 of those 4, and once 4.
+BY_HAND = {
+    "dequantize, nested, 16 x 128 to float16": (1024 + 32 + 8 + 2 * 2048, 0),
+    "quantize, nested, 16 x 128": (2 * 2048 + 1024 + 32 + 8, 0),
+    "softmax_gradient, 3 x 77": (2 * 2 * 231 + 12 * 3, 0),  # read, written; a label of 8 and a loss of 4
+    "adamw, 3 of 2 x 128": (28 * 768, 0),  # p, m and v read and written, the gradient read: 7 times 4
+    "adamw_8bit, 3 of 2 x 128": (16 * 768, 0),  # m and v of 1
+    "matvec, M = 1, nested, 48 x 128": (3072 + 96 + 8 + 2 * (128 + 48), 2 * 6144),
+    "matvec, M = 2, nested, 48 x 128": (3072 + 96 + 8 + 2 * 2 * (128 + 48), 2 * 2 * 6144),
+    "matmul, M = 3, nested, 48 x 128": (3072 + 96 + 8 + 2 * 3 * (128 + 48), 2 * 3 * 6144),
+    "matmul, M = 17, nested, 48 x 128": (3072 + 96 + 8 + 2 * 17 * (128 + 48), 2 * 17 * 6144),
+}
 RATES = (("gb", "copy_gb"), ("tflop", "matmul_tflop"))
 
 
@@ -41,6 +53,11 @@ def test_a_dry_run_of_the_operations(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert {"minilora"} < case["timings"].keys()
             of_copy, of_matmul = (case[f"{rate}_per_s"] / ceilings[f"{most}_per_s"] for rate, most in RATES)
             assert case["share_of_ceiling"] == pytest.approx(max(of_copy, of_matmul), rel=1e-4)
+    told = {what: case for part in parts.values() for what, case in part["cases"].items()}
+    for what, (n_bytes, flops) in BY_HAND.items():
+        assert told[what]["bytes"] == n_bytes, what
+        us = told[what]["timings"]["minilora"]["median_us"]
+        assert told[what]["tflop_per_s"] * us * 1e6 == pytest.approx(flops, rel=1e-4), what
     for name in ("dequantize", "norm", "rope", "swiglu"):
         assert all(case["share_of_copy"] > 0 for case in parts[name]["cases"].values())
     assert "failed" not in capsys.readouterr().out
@@ -262,6 +279,41 @@ def test_a_peer_that_cannot_run_is_left_out(
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     assert peer_sets(on_gpu, 2) == []
     assert capsys.readouterr().err == "bitsandbytes is left out: RuntimeError: no kernel image\n"
+
+
+def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a copy what is read and written; of a square product two FLOP a multiplication."""
+    for module in (gpu, gpu_harness):
+        monkeypatch.setattr(module, "in_turns", lambda calls, _: dict.fromkeys(calls, Timing((4.0, 5.0, 50.0))))
+    found = gpu.ceilings(torch.device("cpu"))
+    assert found["copy_gb_per_s"] == pytest.approx(2 * 65536 / 5e-6 / 1e9)
+    assert found["matmul_tflop_per_s"] == pytest.approx(2 * 64**3 / 5e-6 / 1e12)
+    assert found["copy"]["median_us"] == 5.0
+
+
+def test_a_token_takes_what_the_longer_answer_takes_longer() -> None:
+    def answer(*seconds: float, tokens: int, **said: Any) -> Record:
+        result = {"tokens": [7] * tokens, "peak_reserved_bytes": 9, "backend": "triton", **said}
+        steps = [Measured(s, 0, 0, result) for s in seconds]
+        return Record("minilora", steps, steps[0])
+
+    one = answer(0.1, 0.3, 0.2, tokens=1, graph=False)
+    short = answer(0.5, 0.6, 0.7, tokens=16, graph=True, warnings=["once"])
+    long = answer(1.0, 1.4, 1.2, tokens=80, graph=True, warnings=["once", "later"])
+    assert gpu_decode._figures(64, one, short, long) == {
+        "prefill_s": 0.2,
+        "seconds_of_the_short_answer": 0.6,
+        "seconds": 1.2,
+        "seconds_of_each": [1.0, 1.4, 1.2],
+        "tok_per_s": pytest.approx(64 / 0.6),
+        "tokens": [7] * 80,
+        "peak_reserved_bytes": 9,
+        "backend": "triton",
+        "graph": True,
+        "warnings": ["once", "later"],
+    }
+    failed = Record("minilora", error="out of memory")
+    assert gpu_decode._figures(64, one, failed, long) == {"error": "out of memory"}
 
 
 def test_figures() -> None:
