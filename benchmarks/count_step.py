@@ -22,12 +22,13 @@ from typing import Any
 
 from benchmarks.count_gpu import BACK_LAUNCHES, GROUPED_LAUNCHES, KINDS, PretendedGPU
 from benchmarks.feeds import random_batch
-from benchmarks.harness import RESULTS, ROOT, write_result
+from benchmarks.harness import RESULTS, ROOT, check_result, write_result
 from benchmarks.ledger import Cell, random_model, run_config
 from benchmarks.shapes import projection_shapes, shape
 from benchmarks.table import between
 from minilora.adamw import ALIGNED
 from minilora.config import ModelConfig
+from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.loss import whole_rows
 from minilora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
@@ -341,6 +342,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.count_step", description=__doc__.split("\n")[0])
     parser.add_argument("--out", metavar="FILE", help="instead of results/count_step.json, and no page is written")
     parsed = parser.parse_args(argv)
+    try:
+        check_result("count_step", parsed.out, parts=False)
+    except UserError as error:
+        print(f"count_step: {error}", file=sys.stderr)
+        return 1
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
     wrong = [line for name in SMALL for keep in Keep for line in differences(name, keep)]
     large = of_large()

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import row, write_result
+from benchmarks.harness import check_result, row, write_result
 from minilora.errors import UserError
 
 ARCHITECTURES = (75, 80, 90, 100)
@@ -428,12 +428,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in parsed.kernel or () if name not in names]:
         parser.error(f"there is no kernel {unknown[0]!r}; there are {'; '.join(names)}")
     is_whole = not (parsed.arch or parsed.kernel or parsed.only_ours)
+    writes = bool(parsed.out) or is_whole
     try:
+        if writes:
+            check_result("sass", parsed.out, parts=False)
         cases = _cases(archs, parsed.kernel or names, parsed.only_ours)
     except (UserError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"sass: {error}", file=sys.stderr)
         return 1
-    if parsed.out or is_whole:
+    if writes:
         write_result("sass", {"cases": cases, "rows": _rows(cases)}, parsed.out)
     table = Table("instructions a weight", "sm", "minilora", "bitsandbytes", "registers", "spilled bytes")
     for case in cases:

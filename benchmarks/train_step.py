@@ -30,6 +30,7 @@ from benchmarks.feeds import Feed, save_samples
 from benchmarks.harness import (
     Contestant,
     Record,
+    check_result,
     machine,
     race,
     ratio,
@@ -404,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in named if name not in cells() | QUICK]:
         parser.error(f"there is no cell {unknown[0]!r}; there are {', '.join(cells() | QUICK)}")
     try:
+        if parsed.out or any(not (cells() | QUICK)[name].quick for name in named):
+            check_result("train_step", parsed.out)
         return _run(named, parsed.rounds, parsed.cap, parsed.out)
     except UserError as error:
         print(f"train_step: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import nf4_cpu, profile_step, scaling
+from benchmarks import count_step, nf4_cpu, profile_step, sass, scaling, train_step
 from benchmarks.harness import (
     ROOT,
     Contestant,
@@ -156,13 +156,27 @@ def test_a_part_that_failed_takes_no_figures_place(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == "x.json: whole failed, and keeps the figures that it had\n"
 
 
-@pytest.mark.parametrize("module", [nf4_cpu, profile_step, scaling], ids=lambda module: module.__name__)
+MEASURE = {nf4_cpu: "measure", profile_step: "measure", scaling: "measure", train_step: "measure"}
+MEASURE |= {sass: "_cases", count_step: "differences"}
+
+
+@pytest.mark.parametrize("module", MEASURE, ids=lambda module: module.__name__)
 def test_where_nothing_can_be_written_nothing_is_measured(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(module, MEASURE[module], lambda *_: pytest.fail("measured"))
     (tmp_path / "file").touch()
     assert module.main(["--out", str(tmp_path / "file" / "x.json")]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"{module.__name__.partition('.')[2]}: {tmp_path}/file/x.json: ")
     assert err.count("\n") == 1
+
+
+def test_a_file_that_takes_no_parts_is_found_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_step, "measure", lambda *_: pytest.fail("measured"))
+    out = tmp_path / "x.json"
+    out.write_text("{}")
+    assert train_step.main(["--quick", "--out", str(out)]) == 1
+    assert capsys.readouterr().err.startswith(f'train_step: {out}: is no object with "parts"')

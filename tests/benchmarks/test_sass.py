@@ -88,8 +88,11 @@ def test_a_kernel_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("some", [["--arch", "90"], ["--kernel", "quantize"], ["--only_ours"]])
-def test_a_part_does_not_take_the_place_of_the_whole(some: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_does_not_take_the_place_of_the_whole(
+    some: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = []
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sass, "_cases", lambda *_: [])
     monkeypatch.setattr(sass, "write_result", lambda name, _, out: written.append((name, out)))
     assert [main(words) for words in (some, [], [*some, "--out", "x.json"])] == [0, 0, 0]
