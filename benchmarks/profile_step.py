@@ -41,6 +41,7 @@ from minilora.loss import cross_entropy_sum
 from minilora.nf4 import NF4Tensor
 
 STEP_CAP_S = 3600.0  # a bf16 step takes minutes on a CPU that has no instructions for it
+DTYPES = ("float32", "bfloat16")
 FIGURE = ROOT / "docs" / "profile_step.png"
 GROUPS = {
     "frozen weights": "#4269d0",
@@ -222,13 +223,15 @@ def _show(result: dict[str, Any], console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_step", description=__doc__.split("\n")[0])
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="some of them; needs --out")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all of it runs")
     parser.add_argument("--out", metavar="FILE", help="instead of results/profile_step.json; the figure lies beside it")
     parser.add_argument("--draw", action="store_true", help="only the figure, of the result that is there")
     parsed = parser.parse_args(argv)
     figure = Path(parsed.out).with_suffix(".png") if parsed.out else FIGURE
     keeps = bool(parsed.out) or not parsed.quick
+    if keeps and not (parsed.out or parsed.draw or {*parsed.dtypes} == {*DTYPES}):
+        parser.error("--dtypes needs --out: the result and its figure are of both")
     try:
         if parsed.draw:
             draw(read_json(Path(parsed.out or RESULTS / "profile_step.json")), figure)

@@ -230,6 +230,15 @@ def test_the_profile_accounts_for_the_step(tmp_path: Path) -> None:
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_half_a_profile_does_not_take_the_place_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profile_step, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="2"):
+        profile_step.main(["--dtypes", "float32"])
+    assert "--dtypes needs --out" in capsys.readouterr().err
+
+
 def test_the_profile_is_drawn_of_the_committed_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
