@@ -157,7 +157,7 @@ def main(argv: Iterable[str] | None = None) -> int:
         for what, n in sorted(figures["findings"].items(), key=lambda item: -item[1]):
             print(f"    {n:6,} x {what}", flush=True)
         n_findings += sum(figures["findings"].values())
-    if args.out == RESULTS / "fuzz.json":
+    if args.out.resolve() == (RESULTS / "fuzz.json").resolve():
         write_table(PAGE, json.loads(args.out.read_text())["parts"])
     return 1 if n_findings else 0
 

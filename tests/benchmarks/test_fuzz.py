@@ -47,6 +47,20 @@ def test_the_page_has_the_committed_figures(tmp_path: Path) -> None:
         assert part["most_bytes"] < watch.MAX_BYTES, name
 
 
+def test_the_page_is_written_by_a_relative_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not with figures that lie elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    page = Path("page.md")
+    for name, value in (("RESULTS", tmp_path / "results"), ("PAGE", tmp_path / page)):
+        monkeypatch.setattr(f"benchmarks.fuzz.__main__.{name}", value)
+    empty = "<!-- fuzzed: by the command -->\n<!-- end fuzzed -->\n"
+    page.write_text(empty)
+    assert main(["dispatch", "--cases", "1", "--out", "other.json"]) == 0
+    assert page.read_text() == empty
+    assert main(["dispatch", "--cases", "1", "--out", "results/fuzz.json"]) == 0
+    assert "| dispatch | 1 |" in page.read_text()
+
+
 def ends(work: Callable[[], Any], check: Callable[[Any], None] = right) -> watch.Outcome:
     """How a case ends that is followed by a good one, which must load whatever happened before it."""
     found = list(watch.outcomes(lambda n: (work, check) if n == 0 else (lambda: 7, right), range(2)))
