@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks import load
-from benchmarks.load import WORKS, _text, main
+from benchmarks.harness import Measured, Record
+from benchmarks.load import WORKS, _figures, _text, main
 from minilora.config import base_folder
 
 FIGURES = {"seconds", "weights_per_s", "peak_private_bytes", "beyond_bytes", "weights_bytes"}
@@ -69,5 +70,26 @@ def test_a_place_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_mapped_model_is_called_so() -> None:
     figures = {"seconds": 2.0, "weights_per_s": 5e6, "weights_bytes": 10**9, "beyond_bytes": -(9 * 10**8)}
-    assert _text(figures) == "2 s, 5 million weights/s, 0.00 GB beyond the model's, which is mapped"
-    assert _text(figures | {"beyond_bytes": -1000}) == "2 s, 5 million weights/s, 0.00 GB beyond the model's"
+    assert _text("load", figures) == "2 s, 5 million weights/s, 0.00 GB beyond the model's, which is mapped"
+    assert _text("load", figures | {"beyond_bytes": -1000}) == "2 s, 5 million weights/s, 0.00 GB beyond the model's"
+
+
+def test_memory_is_of_the_very_first_step_and_speed_of_those_that_count() -> None:
+    """10 MB before it, 46 MB at its peak, 30 of them the model's."""
+    result = {"weights_bytes": 30_000_000}
+    first = Measured(9.0, 46_000_000, 90_000_000, result)
+    steps = [Measured(s, 50_000_000, 80_000_000, result) for s in (1.0, 4.0, 2.0)]
+    figures = _figures(Record("minilora", steps, first, rest_bytes=10_000_000), 8_000_000)
+    assert figures == {
+        "seconds": 2.0,
+        "seconds_of_each": [1.0, 4.0, 2.0],
+        "peak_private_bytes": 50_000_000,
+        "max_rss_bytes": 80_000_000,
+        "rest_private_bytes": 10_000_000,
+        "weights_bytes": 30_000_000,
+        "beyond_bytes": 6_000_000,
+        "weights_per_s": 4_000_000.0,
+    }
+    assert _text("quantize", figures) == "2 s, 4 million weights/s, 0.01 GB beyond the model's"
+    assert _text("write", figures) == "2 s, 4 million weights/s, 0.04 GB in all"
+    assert _figures(Record("minilora", error="no room"), 8_000_000) == {"error": "no room"}
