@@ -1,6 +1,7 @@
 """A merge goes through the base block by block: its files equal the definition's, its figures those of whole models."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from minilora.data.encode import Sample, read_samples
 from minilora.errors import UserError
 from minilora.evaluate import merge_pass
 from minilora.evaluate.merge_audit import MergeAudit, audit_routes, merge_with_audit
+from minilora.evaluate.merge_pass import MergePass
 from minilora.linear import NF4Linear
 from minilora.lora import LoRALinear, add_lora
 from minilora.nf4 import quantize_nf4
@@ -168,6 +170,25 @@ def test_an_nf4_folder_is_a_base_too(tmp_path: Path, tiny_base: Path, samples: l
     assert merge(tmp_path / "nf4", adapter, tmp_path / "merged", samples, {"quantize": "auto"}).passed("trained")
     with pytest.raises(UserError, match="the original base is in NF4 here"):
         merge(tmp_path / "nf4", adapter, tmp_path / "m2", samples, {"quantize": "auto"}, route="original")
+
+
+def test_no_more_than_two_parts_are_ever_in_memory(
+    tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that weights go into, and its copy for those that are merged; of a base of seven parts."""
+    save_hf(tiny_model(config=replace(TINY, n_layers=4)), tmp_path / "base", dtype=F32)
+    adapter, take = adapter_for(tmp_path / "base", tmp_path / "adapter"), MergePass._take
+    taken, alive = list[weakref.ref[Any]](), list[int]()
+
+    def noted(run: MergePass, name: str) -> Any:
+        part = take(run, name)
+        taken.append(weakref.ref(part.get_submodule(name)))
+        alive.append(sum(part() is not None for part in taken))
+        return part
+
+    monkeypatch.setattr(MergePass, "_take", noted)
+    merge(tmp_path / "base", adapter, tmp_path / "merged", samples)
+    assert alive == [1, 2] * 7
 
 
 def double_the_delta(monkeypatch: pytest.MonkeyPatch) -> None:
