@@ -326,7 +326,7 @@ def test_float16_follows_float32() -> None:
         (None, "lora", {"dora": True}),
         ("nf4", "lora", {"dora": True}),
         (None, "lora", {"lora_plus_ratio": 16.0}),
-        (None, "lora", {"dora": True, "lora_plus_ratio": 4.0}),
+        ("nf4", "lora", {"dora": True, "lora_plus_ratio": 4.0}),
         (None, "prefix", {}),
         ("nf4", "prefix", {}),
     ],
