@@ -433,14 +433,16 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
     """Write benchmarks/results/NAME.json, or `out`: sorted, floats in six figures, with machine and command.
 
     Where `data` has "parts" (objects by name, measured together or not), each part gets machine and command for itself,
-    and the parts of an older file that were not measured anew stay; so does one with rows whose new one has an "error".
+    and the parts of an older file that were not measured anew stay; so does one with rows whose new one
+    failed: it has an "error", or errors within and no rows.
     """
     path = _result_path(name, out)
     stamp = {"machine": machine(), "command": command()}
     if "parts" in data:
         parts = json.loads(path.read_text())["parts"] if path.exists() else {}
         for part, value in data["parts"].items():
-            if "error" in value and parts.get(part, {}).get("rows"):
+            failed = "error" in value or (not value.get("rows") and any(_errors(value)))
+            if failed and parts.get(part, {}).get("rows"):
                 print(f"{path.name}: {part} failed, and keeps the figures that it had", file=sys.stderr)
             else:
                 parts[part] = {**stamp, **value}

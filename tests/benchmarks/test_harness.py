@@ -145,14 +145,17 @@ def test_parts_that_were_not_measured_anew_stay(tmp_path: Path) -> None:
     assert all(part["machine"] for part in parts.values())
 
 
-def test_a_part_that_failed_takes_no_figures_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("failed", [{"error": "e", "rows": []}, {"cases": {"a": {"ours": {"error": "e"}}}, "rows": []}])
+def test_a_part_that_failed_takes_no_figures_place(
+    failed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """But that of a part that has none."""
-    for whole, error in (({"rows": [{"what": "w"}]}, "first"), ({"error": "e", "rows": []}, "second")):
+    for whole, error in (({"rows": [{"what": "w"}]}, "first"), (failed, "second")):
         write_result("x", {"parts": {"whole": whole, "failed": {"error": error}}}, tmp_path / "x.json")
     parts = json.loads((tmp_path / "x.json").read_text())["parts"]
     assert parts["failed"]["error"] == "second"
     assert parts["whole"]["rows"] == [{"what": "w"}]
-    assert "error" not in parts["whole"]
+    assert not parts["whole"].keys() & failed.keys() - {"rows"}
     assert capsys.readouterr().err == "x.json: whole failed, and keeps the figures that it had\n"
 
 
