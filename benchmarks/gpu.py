@@ -3,11 +3,12 @@
     equality    each kernel against its definition and float64, first: a figure of a wrong kernel is worth nothing
     ceilings    what the card copies and multiplies, by torch
     ops         the ceilings, and each kernel beside bitsandbytes, plain torch and a copy, with its share of them
-    train       a QLoRA step of the 7B beside transformers + peft + bitsandbytes
+    train       a QLoRA step of the 7B beside transformers + peft + bitsandbytes, each length a part, and its memory
     decode      generating with the 7B beside transformers + bitsandbytes
 
-A part that fails is told and the next one runs. Needs torch, triton and numpy, and takes the peers where
-they are installed; no network. `--dry` runs all of it on a CPU on small data, to see that it runs.
+Each part is written once it is measured. One that fails is told and the next one runs. Needs torch, triton and numpy,
+and takes the peers where they are installed; no network. `--dry` runs all of it on a CPU on small data, to see that it
+runs.
 """
 
 import argparse
@@ -57,13 +58,13 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def measured_by(module: str) -> Callable[[torch.device], dict[str, Any]]:
+def measured_by(module: str, function: str = "measure", **given: Any) -> Callable[[torch.device], dict[str, Any]]:
     """The part that benchmarks/MODULE.py measures: cases by name, whose rows become the part's."""
 
     def measure(device: torch.device) -> dict[str, Any]:
         from importlib import import_module
 
-        cases: dict[str, Any] = import_module(f"benchmarks.{module}").measure(device)
+        cases: dict[str, Any] = getattr(import_module(f"benchmarks.{module}"), function)(device, **given)
         return {"cases": cases, "rows": [line for case in cases.values() for line in case.pop("rows")]}
 
     return measure
@@ -85,7 +86,8 @@ PARTS: dict[str, tuple[str, Callable[[torch.device], dict[str, Any]]]] = {
     "ceilings": ("ceilings", ceilings),
     **{name: ("ops", measured_by(f"nf4_{name}")) for name in ("dequantize", "quantize", "matvec", "matmul")},
     **{name: ("ops", measured_by(name)) for name in ("norm", "rope", "swiglu", "softmax_gradient", "adamw")},
-    "train": ("train", measured_by("gpu_train")),
+    **{f"train_{length}": ("train", measured_by("gpu_train", length=length)) for length in (512, 1024, 2048)},
+    "train_memory": ("train", measured_by("gpu_train", "measure_memory")),
     "decode": ("decode", measured_by("gpu_decode")),
 }
 

@@ -6,9 +6,9 @@ the decoded weights as well, or decode them ahead (`ahead.py`), and races alone 
 against the fastest of the peer's that does the same, and of all that the peer has. Who has another first loss did
 other work and is out. Where torchtune can be imported it is one more peer (`gpu_torchtune`), with ratios of its own.
 
-Then our memory: of each policy what the ledger predicts, what was allocated at most in a step that ran as it came, and
-what was reserved when steps are replayed, from the recorded one on; and last, when those processes have gone, for one
-row of LONGEST tokens, checkpointed: what a card of 24 GB should hold.
+Our memory is measured alone: of each policy what the ledger predicts, what was allocated at most in a step that ran as
+it came, and what was reserved when steps are replayed, from the recorded one on; and, in another process, for one row
+of LONGEST tokens, checkpointed: what a card of 24 GB should hold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,24 +25,26 @@ from benchmarks.harness import Contestant, Entrant, Record, race, ratio, ratio_t
 from benchmarks.shapes import qlora_step_flops, shape
 from minilora.fused import Keep
 
-SHAPE, LENGTHS = "mistral-7b-v0.3", (512, 1024, 2048)
-DRY_SHAPE, DRY_LENGTHS = "tiny", (16,)
+SHAPE, DRY_SHAPE, DRY_LENGTH = "mistral-7b-v0.3", "tiny", 16
 # The decoded weights last: what the others hold of memory is least then.
 POLICIES = {"kept": Keep.ALL, "checkpointed": Keep.INPUT, "kept with the decoded weights": Keep.WEIGHTS}
-LONGEST, DRY_LONGEST = 43_008, 32
+LONG, LONGEST, DRY_LONGEST = 2048, 43_008, 32  # whose memory is measured
 PEERS = ((), ("autocast",), ("prepared", "autocast"))
 ROUNDS, CAP_S, STEP_CAP_S = 7, 12.0, 60.0
 RTOL = 3e-4  # of the losses, 16 bits on both sides; those of other weights or tokens differ by 4e-3 to 7e-3
 TORCHTUNE_RTOL = 6e-4  # as much again: its absmax are off by up to 1 in 256, what bfloat16 rounds by
 
 
-def measure(device: torch.device) -> dict[str, Any]:
-    """Cases by length and what is kept. `share_of_matmul`: model FLOPs a second over those of a square product."""
+def measure(device: torch.device, length: int) -> dict[str, Any]:
+    """Cases by what is kept, of so many tokens, in a dry run of few.
+
+    `share_of_matmul`: model FLOPs a second over those of a square product
+    """
     is_dry = device.type != "cuda"
-    name, lengths = (DRY_SHAPE, DRY_LENGTHS) if is_dry else (SHAPE, LENGTHS)
-    arguments = {"shape_name": name, "device": device.type, "adapters": True}
+    name, length = (DRY_SHAPE, DRY_LENGTH) if is_dry else (SHAPE, length)
+    ours, arguments = _ours(device)
     contestants = [
-        Contestant("minilora", "benchmarks.gpu_models:ours", arguments),
+        ours,
         *(
             Contestant(", ".join(("peft", *how)), "benchmarks.gpu_models:peer", arguments | dict.fromkeys(how, True))
             for how in PEERS[: 1 if is_dry else None]
@@ -50,23 +52,33 @@ def measure(device: torch.device) -> dict[str, Any]:
     ]
     if gpu_torchtune.is_there() and not is_dry:  # whose quantizer takes no weights as small as a dry run's
         contestants.append(Contestant("torchtune", "benchmarks.gpu_torchtune:torchtune", arguments))
-    ceiling = matmul_tflop_per_s(device)
-    cases: dict[str, Any] = {}
+    ceiling, rounds, records = matmul_tflop_per_s(device), 1 if is_dry else ROUNDS, dict[str, list[Record]]()
     with started(contestants, at_once=not is_dry) as entrants:
-        for length in lengths:
-            records = dict[str, list[Record]]()
-            for policy, keep in POLICIES.items():
-                racers = entrants[:1] if keep == Keep.WEIGHTS else entrants
-                records[policy] = _race(racers, 1 if is_dry else ROUNDS, length=length, keep=keep)
-            plain, ahead = (
-                _race(entrants[:1], 1 if is_dry else ROUNDS, length=length, keep=Keep.ALL, ahead=decodes)[0]
-                for decodes in (False, True)
-            )
-            cases |= _cases(name, length, records, ceiling) | _ahead(name, length, plain, ahead, ceiling)
+        for policy, keep in POLICIES.items():
+            racers = entrants[:1] if keep == Keep.WEIGHTS else entrants
+            records[policy] = _race(racers, rounds, length=length, keep=keep)
+        plain, ahead = (
+            _race(entrants[:1], rounds, length=length, keep=Keep.ALL, ahead=decodes)[0] for decodes in (False, True)
+        )
+    return _cases(name, length, records, ceiling) | _ahead(name, length, plain, ahead, ceiling)
+
+
+def measure_memory(device: torch.device) -> dict[str, Any]:
+    """Cases by what is kept, of LONG tokens, and one of LONGEST."""
+    is_dry, cases = device.type != "cuda", dict[str, Any]()
+    name, long, longest = (DRY_SHAPE, DRY_LENGTH, DRY_LONGEST) if is_dry else (SHAPE, LONG, LONGEST)
+    ours, _ = _ours(device)
+    with started([ours]) as entrants:
         for keep in Keep:
-            cases |= _memory(entrants[:1], name, lengths[-1], keep, 2)
-    with started(contestants[:1]) as entrants:
-        return cases | _memory(entrants, name, DRY_LONGEST if is_dry else LONGEST, Keep.INPUT, 0)
+            cases |= _memory(entrants, name, long, keep, 2)
+    with started([ours]) as entrants:
+        return cases | _memory(entrants, name, longest, Keep.INPUT, 0)
+
+
+def _ours(device: torch.device) -> tuple[Contestant, dict[str, Any]]:
+    """And the arguments, which are the peers' as well."""
+    arguments = {"shape_name": SHAPE if device.type == "cuda" else DRY_SHAPE, "device": device.type, "adapters": True}
+    return Contestant("minilora", "benchmarks.gpu_models:ours", arguments), arguments
 
 
 def _memory(ours: Sequence[Entrant], name: str, length: int, keep: Keep, warm_ups: int) -> dict[str, Any]:
