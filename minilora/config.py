@@ -20,6 +20,7 @@ from minilora.patterns import check_pattern, first_match, hf_name
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENIZER_FILES = (
     "*tokenizer*.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tekken.json",
+    "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 Optimizer = Literal["adamw", "adamw_8bit"]
 Route = Literal["trained", "original", "requantized"]  # of a merge (checkpoint/merge.py)

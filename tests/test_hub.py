@@ -41,7 +41,8 @@ class Hub:
             "pytorch_model.bin": b"x",
             "README.md": b"#",
         }
-        self.commits = {OLD: demo | extra, NEW: demo | extra | {"generation_config.json": b"{}\n"}}
+        newer = {"generation_config.json": b"{}\n", "added_tokens.json": b"{ }", "chat_template.jinja": b"[INST]"}
+        self.commits = {OLD: demo | extra, NEW: demo | extra | newer}
         self.names = {"main": NEW, "v1": OLD, OLD: OLD, NEW: NEW}
         self.asked: list[str] = []
         self.status = 200
@@ -161,12 +162,14 @@ def test_a_name_is_fetched_once_and_found_again_without_a_connection(hub: Hub, t
     assert done.returncode == 0, done.stderr
     assert files_of(hub) == {
         "README.md",
+        "added_tokens.json",
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.model",
     }
-    assert re.search(r"100%.*\| 5/5 ", done.stderr), "a bar shows how it goes"
+    assert re.search(r"100%.*\| 7/7 ", done.stderr), "a bar shows how it goes"
     assert len(list((tmp_path / "cache").rglob("snapshots/*"))) == 1
     hub.asked.clear()
     assert minilora(hub, tmp_path, *args).returncode == 0
@@ -229,7 +232,7 @@ def test_of_a_tokenizer_s_name_the_weights_are_not_fetched(hub: Hub, tmp_path: P
     given = ["--model.path", str(base_folder("demo")), "--model.tokenizer", "org/tiny", "--eval.answers", "0"]
     done = minilora(hub, tmp_path, "evaluate", str(text), *given)
     assert done.returncode == 0, done.stderr
-    assert files_of(hub) == {"tokenizer.model"}
+    assert files_of(hub) == {"added_tokens.json", "chat_template.jinja", "tokenizer.model"}
 
 
 def test_what_a_model_learnt_is_known_of_one_from_the_hub(hub: Hub, tmp_path: Path) -> None:

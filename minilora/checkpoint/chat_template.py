@@ -14,6 +14,7 @@ from minilora.checkpoint.json_file import write_json
 from minilora.tokenizer import OLD_HF, Tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
+OWN_FILE = "chat_template.jinja"  # where transformers 5 puts it, and what counts if the config has one, too
 
 
 def chat_template(template: str) -> str:
@@ -28,9 +29,11 @@ def chat_template(template: str) -> str:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.model and tokenizer_config.json, with which transformers encodes and renders as we do.
 
-    The config's "legacy" puts the tokenizer's space before each text, also after a control piece.
+    The config's "legacy" puts the tokenizer's space before each text, also after a control piece. A template that lies
+    there in a file of its own is removed.
     """
     config = json.loads((TEMPLATES / "tokenizer_config.json").read_text("utf-8"))
     config["chat_template"] = chat_template(tokenizer.template)
     write_json(folder / "tokenizer_config.json", config)
+    (folder / OWN_FILE).unlink(missing_ok=True)
     copy_file(tokenizer.path, folder / "tokenizer.model")

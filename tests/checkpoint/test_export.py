@@ -180,6 +180,7 @@ def test_what_the_disk_did_not_keep_is_noticed(
 def test_the_source_s_own_tokenizer_files_are_kept(base: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(base, tmp_path / "source"))
     own = {"tokenizer_config.json": '{"mine": 1}', "special_tokens_map.json": "{}"}
+    own |= {"added_tokens.json": '{"<mine>": 458}', "chat_template.jinja": "mine"}
     for name, text in own.items():
         (source / name).write_text(text)
     for to in ("hf", "bnb-4bit"):
@@ -194,6 +195,7 @@ def test_the_source_s_own_tokenizer_files_are_kept(base: Path, tmp_path: Path) -
 def test_another_tokenizer_takes_the_place_of_all_of_them(base: Path, tmp_path: Path, to: str) -> None:
     source = Path(shutil.copytree(base, tmp_path / "source"))
     (source / "tokenizer_config.json").write_text('{"mine": 1}')
+    (source / "chat_template.jinja").write_text("mine")
     other = tmp_path / "other.model"
     other.write_bytes(TOKENIZER.read_bytes() + b"\xc0\x0c\x01")  # a field of its file that nobody knows
     export_checkpoint(source, tmp_path / "out", to, tokenizer=other)
@@ -201,6 +203,31 @@ def test_another_tokenizer_takes_the_place_of_all_of_them(base: Path, tmp_path: 
     assert (tmp_path / "out" / file).read_bytes() == other.read_bytes()
     if to != "mistral":
         assert "chat_template" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_what_transformers_saved_keeps_its_template(base: Path, tmp_path: Path) -> None:
+    """transformers 5 writes the template into a file of its own and takes it out of tokenizer_config.json."""
+    export_checkpoint(base, tmp_path / "first", "hf")
+    source = Path(shutil.copytree(base, tmp_path / "source"))
+    AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(source)
+    assert "chat_template" not in json.loads((source / "tokenizer_config.json").read_text())
+    export_checkpoint(source, tmp_path / "hf", "hf")
+    export_checkpoint(source, tmp_path / "bnb", "bnb-4bit")
+    quantize_checkpoint(source, tmp_path / "nf4")
+    for name in ("hf", "bnb", "nf4"):
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+        ids = theirs.apply_chat_template(HELLO, return_dict=True)["input_ids"]
+        assert ids == load_tokenizer(TOKENIZER).encode_chat(HELLO)[0]
+
+
+def test_no_older_template_overrides_the_one_that_is_written(base: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(base, tmp_path / "source"))
+    (source / "chat_template.jinja").write_text("mine")  # and no tokenizer_config.json
+    for to in ("hf", "bnb-4bit"):
+        export_checkpoint(source, tmp_path / to, to)
+        rendered = AutoTokenizer.from_pretrained(tmp_path / to).apply_chat_template(HELLO, tokenize=False)
+        assert rendered.startswith("<s>[INST]")
 
 
 def test_a_model_tuned_with_the_old_spaces_keeps_its_template(tmp_path: Path) -> None:
