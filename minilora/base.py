@@ -12,6 +12,7 @@ from minilora.attention import has_flash_attention
 from minilora.backend import pick_device, pick_dtype, told
 from minilora.checkpoint.adapter import CONFIG, adapter_folder, read_adapter, read_adapter_config
 from minilora.checkpoint.adapter_parts import Adapter
+from minilora.checkpoint.chat_template import template_warnings
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.mistral_adapter import is_mistral
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
@@ -87,7 +88,8 @@ class Base:
         device = pick_device(config.device)
         dtype, _ = pick_dtype(device, config.dtype)
         double_quant = checkpoint.double_quant if checkpoint.nf4 else config.double_quant
-        base = Base(checkpoint, tokenizer, quantize, double_quant, dtype, device, adapter, scaling)
+        said = template_warnings(checkpoint.folder, tokenizer.template, made_on)
+        base = Base(checkpoint, tokenizer, quantize, double_quant, dtype, device, adapter, scaling, None, tuple(said))
         if adapter is None:
             return base
         here = {
@@ -96,7 +98,7 @@ class Base:
             "quantization": quantization(base.nf4_double_quant, dtype),
             "tokenizer": tokenizer_of(tokenizer),
         }
-        said = check_origin(Path(adapter), made_on, here, force)
+        said += check_origin(Path(adapter), made_on, here, force)
         added = read_adapter_config(adapter, checkpoint.config, scaling=scaling)
         return replace(base, added=added, warnings=tuple(said))
 

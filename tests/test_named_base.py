@@ -169,3 +169,37 @@ def test_the_tokenizer_of_another_model_is_refused(tiny_base: Path) -> None:
     other = str(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
     with pytest.raises(UserError, match="v1: a v1 tokenizer of 32,000 pieces, but the model's vocabulary has 458; t"):
         Base.find(BaseConfig(path=str(tiny_base), tokenizer=other))
+
+
+def test_a_base_tuned_with_another_template_is_told_until_it_has_learnt_ours(
+    make_config: MakeConfig, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chatml = tmp_path / "chatml"
+    shutil.copytree(tiny_base, chatml)
+    (chatml / "tokenizer_config.json").write_text('{"chat_template": "<|im_start|>"}')
+    config = BaseConfig(path=str(chatml), device="cpu")
+    until = "answers are worse, and may not stop, until it is trained"
+    told = f"Mistral's chat template v3 is used, not the base's own: {until}"
+    assert Base.find(config).warnings == (told,)
+    main(["generate", "red", "--model.path", str(chatml), "--max_new_tokens", "1"])
+    assert f"warning: {told}\n" in capsys.readouterr().err
+
+    quiet = Quiet()
+    run = fine_tune(make_config(model__path=str(chatml), train__max_steps=1), quiet)
+    assert quiet.said.count(f"warning: {told}") == 1
+    adapter = run.folder.path / "adapter"
+    found = Base.find(config, str(adapter))
+    assert not any(told in text for text in found.warnings)
+    again = Quiet()
+    fine_tune(
+        make_config(train__adapter=str(adapter), model__path=str(chatml), train__output=str(tmp_path / "on")), again
+    )
+    assert not any(told in text for text in again.said)
+
+    shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("minilora.json", "manifest.json"))
+    bare = Base.find(replace(config, quantize="nf4"), str(tmp_path / "bare"))
+    assert bare.warnings == (told,)
+    for base, name in ((found, "merged"), (bare, "of_bare")):
+        merge_with_audit(base, base.read_adapter(), tmp_path / name, run.train[:1], 64, force=True)
+        assert (f"- {told}.\n" in (tmp_path / name / "README.md").read_text()) == (base is bare)
+        assert Base.find(BaseConfig(path=str(tmp_path / name), device="cpu")).warnings == ()

@@ -7,10 +7,16 @@ and if results that are JSON are objects or lists in Python's spacing, and other
 """
 
 import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from minilora.checkpoint.files import copy_file
-from minilora.checkpoint.json_file import write_json
+from minilora.checkpoint.json_file import MAX_BYTES, read_json, write_json
+from minilora.checkpoint.provenance import read_provenance, template_of
+from minilora.errors import UserError
 from minilora.tokenizer import OLD_HF, Tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -37,3 +43,30 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config)
     (folder / OWN_FILE).unlink(missing_ok=True)
     copy_file(tokenizer.path, folder / "tokenizer.model")
+
+
+def own_template(folder: Path) -> str:
+    """The text of the chat template that transformers finds in a model's folder, of several templates all their texts;
+    "" if there is none that can be read."""
+    file = folder / OWN_FILE
+    with suppress(OSError, ValueError, UserError):
+        if os.path.isfile(file):
+            return file.read_text("utf-8") if file.stat().st_size <= MAX_BYTES else ""
+        found = read_json(folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(found, list):
+            texts = (one.get("template") for one in found if isinstance(one, dict))
+            found = "".join(text for text in texts if isinstance(text, str))
+        return found if isinstance(found, str) else ""
+    return ""
+
+
+def template_warnings(folder: Path, template: str, made_on: Mapping[str, Any] | None = None) -> list[str]:
+    """What to say before `template` is put around chats with the model in `folder`, which may know another one only.
+
+    made_on: the provenance of an adapter, which may have learnt it
+    """
+    own = own_template(folder)
+    if not own or "[INST]" in own or template_of(made_on or {}) or template_of(read_provenance(folder)):
+        return []
+    until = "answers are worse, and may not stop, until it is trained"
+    return [f"Mistral's chat template {template} is used, not the base's own: {until}"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minilora.checkpoint.card import license_of, write_card
-from minilora.checkpoint.chat_template import write_tokenizer
+from minilora.checkpoint.chat_template import template_warnings, write_tokenizer
 from minilora.checkpoint.files import copy_file
 from minilora.checkpoint.gguf_file import GGUFKind, compare_gguf, gguf_keys, write_gguf
 from minilora.checkpoint.layout import Layout
@@ -189,4 +189,8 @@ def _notes(job: _Job) -> list[str]:
         notes.append("The weights were in NF4: these are their dequantized values.")
     if job.to == "bnb-4bit" and any(s.is_projection and s.shape[1] % BLOCK_SIZE for s in job.source.tensors()):
         notes.append(f"With AVX512 bitsandbytes 0.50 decodes rows wrongly that are no multiple of {BLOCK_SIZE}.")
+    keeps_own = job.to in ("hf", "bnb-4bit") and any(f.name == "tokenizer_config.json" for f in job.own_files)
+    if job.tokenizer and not keeps_own:
+        told = template_warnings(job.source.folder, job.tokenizer.template, job.origin)
+        notes += [f"{text}." for text in told]
     return notes

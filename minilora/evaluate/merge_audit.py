@@ -15,7 +15,7 @@ import torch
 from minilora.base import Base
 from minilora.checkpoint.adapter_parts import Adapter
 from minilora.checkpoint.card import license_of, write_card
-from minilora.checkpoint.chat_template import write_tokenizer
+from minilora.checkpoint.chat_template import template_warnings, write_tokenizer
 from minilora.checkpoint.load import Progress, unheard
 from minilora.checkpoint.provenance import tokenizer_of
 from minilora.checkpoint.save import plan_hf, write_plan
@@ -144,5 +144,7 @@ def _describe(folder: Path, name: str, route: Route, base: Base, adapter: Adapte
     export = {"to": kind, "from": base.checkpoint.name, "adapter": Path(base.adapter or "").name, "onto": route}
     facts = {"license": license_of(base.checkpoint.folder), **adapter.provenance}
     facts |= {"tokenizer": tokenizer_of(base.tokenizer), "export": export, "audit": audit.to_dict(route)}
-    write_card(folder, name, kind, base.checkpoint.config, facts, base.tokenizer.template, [])
+    template = base.tokenizer.template
+    notes = [f"{text}." for text in template_warnings(base.checkpoint.folder, template, adapter.provenance)]
+    write_card(folder, name, kind, base.checkpoint.config, facts, template, notes)
     write_tokenizer(base.tokenizer, folder)

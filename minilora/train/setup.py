@@ -13,6 +13,7 @@ from minilora.adamw import FlatAdamW, state_bytes
 from minilora.ahead import Ahead
 from minilora.backend import dtype_name, pick_device, pick_dtype, told
 from minilora.base import Base, tokenizer_for
+from minilora.checkpoint.chat_template import template_warnings
 from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import Checkpoint, open_checkpoint
@@ -116,7 +117,8 @@ def set_up(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Run:
     """Load base, tokenizer and data, and make what learns. Data come first: their faults show before 14 GB are read."""
     checkpoint, data, probes, sampler, n_steps, ledger = _planned(config)
     config, device, read = ledger.config, ledger.device, fingerprints(config)  # now: to load the base takes minutes
-    for warning in data.warnings():
+    own = [] if config.train.adapter else template_warnings(checkpoint.folder, data.tokenizer.template)
+    for warning in (*data.warnings(), *(f"warning: {text}" for text in own)):
         reporter.say(warning)
     dtype, why = _pick_dtype(config, checkpoint, device)
     reporter.say(told(device))

@@ -1,6 +1,7 @@
 """Chat templates, rendered by transformers, whose ids must be those of `encode_chat`."""
 
 import json
+import os
 import random
 import re
 import string
@@ -13,7 +14,7 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minilora.checkpoint.chat_template import chat_template, write_tokenizer
+from minilora.checkpoint.chat_template import chat_template, own_template, template_warnings, write_tokenizer
 from minilora.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -166,3 +167,62 @@ def test_only_one_line_tells_the_templates_apart() -> None:
     assert first["v7"] == "{%- set version = 'v7' -%}"
     assert first["v1-hf"] == "{%- set space = '' -%}"
     assert len({chat_template(t).partition("\n")[2] for t in ("v2", "v3", "v7")}) == 1
+
+
+# -- a base's own template ---------------------------------------------------------------------------------------------
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": json.dumps({"chat_template": CHATML})},
+        {"tokenizer_config.json": json.dumps({"chat_template": [{"name": "default", "template": CHATML}, 1]})},
+        {"chat_template.jinja": CHATML},
+        {"chat_template.jinja": CHATML, "tokenizer_config.json": json.dumps({"chat_template": "[INST]"})},
+    ],
+)
+def test_a_template_that_is_not_mistral_s_is_told(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert own_template(tmp_path) == CHATML
+    (told,) = template_warnings(tmp_path, "v1")
+    assert told.startswith(
+        "Mistral's chat template v1 is used, not the base's own: answers are worse, and may not stop"
+    )
+    trained = {"format_version": 2, "tokenizer": {"template": "v1"}}
+    assert not template_warnings(tmp_path, "v1", trained)
+    (tmp_path / "minilora.json").write_text(json.dumps(trained))
+    assert not template_warnings(tmp_path, "v1")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"chat_template.jinja": "{{ '[INST] ' + messages[0].content }}"},
+        {"chat_template.jinja": b"\xff\xfe"},
+        {"chat_template.jinja": "x" * 2_000_001},
+        {"tokenizer_config.json": "{"},
+        {"tokenizer_config.json": "[]"},
+        {"tokenizer_config.json": "[" * 100_000},
+        {"tokenizer_config.json": "{}"},
+        {"tokenizer_config.json": '{"chat_template": null}'},
+        {"tokenizer_config.json": '{"chat_template": {"a": 1}}'},
+        {"tokenizer_config.json": '{"chat_template": []}'},
+        {"tokenizer_config.json": '{"chat_template": [{"name": "x"}, {"template": 3}, "[INST]"]}'},
+        {"tokenizer_config.json": json.dumps({"chat_template": "x" * 2_000_001})},
+    ],
+)
+def test_mistral_s_own_or_none_is_not(tmp_path: Path, files: dict[str, str | bytes]) -> None:
+    """What is damaged is none."""
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    assert template_warnings(tmp_path, "v1") == []
+
+
+def test_what_is_no_file_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    (tmp_path / "tokenizer_config.json").mkdir()
+    assert own_template(tmp_path) == ""

@@ -241,6 +241,17 @@ def test_a_model_tuned_with_the_old_spaces_keeps_its_template(tmp_path: Path) ->
     assert "Chat template: v1-hf." in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_template_of_the_base_s_own_is_kept_or_said_to_be_lost(base: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(base, tmp_path / "source"))
+    (source / "tokenizer_config.json").write_text('{"chat_template": "<|im_start|>"}')
+    told = "Mistral's chat template v3 is used, not the base's own: answers are worse, and may not stop, until it is "
+    for to in FORMATS:
+        _, notes = export_checkpoint(source, tmp_path / to, to)
+        assert (f"{told}trained." in notes) == (to not in ("hf", "bnb-4bit"))
+        assert (told in (tmp_path / to / "README.md").read_text()) == (to not in ("hf", "bnb-4bit"))
+    assert f"{told}trained." in export_checkpoint(source, tmp_path / "other", "hf", tokenizer=TOKENIZER)[1]
+
+
 def test_a_model_of_the_hub_is_what_its_export_was_made_from(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
