@@ -122,6 +122,21 @@ def test_the_ids_are_those_of_encode_chat(template: str, theirs: dict[str, Any])
     assert n_fast > 20 or template == "v1-hf"
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("texts", [("Be kind.",), ("Be kind.", "And short."), ("",)])
+def test_system_texts_alone_open_an_empty_user_message(
+    template: str, texts: tuple[str, ...], theirs: dict[str, Any]
+) -> None:
+    function = {"name": "get_x", "description": "x", "parameters": {"type": "object"}}
+    messages = [{"role": "system", "content": text} for text in texts]
+    for tools in ([], [{"type": "function", "function": function}]):
+        expected, _ = ours(template).encode_chat(messages, tools)
+        rendered = theirs[template].apply_chat_template(messages, tools=tools, tokenize=False)
+        assert by_pieces(ours(template), rendered) == expected
+        assert theirs[template].apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"] == expected
+        assert template == "v7" or rendered.count("[INST]") == 1
+
+
 def test_what_the_old_template_of_hugging_face_rendered(theirs: dict[str, Any]) -> None:
     hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     assert theirs["v1-hf"].apply_chat_template(hello, tokenize=False) == "<s>[INST] Hello [/INST]Hi</s>"
