@@ -189,6 +189,8 @@ def _notes(job: _Job) -> list[str]:
         notes.append("The weights were in NF4: these are their dequantized values.")
     if job.to == "bnb-4bit" and any(s.is_projection and s.shape[1] % BLOCK_SIZE for s in job.source.tensors()):
         notes.append(f"With AVX512 bitsandbytes 0.50 decodes rows wrongly that are no multiple of {BLOCK_SIZE}.")
+    if job.to == "mistral" and job.tokenizer and job.tokenizer.template == OLD_HF:
+        notes.append("mistral-common puts a space before each earlier answer, which this model (v1-hf) has never seen.")
     keeps_own = job.to in ("hf", "bnb-4bit") and any(f.name == "tokenizer_config.json" for f in job.own_files)
     if job.tokenizer and not keeps_own:
         told = template_warnings(job.source.folder, job.tokenizer.template, job.origin)

@@ -235,10 +235,13 @@ def test_a_model_tuned_with_the_old_spaces_keeps_its_template(tmp_path: Path) ->
     save_hf(tiny_model(config=sizes), tmp_path / "source", tokenizer=V1)
     facts = {"format_version": 2, "tokenizer": {"template": "v1-hf"}}
     (tmp_path / "source" / "minilora.json").write_text(json.dumps(facts))
-    export_checkpoint(tmp_path / "source", tmp_path / "out", "hf")
+    assert export_checkpoint(tmp_path / "source", tmp_path / "out", "hf")[1] == []
     rendered = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(HELLO, tokenize=False)
     assert rendered == "<s>[INST] a in [/INST]on</s>"
     assert "Chat template: v1-hf." in (tmp_path / "out" / "README.md").read_text()
+    (note,) = export_checkpoint(tmp_path / "source", tmp_path / "mistral", "mistral")[1]  # which cannot say so
+    assert note.startswith("mistral-common puts a space before each earlier answer, which this model (v1-hf) has never")
+    assert f"- {note}\n" in (tmp_path / "mistral" / "README.md").read_text()
 
 
 def test_a_template_of_the_base_s_own_is_kept_or_said_to_be_lost(base: Path, tmp_path: Path) -> None:
