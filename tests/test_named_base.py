@@ -177,6 +177,7 @@ def test_a_base_tuned_with_another_template_is_told_until_it_has_learnt_ours(
     chatml = tmp_path / "chatml"
     shutil.copytree(tiny_base, chatml)
     (chatml / "tokenizer_config.json").write_text('{"chat_template": "<|im_start|>"}')
+    (chatml / "generation_config.json").write_text('{"eos_token_id": [2, 300]}')
     config = BaseConfig(path=str(chatml), device="cpu")
     until = "answers are worse, and may not stop, until it is trained"
     told = f"Mistral's chat template v3 is used, not the base's own: {until}"
@@ -199,7 +200,8 @@ def test_a_base_tuned_with_another_template_is_told_until_it_has_learnt_ours(
     shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("minilora.json", "manifest.json"))
     bare = Base.find(replace(config, quantize="nf4"), str(tmp_path / "bare"))
     assert bare.warnings == (told,)
-    for base, name in ((found, "merged"), (bare, "of_bare")):
+    for base, name, ends in ((found, "merged", 2), (bare, "of_bare", [2, 300])):
         merge_with_audit(base, base.read_adapter(), tmp_path / name, run.train[:1], 64, force=True)
         assert (f"- {told}.\n" in (tmp_path / name / "README.md").read_text()) == (base is bare)
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"] == ends
         assert Base.find(BaseConfig(path=str(tmp_path / name), device="cpu")).warnings == ()

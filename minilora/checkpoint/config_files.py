@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minilora.errors import UserError
 log = logging.getLogger(__name__)
 MAX_LAYERS = 10_000  # with an entry each
 Values = dict[str, Any]  # of a config file; what reads one raises UserError that names the key
+EndIds = int | list[int]  # where an answer ends
 Window = int | tuple[int | None, ...] | None  # as in ModelConfig
 
 # The classes of transformers that are this decoder: Ministral's windows differ by layer, Llama's have none.
@@ -63,11 +65,24 @@ def read_config(folder: Path, layout: Layout) -> tuple[ModelConfig, bool]:
         raise UserError(f"{file}: {error}") from None
 
 
-def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = None) -> dict[str, Any]:
+def read_eos(folder: Path, config: ModelConfig) -> EndIds:
+    """Where answers of the model in `folder` end, by generation_config.json, else config.json, else Mistral's 2. What
+    is not of the vocabulary is not taken."""
+    for name in ("generation_config.json", "config.json"):
+        with suppress(UserError):
+            said: Any = read_json(folder / name).get("eos_token_id")
+            ids: list[int] = said if isinstance(said, list) else [said]
+            if ids and all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+                return ids if len(ids) > 1 else ids[0]
+    return 2
+
+
+def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = None, eos: EndIds = 2) -> dict[str, Any]:
     """config.json for `config`, in the keys that every version of transformers reads.
 
     dtype: of the weights, or what those in NF4 are computed with in, such as "bfloat16"
     double_quant: of weights in NF4, whether their absmax are in 8 bits; None of plain ones
+    eos: as `read_eos` has it
 
     Raises UserError for windows of several sizes, which it cannot say.
     """
@@ -89,7 +104,7 @@ def config_to_hf(config: ModelConfig, dtype: str, double_quant: bool | None = No
         "tie_word_embeddings": config.tied_embeddings,
         "attention_dropout": 0.0,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": eos,
         "torch_dtype": dtype,
     }
     if double_quant is not None:  # as transformers and vLLM read it

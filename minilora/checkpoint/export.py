@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minilora.checkpoint.card import license_of, write_card
 from minilora.checkpoint.chat_template import template_warnings, write_tokenizer
+from minilora.checkpoint.config_files import read_eos
 from minilora.checkpoint.files import copy_file
 from minilora.checkpoint.gguf_file import GGUFKind, compare_gguf, gguf_keys, write_gguf
 from minilora.checkpoint.layout import Layout
@@ -103,8 +104,9 @@ def export_checkpoint(
 
 
 def _write_layout(layout: Layout, job: _Job) -> str:
-    dtypes = job.dtypes()
-    plan, parts = plan_hf(job.source.config, dtypes, layout=layout), as_stored(job.weights(), dtypes, layout)
+    dtypes, source = job.dtypes(), job.source
+    plan = plan_hf(source.config, dtypes, layout=layout, eos=read_eos(source.folder, source.config))
+    parts = as_stored(job.weights(), dtypes, layout)
     write_plan(plan, job.out, parts, overwrite=job.overwrite, finish=partial(_compare, job, layout))
     return f"{len(dtypes)} tensors reopened and compared: all equal"
 
@@ -193,6 +195,5 @@ def _notes(job: _Job) -> list[str]:
         notes.append("mistral-common puts a space before each earlier answer, which this model (v1-hf) has never seen.")
     keeps_own = job.to in ("hf", "bnb-4bit") and any(f.name == "tokenizer_config.json" for f in job.own_files)
     if job.tokenizer and not keeps_own:
-        told = template_warnings(job.source.folder, job.tokenizer.template, job.origin)
-        notes += [f"{text}." for text in told]
+        notes += [f"{text}." for text in template_warnings(job.source.folder, job.tokenizer.template, job.origin)]
     return notes

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from minilora.checkpoint.config_files import read_eos
 from minilora.checkpoint.finite import cast_finite
 from minilora.checkpoint.load import Progress, quantize_weight, unheard
 from minilora.checkpoint.names import TensorSpec
@@ -60,7 +61,7 @@ def quantize_checkpoint(
     checkpoint.check_tied_head()
     specs = list(checkpoint.tensors())
     dtypes = {spec.name: dtype or checkpoint.dtype_of(spec) for spec in specs}
-    plan = plan_hf(checkpoint.config, dtypes, double_quant)
+    plan = plan_hf(checkpoint.config, dtypes, double_quant, eos=read_eos(checkpoint.folder, checkpoint.config))
     tokenizers = tokenizer_files(checkpoint.folder)
     made_of = {"to": "bnb-4bit", "from": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
     told = {"versions": versions(), **read_provenance(checkpoint.folder), "export": made_of}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minilora.backend import dtype_name
-from minilora.checkpoint.config_files import config_to_hf, config_to_params
+from minilora.checkpoint.config_files import EndIds, config_to_hf, config_to_params
 from minilora.checkpoint.files import copy_file
 from minilora.checkpoint.finite import cast_finite
 from minilora.checkpoint.json_file import write_json
@@ -94,13 +94,15 @@ def as_stored(
 
 
 def plan_hf(
-    config: ModelConfig, dtypes: Mapping[str, torch.dtype], double_quant: bool | None = None, layout: Layout = "hf"
-) -> Plan:
+    config: ModelConfig, dtypes: Mapping[str, torch.dtype], double_quant: bool | None = None, layout: Layout = "hf",
+    eos: EndIds = 2,
+) -> Plan:  # fmt: skip
     """The files of Hugging Face's layout: config.json, and the weights in one file, or in shards and their index.
 
     dtypes: of the plain weights, by our names
     double_quant: store the blocks' matrices in NF4, their absmax in 8 bits or not; None stores all weights plain
     layout: "mistral" is params.json, and all weights, plain, in one file
+    eos: as `config_files.read_eos` has it
     """
     weights: list[PlannedWeight] = [
         (spec.name, nf4_lines(spec.key(layout), spec.shape, double_quant))
@@ -119,8 +121,8 @@ def plan_hf(
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = dict(zip(names if len(shards) > 1 else [single], shards, strict=True))
     small: dict[str, Any] = {
-        CONFIG_NAMES[layout]: config_to_hf(config, dtype_name(dtypes["embed_tokens.weight"]), double_quant),
-        "generation_config.json": {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2},
+        CONFIG_NAMES[layout]: config_to_hf(config, dtype_name(dtypes["embed_tokens.weight"]), double_quant, eos),
+        "generation_config.json": {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": eos},
     }
     if len(shards) > 1:
         weight_map = {key: name for name, shard in files.items() for _, lines in shard for key, _, _ in lines}

@@ -16,8 +16,9 @@ from minilora.base import Base
 from minilora.checkpoint.adapter_parts import Adapter
 from minilora.checkpoint.card import license_of, write_card
 from minilora.checkpoint.chat_template import template_warnings, write_tokenizer
+from minilora.checkpoint.config_files import read_eos
 from minilora.checkpoint.load import Progress, unheard
-from minilora.checkpoint.provenance import tokenizer_of
+from minilora.checkpoint.provenance import template_of, tokenizer_of
 from minilora.checkpoint.save import plan_hf, write_plan
 from minilora.checkpoint.write import check_target
 from minilora.config import Route, TooLong
@@ -118,7 +119,9 @@ def merge_with_audit(
     run, audits = MergePass(base, adapter, samples, max_seq_len, (route,), progress), list[MergeAudit]()
     dtypes = {spec.name: MERGED for spec in base.checkpoint.tensors()}
     double_quant = base.double_quant if route == "requantized" else None
-    plan = plan_hf(base.checkpoint.config, dtypes, double_quant=double_quant)
+    # What learnt our template ends with </s>.
+    eos = 2 if template_of(adapter.provenance) else read_eos(base.checkpoint.folder, base.checkpoint.config)
+    plan = plan_hf(base.checkpoint.config, dtypes, double_quant, eos=eos)
 
     def finish(folder: Path) -> None:
         audits.append(audit := MergeAudit(*run.distances(), run.n_bytes))

@@ -293,6 +293,37 @@ def test_without_a_tokenizer(base: Path, tmp_path: Path) -> None:
     export_checkpoint(source, tmp_path / "gguf", "gguf-f16", tokenizer=TOKENIZER)
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 7}, None, 7),
+        ({"eos_token_id": [2, 457]}, None, [2, 457]),
+        ({"eos_token_id": 2}, {"eos_token_id": [7]}, 7),
+        ({"eos_token_id": 7}, {}, 7),
+        ({"eos_token_id": 7}, {"eos_token_id": 458}, 7),  # the vocabulary has 458
+        ({"eos_token_id": None}, None, 2),
+        ({"eos_token_id": -1}, {"eos_token_id": [2, True]}, 2),
+        ({"eos_token_id": []}, {"eos_token_id": "</s>"}, 2),
+        ({}, [], 2),
+    ],
+)
+def test_where_answers_end_is_what_the_source_says(
+    base: Path, tmp_path: Path, config: dict[str, Any], generation: Any, expected: int | list[int]
+) -> None:
+    source = Path(shutil.copytree(base, tmp_path / "source", ignore=shutil.ignore_patterns("generation_config.json")))
+    own = json.loads((source / "config.json").read_text())
+    own.pop("eos_token_id")
+    (source / "config.json").write_text(json.dumps(own | config))
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    export_checkpoint(source, tmp_path / "hf", "hf")
+    quantize_checkpoint(source, tmp_path / "nf4")
+    for name in ("hf", "nf4"):
+        for file in ("config.json", "generation_config.json"):
+            assert json.loads((tmp_path / name / file).read_text())["eos_token_id"] == expected
+    assert MistralForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == expected
+
+
 # -- NF4, and what is refused ------------------------------------------------------------------------------------------
 
 
