@@ -128,7 +128,8 @@ class StepPlan:
         """What a block that keeps all keeps for backward: a `fused.Tape`, or what autograd takes of the plain block.
 
         The plain block's norms keep their input in float32, dropout its mask and what it let through, DoRA the inputs
-        of A and what it multiplies. learns: something of the block does; else gradients only pass through it
+        of A and what it multiplies; without either down_proj's A keeps its input. learns: something of the block does;
+        else gradients only pass through it
         """
         number, lora, config = self.computed if self.fused else self.stored, self.lora, self.config
         x = mid = self.x
@@ -138,7 +139,8 @@ class StepPlan:
         logsumexp = 4 * self.tokens * config.n_heads
         as_it_is, base_learns = self.fused or self.stored == 4, learns and self.adapter is None
         norms = 4 if base_learns or self.block_norms else 0 if as_it_is else 2  # x / rms and that times the weight
-        gates = 2 if self.fused else 4 if base_learns else 3  # gate and up; silu(gate); down's input
+        adapted = lora and not (self.fused or lora.dora or lora.dropout) and "down_proj" in self.adapted[layer]
+        gates = 2 if self.fused else 4 if base_learns or adapted else 3  # gate and up; silu(gate); down's input
         kept = {
             "residual stream": (x + mid) * self.stored if as_it_is else 0,
             "norms": norms * x * 4,

@@ -132,6 +132,7 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "lora", "modules_to_save": ("lm_head",)},
     {"strategy": "qlora", "modules_to_save": ("embed_tokens", "norm"), "activation_checkpointing": True},
     {"strategy": "qlora", "modules_to_save": ("embed_tokens", "lm_head")},
+    {"strategy": "qlora", "modules_to_save": ("input_layernorm", "post_attention_layernorm")},
     {"strategy": "lora", "targets": r".*\.1\..*_proj", "rank_pattern": {"up_proj": 64}},
     {"strategy": "prefix"},
     {"strategy": "prefix", "quantize": "nf4", "prefix_tokens": 100, "dtype": "bfloat16"},
