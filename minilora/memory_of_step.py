@@ -217,8 +217,8 @@ class StepPlan:
         # Without gradients a head that learns has none.
         adapter = self.adapter if self.before else replace(self.lora or LoraConfig(), modules_to_save=())
         frozen = replace(self, adapter=adapter, ahead=False)
-        gates = 3 if self.lora is None else 4  # gate, up, and h; what an adapter adds
-        mlp = (2 * self.x + gates * self.gate) * stored + self.gate * cast + frozen.decoded_bytes()
+        gates = 4 if self.on_cpu or self.lora else 3  # gate, up, h; silu(gate), or what an adapter adds
+        mlp = (3 * self.x + gates * self.gate) * stored + self.gate * cast + frozen.decoded_bytes()
         repeated = 0 if self.on_cpu else config.n_heads
         heads = 2 * (config.n_kv_heads + repeated) * config.head_dim  # k and v, and repeated
         attention = (2 * self.x + 3 * self.q + keys * heads + mask) * stored + self.q * cast

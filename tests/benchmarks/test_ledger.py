@@ -15,8 +15,10 @@ from benchmarks.ledger import CLOSE, Cell, _step, main, one_step, random_model, 
 from benchmarks.shapes import SHAPES, shape
 from benchmarks.watch import StepWatch
 from minilora import scratch
-from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.config import BaseConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from minilora.data.pack import PackedBatch
 from minilora.errors import UserError
+from minilora.evaluate.perplexity import loss_sum
 from minilora.fused import Keep
 from minilora.model import Mistral
 from minilora.train.ledger import Ledger
@@ -144,25 +146,47 @@ STRATEGIES: list[dict[str, Any]] = [
     ("settings", "tied"), [*((each, False) for each in STRATEGIES), *((STRATEGIES[i], True) for i in (0, 2, 5))]
 )
 def test_every_strategy_takes_what_was_predicted(settings: dict[str, Any], tied: bool) -> None:
-    keys, rows, length = dict(settings), 4, 256
+    assert_step(settings, replace(shape("tiny"), tied_embeddings=tied, vocab_size=FEW))
+
+
+def assert_step(settings: dict[str, Any], sizes: ModelConfig, rows: int = 4, length: int = 256) -> None:
+    ledger, model, batch = made(settings, sizes, rows, length)
+    predicted = {owner: n for owner, n in ledger.predict().items() if owner != "process"}
+    optimizer = optimizer_for(trainable(model.train()), ledger.config)
+    for _ in range(2):
+        with StepWatch(model, optimizer) as watch:
+            step_of(model, optimizer, [batch])
+    assert_predicted(predicted, watch.owners())
+
+
+def made(settings: dict[str, Any], sizes: ModelConfig, rows: int, length: int) -> tuple[Ledger, Mistral, PackedBatch]:
+    """A ledger, the model that it is of, and a batch; settings: keys of all sections."""
+    keys = dict(settings)
     base = {"dtype": keys.pop("dtype", "float32"), "quantize": keys.pop("quantize", "auto")}
     of_lora = {f.name for f in fields(LoraConfig)} & keys.keys()
     lora = LoraConfig(**{"rank": 16, **{name: keys.pop(name) for name in of_lora}})
     train = TrainConfig(batch_size=rows, **keys)
     run = RunConfig(BaseConfig(**base), lora, DataConfig(max_seq_len=length), train)
-    sizes = replace(shape("tiny"), tied_embeddings=tied, vocab_size=FEW)
     batch = random_batch(rows, length, sizes.vocab_size)
-    predicted = Ledger(run, sizes, torch.device("cpu"), batch, length).predict()
-    del predicted["process"]
     scratch._held.__dict__.clear()
     if run.quantize:
         model = random_model(sizes, getattr(torch, base["dtype"]))
     else:
         model = Mistral(sizes)
         model.init_weights(0)
-    model = apply_strategy(model.requires_grad_(False), run).train()
-    optimizer = optimizer_for(trainable(model), run)
+    ledger = Ledger(run, sizes, torch.device("cpu"), batch, length)
+    return ledger, apply_strategy(model.requires_grad_(False), run), batch
+
+
+@pytest.mark.parametrize("settings", [{"strategy": "qlora"}, {"strategy": "prefix"}, {"strategy": "full"}])
+def test_a_loss_without_gradients_takes_what_was_predicted(settings: dict[str, Any]) -> None:
+    sizes = replace(shape("tiny"), dim=256, hidden_dim=896, n_heads=4, n_kv_heads=1, head_dim=64, vocab_size=FEW)
+    ledger, model, batch = made(settings, sizes, 8, 256)
+    optimizer = optimizer_for(trainable(model.eval()), ledger.config)
     for _ in range(2):
-        with StepWatch(model, optimizer) as watch:
-            step_of(model, optimizer, [batch])
-    assert_predicted(predicted, watch.owners())
+        with torch.no_grad(), StepWatch(model, optimizer) as watch:
+            loss_sum(model, batch)
+    measured = watch.owners()
+    at_rest = sum(measured.pop(owner, 0) for owner in AT_REST)
+    assert at_rest > 0
+    assert abs(sum(ledger._plan().forward_bytes().values()) / sum(measured.values()) - 1) <= CLOSE
