@@ -6,7 +6,7 @@ activations: what forward keeps for backward; scratch: what comes and goes withi
 
     loss     activations of all blocks, and a tile of logits
     last     without logits, but with the last block's MLP in backward, whose products are the widest
-    tied     no activations, but the gradient of a tied head that waits for the embedding's
+    first    no activations, but the whole gradient of an embedding that learns, and of a tied head, which waits for it
 
 Beside them lie the weights, what learns, its gradients, and the optimizer's state: 8 bytes a number that learns, or
 2 + 8/256 (`memory_at_rest.py`).
@@ -120,8 +120,9 @@ class StepPlan:
         rest["scratch"] = self.computed * learns.n if self.fused and self.computed != 4 else 0
         rest["scratch"] += 2 * self.computed * config.dim * config.hidden_dim if self.decodes_ahead else 0
         loss, last = add_up(shared, blocks, self.loss_bytes()), add_up(shared, blocks, of_last, {"scratch": head})
-        tied = {"scratch": 2 * head}
-        worst = max(loss, last, tied, *in_between, key=lambda owners: sum(owners.values()))
+        held = self.decoded_bytes() if self.on_cpu else 0  # used again (scratch.py)
+        first = {"scratch": head + 4 * (learns.embedding + self.x) + held if learns.embedding else 0}
+        worst = max(loss, last, first, *in_between, key=lambda owners: sum(owners.values()))
         return {owner: n for owner, n in add_up(rest, worst).items() if n}
 
     def block_bytes(self, layer: int = 0, learns: bool = True) -> dict[str, int]:

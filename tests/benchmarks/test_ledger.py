@@ -149,6 +149,14 @@ def test_every_strategy_takes_what_was_predicted(settings: dict[str, Any], tied:
     assert_step(settings, replace(shape("tiny"), tied_embeddings=tied, vocab_size=FEW))
 
 
+SAVED = {"strategy": "qlora", "modules_to_save": ("embed_tokens",)}
+
+
+@pytest.mark.parametrize("settings", [SAVED, SAVED | {"dtype": "bfloat16"}, STRATEGIES[5]])
+def test_of_a_short_row_a_large_embedding_s_gradient_is_the_most(settings: dict[str, Any]) -> None:
+    assert_step(settings, replace(shape("tiny"), dim=256, vocab_size=8192), 1, 64)
+
+
 def assert_step(settings: dict[str, Any], sizes: ModelConfig, rows: int = 4, length: int = 256) -> None:
     ledger, model, batch = made(settings, sizes, rows, length)
     predicted = {owner: n for owner, n in ledger.predict().items() if owner != "process"}
