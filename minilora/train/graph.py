@@ -32,6 +32,11 @@ from minilora.visible import Runs
 MOST_GRAPHS = 6  # each holds its launches in the GPU's memory; the oldest goes first
 
 
+def space_for(n_stops: int) -> int:
+    """How many `Runs.stops` a recording has: a power of two, so that a few serve all batches."""
+    return max(4, 1 << (n_stops - 1).bit_length())
+
+
 class StepGraphs:
     """A `Backward` by CUDA graphs; the optimizer's parameters and gradients have memory that stays."""
 
@@ -51,10 +56,7 @@ class StepGraphs:
         )
 
     def __call__(self, batch: PackedBatch, factor: float | Tensor) -> Tensor:
-        space = 4
-        while space < len(batch.runs.stops):
-            space *= 4
-        shape = (*batch.tokens.shape, space)
+        shape = (*batch.tokens.shape, space_for(len(batch.runs.stops)))
         if shape not in self._graphs:
             if shape[:2] not in self._seen:
                 self._seen.add(shape[:2])
