@@ -5,7 +5,7 @@ activations: what forward keeps for backward; scratch: what comes and goes withi
 `StepPlan.predict` is the largest of some moments of a step, and of what else a run does in between (`forward_bytes`):
 
     loss     activations of all blocks, and a tile of logits
-    last     without logits, but with the last block's MLP in backward, whose products are the widest
+    last     without logits, but with the last block in backward: its MLP, or attention, if runs are many or heads wide
     first    no activations, but the whole gradient of an embedding that learns, and of a tied head, which waits for it
 
 Beside them lie the weights, what learns, its gradients, and the optimizer's state: 8 bytes a number that learns, or
@@ -44,6 +44,7 @@ class StepPlan:
     rows, length: of a micro-batch; targets: how many of its tokens are, None: all
     sees: a row falls into causal runs, or a mask says who sees whom (visible.py)
     masks: bytes of those that a CPU's pieces have (`visible.Pieces`)
+    runs: how many FlashAttention is told of, empty ones too; 0: as many as rows
     paged: the optimizer's state is in the host's memory but for two pages
     ahead: a weight is decoded while another is multiplied (ahead.py)
     keep: of each fast block; none: all of them everything or, with checkpointing, their input
@@ -58,6 +59,7 @@ class StepPlan:
     targets: int | None = None
     sees: Literal["runs", "mask"] = "runs"
     masks: int = 0
+    runs: int = 0
     checkpointing: bool = False
     keep: tuple[Keep, ...] = ()
     learned: Container[str] | None = None
@@ -75,6 +77,7 @@ class StepPlan:
         self.x, self.gate = self.tokens * config.dim, self.tokens * config.hidden_dim
         self.q, self.k = (self.tokens * n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
         self.mask = self.tokens * (self.length + self.before) if self.sees == "mask" else 0  # (B, 1, T, before + T)
+        self.widest = config.dim * max(config.hidden_dim, config.n_heads * config.head_dim)  # numbers of a weight
         self.block_weights = sum(prod(spec.shape) for spec in of_blocks if spec.is_projection) // config.n_layers
         # Of each block: by the names of the layers with an adapter its rank, what comes out, and what goes in.
         self.adapted: list[dict[str, tuple[int, ...]]] = [{} for _ in range(config.n_layers)]
@@ -118,7 +121,7 @@ class StepPlan:
         head = 4 * learns.head if config.tied_embeddings else 0
         # Copies of what learns, in the products' dtype (adamw.py).
         rest["scratch"] = self.computed * learns.n if self.fused and self.computed != 4 else 0
-        rest["scratch"] += 2 * self.computed * config.dim * config.hidden_dim if self.decodes_ahead else 0
+        rest["scratch"] += 2 * self.computed * self.widest if self.decodes_ahead else 0
         loss, last = add_up(shared, blocks, self.loss_bytes()), add_up(shared, blocks, of_last, {"scratch": head})
         held = self.decoded_bytes() if self.on_cpu else 0  # used again (scratch.py)
         first = {"scratch": head + 4 * (learns.embedding + self.x) + held if learns.embedding else 0}
@@ -179,10 +182,13 @@ class StepPlan:
 
     def backward_bytes(self, whole: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
         """What is alive beside `kept` in backward of a block: its scratch, and what of `whole` is made again."""
-        makes_gates = self.fused and "mlp" not in kept
-        in_scratch = {"mlp": 0} if makes_gates and not self.cast else {}  # which has them in the products' dtype alone
-        made = kept | whole | in_scratch
-        return add_up({"scratch": self.scratch_bytes(makes_gates)}, made, {owner: -n for owner, n in kept.items()})
+        makes_gates, no_mlp = self.fused and "mlp" not in kept, {"mlp": 0}
+        in_scratch = no_mlp if makes_gates and not self.cast else {}  # which has them in the products' dtype alone
+        done_with = no_mlp if makes_gates or not self.fused else {}  # what the fast block kept stays to its end
+        at_mlp = add_up({"scratch": self.scratch_bytes(makes_gates)}, kept | whole | in_scratch)
+        at_attention = add_up({"scratch": self.attention_scratch_bytes()}, kept | whole | done_with)
+        most = max(at_mlp, at_attention, key=lambda owners: sum(owners.values()))
+        return add_up(most, {owner: -n for owner, n in kept.items()})
 
     def scratch_bytes(self, makes_gates: bool) -> int:
         """What is alive besides in backward of a block's MLP: at down_proj, at the other two, or at its norm.
@@ -204,6 +210,24 @@ class StepPlan:
         in_norm = 4 * self.x * (1 + (computed != 4) + (stored != 4))  # what it multiplies, and in float32
         at_down = gate + up + h + silu + dh + cast_dy + decoded
         return dy + max(at_down, d_gate + d_up + normed + dn + max(decoded, in_norm))
+
+    def attention_scratch_bytes(self) -> int:
+        """What is alive besides in backward of a block's attention: two gradients of x, and those of the heads.
+
+        On a GPU those of k and v come for each query head, and FlashAttention adds up q's in float32, 128 rows of it
+        free behind each run, beside a number a row.
+        """
+        config, number = self.config, self.computed if self.fused else self.stored
+        shared = 2 * self.x * self.stored + (self.x * self.computed if self.cast and self.fused else 0)
+        shared += 2 * (self.q + self.k) * number  # of what comes out, and of q, k and v
+        if self.on_cpu:  # a rotation's halves, and what they become
+            return shared + (2 * self.q * number if self.fused else 0) + self.decoded_bytes()
+        shared += 2 * self.q * number if config.n_heads > config.n_kv_heads else 0
+        if self.sees == "mask":
+            return shared
+        step = 32 if config.head_dim <= 128 else 64
+        rows = config.n_heads * (self.tokens + 128 * (self.runs or self.rows))
+        return shared + 4 * rows * (ceil(config.head_dim / step) * step + 1)
 
     def forward_bytes(self, new: int | None = None) -> dict[str, int]:
         """What a pass without gradients takes: the widest of the MLP, attention and loss; an estimate.
@@ -255,7 +279,7 @@ class StepPlan:
     def decoded_bytes(self) -> int:
         """The slice of a frozen weight, the largest, that is in work at a time, in the products' dtype, and what
         decoding takes."""
-        size = self.config.dim * self.config.hidden_dim
+        size = self.widest
         if self.adapter is None or not self.decodes:
             return 0
         if not self.on_cpu:  # whole, and by a kernel

@@ -1,5 +1,7 @@
 """What a step takes: parts of the prediction by hand; whole steps are in tests/benchmarks/test_ledger.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_runs import TINY
@@ -58,3 +60,28 @@ def test_a_gpu_s_mlp_by_hand() -> None:
     x, gate, weight = 2 * 2048 * 4096, 2 * 2048 * 14336, 2 * 4096 * 14336
     assert plan.scratch_bytes(makes_gates=False) == x + max(gate + weight, gate + x + weight)
     assert plan.scratch_bytes(makes_gates=True) == x + max(3 * gate + weight, 2 * gate + x + weight)
+
+
+def test_a_gpu_s_attention_by_hand() -> None:
+    """16 x 512 tokens in 511 runs: two gradients of x, those of the heads, k's and v's for each query head, and
+    FlashAttention's 129 numbers a row and head, with 128 rows behind each run. Without GQA, those of k and v are these.
+    The MLP's backward takes less."""
+    gpu, lora = torch.device("cuda"), LoraConfig(rank=16)
+    plan = StepPlan(MISTRAL_7B, torch.bfloat16, True, lora, 16, 512, device=gpu, runs=511)
+    x = q = 2 * 8192 * 4096
+    flash = 1_215_283_200
+    assert flash == 4 * 32 * (8192 + 511 * 128) * 129
+    assert plan.attention_scratch_bytes() == 2 * x + 2 * (q + q // 4) + 2 * q + flash == 1_651_490_816
+    alike = replace(plan, config=replace(MISTRAL_7B, n_kv_heads=32), runs=0)
+    assert alike.attention_scratch_bytes() == 2 * x + 4 * q + 4 * 32 * (8192 + 16 * 128) * 129
+    of_copies = 2 * plan.learns.n
+    assert plan.predict()["scratch"] == of_copies + plan.attention_scratch_bytes()
+
+
+@pytest.mark.parametrize("head_dim", [80, 160])
+def test_flash_attention_rounds_heads_up(head_dim: int) -> None:
+    """To a multiple of 32; above 128, of 64."""
+    sizes, gpu = replace(MISTRAL_7B, head_dim=head_dim), torch.device("cuda")
+    plan = StepPlan(sizes, torch.bfloat16, True, LoraConfig(rank=16), 1, 512, device=gpu, runs=2)
+    more = replace(plan, runs=3).attention_scratch_bytes() - plan.attention_scratch_bytes()
+    assert more == 4 * 32 * 128 * ({80: 96, 160: 192}[head_dim] + 1)

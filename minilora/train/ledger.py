@@ -6,7 +6,8 @@ Where all activations do not, the fast blocks keep less, one by one, and backwar
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import isqrt
+from heapq import nlargest
+from math import ceil, isqrt
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from minilora.fused import Keep
 from minilora.memory import as_text, free_bytes, private_bytes
 from minilora.memory_of_step import StepPlan
 from minilora.nf4 import CPU
+from minilora.train.graph import space_for
 from minilora.train.strategies import learned_names
 from minilora.visible import Pieces, Runs
 
@@ -52,8 +54,10 @@ def ledger_of(
     lengths = (chat.length for samples in data.samples.values() for chat in samples if has_prompt(chat))
     prompts = [longest_prompt(data.samples[part], config.eval) for part in ("validation", "test")]
     prompts += [len(probe.tokens) for probe in probes]
+    runs = sum(nlargest(len(first.tokens), (len(row) + 1 for row in sampler.rows)))  # and what is left of each row
     n_general = sum(sample.n_targets for sample in data.samples["general"])
-    return Ledger(config, sizes, device, first, max(lengths, default=0), prompt=max(prompts), general=n_general)
+    longest, most = max(lengths, default=0), max(prompts)
+    return Ledger(config, sizes, device, first, longest, prompt=most, general=n_general, runs=runs)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Ledger:
     flash: whether attention goes over runs by FlashAttention; None: if the device has it
     prompt: tokens of the longest prompt that is answered; 0: none is
     general: target tokens of the general text; None: as many as are looked at
+    runs: of a micro-batch like the first, the most; 0: as many as that has
     """
 
     config: RunConfig
@@ -77,6 +82,7 @@ class Ledger:
     flash: bool | None = None
     prompt: int = 0
     general: int | None = None
+    runs: int = 0
 
     def predict(self) -> dict[str, int]:
         """Bytes by owner when they are most; on a CPU with what the process holds already."""
@@ -106,14 +112,17 @@ class Ledger:
         in_pieces = [Pieces.of(first.runs.lengths, w) for w in set(self.sizes.windows)] if on_cpu and in_runs else []
         double_quant = model.double_quant if self.config.quantize else None
         added = None if base_learns else PrefixConfig(train.prefix_tokens) if is_prefix else self.config.lora
-        return StepPlan(
+        runs = ceil((self.runs or len(first.runs.stops) - 1) * train.batch_size * length / first.tokens.numel())
+        plan = StepPlan(
             self.sizes, dtype, double_quant, added, train.batch_size, length, keep=self.keep,
             learned=learned_names(self.sizes, train) if base_learns else None,
             targets=round(train.batch_size * length * first.n_targets / first.tokens.numel()),
             sees="runs" if in_runs else "mask", masks=sum(pieces.mask_bytes for pieces in in_pieces),
             checkpointing=train.activation_checkpointing, device=self.device,
-            optimizer=train.optimizer, paged=train.paged and not on_cpu, ahead=train.decode_ahead,
+            optimizer=train.optimizer, paged=train.paged and not on_cpu, ahead=train.decode_ahead, runs=runs,
         )  # fmt: skip
+        recorded = plan.fused and not self.config.lora.modules_to_save and not train.neftune_alpha
+        return replace(plan, runs=space_for(runs + 1) - 1) if recorded else plan
 
     @property
     def decodes_ahead(self) -> bool:

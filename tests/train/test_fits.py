@@ -3,8 +3,10 @@
 import re
 from dataclasses import replace
 from math import inf
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +14,11 @@ from benchmarks.feeds import random_batch
 from benchmarks.shapes import shape
 from minilora.adamw import PAGE, state_bytes
 from minilora.config import BaseConfig, DataConfig, EvalConfig, LoraConfig, RunConfig, TrainConfig
+from minilora.data.encode import Sample
 from minilora.errors import UserError
 from minilora.fused import Keep
 from minilora.train import ledger
-from minilora.train.ledger import SPARE, Ledger, predict_on_gpu
+from minilora.train.ledger import SPARE, Ledger, ledger_of, predict_on_gpu
 
 RUN = RunConfig(
     model=BaseConfig(dtype="float32"),
@@ -66,6 +69,20 @@ def test_on_a_gpu_blocks_keep_what_leaves_some_of_the_memory_free(monkeypatch: p
     assert (1 - 2 * SPARE) * free < kept <= (1 - SPARE) * free
     monkeypatch.setattr(ledger, "free_bytes", lambda _: fewest)
     assert sum(here.fitted().check().values()) == fewest
+
+
+def test_runs_are_those_of_the_fullest_rows() -> None:
+    """And of what is left of each; a smaller batch has its share of them. Recorded steps have some power of two, less
+    one."""
+    samples = [Sample(np.ones(5, np.int32), np.ones(5, bool), "f")] * 10
+    data: Any = SimpleNamespace(learnt=samples, samples={key: [] for key in ("validation", "test", "general")})
+    sampler: Any = SimpleNamespace(rows=[[0], [1, 2, 3], [4], [5, 6, 7, 8]])
+    run = changed(model={"dtype": "bfloat16"}, train={"batch_size": 2}, data={"max_seq_len": 64})
+    here = ledger_of(run, SIZES, torch.device("cuda"), data, [], sampler)
+    assert here.runs == (3 + 1) + (4 + 1)
+    for size, noise, expected in ((2, 0.0, 15), (1, 0.0, 7), (2, 5.0, 9), (1, 5.0, 5)):
+        train = replace(run.train, batch_size=size, neftune_alpha=noise)
+        assert replace(here, config=replace(run, train=train), flash=True)._plan().runs == expected
 
 
 def test_what_fits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tiny_runs import TINY, step_of, tiny_model
 from minilora.ahead import Ahead
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
-from minilora.config import LoraConfig, RunConfig, TrainConfig
+from minilora.config import BaseConfig, DataConfig, LoraConfig, RunConfig, TrainConfig
 from minilora.data.encode import Sample
 from minilora.data.pack import PackedBatch, make_batch
 from minilora.fused import Keep
@@ -20,6 +21,7 @@ from minilora.generation import generate
 from minilora.model import Mistral
 from minilora.train import graph
 from minilora.train.graph import MOST_GRAPHS, StepGraphs
+from minilora.train.ledger import Ledger
 from minilora.train.setup import optimizer_for
 from minilora.train.step import backward_of
 from minilora.train.strategies import apply_strategy, trainable
@@ -61,6 +63,26 @@ def test_a_step_runs_as_it_comes_only_beside_no_graph(monkeypatch: pytest.Monkey
         steps(batch, 1.0)
     first = ["as it comes", "record", "replay", "record", "replay", "replay", "replay"]
     assert done == [*first, "as it comes", "record", "replay", "record", "replay"]
+
+
+@pytest.mark.parametrize("lengths", [[[64]], [[4] * 16], [[20, 20, 20]] * 5, [[1] * 60, [30, 30]]])
+def test_the_ledger_counts_the_runs_that_a_graph_is_told_of(
+    lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty ones among them; where nothing is recorded, those of the batch, and one a row for what is left of it."""
+    shapes = list[tuple[int, ...]]()
+    monkeypatch.setattr(graph, "_Recorded", lambda _model, _plain, shape, _beside: shapes.append(shape) or MagicMock())
+    steps, batch = StepGraphs(model := tiny_model(), MagicMock()), batch_of(lengths)
+    monkeypatch.setattr(steps, "_plain", lambda *_: torch.zeros(()))
+    for _ in range(2):
+        steps(batch, 1.0)
+    train, data = TrainConfig(batch_size=len(lengths)), DataConfig(max_seq_len=LENGTH)
+    run = RunConfig(BaseConfig(dtype="bfloat16"), data=data, train=train)
+    ledger = Ledger(run, model.config, torch.device("cuda"), batch, LENGTH, flash=True)
+    assert [ledger._plan().runs] == [space - 1 for _, _, space in shapes]
+    n = sum(map(len, lengths)) + len(lengths)
+    noisy = replace(ledger, config=replace(run, train=replace(train, neftune_alpha=5.0)))
+    assert noisy._plan().runs == n <= ledger._plan().runs <= max(3, 2 * n)
 
 
 @pytest.fixture
