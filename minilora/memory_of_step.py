@@ -138,7 +138,8 @@ class StepPlan:
         number, lora, config = self.computed if self.fused else self.stored, self.lora, self.config
         x = mid = self.x
         q = attended = self.q
-        k = v = self.q if self.sees == "mask" and not self.on_cpu else self.k  # repeated there (attention.py)
+        repeated = self.sees == "mask" and not self.on_cpu and config.n_heads > config.n_kv_heads  # (attention.py)
+        k = v = self.q + (self.k if self.fused else 0) if repeated else self.k  # the tape has them as they were, too
         prefix = 2 * self.rows * self.before * config.n_kv_heads * config.head_dim  # its k and v
         logsumexp = 4 * self.tokens * config.n_heads
         as_it_is, base_learns = self.fused or self.stored == 4, learns and self.adapter is None

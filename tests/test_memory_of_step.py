@@ -78,6 +78,19 @@ def test_a_gpu_s_attention_by_hand() -> None:
     assert plan.predict()["scratch"] == of_copies + plan.attention_scratch_bytes()
 
 
+def test_under_a_mask_on_a_gpu_k_and_v_are_kept_as_repeated() -> None:
+    """The fast block, whose tape has them, keeps them as they were, too; without GQA they are one."""
+    gpu = torch.device("cuda")
+    fast = StepPlan(MISTRAL_7B, torch.float32, True, LoraConfig(rank=16), 1, 8, sees="mask", device=gpu)
+    rest = 4 * (2 * 8 * 4096 + 8 * 8 + 8 * 32)  # q and what comes out; the mask; logsumexp
+    assert fast.block_bytes()["attention"] == rest + 4 * 2 * 8 * (4096 + 1024)
+    plain = replace(fast, adapter=LoraConfig(rank=16, dropout=0.1))
+    assert plain.block_bytes()["attention"] == rest + 4 * 2 * 8 * 4096
+    for plan in (fast, plain):
+        alike = replace(plan, config=replace(MISTRAL_7B, n_kv_heads=32))
+        assert alike.block_bytes()["attention"] == rest + 4 * 2 * 8 * 4096
+
+
 @pytest.mark.parametrize("head_dim", [80, 160])
 def test_flash_attention_rounds_heads_up(head_dim: int) -> None:
     """To a multiple of 32; above 128, of 64."""
