@@ -157,6 +157,15 @@ def test_of_a_short_row_a_large_embedding_s_gradient_is_the_most(settings: dict[
     assert_step(settings, replace(shape("tiny"), dim=256, vocab_size=8192), 1, 64)
 
 
+WIDE: list[dict[str, Any]] = [{"strategy": "qlora"}, {"strategy": "qlora", "activation_checkpointing": True}]
+WIDE += [{"strategy": "full"}, {"strategy": "prefix"}]
+
+
+@pytest.mark.parametrize("settings", WIDE)
+def test_attention_that_is_wider_than_the_mlp_is_the_most(settings: dict[str, Any]) -> None:
+    assert_step(settings, replace(shape("tiny"), hidden_dim=64, n_heads=16, n_kv_heads=4, head_dim=64, vocab_size=FEW))
+
+
 def assert_step(settings: dict[str, Any], sizes: ModelConfig, rows: int = 4, length: int = 256) -> None:
     ledger, model, batch = made(settings, sizes, rows, length)
     predicted = {owner: n for owner, n in ledger.predict().items() if owner != "process"}
