@@ -58,7 +58,7 @@ READING_PATH = {
     *("kv_cache", "norm", "rope", "swiglu", "visible", "attention", "softmax_gradient", "loss", "adamw"),
     *("linear", "lora", "model", "projections", "fused", "fast_block", "train"),
 }
-MAX_PATH_LINES = 4_080
+MAX_PATH_LINES = 4_110
 
 
 def modules() -> dict[str, Path]:
