@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,12 @@ def looks(run: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _alone(run: Path) -> Iterator[None]:
-    """One process at a time: of two that write a look down at once, one would be lost."""
+    """One process at a time: of two that write a look down at once, one would be lost, as where a file system (NFS)
+    locks no folders."""
     folder = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)

@@ -1,5 +1,6 @@
 """The test file: opened once, and whoever looks again is told so, in the run's folder and on its page."""
 
+import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,15 @@ def test_no_look_is_lost_where_several_look_at_once(tmp_path: Path) -> None:
         said = list(several.map(lambda n: note_look(tmp_path, f"evaluate {n}", "", {}), range(24)))
     assert sorted(look["command"] for look in looks(tmp_path)) == sorted(f"evaluate {n}" for n in range(24))
     assert len({*said}) == 24
+
+
+def test_a_look_is_written_down_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.EBADF, "as NFS says of what is not open for writing")
+
+    monkeypatch.setattr(looks_module.fcntl, "flock", refuses)
+    assert note_look(tmp_path, "evaluate", "", {}) is None
+    assert [look["command"] for look in looks(tmp_path)] == ["evaluate"]
 
 
 def test_a_run_can_leave_it_closed_until_it_is_asked(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:
