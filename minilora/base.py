@@ -89,7 +89,9 @@ class Base:
         dtype, _ = pick_dtype(device, config.dtype)
         double_quant = checkpoint.double_quant if checkpoint.nf4 else config.double_quant
         said = template_warnings(checkpoint.folder, tokenizer.template, made_on)
-        base = Base(checkpoint, tokenizer, quantize, double_quant, dtype, device, adapter, scaling, None, tuple(said))
+        base = Base(
+            checkpoint, tokenizer, quantize, double_quant, dtype, device, adapter, scaling, warnings=tuple(said)
+        )
         if adapter is None:
             return base
         here = {
