@@ -433,8 +433,8 @@ def write_result(name: str, data: Mapping[str, Any], out: str | Path | None = No
     """Write benchmarks/results/NAME.json, or `out`: sorted, floats in six figures, with machine and command.
 
     Where `data` has "parts" (objects by name, measured together or not), each part gets machine and command for itself,
-    and the parts of an older file that were not measured anew stay; so does one with rows whose new one
-    failed: it has an "error", or errors within and no rows.
+    and the parts of an older file that were not measured anew stay; so does one with rows whose new one failed, which
+    has an "error", or errors within and no rows.
     """
     path = _result_path(name, out)
     stamp = {"machine": machine(), "command": command()}
