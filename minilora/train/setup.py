@@ -244,12 +244,14 @@ def _tell_steps(
 
 
 def _saved_bytes(ledger: Ledger, n_learned: int, n_steps: int) -> int:
-    """The most that a run has on the disk: checkpoints, one of them new, the best step's weights, now and as of the
-    last checkpoint, and what it leaves: what was added to the base, or the whole model where the base's learn."""
-    train, weights = ledger.config.train, 4 * n_learned
+    """The most that a run has on the disk: checkpoints, one of them new; of a run with validation the best step's
+    weights, now and as of the last checkpoint; and what it leaves: what was added, or where the base learns all of it.
+    """
+    train, data, weights = ledger.config.train, ledger.config.data, 4 * n_learned
+    best = 2 * weights if data.validation or data.validation_share else 0
     checkpoint, left = weights + state_bytes(train.optimizer, n_learned), 4 * ledger.sizes.n_parameters
     n_checkpoints = min(train.keep_checkpoints + 1, ceil(n_steps / train.checkpoint_every))
-    return n_checkpoints * checkpoint + 2 * weights + (left if train.base_learns else weights)
+    return n_checkpoints * checkpoint + best + (left if train.base_learns else weights)
 
 
 def _origin(

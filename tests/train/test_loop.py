@@ -912,9 +912,10 @@ def test_a_dry_run_tells_that_the_folder_is_taken(make_config: MakeConfig) -> No
 def test_a_dry_run_looks_at_the_disk_that_the_run_writes_to(
     make_config: MakeConfig, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For all of its steps; what would be begun anew there counts as free."""
+    """For all of its steps; what would be begun anew there counts as free, and no best step without validation."""
     config = make_config(train__checkpoint_every=1)
-    needed = 4 * (3 * 3 + 3) * sum(p.numel() for p in trainable(fine_tune(config, Quiet()).model).values())
+    learned = sum(p.numel() for p in trainable(fine_tune(config, Quiet()).model).values())
+    needed = 4 * (3 * 3 + 3) * learned
     shutil.move(tmp_path / "run", tmp_path / "away")
     free = needed
 
@@ -928,6 +929,8 @@ def test_a_dry_run_looks_at_the_disk_that_the_run_writes_to(
     with pytest.raises(UserError, match=r"run: .* GB are needed, .* are free; free some or choose another folder"):
         dry_run.dry_run(config, quiet)
     assert not quiet.steps
+    free = needed - 4 * 2 * learned
+    dry_run.dry_run(make_config(train__checkpoint_every=1, data__validation=None), Quiet())
     shutil.move(tmp_path / "away", tmp_path / "run")
     dry_run.dry_run(config, quiet, overwrite=True)
 
