@@ -32,6 +32,7 @@ if not has_gpu:
     patch_once_a_launch()
 
 
+@pytest.hookimpl(trylast=True)  # of those that -m has left
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, then those with many: the last to begin would keep one process waiting."""
     slow, n_tests = {i.path for i in items if i.get_closest_marker("slow")}, Counter(i.path for i in items)

@@ -73,6 +73,7 @@ def test_a_reader_that_goes_away_ends_no_verb_badly() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_full_standard_output_is_one_line() -> None:
     command = [sys.executable, "-m", "minilora", "explain", "--weights", "[1,2]"]
     with open("/dev/full", "w") as full:
@@ -81,6 +82,7 @@ def test_a_full_standard_output_is_one_line() -> None:
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("closed", "left"), [(">&-", "stderr"), ("2>&-", "stdout")])
 def test_a_closed_stream_is_no_crash(closed: str, left: str) -> None:
     command = f"{shlex.quote(sys.executable)} -m minilora inspect demo {closed}"
@@ -89,6 +91,7 @@ def test_a_closed_stream_is_no_crash(closed: str, left: str) -> None:
     assert ("model" in done.stdout) == (left == "stdout")
 
 
+@pytest.mark.slow
 def test_a_folder_s_name_need_not_be_utf_8(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "minilora", "quantize", "demo", os.fsencode(tmp_path) + b"/bad\xff"]
     done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True)

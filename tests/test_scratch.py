@@ -58,6 +58,7 @@ print(new_pages())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's malloc")
 @pytest.mark.parametrize(
     ("setting", "short", "is_new"),
@@ -94,6 +95,7 @@ PAGE_BYTES = LARGE_PAGES.with_name("hpage_pmd_size")
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc's malloc")
 @pytest.mark.skipif(
     not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="the system gives no large pages"

@@ -20,6 +20,7 @@ from minilora.checkpoint.write import verify_manifest
 SHORT = {"run toml": 25}  # cases; a configuration takes long to check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_spoilt_files_load_right_or_are_refused(name: str, tmp_path: Path) -> None:
     figures = run(name, range(SHORT.get(name, 200)), seed=0, findings=tmp_path)

@@ -125,6 +125,7 @@ def test_too_little_memory(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_standard_output_that_takes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.make_checkpoint", "--shape", "tiny"]
     with open("/dev/full", "w") as full:

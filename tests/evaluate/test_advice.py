@@ -124,6 +124,7 @@ def test_steps_that_were_left_out() -> None:
     assert "50 of 200 steps were left out" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_by_heart_and_forgets_is_told_so(make_config: MakeConfig, quiet: Quiet) -> None:
     """A few chats over and over, at a high rate, against others of the same random words."""
     data = make_config().data

@@ -36,6 +36,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_check, "COLUMNS", ())
 
 
+@pytest.mark.slow
 def test_kernels_that_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "kernels"]) == 0
     out = capsys.readouterr().out

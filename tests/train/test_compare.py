@@ -203,6 +203,7 @@ def variants(config: RunConfig) -> list[Variant]:
     return [Variant(name, {"train.lr": str(c.train.lr)}, c) for name, c in named.items()]
 
 
+@pytest.mark.slow
 def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
     make_config: MakeConfig, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -247,6 +248,7 @@ def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
     assert (other["winner"], other["test_seen_by"]) == ("slow", ["fast", "slow"])
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_kept_also_where_the_base_says_how_it_is_stored(
     make_config: MakeConfig, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -333,6 +335,7 @@ def test_where_every_run_fails(make_config: MakeConfig, tmp_path: Path) -> None:
     assert not (tmp_path / "out/compare.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "during"), [(signal.SIGTERM, "steps"), (signal.SIGHUP, "steps"), (signal.SIGINT, "set-up")]
 )

@@ -85,6 +85,7 @@ def test_a_text_that_outgrows_the_model_is_one_line(run: Run, tiny_base: Path, t
     assert err.endswith("warning: the text goes beyond the model's max_position_embeddings, 4\n")
 
 
+@pytest.mark.slow
 def test_generate_prints_each_character_whole(run: Run, finished: Path) -> None:
     """Hot draws from the demo's pieces, most of them bytes: also what no character comes of is printed, once."""
     found = Base.find(BaseConfig(path=UNNAMED), str(finished / "adapter"))

@@ -102,6 +102,7 @@ def test_an_unknown_user_s_home_is_no_crash(run: Run, tmp_path: Path) -> None:
     refused(run("generate", "hi", "--model.path", nobody), 1, f"{nobody}: no such folder")
 
 
+@pytest.mark.slow
 def test_the_home_is_found_in_every_path(
     run: Run, tmp_path: Path, toml: Path, chats: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

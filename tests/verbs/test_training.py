@@ -62,6 +62,7 @@ def test_a_dry_run_refuses_what_the_run_would(run: Run, toml: Path, tmp_path: Pa
     assert run("train", toml, *too_many, "--eval.samples", 0, "--eval.answers", 0, "--dry-run")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [True, False])
 def test_output_that_goes_nowhere_does_not_end_training(toml: Path, tmp_path: Path, closed: bool) -> None:
     """A reader that has gone, as in `minilora train x.toml | head`, or a full disk."""
