@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from threading import Event
 
+from minilora.backend import pick_device
 from minilora.chat import answer_text
 from minilora.model import Mistral
 from minilora.serve.request import Ask
@@ -60,7 +61,8 @@ class Line:
 
     def __init__(self, model: Mistral, tokenizer: Tokenizer) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._thread = ThreadPoolExecutor(1, "model")
+        # Which GPU is torch's current one is a thread's own matter.
+        self._thread = ThreadPoolExecutor(1, "model", pick_device, (str(model.device),))
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Said, None]:
         """See `answer`, whose errors it raises. Where it is closed or cancelled it gives up its turn."""
