@@ -1,9 +1,10 @@
 """SIGINT, SIGTERM and SIGHUP, a closed terminal's, ask work to stop at its next safe place, between two steps or two
-weights; a second one, at once.
+weights; a second one, of whatever kind, at once.
 
 Nothing is raised where the signal falls: in the midst of starting a thread or taking a lock that breaks them.
 """
 
+import os
 import signal
 from types import FrameType
 
@@ -39,4 +40,7 @@ class StopRequest:
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
+        for heard in self._old:
+            signal.signal(heard, signal.SIG_DFL)
+        if os.isatty(1):  # who dies at the second cannot give back the cursor, which a bar has hidden
+            os.write(1, b"\x1b[?25h")
