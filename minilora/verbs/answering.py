@@ -89,7 +89,8 @@ def chat(args: list[str]) -> None:
     from minilora.chat import converse
 
     base = arguments.find_base(parsed)
-    limits = parsed.max_tokens, parsed.max_new_tokens
+    learnt = max(1, base.checkpoint.config.max_seq_len - parsed.max_new_tokens)
+    limits = min(parsed.max_tokens, learnt), parsed.max_new_tokens
     model = base.load_for((1, *limits), say=terminal.note)
     answer, questions = partial(print, end="", flush=True), terminal.typed()
     converse(model, base.tokenizer, questions, answer, terminal.note, parsed.system, *limits, **sampling)

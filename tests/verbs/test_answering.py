@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 import tomllib
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,18 @@ def test_a_text_that_outgrows_the_model_is_one_line(run: Run, tiny_base: Path, t
     status, _, err = run("generate", "a in b", "--model.path", base, "--max_new_tokens", 2)
     assert (status, err.count("\n")) == (0, 3), err
     assert err.endswith("warning: the text goes beyond the model's max_position_embeddings, 4\n")
+
+
+def test_a_conversation_stays_within_what_the_model_knows(
+    run: Run, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "short"))
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 24}
+    (base / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "stdin", StringIO("a in\nb in\nc in\n"))
+    status, _, err = run("chat", "--model.path", base, "--max_new_tokens", 8)  # a warning would be an error here
+    assert status == 0
+    assert "of at most 16: its oldest exchange is left out" in err
 
 
 @pytest.mark.slow
