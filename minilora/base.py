@@ -106,10 +106,11 @@ class Base:
 
     @property
     def name(self) -> str:
-        """What to call it before others, whom it does not concern where it lies: the checkpoint's name, or where there
-        is an adapter the run's, RUN of RUN/adapter, or the folder's."""
+        """What to call it before others, whom it does not concern where it lies: the checkpoint's name, of the hub's
+        without the commit, or where there is an adapter the run's, RUN of RUN/adapter, or the folder's."""
         if self.adapter is None:
-            return self.checkpoint.name
+            name = self.checkpoint.name
+            return name.partition("@")[0] if "/" in name else name
         folder = Path(os.path.abspath(self.adapter))
         return folder.parent.name if folder.name == "adapter" else folder.name
 

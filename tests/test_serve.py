@@ -31,7 +31,7 @@ from tiny_runs import TOKENIZER, Run, refused
 from minilora.chat import answer_text
 from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.load import load_model
-from minilora.config import LoraConfig
+from minilora.config import LoraConfig, base_folder
 from minilora.decode_graph import Steps
 from minilora.generation import NotFiniteError, generate
 from minilora.lora import add_lora
@@ -216,10 +216,22 @@ def test_draws_are_those_of_their_seed(
     assert text_of(ask(temperature=2, top_p=0)) == text_of(ask(temperature=2, top_p=1e-320)) == text_of(ask())
 
 
+def test_who_says_how_to_draw_wants_draws(offer: Offer) -> None:
+    """Of an own temperature of 0 nothing is drawn, so a seed alone would do nothing: the API's default is 1."""
+
+    def temperature(offer: Offer = offer, **fields: Any) -> float:
+        return float(read_ask(json.dumps({"messages": MESSAGES, **fields}).encode(), offer).sampling["temperature"])
+
+    assert temperature() == temperature(top_p=1) == temperature(seed=None) == temperature(seed=3, temperature=0) == 0
+    assert temperature(seed=3) == temperature(top_p=0.5) == 1
+    warm = replace(offer, sampling={**offer.sampling, "temperature": 0.7})
+    assert temperature(warm) == temperature(warm, seed=3) == temperature(warm, top_p=0.5) == 0.7
+
+
 def test_what_changes_nothing_is_passed_over(ask: Callable[..., ChatCompletion]) -> None:
     said = text_of(ask())
     nothing: dict[str, Any] = {
-        **{"n": 1, "tools": [], "tool_choice": "none", "logprobs": False, "logit_bias": {}, "presence_penalty": 0},
+        **{"n": 1, "tools": [], "tool_choice": "auto", "logprobs": False, "logit_bias": {}, "presence_penalty": 0},
         **{"frequency_penalty": 0.0, "response_format": {"type": "text"}, "modalities": ["text"], "audio": None},
         **{"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "seed": None, "stop": None},
         **{"stream": False, "temperature": None, "top_p": None, "parallel_tool_calls": True},
@@ -255,6 +267,8 @@ def test_the_conversation_and_the_system_text_are_what_the_model_sees(offer: Off
     with_system = replace(offer, system="Be brief.")
     assert prompt(with_system, a, b, a) == encode([said, a, b, a])[0]
     assert prompt(with_system, other, a) == encode([other, a])[0]
+    for silent in (b | {"content": ""}, b | {"content": None}, {"role": "assistant", "tool_calls": []}):
+        assert prompt(offer, a, silent, a) == encode([a, a])[0], "what we have answered may be sent back"
     with pytest.raises(Refused, match=r"^message 1: its role is 'x'"):
         prompt(with_system, {"role": "x", "content": "a"})
 
@@ -378,7 +392,6 @@ def test_an_answer_ends_before_its_stop(ask: Callable[..., ChatCompletion], clie
         ({"top_logprobs": False}, "top_logprobs", "not supported"),
         ({"presence_penalty": False}, "presence_penalty", "not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"tool_choice": "auto"}, "tool_choice", "tool_choice 'auto' is not supported"),
         ({"functions": []}, "functions", "not supported"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"top_logprobs": 3}, "top_logprobs", "not supported"),
@@ -804,6 +817,9 @@ def test_the_model_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_base
         assert made[-1].name == "our model"
     for given in ("", " \n "):
         refused(run("serve", "--adapter", "alone", "--port", 0, "--name", given), 2, "--name is blank")
+    monkeypatch.setattr("minilora.hub._fetch", lambda *_: base_folder("demo"))
+    assert run("serve", "--model.path", "org/tiny@main", "--port", 0)[0] == 0
+    assert made[-1].name == "org/tiny"
     (tmp_path / "alone").rename(odd := tmp_path / os.fsdecode(b"odd\xff"))
     run("serve", "--adapter", odd, "--port", 0)
     assert made[-1].name == "odd\\udcff", "what can be sent and asked for"

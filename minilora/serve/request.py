@@ -22,10 +22,10 @@ FOLLOWED = (
 )
 PASSED_OVER = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
-    *("prompt_cache_key", "prompt_cache_retention"),
+    *("prompt_cache_key", "prompt_cache_retention", "tool_choice"),  # the latter: of no tools
 )
 ASKS_FOR_NOTHING: Mapping[str, Any] = {
-    "n": 1, "tools": [], "tool_choice": "none", "logprobs": False, "top_logprobs": 0, "logit_bias": {},
+    "n": 1, "tools": [], "logprobs": False, "top_logprobs": 0, "logit_bias": {},
     "presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"}, "modalities": ["text"],
 }  # fmt: skip
 OF_A_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")  # others, such as weight, are for training
@@ -96,6 +96,9 @@ def read_ask(data: bytes, offer: Offer) -> Ask:
         "top_p": _number(fields, "top_p", 0, 1),
         "seed": _number(fields, "seed", -(2**63), 2**63 - 1, int),
     }
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if "seed" in sampling or sampling.get("top_p", 1) < 1:  # who says how to draw wants draws, by the API's default
+        sampling = {"temperature": offer.sampling["temperature"] or 1.0} | sampling
     wanted = _number(fields, "max_tokens", 1, offer.limit, int)
     wanted = _number(fields, "max_completion_tokens", 1, offer.limit, int) or wanted
     stop = _value(fields, "stop", [], _are_stops, f"up to {MAX_STOPS} texts of 1 to {MAX_STOP:,} characters")
@@ -110,7 +113,7 @@ def read_ask(data: bytes, offer: Offer) -> Ask:
     return Ask(
         prompt,
         wanted or min(room, offer.max_new_tokens),
-        {**offer.sampling, **{name: value for name, value in sampling.items() if value is not None}},
+        {**offer.sampling, **sampling},
         (stop,) if isinstance(stop, str) else tuple(stop),
         _switch(fields, "stream"),
         _switch(options, "include_usage"),
@@ -123,6 +126,7 @@ def _prompt(messages: Any, offer: Offer) -> list[int]:
         raise Refused(f"messages is {what}, but must be a list of messages", "messages")
     said = [{k: m[k] for k in OF_A_MESSAGE if k in m} if isinstance(m, dict) else m for m in messages]
     said = [m | {"role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m for m in said]
+    said = [m for m in said if not _is_silent(m)]
     try:
         read_conversation(said, offer.tokenizer.version)  # before a message that is not the client's is counted
         if said[-1]["role"] == "assistant":
@@ -132,6 +136,12 @@ def _prompt(messages: Any, offer: Offer) -> list[int]:
         return offer.tokenizer.encode_chat(said)[0]
     except UserError as error:
         raise Refused(str(error), "messages") from None
+
+
+def _is_silent(message: Any) -> bool:
+    """An answer of no text, as one is that a stop or </s> began, and clients send it back."""
+    ours = isinstance(message, dict) and message.get("role") == "assistant"
+    return ours and message.get("content") in (None, "") and not message.get("tool_calls")
 
 
 def _are_stops(given: Any) -> bool:
