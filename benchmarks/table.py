@@ -22,11 +22,11 @@ STEP = "QLoRA step, 135m,"
 SHOWN = (
     *(
         f"{STEP} {contents}, {dtype}"
-        for contents in ("4 x 256 tokens", "1 x 1024 tokens", "instruction set, rows of 1024")
+        for contents in ("4 x 256 tokens", "1 x 1024 tokens", "docstrings, rows of 1024")
         for dtype in ("bfloat16", "float32")
     ),
-    f"{STEP} instruction set, rows of 1024, bfloat16: peak memory",
-    f"{STEP} instruction set, rows of 1024, float32: peak memory",
+    f"{STEP} docstrings, rows of 1024, bfloat16: peak memory",
+    f"{STEP} docstrings, rows of 1024, float32: peak memory",
     "bf16 checkpoint to an NF4 model, 1.1b",
     "bf16 checkpoint to an NF4 checkpoint, 7.2 billion weights",
     "merge with audit on 256 tokens, 7.2 billion weights",

@@ -54,7 +54,7 @@ SLOW_S = 20.0  # a first step that takes longer needs no second one to be screen
 STEP_CAP_S = 3600.0
 HOPELESS = 10.0  # times the fastest step so far, and a minute at least: no screening waits longer for one
 COMPILED = ", compiled"  # in the name of what torch's compiler has touched
-N_ROWS = 6  # packed rows of the instruction set that the steps go round
+N_ROWS = 6  # packed rows of docstrings that the steps go round
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ def _memory(records: Mapping[str, Record], ours: list[str], agree: list[str]) ->
 
 
 def _rows(cell: Cell, speed: Mapping[str, Any], memory: Mapping[str, Any]) -> list[dict[str, str]]:
-    batch = f"instruction set, rows of {cell.length}" if cell.samples else f"{cell.rows} x {cell.length} tokens"
+    batch = f"docstrings, rows of {cell.length}" if cell.samples else f"{cell.rows} x {cell.length} tokens"
     what = f"QLoRA step, {cell.shape}, {batch}, {cell.dtype}"
     rates = {side: f"{speed[side]['tok_per_s']:.0f} tokens/s" for side in ("ours", "peer")}
     peaks = {side: f"{memory[side]['peak_private_bytes'] / 1e9:.2f} GB" for side in ("ours", "peer")}
