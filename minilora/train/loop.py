@@ -136,7 +136,7 @@ def run_steps(run: Run) -> None:
                 raise
             if check is not None and counters.updates <= 2 and "skipped" not in metrics:
                 _refuse_still_weights(check, counters.updates, metrics["lr"])
-            if counters.step % run.config.eval.every == 0 or counters.step == run.n_steps:
+            if counters.step % run.config.eval.every == 0 or _why_over(run):
                 _make_room(run)
                 metrics |= validate(run)
             for log, record in ((run.folder.metrics, metrics), (run.folder.timing, timing)):
@@ -233,9 +233,10 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def _why_over(run: Run) -> str:
-    """Why there is no further step; nothing while there is one."""
+    """Why there is no further step; nothing while there is one: beyond the last, too, until float16's scale lets one
+    update."""
     counters, patience = run.state.counters, run.config.eval.patience
-    if counters.step >= run.n_steps:
+    if counters.step >= run.n_steps and (counters.updates or not run.state.loss_scale.shrinking):
         return "all steps done"
     if 0 < patience <= counters.validations_since_best:
         return f"no better validation in {patience} since step {counters.best_step}"

@@ -48,7 +48,7 @@ class ConsoleReporter:
         self._bar.update(self._task, completed=step, description=text)
         is_due = step % max(1, self._n_steps // PLAIN_LINES) == 0 or step == self._n_steps
         if is_due and not self.console.is_terminal:
-            left = (self._n_steps - step) * in_all / len(self._recent)  # validation and saving count, too
+            left = max(0, self._n_steps - step) * in_all / len(self._recent)  # validation and saving count, too
             self.say(f"step {step}/{self._n_steps}  {text}  ETA {left:.0f} s")
 
     def end(self) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import count
@@ -898,6 +899,19 @@ def test_of_a_dry_run_s_two_models_one_is_there_at_a_time(
     monkeypatch.setattr(dry_run, "_reload", alone)
     dry_run.dry_run(make_config(), quiet)
     assert any("is answered" in said for said in quiet.said)
+
+
+@pytest.mark.parametrize("n_bad", [2, 99])
+def test_a_dry_run_in_float16_goes_on_until_a_step_updates(
+    make_config: MakeConfig, quiet: Quiet, monkeypatch: pytest.MonkeyPatch, n_bad: int
+) -> None:
+    """As the run would, whose loss scale the first overflows settle."""
+    spoil_steps(monkeypatch, set(range(1, 1 + n_bad)))
+    config = make_config(model__dtype="float16", train__max_bad_steps=99, eval__every=99)
+    with pytest.raises(UserError, match="no step could be taken") if n_bad == 99 else nullcontext():
+        dry_run.dry_run(config, quiet)
+    assert [m.get("skipped", False) for m in quiet.steps] == ([True] * 30 if n_bad == 99 else [True, True, False])
+    assert ["val_loss" in m for m in quiet.steps] == [False] * (len(quiet.steps) - 1) + [True]
 
 
 def test_a_dry_run_tells_that_the_folder_is_taken(make_config: MakeConfig) -> None:

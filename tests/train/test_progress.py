@@ -52,6 +52,8 @@ def test_a_slow_machine_is_not_told_that_it_stands_still(clock: list[float]) -> 
     clock[0] += 300
     reporter.step(metrics(1), timing(300.0))
     assert " 0.3 tok/s " in out.getvalue()
+    reporter.step(metrics(2), timing(300.0))
+    assert out.getvalue().endswith("ETA 0 s\n"), "beyond the last step, as float16 may go, nothing is left"
 
 
 def test_one_slow_step_does_not_spoil_the_guess(clock: list[float]) -> None:
