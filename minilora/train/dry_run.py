@@ -24,6 +24,7 @@ from minilora.tokenizer import Tokenizer
 from minilora.train.loop import fine_tune
 from minilora.train.run_folder import refuse_output
 from minilora.train.setup import Reporter, check_run
+from minilora.train.signals import Stopped
 
 COMPARED = 64  # tokens, by whose logits the reloaded model is known
 
@@ -31,8 +32,9 @@ COMPARED = 64  # tokens, by whose logits the reloaded model is known
 def dry_run(config: RunConfig, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> None:
     """Check what the run would; take one step, save, reload and generate, in a folder that is thrown away.
 
-    Raises UserError for what would stop the run, and if what was saved does not come back bit for bit. That the run
-    could not have its `train.output` is only told. The checkpoint that it would go on from is not looked at.
+    Raises UserError for what would stop the run, and if what was saved does not come back bit for bit, and Stopped once
+    a signal was followed. That the run could not have its `train.output` is only told. The checkpoint that it would go
+    on from is not looked at.
 
     resume, overwrite: how the run would be begun
     """
@@ -57,7 +59,10 @@ def dry_run(config: RunConfig, reporter: Reporter, resume: bool = False, overwri
 def _one_step(config: RunConfig, reporter: Reporter) -> tuple[RunConfig, Tokenizer, Sample, Tensor]:
     """Run it, and say what memory the step took. What is left: the configuration with what the base says, a sample, a
     conversation if there is one, and its logits. The model goes, since a second one need not fit beside it."""
-    run = fine_tune(config, reporter, overwrite=True, with_test=False)
+    try:
+        run = fine_tune(config, reporter, overwrite=True, with_test=False)
+    except Stopped as stopped:
+        raise Stopped("stopped; nothing was kept", stopped.exit_status - 128) from None
     peaks, predicted = run.memory.summary(), as_text(sum(run.predicted_bytes.values()))
     holes = "" if "device_allocated" in peaks else ", with what the heap and libraries keep for later"
     reporter.say(f"memory of the step: {predicted} predicted, {as_text(peak_bytes(peaks))} measured{holes}")

@@ -914,6 +914,12 @@ def test_a_dry_run_in_float16_goes_on_until_a_step_updates(
     assert ["val_loss" in m for m in quiet.steps] == [False] * (len(quiet.steps) - 1) + [True]
 
 
+def test_a_dry_run_that_is_stopped_tells_of_nothing_to_go_on_with(make_config: MakeConfig) -> None:
+    with pytest.raises(Stopped, match=r"^stopped; nothing was kept$") as stopped:
+        dry_run.dry_run(make_config(), stop_after(1, Quiet()))
+    assert stopped.value.exit_status == 128 + signal.SIGTERM
+
+
 def test_a_dry_run_tells_that_the_folder_is_taken(make_config: MakeConfig) -> None:
     fine_tune(make_config(), Quiet())
     for resume, overwrite, refused in ((False, False, True), (False, True, False), (True, False, False)):
