@@ -34,8 +34,9 @@ from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.toml import config_toml
 from minilora.train.loop import fine_tune
 from minilora.train.progress import ConsoleReporter
-from minilora.train.run_folder import RUN_BYTES
+from minilora.train.run_folder import LOCK, RUN_BYTES, hold
 from minilora.train.setup import Run
+from minilora.train.signals import Stopped
 
 LONGEST_ANSWER = 32  # tokens; the longest word of the test has 22
 BATCH = 100
@@ -74,6 +75,7 @@ def comparison_config() -> RunConfig:
 def tell(output: Path, seed: int, console: Console) -> None:
     """Run the demo into the folder `output`; an old demo there is replaced."""
     refuse_other_run(output)
+    hold(output, "demo", "--output").close()  # a folder that cannot be had is told before anything is computed
     config = demo_config(output, seed)
     base = open_checkpoint("demo")
     tokenizer = load_tokenizer("demo")
@@ -101,7 +103,11 @@ def tell(output: Path, seed: int, console: Console) -> None:
     )
 
     console.rule("QLoRA")
-    run = fine_tune(config, ConsoleReporter(console), overwrite=True)
+    try:
+        run = fine_tune(config, ConsoleReporter(console), overwrite=True)
+    except Stopped as stopped:
+        go_on = f"minilora train {output / 'config.toml'} --resume trains on, without the demo's test words and merge"
+        raise Stopped(f"{output}: stopped, saved; {go_on}", stopped.exit_status - 128) from None
 
     console.rule("After")
     after = score(answer_samples(run.model, tokenizer, chats, LONGEST_ANSWER, BATCH))
@@ -122,7 +128,7 @@ def tell(output: Path, seed: int, console: Console) -> None:
 
 def refuse_other_run(output: Path) -> None:
     """Raise UserError if the folder holds anything but an old demo: that alone may be replaced unasked."""
-    if output.is_dir() and any(output.iterdir()) and not _is_demo(output):
+    if output.is_dir() and {child.name for child in output.iterdir()} - {LOCK} and not _is_demo(output):
         raise UserError(f"{output} holds something other than a demo; name another folder with --output")
 
 
