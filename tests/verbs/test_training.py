@@ -102,11 +102,16 @@ def test_ctrl_c_outside_of_the_steps_of_a_run_that_has_begun(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, where, interrupt)
-        status, _, err = run("train", toml)
     output = tomllib.loads(toml.read_text())["train"]["output"]
-    assert (status, err) == (130, f"minilora train: {output}: stopped; go on with --resume\n")
+    for flags in ([], ["--overwrite"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, where, interrupt)
+            status, _, err = run("train", toml, *flags)
+        assert (status, err) == (130, f"minilora train: {output}: stopped; go on with --resume\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "set_up", interrupt)
+        assert run("train", toml, "--overwrite") == (130, "", "minilora train: stopped\n"), "the old run lies there"
+        assert run("train", toml, "--resume")[2] == err
     assert run("train", toml, "--resume")[::2] == (0, "")
 
 
