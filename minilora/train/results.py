@@ -85,18 +85,19 @@ def write_summary(run: Run, figures: dict[str, Any]) -> None:
 
 
 def write_answers(run: Run) -> None:
-    """generated.jsonl: every validation answer before and after; samples.md: the first ones, and the probes."""
+    """generated.jsonl: every validation answer before and after; samples.md: the first ones, the probes, if any."""
     given_before = [answer["given"] for answer in run.before["answers"]]
     _, each = score(run.after, run.config.eval.metrics)
     keys = ("where", "prompt", "expected", "before", "after")
     rows = [(a.where, a.prompt, a.expected, b, a.given) for a, b in zip(run.after, given_before, strict=True)]
     lines = [dict(zip(keys, row, strict=True)) | figures for row, figures in zip(rows, each, strict=True)]
     atomic_jsonl(run.folder.path / "generated.jsonl", lines)
-    text = markdown_table("Samples", keys[1:], [row[1:] for row in rows[: run.config.eval.samples]])
-    if prompts := [run.tokenizer.decode(probe.tokens.tolist()) for probe in run.forgetting.probes]:
-        probes = zip(prompts, run.before["probes"], run.forgetting.answers(run.model), strict=True)
-        text += "\n" + markdown_table("Probes", ("prompt", "before", "after"), probes)
-    atomic_write(run.folder.path / "samples.md", text)
+    prompts = [run.tokenizer.decode(probe.tokens.tolist()) for probe in run.forgetting.probes]
+    probes = zip(prompts, run.before["probes"], run.forgetting.answers(run.model), strict=True)
+    samples = markdown_table("Samples", keys[1:], [row[1:] for row in rows[: run.config.eval.samples]])
+    tables = filter(None, (samples, markdown_table("Probes", ("prompt", "before", "after"), probes)))
+    if text := "\n".join(tables):
+        atomic_write(run.folder.path / "samples.md", text)
 
 
 def records(log: Path, *keys: str) -> list[dict[str, Any]]:

@@ -148,4 +148,4 @@ def test_probes_are_answered_before_and_after(make_config: MakeConfig, quiet: Qu
     assert TINY.vocab_size == run.model.config.vocab_size
     quiet_run = fine_tune(make_config(eval__samples=0, train__output=str(tmp_path / "other")), quiet)
     assert quiet_run.forgetting.probes == []
-    assert "Probes" not in (quiet_run.folder.path / "samples.md").read_text()
+    assert not (quiet_run.folder.path / "samples.md").exists(), "where there would be no table in it"
