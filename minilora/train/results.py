@@ -78,7 +78,7 @@ def write_summary(run: Run, figures: dict[str, Any]) -> None:
         "test_looks": len(looks(path)), "peak_memory_bytes": run.memory.summary(),
         "predicted_memory_bytes": run.predicted_bytes, "stopped_because": run.stopped_because,
         "tok_per_s": statistics.median(speeds) if speeds else None,  # None if the disk was too full to note any
-        "steps": counters.step, "updates": counters.updates, "best_step": counters.best_step,
+        "steps": counters.step, "updates": counters.updates, "best_step": counters.best_step or None,
         "trainable_parameters": sum(p.numel() for p in run.state.weights.values()),
     }  # fmt: skip
     run.folder.write_json("summary.json", summary)

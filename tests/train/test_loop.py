@@ -987,6 +987,7 @@ def test_one_sample_is_enough(make_config: MakeConfig, quiet: Quiet, tmp_path: P
     run = fine_tune(config, quiet)
     assert run.n_steps == 1
     assert run.state.counters.target_tokens == 6 * run.train[0].n_targets, "the row is taken again to fill the step"
+    assert run.folder.read_json("summary.json")["best_step"] is None, "nothing was validated"
 
 
 def test_text_is_trained_on_too(make_config: MakeConfig, quiet: Quiet, data_folder: Path, tmp_path: Path) -> None:
