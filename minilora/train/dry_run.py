@@ -52,8 +52,12 @@ def dry_run(config: RunConfig, reporter: Reporter, resume: bool = False, overwri
         if not torch.equal(trained, reloaded):
             difference = float((trained - reloaded).abs().max())
             raise UserError(f"the reloaded model's logits differ by up to {difference:.3g}: please report this bug")
-        for answer in answer_samples(model, tokenizer, [sample] if has_prompt(sample) else [], max_new_tokens=16):
+        answers = answer_samples(model, tokenizer, [sample] if has_prompt(sample) else [], max_new_tokens=16)
+        for answer in answers:
             reporter.say(f"{answer.prompt!r} is answered {answer.given!r}")
+    done = f"a step, save, reload{', generate' if answers else ''}"  # raw text asks nothing
+    unseen = "; the checkpoint to go on from was not looked at" if resume else ""
+    reporter.say(f"dry run: config, data, memory, disk, {done} all work{unseen}; nothing was kept")
 
 
 def _one_step(config: RunConfig, reporter: Reporter) -> tuple[RunConfig, Tokenizer, Sample, Tensor]:

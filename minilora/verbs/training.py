@@ -40,8 +40,6 @@ def train(args: list[str]) -> None:
         from minilora.train import dry_run, progress
 
         dry_run.dry_run(config, progress.ConsoleReporter(terminal.console()), parsed.resume, parsed.overwrite)
-        unseen = "; the checkpoint to go on from was not looked at" if parsed.resume else ""
-        print(f"dry run: config, data, memory, disk, a step, save, reload, generate all work{unseen}; nothing was kept")
     else:
         _train(config, parsed.resume, parsed.overwrite)
 

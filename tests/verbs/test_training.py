@@ -48,9 +48,15 @@ def test_a_dry_run_goes_the_whole_way_and_keeps_nothing(run: Run, toml: Path, tm
         before = sorted(tmp_path.rglob("*"))
         status, out, err = run("train", toml, "--dry-run", *flags)
         assert (status, err) == (0, ""), flags
-        assert "nothing was kept" in out
+        assert "a step, save, reload, generate all work; nothing was kept" in out
         assert "is answered" in out
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_on_raw_text_does_not_say_that_it_generated(run: Run, toml: Path, data_folder: Path) -> None:
+    status, out, err = run("train", toml, "--dry-run", "--data.train", data_folder / "text.jsonl")
+    assert (status, err) == (0, "")
+    assert "a step, save, reload all work; nothing was kept" in out
 
 
 def test_a_dry_run_refuses_what_the_run_would(run: Run, toml: Path, tmp_path: Path) -> None:
