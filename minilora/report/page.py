@@ -19,7 +19,7 @@ from urllib.parse import quote
 from minilora.checkpoint.json_file import parse_object, read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.errors import UserError
-from minilora.memory import peak_bytes
+from minilora.memory import as_text, peak_bytes
 from minilora.report.figures import LOWER_IS_BETTER, text_of
 from minilora.report.plots import draw
 
@@ -159,7 +159,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         tiles.append(("tokens a second", f"{summary['tok_per_s']:,.0f}"))
     peaks = _flat(summary.get("peak_memory_bytes"))
     if isinstance(peak := peak_bytes(peaks), int | float) and peak:
-        tiles.append((f"peak {'GPU' if 'device_allocated' in peaks else 'private'} memory", f"{peak / 1e9:.2f} GB"))
+        tiles.append((f"peak {'GPU' if 'device_allocated' in peaks else 'private'} memory", as_text(peak)))
     boxes = (f"<div><b>{escape(value)}</b><span>{escape(_words(name))}</span></div>" for name, value in tiles)
     return f'<div class="tiles">{"".join(boxes)}</div>\n' if tiles else ""
 
@@ -209,7 +209,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in summary.items() if key not in SHOWN_ABOVE}
     rows = []
     for key, value in _flat(rest).items():
-        text = f"{value / 1e9:.3f} GB" if "bytes" in key and isinstance(value, int | float) else _figure(value)
+        text = as_text(value) if "bytes" in key and isinstance(value, int | float) else _figure(value)
         rows.append([escape(_words(key.replace("_bytes", ""))), escape(text)])
     return _table([], rows) if rows else ""
 

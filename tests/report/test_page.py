@@ -50,6 +50,7 @@ SUMMARY: dict[str, Any] = {
     "before": {"loss": 2.5, "perplexity": 12.18, "exact_match": 0.04, "rows": 12},
     "after": {"loss": 0.5, "perplexity": 1.65, "exact_match": 0.01, "rows": 12},
     "peak_memory_bytes": {"private": 3_210_000_000, "max_rss": 4_560_000_000},
+    "predicted_memory_bytes": {"absmax": 52_140},
     "tok_per_s": 1234.5,
     "steps": 40,
     "merge": {"base": {"argmax": 0.987}},
@@ -174,7 +175,8 @@ def test_a_whole_run_has_all_sections_and_figures(tmp_path: Path) -> None:
     assert page.row("loss") == ["loss", "2.5", "0.5", "-2"]
     assert page.row("exact match") == ["exact match", "0.04", "0.01", "-0.03"]
     assert page.row("tokens per second")[1] == "1,234"
-    assert page.row("peak memory private")[1] == "3.210 GB"
+    assert page.row("peak memory private")[1] == "3.21 GB"
+    assert page.row("predicted memory absmax")[1] == "0.1 MB"
     assert page.row("merge base argmax")[1] == "0.987"
     assert page.row("data.train")[1] == '"cats & dogs.jsonl"'
     assert page.row("train.clip_norm")[1] == "0.5"
