@@ -165,6 +165,8 @@ def write_summary(run: Run, before: Score, after: Score, ceiling: dict[str, Scor
     summary = run.folder.read_json("summary.json")
     for when, asked in (("before", before), ("after", after)):
         summary[when] |= asked | {"own_text_perplexity": summary["forgetting"][when]["perplexity"]}
+    others = "exact match and phoneme error rate on the demo's test words, own text perplexity on the general text"
+    summary["measured_on"] = f"the validation data; {others}"
     summary["ceiling"], summary["merge"] = ceiling, audit.to_dict("trained")
     summary["share_of_ceiling"] = after["exact_match"] / ceiling["nf4"]["exact_match"]
     run.folder.write_json("summary.json", summary)

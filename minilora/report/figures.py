@@ -6,6 +6,12 @@ from typing import Any
 LOWER_IS_BETTER = ("loss", "perplexity", "error_rate")  # how the names of such figures end
 
 
+def label(name: str, adapter: object) -> str:
+    """What is shown above the figures of that name: "before" is of the base, also where training went on from an
+    adapter, without which it is asked."""
+    return "base" if name == "before" and adapter else name
+
+
 def figures_of(figures: Mapping[str, Any]) -> str:
     """Metrics in a line; words, such as BLEU's signature, are left out."""
     return ", ".join(f"{name} {text_of(value)}" for name, value in figures.items() if isinstance(value, float))

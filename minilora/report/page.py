@@ -20,11 +20,11 @@ from minilora.checkpoint.json_file import parse_object, read_json
 from minilora.checkpoint.write import atomic_write
 from minilora.errors import UserError
 from minilora.memory import as_text, peak_bytes
-from minilora.report.figures import LOWER_IS_BETTER, text_of
+from minilora.report.figures import LOWER_IS_BETTER, label, text_of
 from minilora.report.plots import draw
 
 HIGHER_IS_BETTER = ("exact_match", "bleu", "rouge1", "rouge2", "rougeL", "f1")
-SHOWN_ABOVE = ("before", "after", "test", "test_looks", "forgetting", "advice")
+SHOWN_ABOVE = ("before", "after", "test", "test_looks", "measured_on", "forgetting", "advice")
 CAPTIONS = {
     "loss.png": "Training loss step by step; validation loss, and loss on the general text, where they were measured.",
     "learning_rate.png": "The learning rate, and how long the gradient was before it was clipped.",
@@ -58,13 +58,14 @@ def write_report(run_folder: Path) -> Path:
     metrics, timing = _read_jsonl(run_folder / "metrics.jsonl"), _read_jsonl(run_folder / "timing.jsonl")
     config, results = _read_config(run_folder / "config.toml"), run_folder / "summary.json"
     summary = read_json(results) if results.exists() else {}
-    plots = draw(metrics, timing, float(config.get("train", {}).get("clip_norm", 0.0)))
+    train = config.get("train", {})
+    adapter, plots = train.get("adapter"), draw(metrics, timing, float(train.get("clip_norm", 0.0)))
     for name, png in plots.items():
         atomic_write(run_folder / name, png)
     sections = [
         _header(run_folder, config, summary, metrics),
-        _section("Before and after", _before_after(summary) + _test_looks(run_folder / "test_looks.jsonl")),
-        _section("Forgetting", _forgetting(summary)),
+        _section("Before and after", _measured(summary, adapter) + _test_looks(run_folder / "test_looks.jsonl")),
+        _section("Forgetting", _forgetting(summary, adapter)),
         _section("Advice", _advice(summary)),
         _section("The run", _figures(summary)),
         _section("Plots", "".join(_plot(name, png) for name, png in plots.items())),
@@ -144,14 +145,14 @@ def _header(run_folder: Path, config: Mapping[str, Any], summary: Mapping[str, A
         "" if summary else "not finished",
     ]
     title, subtitle = escape(run_folder.resolve().name), escape(" · ".join(filter(None, facts)))
-    return f"<header>\n<h1>{title}</h1>\n<p>{subtitle}</p>\n{_tiles(summary)}</header>"
+    return f"<header>\n<h1>{title}</h1>\n<p>{subtitle}</p>\n{_tiles(summary, train.get('adapter'))}</header>"
 
 
-def _tiles(summary: Mapping[str, Any]) -> str:
+def _tiles(summary: Mapping[str, Any], adapter: object) -> str:
     """What one looks for first, in large figures."""
     before, after = _flat(summary.get("before")), _flat(summary.get("after"))
     tiles: list[tuple[str, str]] = [
-        (name, f"{_figure(before[name])} → {_figure(after[name])}")
+        (f"{name}, {label('before', adapter)} → after", f"{_figure(before[name])} → {_figure(after[name])}")
         for name in ("loss", "exact_match")
         if name in before and name in after
     ]
@@ -164,7 +165,15 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     return f'<div class="tiles">{"".join(boxes)}</div>\n' if tiles else ""
 
 
-def _before_after(summary: Mapping[str, Any]) -> str:
+def _measured(summary: Mapping[str, Any], adapter: object) -> str:
+    """The figures before and after; of which data they are, and of which model."""
+    first, data = label("before", adapter).capitalize(), summary.get("measured_on", "the validation data")
+    base = f" Base: without the adapter that training went on from, {adapter}." if adapter else ""
+    told = escape(f"{first} and after are measured on {data}.{base}")
+    return _before_after(summary, adapter) + (f"<p>{told}</p>\n" if summary.get("before") else "")
+
+
+def _before_after(summary: Mapping[str, Any], adapter: object) -> str:
     columns = {name: _flat(summary.get(name)) for name in ("before", "after", "test")}
     before, after = columns["before"], columns["after"]
     head = [name for name, values in columns.items() if values]
@@ -172,7 +181,7 @@ def _before_after(summary: Mapping[str, Any]) -> str:
     for key in dict.fromkeys([*before, *after, *columns["test"]]):
         cells = [escape(_figure(columns[name][key])) if key in columns[name] else "" for name in head]
         rows.append([escape(_words(key)), *cells, _change(key, before.get(key), after.get(key))])
-    return _table(["", *map(_words, head), "change"], rows) if rows else ""
+    return _table(["", *(label(name, adapter) for name in head), "change"], rows) if rows else ""
 
 
 def _test_looks(path: Path) -> str:
@@ -183,11 +192,11 @@ def _test_looks(path: Path) -> str:
     return f"<p>The test file was opened {often}.</p>\n" + _table(["when", "by"], rows, numbers=False) if looks else ""
 
 
-def _forgetting(summary: Mapping[str, Any]) -> str:
+def _forgetting(summary: Mapping[str, Any], adapter: object) -> str:
     """The general text before and after, and how far the model went from its base."""
     lost = summary.get("forgetting") or {}
     distance = f"KL(base, tuned) is {_figure(lost.get('kl'))} nats a token, on {_figure(lost.get('kl_tokens'))} tokens."
-    return _before_after(lost) + (f"<p>{escape(distance)}</p>" if lost else "")
+    return _before_after(lost, adapter) + (f"<p>{escape(distance)}</p>" if lost else "")
 
 
 def _advice(summary: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from minilora.data.sources import sources
 from minilora.errors import UserError
 from minilora.evaluate.metrics import score
 from minilora.hub import hub_name
+from minilora.report.figures import label
 from minilora.report.samples import markdown_table
 from minilora.train.looks import looks
 from minilora.train.run_folder import HELD_OUT, refuse_theirs
@@ -94,8 +95,9 @@ def write_answers(run: Run) -> None:
     atomic_jsonl(run.folder.path / "generated.jsonl", lines)
     prompts = [run.tokenizer.decode(probe.tokens.tolist()) for probe in run.forgetting.probes]
     probes = zip(prompts, run.before["probes"], run.forgetting.answers(run.model), strict=True)
-    samples = markdown_table("Samples", keys[1:], [row[1:] for row in rows[: run.config.eval.samples]])
-    tables = filter(None, (samples, markdown_table("Probes", ("prompt", "before", "after"), probes)))
+    head = [label(key, run.config.train.adapter) for key in keys[1:]]
+    samples = markdown_table("Samples", head, [row[1:] for row in rows[: run.config.eval.samples]])
+    tables = filter(None, (samples, markdown_table("Probes", (head[0], *head[2:]), probes)))
     if text := "\n".join(tables):
         atomic_write(run.folder.path / "samples.md", text)
 

@@ -59,7 +59,7 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     measured = run.folder.read_json("summary.json")
     for name in ("before", "after", "test"):
         if measured[name]:
-            console.say(screen, f"{name:7}{figures.figures_of(measured[name])}")
+            console.say(screen, f"{figures.label(name, config.train.adapter):7}{figures.figures_of(measured[name])}")
     console.say(screen, f"done: {run.stopped_because}; report in {report}")
 
 

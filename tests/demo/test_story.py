@@ -51,6 +51,8 @@ def test_the_story_is_told_and_the_same_seed_gives_the_same_figures(
         assert first[name] == second[name]
     assert first["before"].keys() >= {"exact_match", "phoneme_error_rate", "own_text_perplexity", "loss"}
     assert first["after"]["loss"] < first["before"]["loss"]
+    page = (tmp_path / "first" / "report.html").read_text("utf-8")
+    assert "measured on the validation data; exact match and phoneme error rate on the demo&#x27;s test words" in page
     files = {path.name for path in (tmp_path / "first").iterdir()}
     assert files >= {"config.toml", "metrics.jsonl", "timing.jsonl", "summary.json", "samples.md", "report.html"}
     assert files >= {"adapter", "merged", "checkpoints"}

@@ -186,6 +186,27 @@ def test_a_whole_run_has_all_sections_and_figures(tmp_path: Path) -> None:
     assert ("href", "metrics.jsonl") in page.attributes
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_of_what_the_figures_are_is_said(tmp_path: Path) -> None:
+    """Of which data, and of which model: where an adapter learns on, the first are not its own."""
+    folder = run_folder(tmp_path)
+    page = page_of(folder)
+    assert "Before and after are measured on the validation data." in page.text
+    assert "loss, before → after" in page.text
+    (folder / "config.toml").write_text(config_toml(RunConfig(train=TrainConfig(adapter="runs/<first>"))))
+    forgetting = {"before": {"loss": 1.0}, "after": {"loss": 1.5}, "kl": 0.1, "kl_tokens": 9}
+    mixed = {"measured_on": "the moon; rows elsewhere", "forgetting": forgetting}
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | mixed))
+    page = page_of(folder)
+    assert "Base and after are measured on the moon; rows elsewhere. Base: without the adapter " in page.text
+    assert "went on from, runs/<first>." in page.text
+    assert "loss, base → after" in page.text
+    assert page.rows.count(["", "base", "after", "change"]) == 2
+    assert not [row for row in page.rows if row[0] == "measured on"]
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"before": {}, "after": {}, "test": {"loss": 1.0}}))
+    assert "measured on" not in page_of(folder).text
+
+
 def test_every_file_of_a_run_is_told() -> None:
     assert set(FILES) - set(page_module.CONTENTS) == {"report.html", *PLOTS}
 

@@ -62,6 +62,10 @@ def test_it_begins_where_the_adapter_stood(make_config: MakeConfig, first: RunCo
     assert fine_tune(config, Quiet()).config.lora == first.lora
     figures = summary(config), summary(first)
     assert figures[0]["before"] == figures[1]["before"], "of the base"
+    for run, name in ((config, "base"), (first, "before")):
+        samples = Path(run.train.output, "samples.md").read_text()
+        assert f"| prompt | expected | {name} | after |" in samples
+        assert f"| prompt | {name} | after |" in samples
     assert figures[0]["after"]["loss"] != figures[1]["after"]["loss"]
 
 

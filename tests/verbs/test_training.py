@@ -28,6 +28,14 @@ def test_config_toml_of_a_run_runs_again(run: Run, finished: Path, tmp_path: Pat
         assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
 
 
+def test_what_is_shown_first_is_called_the_base_s_where_an_adapter_learns_on(
+    run: Run, toml: Path, finished: Path
+) -> None:
+    status, out, err = run("train", toml, "--train.adapter", finished)
+    assert (status, err) == (0, "")
+    assert re.search(r"^base   loss .*\nafter  loss ", out, re.MULTILINE), out
+
+
 def test_a_folder_that_holds_a_run(run: Run, finished: Path) -> None:
     refused(run("train", finished / "config.toml"), 1, str(finished), "--resume", "--overwrite")
     refused(run("train", finished / "config.toml", "--resume", "--overwrite"), 2, "give one of them")
