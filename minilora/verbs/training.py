@@ -49,11 +49,11 @@ def _train(config: RunConfig, resume: bool, overwrite: bool) -> None:
     from minilora.train import loop, progress
 
     screen, settings = terminal.console(), Path(config.train.output, "config.toml")
-    others = settings.stat().st_ino if overwrite and settings.exists() else None  # of the run that is to go
+    others = settings.stat().st_mtime_ns if overwrite and settings.exists() else None  # of the run that is to go
     try:
         run = loop.fine_tune(config, progress.ConsoleReporter(screen), resume, overwrite)
     except KeyboardInterrupt:  # before its steps, or after them
-        begun = settings.exists() and settings.stat().st_ino != others
+        begun = settings.exists() and settings.stat().st_mtime_ns != others
         raise KeyboardInterrupt(f"{config.train.output}: stopped; go on with --resume" if begun else "") from None
     report = page.write_report(run.folder.path)
     measured = run.folder.read_json("summary.json")
