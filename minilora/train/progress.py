@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minilora.report.console import Console
 
-PLAIN_LINES = 20  # in a whole run, where the output is no terminal
+PLAIN_LINES = 20  # at most, in a whole run, where the output is no terminal
 RECENT = 50  # steps that speed and time left are told from
 
 
@@ -46,7 +46,7 @@ class ConsoleReporter:
         text = f"loss {metrics['loss']:.3f}{self._val_loss}  {rate}  {memory}"
         step = metrics["step"]
         self._bar.update(self._task, completed=step, description=text)
-        is_due = step % max(1, self._n_steps // PLAIN_LINES) == 0 or step == self._n_steps
+        is_due = step % -(-self._n_steps // PLAIN_LINES) == 0 or step == self._n_steps
         if is_due and not self.console.is_terminal:
             left = max(0, self._n_steps - step) * in_all / len(self._recent)  # validation and saving count, too
             self.say(f"step {step}/{self._n_steps}  {text}  ETA {left:.0f} s")

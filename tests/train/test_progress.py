@@ -33,17 +33,23 @@ def plain() -> tuple[ConsoleReporter, io.StringIO]:
     return ConsoleReporter(Console(file=out, width=200)), out
 
 
-def test_a_file_gets_twenty_lines_and_the_last(clock: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("n_steps", "n_lines", "first"), [(19, 19, "1"), (39, 20, "2"), (200, 20, "10"), (205, 19, "11")]
+)
+def test_a_file_gets_twenty_lines_at_most_the_last_among_them(
+    clock: list[float], n_steps: int, n_lines: int, first: str
+) -> None:
     reporter, out = plain()
-    reporter.begin(0, 205)
-    for step in range(1, 206):
+    reporter.begin(0, n_steps)
+    for step in range(1, n_steps + 1):
         clock[0] += 0.5
         reporter.step(metrics(step), timing(0.4))
     reporter.end()
     lines = out.getvalue().splitlines()
-    assert len(lines) == 21
-    assert lines[0] == "step 10/205  loss 2.000  250 tok/s  3.00 GB  ETA 98 s"
-    assert lines[-1].startswith("step 205/205")
+    assert len(lines) == n_lines
+    left = 0.5 * (n_steps - int(first))
+    assert lines[0] == f"step {first}/{n_steps}  loss 2.000  250 tok/s  3.00 GB  ETA {left:.0f} s"
+    assert lines[-1].startswith(f"step {n_steps}/{n_steps} ")
 
 
 def test_a_slow_machine_is_not_told_that_it_stands_still(clock: list[float]) -> None:
