@@ -21,6 +21,7 @@ from minilora.errors import UserError
 from minilora.evaluate.forgetting import read_probes
 from minilora.memory import as_text, free_bytes
 from minilora.memory_at_rest import Learned
+from minilora.report.figures import text_of
 from minilora.train.ledger import ledger_of
 from minilora.train.schedule import steps_of_run, too_short
 from minilora.train.setup import settled
@@ -56,18 +57,22 @@ def _costs(config: RunConfig, sizes: ModelConfig, data: Data, n_steps: int) -> l
     n_targets = [sample.n_targets for sample in data.learnt]
     targets = sum(n_targets[i] for row in sampler.rows for i in row)
     flop = work(sizes, _learned(config, sizes), n_rows * length, targets if device.type == "cpu" else n_rows * length)
-    seconds = flop / speed
-    least = f"{seconds / 60:,.2g} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
     measured = f"products alone, at the {speed / 1e9:,.0f} GFLOP/s of a product measured here"
     an_epoch = n_rows / per_step
     run = f"train.epochs {train.epochs:g} comes to {n_steps:,} steps"
     if train.max_steps is not None:
-        run = f"train.max_steps {train.max_steps:,} comes to {train.max_steps / an_epoch:.3g} epochs"
+        run = f"train.max_steps {train.max_steps:,} comes to {text_of(train.max_steps / an_epoch)} epochs"
     return [
-        ("steps", f"{an_epoch:,.4g} to an epoch, each of rows: {per_step}; {run}"),
-        ("time", f"an epoch takes more than {least} on this {device.type}: {measured}"),
+        ("steps", f"{text_of(an_epoch)} to an epoch, each of rows: {per_step}; {run}"),
+        ("time", f"an epoch takes more than {_duration(flop / speed)} on this {device.type}: {measured}"),
         ("memory", f"{as_text(needed)} predicted at a step's peak, {as_text(free_bytes(device))} free"),
     ]
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    n, unit = (hours, "hours") if hours >= 2 else (minutes, "minutes") if minutes >= 2 else (seconds, "seconds")
+    return f"{text_of(float(f'{n:.2g}'))} {unit}"  # two digits, for it is a guess
 
 
 def _learned(config: RunConfig, sizes: ModelConfig) -> Learned | None:
