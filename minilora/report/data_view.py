@@ -18,7 +18,7 @@ from minilora.data.encode import Sample
 from minilora.report.page import html_page
 from minilora.tokenizer import Tokenizer
 
-LISTED = 100  # faults, and as many warnings, that are listed; all are counted
+LISTED = 100  # warnings; faults are all listed, for each must be mended
 BAR = 40
 STYLES = {
     "prompt": "bright_black", "target": "green", "control": "dim cyan", "eos": "white on green",
@@ -46,10 +46,11 @@ def show_data(data: Data, figures: Sequence[tuple[str, str]], n: int, console: C
 
 
 def _lines(data: Data, figures: Sequence[tuple[str, str]], n: int) -> Iterator[Line]:
-    for key, found in (("fault", data.faults), ("warning", [f for f in data.findings if not f.fault])):
-        yield from ([(f"{key}: {finding.text}", key)] for finding in found[:LISTED])
-        if found[LISTED:]:
-            yield [(f"... and {len(found) - LISTED:,} more", key)]
+    warnings = [finding for finding in data.findings if not finding.fault]
+    for key, found in (("fault", data.faults), ("warning", warnings[:LISTED])):
+        yield from ([(f"{key}: {finding.text}", key)] for finding in found)
+    if warnings[LISTED:]:
+        yield [(f"... and {len(warnings) - LISTED:,} more warnings", "warning")]
     yield [(f"{len(data.faults):,} faults", "fault" if data.faults else "good")]
     yield from ([(f"{name:12}{text}", "")] for name, text in figures)
     if figures:

@@ -66,13 +66,16 @@ def test_colours_say_what_is_trained_on(tmp_path: Path) -> None:
     assert [style.rpartition("background-color: ")[2] for style in ends] == ["#800000", "#008000"]
 
 
-def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
+def test_faults_are_all_listed_and_warnings_are_cut_and_counted(tmp_path: Path) -> None:
     data = loaded(tmp_path, chat("emit", "it"))
-    data.findings += [Finding("bad line", f"f:{n}: wrong") for n in range(130)]
-    terminal, _ = shown(data, tmp_path / "page.html")
-    assert "f:99: wrong" in terminal
-    assert "f:100: wrong" not in terminal
-    assert "... and 30 more" in terminal
+    for fault in (True, False):
+        data.findings += [Finding("bad line", f"f:{n}: wrong", fault) for n in range(130)]
+    terminal, page = shown(data, tmp_path / "page.html")
+    for text in (terminal, page):
+        assert text.count("fault: f:") == 130
+        assert text.count("warning: f:") == 100
+        assert "warning: f:99: wrong" in text
+        assert "... and 30 more warnings\n" in text or "... and 30 more warnings<" in text
     assert "130 faults" in terminal
 
 
