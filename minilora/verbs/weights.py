@@ -151,6 +151,8 @@ def explain(args: list[str]) -> None:
     parser.add_argument("--seed", type=arguments.Seed, default=0, help="of a random block, where neither is given")
     parser.add_argument("--model.path", default="demo")
     parsed = arguments.parse(parser, args)
+    if parsed.tensor is None:
+        refuse_idle(parsed, {"model.path": "demo"}, "without --tensor")
 
     from minilora.report import explain as numbers
 

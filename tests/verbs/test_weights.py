@@ -38,3 +38,8 @@ def test_export_ignores_no_flag(run: Run) -> None:
 @pytest.mark.parametrize("args", [["--weights", "[]"], ["--weights", "[1]", "--tensor", "norm.weight"]])
 def test_explain_ignores_nothing(run: Run, args: list[str]) -> None:
     refused(run("explain", *args), 2, "--weights")
+
+
+@pytest.mark.parametrize("given", [[], ["--weights", "[1]"]])
+def test_explain_ignores_no_flag(run: Run, given: list[str]) -> None:
+    refused(run("explain", *given, "--model.path", "/no"), 2, "--model.path does nothing without --tensor; leave it out")
