@@ -42,4 +42,6 @@ def test_explain_ignores_nothing(run: Run, args: list[str]) -> None:
 
 @pytest.mark.parametrize("given", [[], ["--weights", "[1]"]])
 def test_explain_ignores_no_flag(run: Run, given: list[str]) -> None:
-    refused(run("explain", *given, "--model.path", "/no"), 2, "--model.path does nothing without --tensor; leave it out")
+    refused(
+        run("explain", *given, "--model.path", "/no"), 2, "--model.path does nothing without --tensor; leave it out"
+    )
