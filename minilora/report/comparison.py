@@ -57,8 +57,7 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 
 
 def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
-    """Print the table, the best run and its test, and draw compare.png into the folder `output`."""
-    atomic_write(output / "compare.png", comparison_figure(result))
+    """Print the table, the best run and its test, then draw compare.png into the folder `output`."""
     console.print(comparison_table(result))
     say(console, "tokens/s: the median step of a single run each, one after another; no race")
     say(console, f"best on validation by {result['ranked_by']}: {result['winner']}")
@@ -66,6 +65,7 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
         seen_by = result.get("test_seen_by", ())  # older results have none
         often = f"warning: its test was opened for {len(seen_by)} runs ({', '.join(seen_by)}) and is unseen no longer"
         say(console, f"{often if len(seen_by) > 1 else 'its test, opened once'}: {figures_of(result['test'])}")
+    atomic_write(output / "compare.png", comparison_figure(result))
     say(console, f"all figures in {output / 'compare.json'}, the picture in {output / 'compare.png'}")
 
 
@@ -101,13 +101,15 @@ def comparison_figure(result: Mapping[str, Any]) -> bytes:
     whole = [curve[-1] for curve in curves]
     kinds = list(dict.fromkeys(_kind(row) for row in whole))
     colours = {row["name"]: COLOURS[kinds.index(_kind(row)) % len(COLOURS)] for row in whole}
+    names = [_no_math(row["name"]) for row in whole]
+    width = max([13.0, *(7.6 + 0.3 * len(name) for name in names)])  # inches: names stand beside three panels
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(13, 3 + 0.45 * len(whole)), layout="constrained")
+        figure = Figure(figsize=(width, 3 + 0.45 * len(whole)), layout="constrained")
         panels: list[Axes] = list(figure.subplots(2, 3).flat)
         for axes, (title, of) in zip(panels, PANELS.items(), strict=False):
             axes.set_title(title)
             values = [COLUMNS[of](row) for row in whole]
-            bars = axes.barh([row["name"] for row in whole], [v or 0 for v in values], color=list(colours.values()))
+            bars = axes.barh(names, [value or 0 for value in values], color=list(colours.values()))
             axes.bar_label(bars, list(map(text_of, values)), padding=3)
             axes.invert_yaxis()
             axes.margins(x=0.25)
@@ -126,6 +128,11 @@ def _kind(row: Row) -> str:
     return name if "=" in first else first  # which an exponent has cut
 
 
+def _no_math(name: str) -> str:
+    """The name as it is drawn as it stands, for between two $ matplotlib reads TeX."""
+    return name.replace("$", r"\$")
+
+
 def _curves(rows: Sequence[Row]) -> list[list[Row]]:
     """Runs that differ in nothing but their share of the data together, that of the largest share last."""
     others = (tuple(change for change in row["changes"].items() if change[0] != SHARE) for row in rows)
@@ -140,6 +147,6 @@ def _learning_curves(axes: Axes, curves: Sequence[Sequence[Row]], colours: Mappi
     axes.set_title("Validation loss, by share of data")
     for curve in (curve for curve in curves if len(curve) > 1):
         name, points = curve[-1]["name"], [(100 * _share(row), row["after"]["loss"]) for row in curve]
-        axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=name)
+        axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=_no_math(name))
     axes.set_xlabel("% of the data")
     legend(axes)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from matplotlib import image
+from matplotlib.cbook import is_math_text
 
 from minilora.report import comparison
 from minilora.report.comparison import COLUMNS, _kind, comparison_figure, comparison_table, forgetting_of, ranked, show
@@ -127,3 +128,33 @@ def test_a_grid_of_shares_is_a_learning_curve(monkeypatch: pytest.MonkeyPatch) -
 def test_a_run_on_less_than_all_of_the_data_stands_at_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row("run", 0.3, share=0.5), row("share=0.25", 0.6, {"data.share": "0.25"}, share=0.25)]
     assert drawn(monkeypatch, rows) == (["run"], {"run": [(25.0, 0.6), (50.0, 0.3)]})
+
+
+def test_dollars_in_a_name_are_no_tex_and_a_long_one_leaves_the_panels_their_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = r"targets=(.*\.q_proj|$a_{$)-" + "x" * 60
+    rows = [row(name, 0.3), row(f"{name}-share=0.5", 0.6, {"data.share": "0.5"})]
+    assert comparison_figure({"ranked_by": "loss", "rows": rows})
+    [label], _ = drawn(monkeypatch, rows)
+    assert label.replace(r"\$", "$") == name
+    assert not is_math_text(label)
+    kept: list[Any] = []
+    monkeypatch.setattr(comparison, "to_png", lambda figure: kept.append(figure) or b"")
+    for drawn_rows in (ROWS, rows):
+        comparison_figure({"ranked_by": "loss", "rows": drawn_rows})
+        kept[-1].draw_without_rendering()
+    widths = [figure.axes[-1].get_window_extent().width / figure.dpi for figure in kept]
+    assert min(widths) > 2.8, "inches, which the last title takes"
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> bytes:
+        raise ValueError("no TeX")
+
+    monkeypatch.setattr(comparison, "comparison_figure", fail)
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(ValueError, match="no TeX"):
+        show(RESULT, tmp_path, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "best on validation by loss: qlora\n" in console.file.getvalue()
