@@ -49,9 +49,12 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
 
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
-    """A row a run, the best on validation first; what failed last."""
-    cells = [[row["name"], *(text_of(column(row)) for column in COLUMNS.values())] for row in ranked(result)]
-    runs = table(("run", *COLUMNS), cells)
+    """A row a run, the best on validation first; what failed last. What they are ranked by has a column, too."""
+    by = result["ranked_by"]
+    called = {"loss": "val loss", "exact_match": "exact"}.get(by, by)
+    columns = COLUMNS | {called: lambda row: (row.get("after") or {}).get(by)}
+    cells = [[row["name"], *(text_of(column(row)) for column in columns.values())] for row in ranked(result)]
+    runs = table(("run", *columns), cells)
     runs.columns[0].no_wrap = True
     return runs
 
@@ -60,7 +63,8 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
     """Print the table, the best run and its test, then draw compare.png into the folder `output`."""
     console.print(comparison_table(result))
     say(console, "tokens/s: the median step of a single run each, one after another; no race")
-    say(console, f"best on validation by {result['ranked_by']}: {result['winner']}")
+    of = "" if ranked(result)[0]["name"] == result["winner"] else ", of the runs on all of the data"
+    say(console, f"best on validation by {result['ranked_by']}{of}: {result['winner']}")
     if result["test"]:
         seen_by = result.get("test_seen_by", ())  # older results have none
         often = f"warning: its test was opened for {len(seen_by)} runs ({', '.join(seen_by)}) and is unseen no longer"

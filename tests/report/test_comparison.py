@@ -9,7 +9,16 @@ from matplotlib import image
 from matplotlib.cbook import is_math_text
 
 from minilora.report import comparison
-from minilora.report.comparison import COLUMNS, _kind, comparison_figure, comparison_table, forgetting_of, ranked, show
+from minilora.report.comparison import (
+    COLUMNS,
+    _kind,
+    best_of,
+    comparison_figure,
+    comparison_table,
+    forgetting_of,
+    ranked,
+    show,
+)
 from minilora.report.console import Console
 
 
@@ -72,6 +81,28 @@ def test_a_share_of_right_answers_ranks_the_other_way() -> None:
     rows[0]["after"]["exact_match"], rows[1]["after"]["exact_match"] = 0.2, 0.7
     lines = [line for line in shown({"ranked_by": "exact_match", "rows": rows}) if line.startswith("│")]
     assert [line.split("│")[1].strip() for line in lines] == ["better", "worse"]
+
+
+@pytest.mark.parametrize("by", ["loss", "exact_match", "perplexity", "rougeL"])
+def test_what_they_are_ranked_by_has_a_column(by: str) -> None:
+    rows = [row(name, 0.5) for name in ("a", "b")]
+    for made, value in zip(rows, (0.25, 0.125), strict=True):
+        made["after"][by] = value
+    head, *lines = (line for line in shown({"ranked_by": by, "rows": rows}) if line[:1] in "┃│")
+    at = [cell.strip() for cell in head.split("┃")].index({"loss": "val loss", "exact_match": "exact"}.get(by, by))
+    best_first = ["0.125", "0.25"] if by in ("loss", "perplexity") else ["0.25", "0.125"]
+    assert [line.split("│")[at].strip() for line in lines] == best_first
+    assert len(head.split("┃")) == 11 + (by in ("perplexity", "rougeL"))
+
+
+def test_a_best_run_that_is_not_the_first_says_why(tmp_path: Path) -> None:
+    rows = [row("all", 0.5), row("half", 0.4, {"data.share": "0.5"})]
+    for loss, of in ((0.4, ", of the runs on all of the data"), (0.6, "")):
+        rows[1]["after"]["loss"] = loss
+        console = Console(file=io.StringIO(), width=200)
+        show(RESULT | {"rows": rows, "winner": best_of(rows, "loss")}, tmp_path, console)
+        assert isinstance(console.file, io.StringIO)
+        assert f"best on validation by loss{of}: all\n" in console.file.getvalue()
 
 
 def test_of_equal_runs_the_one_of_less_loss_is_first() -> None:
