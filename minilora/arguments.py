@@ -147,16 +147,16 @@ def parse_run(parser: ArgumentParser, args: Sequence[str], file_first: bool = Tr
         raise _error_of(parsed)(str(error)) from None
 
 
-def begin_with_demo(parser: ArgumentParser, args: Sequence[str]) -> bool:
-    """Begin from the demo's configuration unless a file or an option names data.train; whether it does. What else is
-    wrong with them is left to `parse_run`."""
+def begin_with_demo(parser: ArgumentParser, args: Sequence[str]) -> list[str]:
+    """Begin from the demo's configuration unless a file or an option names data.train; if it does, the option that
+    names the demo's, since a file of --print-config has an empty one. What else is wrong is left to `parse_run`."""
     if parse(parser, [*_files_then_options(parser, args)], instantiate=False).data.train:
-        return False
+        return []
     from minilora.demo.story import comparison_config
 
     for section, keys in to_dict(comparison_config()).items():
         parser.set_defaults({f"{section}.{key}": value for key, value in keys.items()})
-    return True
+    return [f"--data.train={parser.get_default('data.train')}"]
 
 
 def _files_then_options(parser: ArgumentParser, args: Sequence[str], file_first: bool = True) -> Iterator[str]:

@@ -107,7 +107,7 @@ def compare(args: list[str]) -> None:
     parser.add_argument("--output", default="runs/compare", help="a folder with a run folder for each")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are finished, go on with the others")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a comparison")
-    embedded = arguments.begin_with_demo(parser, args)
+    args = [*args, *(embedded := arguments.begin_with_demo(parser, args))]
     _, parsed = arguments.parse_run(parser, args)
     if any(arg.startswith("--train.output") for arg in args):
         raise UsageError("--train.output: folders go by --output; drop it")
@@ -165,12 +165,13 @@ def _verify_resume(args: list[str]) -> None:
     parser = arguments.run_parser(verify, "resume [CONFIG.toml]", "[--steps N]")
     parser.prog = "minilora verify resume"
     parser.add_argument("--steps", type=arguments.Steps, default=6, help="in their middle the run is interrupted")
-    embedded = ["the demo's configuration"] if arguments.begin_with_demo(parser, args) else []
-    config, parsed = arguments.parse_run(parser, args)
+    embedded = arguments.begin_with_demo(parser, args)
+    config, parsed = arguments.parse_run(parser, [*args, *embedded])
 
     from minilora.train.twins import compare_twins
 
-    named = " and ".join([*embedded, *map(str, parsed.config or [])]) or "a configuration"
+    demo_s = ("the demo's configuration" for _ in embedded)
+    named = " and ".join([*demo_s, *map(str, parsed.config or [])]) or "a configuration"
     print(compare_twins(config, int(parsed.steps), partial(print, flush=True), named))
 
 

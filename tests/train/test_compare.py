@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
@@ -167,24 +167,41 @@ def test_resume_and_overwrite_contradict_each_other(make_config: MakeConfig, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch, run: Run) -> Callable[..., dict[str, RunConfig]]:
+    """The runs on the demo's data that `minilora compare` would begin for such arguments, those on a share left out."""
+
+    def would_run(*args: object) -> dict[str, RunConfig]:
+        seen = list[Variant]()
+
+        def stop(made: list[Variant], *_: object) -> None:
+            seen.extend(made)
+            raise UserError("seen enough")
+
+        monkeypatch.setattr("minilora.train.compare.compare", stop)
+        status, out, err = run("compare", *args)
+        assert (status, err) == (1, "minilora compare: seen enough\n")
+        assert "no data.train is named: what is not given is the demo's, its data too" in out
+        assert all("chat_train.jsonl" in variant.config.data.train for variant in seen)
+        return {variant.name: variant.config for variant in seen if "data.share" not in variant.changes}
+
+    return would_run
+
+
 def test_the_embedded_data_are_there_before_options_are_held_against_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    embedded: Callable[..., dict[str, RunConfig]],
 ) -> None:
     """Such as a share that is replayed, of what the demo's configuration names."""
-    seen = list[Variant]()
+    made = embedded("--data.replay", 0.3, "--grid", "train.seed=1,2")
+    assert [config.data.replay for config in made.values()] == [0.3, 0.3]
 
-    def stop(made: list[Variant], *_: object) -> None:
-        seen.extend(made)
-        raise UserError("seen enough")
 
-    monkeypatch.setattr("minilora.train.compare.compare", stop)
-    command = ["compare", "--data.replay", "0.3", "--grid", "train.seed=1,2", "--output", str(tmp_path / "out")]
-    assert main(command) == 1
-    told = capsys.readouterr()
-    assert "seen enough" in told.err
-    assert "no data.train is named: what is not given is the demo's, its data too" in told.out + told.err
-    assert [v.config.data.replay for v in seen if "data.share" not in v.changes] == [0.3, 0.3]
-    assert all("chat_train.jsonl" in v.config.data.train for v in seen)
+def test_a_file_of_print_config_whose_train_is_empty_names_no_data(
+    embedded: Callable[..., dict[str, RunConfig]], tmp_path: Path, run: Run
+) -> None:
+    """Yet what it says of all else holds."""
+    (tmp_path / "my.toml").write_text(run("train", "--print-config", "--lora.rank", 3)[1])
+    assert {config.lora.rank for config in embedded(tmp_path / "my.toml").values()} == {3}
 
 
 def test_what_is_no_grid_and_no_strategy() -> None:

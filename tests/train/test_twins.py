@@ -139,8 +139,8 @@ def test_a_signal_ends_it_and_nothing_is_left(
     assert not [*tmp_path.glob("minilora-verify-*")]
 
 
-def refuse(_config: RunConfig) -> None:
-    raise UserError("no run here")
+def refuse(config: RunConfig) -> None:
+    raise UserError(f"no run here on {Path(config.data.train).name}")  # type: ignore[arg-type]
 
 
 def test_the_verb(
@@ -155,7 +155,9 @@ def test_the_verb(
     monkeypatch.setattr(twins, "_run", refuse)
     for more, named in (([], ""), ([str(file), "--data.train", ""], f" and {file}")):
         assert main(["verify", "resume", *more]) == 1
-        assert capsys.readouterr().out.startswith(f"a run of 6 steps of the demo's configuration{named} on ")
+        told = capsys.readouterr()
+        assert told.out.startswith(f"a run of 6 steps of the demo's configuration{named} on ")
+        assert "no run here on chat_train.jsonl" in told.err
     assert main(["verify", "--model.device", "cpu", "resume"]) == 2
     assert "name resume first" in capsys.readouterr().err
     assert main(["verify", "resume", str(file), "--steps", "1"]) == 2  # which has no middle
