@@ -108,7 +108,7 @@ def compare(args: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the runs that are finished, go on with the others")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a comparison")
     args = [*args, *(embedded := arguments.begin_with_demo(parser, args))]
-    _, parsed = arguments.parse_run(parser, args)
+    config, parsed = arguments.parse_run(parser, args)
     if any(arg.startswith("--train.output") for arg in args):
         raise UsageError("--train.output: folders go by --output; drop it")
 
@@ -122,7 +122,8 @@ def compare(args: list[str]) -> None:
     if embedded:
         console.say(screen, "no data.train is named: what is not given is the demo's, its data too")
     strategies = words(parsed.strategies or ("" if parsed.grid else ",".join(runs.STRATEGIES)))
-    grid = parsed.grid or (["data.replay=0,0.2"] if embedded else [])
+    replays = config.data.replay or re.search(r"--data\.replay\b", " ".join(args))  # as is asked for
+    grid = parsed.grid or (["data.replay=0,0.2"] if embedded and not replays else [])
     shares = words(parsed.shares or ("0.25,0.5" if embedded else ""))
     variants = runs.all_variants(strategies, grid, shares, configured)
     say = partial(console.say, screen)

@@ -196,6 +196,17 @@ def test_the_embedded_data_are_there_before_options_are_held_against_them(
     assert [config.data.replay for config in made.values()] == [0.3, 0.3]
 
 
+@pytest.mark.parametrize("given", [["--data.replay", 0.3], ["--data.replay=0"], ["replay.toml"]])
+def test_a_share_that_is_replayed_is_varied_only_where_none_is_given(
+    embedded: Callable[..., dict[str, RunConfig]], tmp_path: Path, given: list[Any]
+) -> None:
+    (tmp_path / "replay.toml").write_text('[data]\nreplay = 0.3\nreplay_from = "lines.jsonl"\n')
+    assert {config.data.replay for config in embedded("--strategies", "lora,full").values()} == {0, 0.2}
+    made = embedded(*(tmp_path / word if word == "replay.toml" else word for word in given))
+    assert list(made) == list(STRATEGIES)
+    assert {config.data.replay for config in made.values()} == {0 if given == ["--data.replay=0"] else 0.3}
+
+
 def test_a_file_of_print_config_whose_train_is_empty_names_no_data(
     embedded: Callable[..., dict[str, RunConfig]], tmp_path: Path, run: Run
 ) -> None:
