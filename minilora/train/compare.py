@@ -39,16 +39,17 @@ from minilora.train.state import STATE, refuse_other_run
 
 RESULT = "compare.json"
 
-# What a strategy sets, whatever the configuration's own is. Its learning rate is so many times the configuration's,
-# which is meant for adapters: with all weights smaller steps go as far, and a prefix, which starts as noise of size 1,
-# wants ones as large as ChatGLM's (2e-2 where 2e-4 is usual).
+# What a strategy sets, whatever the configuration's own is, and how large its learning rate is beside that of adapters:
+# with all weights smaller steps go as far, and a prefix, which starts as noise of size 1, wants ones as large as
+# ChatGLM's (2e-2 where 2e-4 is usual). A prefix goes with any base; of the others qlora and dora alone have it in NF4.
+_STORED = {"model.quantize": "auto"}
 _NOT_PARTIAL, _NOT_DORA = {"train.layers": "null", "train.parameters": "[]"}, {"lora.dora": "false"}
 STRATEGIES: dict[str, tuple[dict[str, str], float]] = {
-    "full": ({"train.strategy": "full"} | _NOT_PARTIAL | _NOT_DORA, 0.1),
-    "partial": ({"train.strategy": "partial", "train.layers": "2"} | _NOT_DORA, 1.0),
-    "lora": ({"train.strategy": "lora"} | _NOT_PARTIAL | _NOT_DORA, 1.0),
-    "qlora": ({"train.strategy": "qlora"} | _NOT_PARTIAL | _NOT_DORA, 1.0),
-    "dora": ({"train.strategy": "qlora", "lora.dora": "true"} | _NOT_PARTIAL, 1.0),
+    "full": ({"train.strategy": "full"} | _STORED | _NOT_PARTIAL | _NOT_DORA, 0.1),
+    "partial": ({"train.strategy": "partial", "train.layers": "2"} | _STORED | _NOT_DORA, 1.0),
+    "lora": ({"train.strategy": "lora"} | _STORED | _NOT_PARTIAL | _NOT_DORA, 1.0),
+    "qlora": ({"train.strategy": "qlora"} | _STORED | _NOT_PARTIAL | _NOT_DORA, 1.0),
+    "dora": ({"train.strategy": "qlora", "lora.dora": "true"} | _STORED | _NOT_PARTIAL, 1.0),
     "prefix": ({"train.strategy": "prefix"} | _NOT_PARTIAL | _NOT_DORA, 100.0),
 }
 
@@ -69,13 +70,13 @@ class Variant:
 
 
 def combinations(
-    strategies: Sequence[str], grid: Sequence[str], shares: Sequence[str], lr: float, is_partial: bool = False
+    strategies: Sequence[str], grid: Sequence[str], shares: Sequence[str], lr: float, own: str = "qlora"
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """(name, keys and values) of each run: every strategy with every combination of the grid, on all of the data, and
     with the first combination on the `shares` of them. No strategy: the configuration's own.
 
     grid: "KEY=A,B", each; commas in brackets are a value's own
-    lr, is_partial: of the configuration; a partial one says itself which weights learn
+    lr, own: learning rate and strategy of the configuration; a partial one says itself which weights learn
 
     Raises UsageError for what is no grid, for a key that no configuration has, and for an unknown strategy.
     """
@@ -95,14 +96,15 @@ def combinations(
             raise UsageError(f"--grid {axis}: {not_here[key]}; drop it")
         axes.append([(key, value) for value in values])
     for strategy in strategies or [""]:
-        sets, factor = STRATEGIES.get(strategy, ({}, 1.0))
-        sets = {"train.strategy": "partial"} | _NOT_DORA if is_partial and strategy == "partial" else sets
-        own = {"train.lr": f"{lr * factor:g}"} if factor != 1 else {}
+        sets, times = STRATEGIES.get(strategy, ({}, STRATEGIES[own][1]))
+        sets = {"train.strategy": "partial"} | _NOT_DORA if own == strategy == "partial" else sets
+        if (factor := times / STRATEGIES[own][1]) != 1:
+            sets = {"train.lr": f"{lr * factor:g}"} | sets
         for n, values_of in enumerate(product(*axes)):
             for share in [None, *(shares if n == 0 else [])]:
                 varied = dict(values_of) | ({} if share is None else {SHARE: share})
                 name = [strategy, *(f"{key.split('.')[-1]}={value}" for key, value in varied.items())]
-                yield _folder_name("-".join(part for part in name if part)) or "run", own | sets | varied
+                yield _folder_name("-".join(part for part in name if part)) or "run", sets | varied
 
 
 def _folder_name(name: str) -> str:
@@ -120,7 +122,7 @@ def all_variants(
     Raises UsageError as `combinations` does, where two runs have one name, and for what an adapter to go on from fixes.
     """
     common = configured({}).train
-    pairs = list(combinations(strategies, grid, shares, common.lr, common.strategy == "partial"))
+    pairs = list(combinations(strategies, grid, shares, common.lr, common.strategy))
     varied = sorted({key for _, changes in pairs for key, _ in changes.items() - _NOT_DORA.items()} - {"lora.dropout"})
     fixed = [key for key in varied if key.startswith("lora.")]
     if fixed and common.adapter:

@@ -98,7 +98,7 @@ def compare(args: list[str]) -> None:
     """Strategies, or any keys, on the same data and seed, ranked on validation: minilora compare [CONFIG.toml]"""
     parser = arguments.run_parser(compare, options="[--strategies ...] [--grid KEY=A,B ...]")
     which = "a list of full,partial,lora,qlora,dora,prefix; all without a grid, else what the configuration says"
-    sets = "full takes a tenth of its train.lr, prefix a hundred times as much, unless the grid names train.lr; "
+    sets = "full takes a tenth of adapters' train.lr, prefix a hundred times as much, unless the grid names train.lr; "
     sets += "partial takes train.layers 2, unless the configuration is of partial itself"
     parser.add_argument("--strategies", help=f"{which}; {sets}")
     parser.add_argument("--grid", action="append", default=[], help="KEY=A,B: a run for each value, and for each pair")

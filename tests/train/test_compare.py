@@ -24,7 +24,7 @@ from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
 from minilora.toml import config_toml
-from minilora.train.compare import STRATEGIES, Variant, all_variants, combinations, compare
+from minilora.train.compare import STRATEGIES, Configured, Variant, all_variants, combinations, compare
 from minilora.train.run_folder import LOCK, hold
 from minilora.verbs.training import compare as compare_verb
 
@@ -40,6 +40,7 @@ def test_every_strategy_meets_every_value_and_a_curve_is_drawn_at_the_first() ->
         "full-replay=0", "full-replay=0-share=0.5", "full-replay=0.2",
     ]  # fmt: skip
     not_the_configuration_s = {"train.layers": "null", "train.parameters": "[]", "lora.dora": "false"}
+    not_the_configuration_s |= {"model.quantize": "auto"}
     assert made["lora-replay=0.2"] == {"train.strategy": "lora", **not_the_configuration_s, "data.replay": "0.2"}
     assert made["full-replay=0-share=0.5"] == {
         "train.lr": "0.001", "train.strategy": "full", **not_the_configuration_s, "data.replay": "0",
@@ -56,7 +57,7 @@ def test_help_names_the_strategies_and_what_they_do_to_the_learning_rate(capsys:
     )
     factors = {name: factor for name, (_, factor) in STRATEGIES.items() if factor != 1}
     assert factors == {"full": 0.1, "prefix": 100.0}
-    assert "full takes a tenth of its train.lr, prefix a hundred times as much" in said
+    assert "full takes a tenth of adapters' train.lr, prefix a hundred times as much" in said
     assert "partial takes train.layers 2, unless the configuration is of partial itself" in said
 
 
@@ -126,6 +127,13 @@ def test_the_same_run_twice_is_refused_before_one_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+def of_file(path: Path, config: RunConfig) -> Configured:
+    """`all_variants`' configured, as of the verb that is given this file."""
+    path.write_text(config_toml(config))
+    parser = run_parser(compare_verb)
+    return lambda changes: parse_run(parser, [str(path), *(f"--{k}={v}" for k, v in changes.items())])[0]
+
+
 @pytest.mark.parametrize(
     ("own", "layers", "parameters"),
     [
@@ -138,17 +146,37 @@ def test_every_strategy_can_be_compared_from_a_configuration_of_another(
     make_config: MakeConfig, tmp_path: Path, own: dict[str, Any], layers: int | None, parameters: tuple[str, ...]
 ) -> None:
     """And of partial itself, which keeps what it says of the weights that learn."""
-    (tmp_path / "run.toml").write_text(config_toml(make_config(**own)))
-    parser = run_parser(compare_verb)
-
-    def configured(changes: Mapping[str, str]) -> RunConfig:
-        return parse_run(parser, [str(tmp_path / "run.toml"), *(f"--{k}={v}" for k, v in changes.items())])[0]
-
+    configured = of_file(tmp_path / "run.toml", make_config(**own))
     made = {variant.name: variant.config for variant in all_variants(list(STRATEGIES), [], [], configured)}
     assert list(made) == list(STRATEGIES)
     assert {name for name, config in made.items() if config.lora.dora} == {"dora"}
     assert {name for name, config in made.items() if config.train.layers or config.train.parameters} == {"partial"}
     assert (made["partial"].train.layers, made["partial"].train.parameters) == (layers, parameters)
+
+
+def test_a_learning_rate_is_meant_for_the_configuration_s_own_strategy() -> None:
+    """Such as chatglm-ptuning's 2e-2, of a prefix."""
+    for own, lr in (("qlora", 2e-4), ("lora", 2e-4), ("partial", 2e-4), ("full", 2e-5), ("prefix", 2e-2)):
+        made = dict(combinations([*STRATEGIES], [], [], lr, own))
+        rates = {name: float(changes.get("train.lr", lr)) for name, changes in made.items()}
+        assert rates == pytest.approx(dict.fromkeys(STRATEGIES, 2e-4) | {"full": 2e-5, "prefix": 2e-2})
+        assert "train.lr" not in made[own]
+        assert dict(combinations([], [], [], lr, own)) == {"run": {}}
+
+
+@pytest.mark.parametrize(
+    "own", [{"model__quantize": "nf4"}, {"train__strategy": "lora", "model__quantize": "none"}], ids=["nf4", "none"]
+)
+def test_qlora_and_dora_have_their_base_in_nf4_and_the_others_a_plain_one(
+    make_config: MakeConfig, tmp_path: Path, own: dict[str, Any]
+) -> None:
+    """Whatever the configuration says; a prefix alone goes by that."""
+    configured = of_file(tmp_path / "run.toml", make_config(**own))
+    made = all_variants([*STRATEGIES], [], [], configured)
+    in_nf4 = {"qlora", "dora"} | ({"prefix"} if own["model__quantize"] == "nf4" else set())
+    assert {variant.name for variant in made if variant.config.quantize} == in_nf4
+    [own_way] = all_variants(["lora"], ["model.quantize=nf4"], [], configured)
+    assert own_way.config.quantize, "as the grid says"
 
 
 def test_runs_that_come_to_the_same_configuration_are_one(make_config: MakeConfig) -> None:
