@@ -168,9 +168,11 @@ def compare(
             say(f"{what}: {failed or figures_of(figures['after'])}")
         best = best_of(rows, rank_by)
         winner = configs[best]
-        if failed := in_a_process(winner, resume=True, overwrite=False, with_test=True):
+        summary = Path(winner.train.output) / "summary.json"
+        is_closed = (winner.data.test or winner.data.test_share) and not read_json(summary)["test"]
+        if is_closed and (failed := in_a_process(winner, resume=True, overwrite=False, with_test=True)):
             raise UserError(f"{winner.train.output}: its test could not be opened: {failed}")
-        test = read_json(Path(winner.train.output) / "summary.json")["test"]
+        test = read_json(summary)["test"]
         # An earlier comparison here may have opened it for another run.
         seen = {run.name: [look.get("sha256") for look in looks(run)] for run in output.iterdir() if run.is_dir()}
         seen_by = sorted(name for name, files in seen.items() if any(file in seen[best] for file in files))

@@ -24,6 +24,7 @@ from minilora.cli import main
 from minilora.config import RunConfig
 from minilora.errors import UserError
 from minilora.toml import config_toml
+from minilora.train import compare as compare_module
 from minilora.train.compare import STRATEGIES, Configured, Variant, all_variants, combinations, compare
 from minilora.train.run_folder import LOCK, hold
 from minilora.verbs.training import compare as compare_verb
@@ -302,6 +303,25 @@ def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
     assert again["test_seen_by"] == ["fast"]
     other = compare(variants(config)[:1], tmp_path / "out", said.append, resume=True)
     assert (other["winner"], other["test_seen_by"]) == ("slow", ["fast", "slow"])
+
+
+def test_the_best_is_measured_again_only_to_open_a_test_that_is_closed(
+    make_config: MakeConfig, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes, real = list[bool](), compare_module.in_a_process
+
+    def counted(*args: Any, with_test: bool = False, **more: Any) -> str:
+        processes.append(with_test)
+        return real(*args, with_test=with_test, **more)
+
+    monkeypatch.setattr(compare_module, "in_a_process", counted)
+    for name, test, opened in (("none", None, []), ("test", str(data_folder / "text.jsonl"), [True])):
+        run = [Variant("run", {}, make_config(data__test=test, train__max_steps=1))]
+        for resume, ran in ((False, [False, *opened]), (True, [])):
+            processes.clear()
+            result = compare(run, tmp_path / name, print, resume=resume)
+            assert processes == ran
+            assert (bool(result["test"]), result["test_seen_by"]) == (bool(test), ["run"] if test else [])
 
 
 @pytest.mark.slow
