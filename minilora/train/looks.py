@@ -2,8 +2,8 @@
 
 A figure on the test file says how the model does on what it has not seen, as long as nothing was decided by it. So a
 run opens it last of all, and its folder keeps a line for each look in test_looks.jsonl: when (UTC), by which command,
-the file's sha256, and what was seen. A run that is resumed after its end trains nothing more, so it shows what its look
-gave and does not look again.
+the test's sha256 as before.json has it, by which `compare` tells that runs saw the same, and what was seen. A run that
+is resumed after its end trains nothing more, so it shows what its look gave and does not look again.
 """
 
 import fcntl
@@ -30,10 +30,15 @@ def run_tested_on(file: str, weights: str) -> Path | None:
     run = Path(weights).resolve().parent
     if not (run / "before.json").is_file():
         return None
+    return run if sha256_of(file) in json.dumps(_data_of(run).get("test")) else None
+
+
+def _data_of(run: Path) -> dict[str, Any]:
+    """The fingerprints of the run's data."""
     data = read_json(run / "before.json", RUN_BYTES).get("data", {})
     if not isinstance(data, dict):
         raise UserError(f"{run / 'before.json'}: data is {short(data)}, as no run writes it; put the file back")
-    return run if sha256_of(file) in json.dumps(data.get("test")) else None
+    return data
 
 
 def check_notable(run: Path) -> None:
@@ -70,12 +75,13 @@ def _alone(run: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def note_look(run: Path, command: str, sha256: Any, figures: Mapping[str, Any]) -> str | None:
+def note_look(run: Path, command: str, figures: Mapping[str, Any]) -> str | None:
     """Add a look, also to the count in summary.json; return what is to be said of it, if it is not the first.
 
     Raises UserError if it cannot be written down: then nothing must be shown.
     """
-    when = datetime.now(UTC).isoformat(timespec="seconds")
+    when, data = datetime.now(UTC).isoformat(timespec="seconds"), _data_of(run)
+    sha256 = data.get("test", data.get("train"))  # a test that is split off has no file of its own
     with _alone(run):
         seen = [*looks(run), {"time": when, "command": command, "sha256": sha256, "figures": figures}]
         atomic_jsonl(run / LOOKS, seen)

@@ -281,8 +281,6 @@ def open_test(run: Run) -> dict[str, Any]:
     if own or not run.test:
         return own[0] if own else {}
     figures, _ = _measure(run, run.test)
-    data = run.state.origin["data"]
-    source = data.get("test", data["train"])  # a test that is split off has no file of its own
-    if warning := note_look(run.folder.path, TRAIN, source, figures):
+    if warning := note_look(run.folder.path, TRAIN, figures):
         run.reporter.say(f"warning: {warning}")
     return figures

@@ -23,7 +23,7 @@ def evaluate(args: list[str]) -> None:
     arguments.add_base(parser)
     parsed = arguments.parse(parser, args)
 
-    from minilora.checkpoint import files, json_file, provenance, write
+    from minilora.checkpoint import json_file, provenance, write
     from minilora.data.encode import read_samples
     from minilora.evaluate import measure, metrics
     from minilora.report import page
@@ -44,7 +44,7 @@ def evaluate(args: list[str]) -> None:
     result |= figures | {"quantization": provenance.quantization(base.nf4_double_quant, base.dtype)}
     n_targets = sum(sample.n_targets for sample in samples)
     result |= {"target_tokens": n_targets} | ({"answers": len(answers)} if answers else {})
-    if run and (warning := looks.note_look(run, shlex.join(["evaluate", *args]), files.sha256_of(parsed.file), result)):
+    if run and (warning := looks.note_look(run, shlex.join(["evaluate", *args]), result)):
         terminal.warn([warning])
     print(json_file.to_json(result, indent=1), flush=True)
     if parsed.out:

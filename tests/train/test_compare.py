@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from sentencepiece import sentencepiece_model_pb2
-from tiny_runs import TOKENIZER, MakeConfig, Run, refused, tiny_model
+from tiny_runs import TOKENIZER, MakeConfig, Run, refused, tiny_model, write_jsonl
 
 from minilora.arguments import parse_run, run_parser
 from minilora.checkpoint.quantize import quantize_checkpoint
@@ -303,6 +303,20 @@ def test_runs_are_ranked_on_validation_and_the_best_alone_opens_the_test(
     assert again["test_seen_by"] == ["fast"]
     other = compare(variants(config)[:1], tmp_path / "out", said.append, resume=True)
     assert (other["winner"], other["test_seen_by"]) == ("slow", ["fast", "slow"])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_test_that_was_evaluated_on_with_another_run_is_unseen_no_longer(
+    make_config: MakeConfig, tmp_path: Path, run: Run, several: bool
+) -> None:
+    """Also one that is read by its ending, and one of several files."""
+    table = tmp_path / "te.csv"
+    table.write_text("text\nnine names\n")
+    test = (str(table), str(write_jsonl(tmp_path / "te.jsonl", [{"text": "a stone"}]))) if several else str(table)
+    two = variants(make_config(data__test=test, train__max_steps=2))[:2]
+    compare(two, tmp_path / "out", print)
+    assert run("evaluate", table, "--adapter", tmp_path / "out/slow/adapter")[0] == 0
+    assert compare(two, tmp_path / "out", print, resume=True)["test_seen_by"] == ["fast", "slow"]
 
 
 def test_the_best_is_measured_again_only_to_open_a_test_that_is_closed(

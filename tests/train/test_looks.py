@@ -70,20 +70,27 @@ def test_a_run_looks_once_also_where_it_is_resumed_after_its_end(
     assert summary(path)["test"] == look["figures"]
 
 
-def test_no_look_is_lost_where_several_look_at_once(tmp_path: Path) -> None:
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """The folder of a run whose test is a file."""
+    (tmp_path / "before.json").write_text(json.dumps({"data": {"train": "0" * 64, "test": "1" * 64 + ".csv"}}))
+    return tmp_path
+
+
+def test_no_look_is_lost_where_several_look_at_once(begun: Path) -> None:
     with ThreadPoolExecutor(8) as several:
-        said = list(several.map(lambda n: note_look(tmp_path, f"evaluate {n}", "", {}), range(24)))
-    assert sorted(look["command"] for look in looks(tmp_path)) == sorted(f"evaluate {n}" for n in range(24))
+        said = list(several.map(lambda n: note_look(begun, f"evaluate {n}", {}), range(24)))
+    assert sorted(look["command"] for look in looks(begun)) == sorted(f"evaluate {n}" for n in range(24))
     assert len({*said}) == 24
 
 
-def test_a_look_is_written_down_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_is_written_down_where_folders_cannot_be_locked(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: object) -> None:
         raise OSError(errno.EBADF, "as NFS says of what is not open for writing")
 
     monkeypatch.setattr(looks_module.fcntl, "flock", refuses)
-    assert note_look(tmp_path, "evaluate", "", {}) is None
-    assert [look["command"] for look in looks(tmp_path)] == ["evaluate"]
+    assert note_look(begun, "evaluate", {}) is None
+    assert [look["command"] for look in looks(begun)] == ["evaluate"]
 
 
 def test_a_run_can_leave_it_closed_until_it_is_asked(make_config: MakeConfig, quiet: Quiet, unseen: Path) -> None:
@@ -114,6 +121,7 @@ def test_whoever_evaluates_on_it_looks_again(
     assert err.count("\n") == 4, "device, memory, what is scored, and that"
     assert [look["command"].split()[0] for look in looks(path)] == ["train", "evaluate"]
     assert looks(path)[1]["figures"]["loss"] == json.loads(out)["loss"]
+    assert looks(path)[1]["sha256"] == looks(path)[0]["sha256"]
     assert summary(path)["test_looks"] == 2
     assert "opened 2 times: only the first figure counts" in (path / "report.html").read_text()
 
@@ -166,12 +174,12 @@ def test_a_damaged_list_is_not_begun_anew(make_config: MakeConfig, quiet: Quiet,
         looks(path)
 
 
-def test_a_look_may_hold_any_character(tmp_path: Path) -> None:
+def test_a_look_may_hold_any_character(begun: Path) -> None:
     """Python's splitlines() takes some for line ends that JSON leaves as they are."""
     command = "evaluate a\u2028b\u0085c.jsonl"
     for n in (1, 2):
-        note_look(tmp_path, command, "0" * 64, {"loss": 1.0})
-        assert [look["command"] for look in looks(tmp_path)] == [command] * n
+        note_look(begun, command, {"loss": 1.0})
+        assert [look["command"] for look in looks(begun)] == [command] * n
 
 
 def test_answers_are_written_line_by_line(make_config: MakeConfig, quiet: Quiet, data_folder: Path) -> None:
