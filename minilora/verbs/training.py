@@ -122,7 +122,7 @@ def compare(args: list[str]) -> None:
     if embedded:
         console.say(screen, "no data.train is named: what is not given is the demo's, its data too")
     strategies = words(parsed.strategies or ("" if parsed.grid else ",".join(runs.STRATEGIES)))
-    replays = config.data.replay or re.search(r"--data\.replay\b", " ".join(args))  # as is asked for
+    replays = config.data.replay or "--data.replay" in {arg.partition("=")[0] for arg in args}
     grid = parsed.grid or (["data.replay=0,0.2"] if embedded and not replays else [])
     shares = words(parsed.shares or ("0.25,0.5" if embedded else ""))
     variants = runs.all_variants(strategies, grid, shares, configured)
