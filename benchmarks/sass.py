@@ -66,7 +66,7 @@ def listing_of(lines: Sequence[str]) -> Listing:
             if code[2] == "NOP":
                 continue
             opcodes.append(code[2])
-            target = re.search(r"`\((\.L_\w+)\)|(0x[0-9a-f]+) ;", code[3])
+            target = re.search(r"`\((\.L_\w+)\)|\b(0x[0-9a-f]+)\b", code[3])
             if code[2].startswith("BRA") and target and (to := target[1] or target[2]) in labels:
                 loops[labels[to]] = len(opcodes)
     # The last instruction jumps to itself for ever: a guard behind the end.
