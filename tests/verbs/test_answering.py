@@ -77,11 +77,17 @@ def test_generate_answers(run: Run, finished: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def known_up_to(n: int, tiny_base: Path, tmp_path: Path) -> Path:
+    """A copy of the base that says that it was trained on n positions."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "short"))
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": n}
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_text_that_outgrows_the_model_is_one_line(run: Run, tiny_base: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(tiny_base, tmp_path / "short"))
-    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4}
-    (base / "config.json").write_text(json.dumps(config))
+    base = known_up_to(4, tiny_base, tmp_path)
     status, _, err = run("generate", "a in b", "--model.path", base, "--max_new_tokens", 2)
     assert (status, err.count("\n")) == (0, 3), err
     assert err.endswith("warning: the text goes beyond the model's max_position_embeddings, 4\n")
@@ -90,9 +96,7 @@ def test_a_text_that_outgrows_the_model_is_one_line(run: Run, tiny_base: Path, t
 def test_a_conversation_stays_within_what_the_model_knows(
     run: Run, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = Path(shutil.copytree(tiny_base, tmp_path / "short"))
-    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 24}
-    (base / "config.json").write_text(json.dumps(config))
+    base = known_up_to(24, tiny_base, tmp_path)
     monkeypatch.setattr(sys, "stdin", StringIO("a in\nb in\nc in\n"))
     status, _, err = run("chat", "--model.path", base, "--max_new_tokens", 8)  # a warning would be an error here
     assert status == 0
