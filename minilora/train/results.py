@@ -86,7 +86,7 @@ def write_summary(run: Run, figures: dict[str, Any]) -> None:
 
 
 def write_answers(run: Run) -> None:
-    """generated.jsonl: every validation answer before and after; samples.md: the first ones, the probes, if any."""
+    """generated.jsonl: every validation answer before and after; samples.md: the first ones, and the probes."""
     given_before = [answer["given"] for answer in run.before["answers"]]
     _, each = score(run.after, run.config.eval.metrics)
     keys = ("where", "prompt", "expected", "before", "after")
@@ -98,8 +98,7 @@ def write_answers(run: Run) -> None:
     head = [label(key, run.config.train.adapter) for key in keys[1:]]
     samples = markdown_table("Samples", head, [row[1:] for row in rows[: run.config.eval.samples]])
     tables = filter(None, (samples, markdown_table("Probes", (head[0], *head[2:]), probes)))
-    if text := "\n".join(tables):
-        atomic_write(run.folder.path / "samples.md", text)
+    atomic_write(run.folder.path / "samples.md", "\n".join(tables))
 
 
 def records(log: Path, *keys: str) -> list[dict[str, Any]]:

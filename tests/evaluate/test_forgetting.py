@@ -15,6 +15,7 @@ from minilora.data.encode import Sample, read_samples
 from minilora.errors import UserError
 from minilora.evaluate.forgetting import Forgetting, read_probes
 from minilora.evaluate.perplexity import mean_loss
+from minilora.report.page import write_report
 from minilora.tokenizer import load_tokenizer
 from minilora.train.loop import fine_tune
 
@@ -148,4 +149,5 @@ def test_probes_are_answered_before_and_after(make_config: MakeConfig, quiet: Qu
     assert TINY.vocab_size == run.model.config.vocab_size
     quiet_run = fine_tune(make_config(eval__samples=0, train__output=str(tmp_path / "other")), quiet)
     assert quiet_run.forgetting.probes == []
-    assert not (quiet_run.folder.path / "samples.md").exists(), "where there would be no table in it"
+    assert (quiet_run.folder.path / "samples.md").read_text() == "", "there, without an empty table"
+    assert "<h2>Samples" not in write_report(quiet_run.folder.path).read_text("utf-8")
