@@ -171,8 +171,8 @@ def _verify_resume(args: list[str]) -> None:
 
     from minilora.train.twins import compare_twins
 
-    demo_s = ("the demo's configuration" for _ in embedded)
-    named = " and ".join([*demo_s, *map(str, parsed.config or [])]) or "a configuration"
+    names = [*(["the demo's configuration"] if embedded else []), *map(str, parsed.config or [])]
+    named = " and ".join(names) or "a configuration"
     print(compare_twins(config, int(parsed.steps), partial(print, flush=True), named))
 
 
