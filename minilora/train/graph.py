@@ -8,13 +8,18 @@ the same memory.
     the next, and the first of a shape      recorded, and replayed
     all others                              copied to where the recorded kernels read, and replayed
 
-A shape is rows, length, and how many runs there is space for; which kernels run follows from rows and length alone.
+A shape is rows, length, the longest run, to the next power of two, and how many runs there is space for. Attention is
+launched for so many runs as long as the longest: were that the row's length, short samples would cost as much as long
+ones. Which kernels run follows from all but the space.
 Nothing in between may depend on a number that only the GPU knows: the loss goes over all rows, not over those with a
 target.
 
 Recorded memory is lent to no one else. So graphs share theirs, and a step runs as it comes only where there are none:
-beside them it would need a step's memory again.
+beside them it would need a step's memory again. Where recording fails, a warning says so, and all steps run as they
+come.
 """
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -29,12 +34,21 @@ from minilora.model import Mistral
 from minilora.train.step import Backward, backward_of
 from minilora.visible import Runs
 
-MOST_GRAPHS = 6  # each holds its launches in the GPU's memory; the oldest goes first
+MOST_GRAPHS = 12  # each holds its launches in the GPU's memory; the oldest goes first
+
+
+SHORTEST = 128  # tokens; of shorter runs FlashAttention works on no less
 
 
 def space_for(n_stops: int) -> int:
     """How many `Runs.stops` a recording has: a power of two, so that a few serve all batches."""
     return max(4, 1 << (n_stops - 1).bit_length())
+
+
+def _shape(batch: PackedBatch) -> tuple[int, ...]:
+    """Rows, length, longest run and space for runs of the recording that serves the batch."""
+    (rows, length), longest = batch.tokens.shape, 1 << (batch.runs.longest - 1).bit_length()
+    return rows, length, min(length, max(SHORTEST, longest)), space_for(len(batch.runs.stops))
 
 
 class StepGraphs:
@@ -43,6 +57,7 @@ class StepGraphs:
     def __init__(self, model: Mistral, optimizer: FlatAdamW, ahead: Ahead | None = None) -> None:
         self._model, self._plain = model, backward_of(model, optimizer, ahead=ahead)
         self._seen, self._graphs = set[tuple[int, ...]](), dict[tuple[int, ...], _Recorded]()
+        self._records = True
 
     @staticmethod
     def can_record(model: Mistral) -> bool:
@@ -56,17 +71,30 @@ class StepGraphs:
         )
 
     def __call__(self, batch: PackedBatch, factor: float | Tensor) -> Tensor:
-        shape = (*batch.tokens.shape, space_for(len(batch.runs.stops)))
-        if shape not in self._graphs:
-            if shape[:2] not in self._seen:
-                self._seen.add(shape[:2])
+        shape = _shape(batch)
+        if self._records and shape[:3] not in self._seen:
+            self._seen.add(shape[:3])
+            self.release()
+        elif self._records and shape not in self._graphs:
+            self._records = self._record(shape)
+            if not self._records:
                 self.release()
-                return self._plain(batch, factor)
-            if len(self._graphs) == MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            beside = next(iter(self._graphs.values()), None)  # they share memory: they never run at the same time
+        if shape in self._graphs:
+            return self._graphs[shape].replay(batch, factor)
+        return self._plain(batch, factor)
+
+    def _record(self, shape: tuple[int, ...]) -> bool:
+        """Whether it could be recorded."""
+        if len(self._graphs) == MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        beside = next(iter(self._graphs.values()), None)  # they share memory: they never run at the same time
+        try:
             self._graphs[shape] = _Recorded(self._model, self._plain, shape, beside)
-        return self._graphs[shape].replay(batch, factor)
+        except RuntimeError as error:  # while only the host worked: no gradient was touched
+            first_line = str(error).partition("\n")[0]
+            warnings.warn(f"steps go on without CUDA graphs, slower: recording fails ({first_line:.200})", stacklevel=3)
+            return False
+        return True
 
     def release(self) -> None:
         """Give the recorded memory back: before work that has memory of its own."""
@@ -78,14 +106,20 @@ class _Recorded:
     """One graph, and the memory that it reads and writes."""
 
     def __init__(self, model: Mistral, backward: Backward, shape: tuple[int, ...], beside: "_Recorded | None") -> None:
-        rows, length, space = shape
-        tokens, labels, positions = torch.zeros(3, rows, length, dtype=torch.int64, device=model.device)
+        rows, length, longest, space = shape
+        # Each by itself begins at a round address, as every batch does: Triton compiles a kernel anew for others.
+        tokens, labels, positions = (
+            torch.zeros(rows, length, dtype=torch.int64, device=model.device) for _ in range(3)
+        )
         self._stops = torch.zeros(space, dtype=torch.int32, device=model.device)
-        self._batch = PackedBatch(tokens, labels, positions, tokens.int(), Runs(self._stops, length))
+        self._batch = PackedBatch(tokens, labels, positions, tokens.int(), Runs(self._stops, longest))
         self._factor = torch.ones((), device=model.device)
         torch.cuda.empty_cache()  # what the steps before have left; the graph takes memory anew
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=beside._graph.pool() if beside else None):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # a recording that fails would leave its own stream current
+            torch.cuda.graph(self._graph, pool=beside._graph.pool() if beside else None),
+        ):
             self._loss = backward(self._batch, self._factor)
 
     def replay(self, batch: PackedBatch, factor: float | Tensor) -> Tensor:

@@ -65,6 +65,45 @@ def test_a_step_runs_as_it_comes_only_beside_no_graph(monkeypatch: pytest.Monkey
     assert done == [*first, "as it comes", "record", "replay", "record", "replay"]
 
 
+def test_a_recording_is_of_runs_about_as_long_as_the_longest() -> None:
+    """Rows, length, longest run, space for the runs' stops, the tail's among them."""
+    shapes = {(lengths, n): graph._shape(batch_of([[lengths] * n], length=4096)) for lengths, n in SHAPES}
+    assert shapes == {(lengths, n): (1, 4096, longest, space) for (lengths, n), (longest, space) in SHAPES.items()}
+    assert graph._shape(batch_of([[60]] * 3)) == (3, LENGTH, LENGTH, 8), "never longer than a row"
+
+
+SHAPES = {(4096, 1): (4096, 4), (2048, 2): (2048, 4), (128, 32): (128, 64), (129, 31): (256, 64), (5, 800): (128, 1024)}
+
+
+def test_a_recording_s_inputs_begin_where_a_batch_s_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 16 bytes: for others Triton compiles a kernel anew, which may not be while a stream is recorded."""
+    for name in ("CUDAGraph", "graph", "stream", "current_stream", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    seen = list[PackedBatch]()
+    model = tiny_model()
+    graph._Recorded(model, lambda batch, _: seen.append(batch) or torch.zeros(()), (3, 65, 65, 8), None)
+    [batch] = seen
+    inputs = (batch.tokens, batch.labels, batch.positions, batch.segments, batch.runs.stops)
+    assert [x.data_ptr() % 16 for x in inputs] == [0] * 5
+
+
+def test_where_recording_fails_steps_go_on_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graph, "_Recorded", fail)
+    steps, done = StepGraphs(tiny_model(), MagicMock()), list[PackedBatch]()
+    monkeypatch.setattr(steps, "_plain", lambda batch, _: done.append(batch) or torch.ones(()))
+    batch = batch_of([[LENGTH]])
+    steps(batch, 1.0)
+    with pytest.warns(
+        UserWarning, match=r"^steps go on without CUDA graphs, slower: recording fails \(operation .*\)$"
+    ):
+        assert steps(batch, 1.0) == 1
+    assert steps(batch, 1.0) == 1
+    assert len(done) == 3
+
+
 @pytest.mark.parametrize("lengths", [[[64]], [[4] * 16], [[20, 20, 20]] * 5, [[1] * 60, [30, 30]]])
 def test_the_ledger_counts_the_runs_that_a_graph_is_told_of(
     lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch
@@ -79,7 +118,7 @@ def test_the_ledger_counts_the_runs_that_a_graph_is_told_of(
     train, data = TrainConfig(batch_size=len(lengths)), DataConfig(max_seq_len=LENGTH)
     run = RunConfig(BaseConfig(dtype="bfloat16"), data=data, train=train)
     ledger = Ledger(run, model.config, torch.device("cuda"), batch, LENGTH, flash=True)
-    assert [ledger._plan().runs] == [space - 1 for _, _, space in shapes]
+    assert [ledger._plan().runs] == [space - 1 for *_, space in shapes]
     n = sum(map(len, lengths)) + len(lengths)
     noisy = replace(ledger, config=replace(run, train=replace(train, neftune_alpha=5.0)))
     assert noisy._plan().runs == n <= ledger._plan().runs <= max(3, 2 * n)
@@ -99,27 +138,27 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Mistral]:
     return make
 
 
-def batches(n: int, most_samples: int = 6) -> list[PackedBatch]:
-    """Two rows each, of unlike samples."""
+def batches(n: int, most_samples: int = 6, length: int = LENGTH) -> list[PackedBatch]:
+    """One row each, or two of an even length, of unlike samples."""
     draw = np.random.default_rng(0)
 
     def lengths() -> list[int]:
         shares = [1 / most_samples] * int(draw.integers(1, most_samples + 1))
         return (draw.multinomial(LENGTH - 10, shares) + 1).tolist()
 
-    return [batch_of([lengths(), lengths()], draw) for _ in range(n)]
+    return [batch_of([lengths() for _ in range(2 - length % 2)], draw, length) for _ in range(n)]
 
 
-def batch_of(lengths: list[list[int]], draw: np.random.Generator | None = None) -> PackedBatch:
+def batch_of(lengths: list[list[int]], draw: np.random.Generator | None = None, length: int = LENGTH) -> PackedBatch:
     """A row for each list, of samples that are so long."""
     draw, samples, rows = draw or np.random.default_rng(0), list[Sample](), list[list[int]]()
     for row in lengths:
         rows.append(list(range(len(samples), len(samples) + len(row))))
-        for length in row:
-            mask = draw.random(length + 1) < 0.5
+        for n in row:
+            mask = draw.random(n + 1) < 0.5
             mask[-1] = True
-            samples.append(Sample(draw.integers(14, TINY.vocab_size, length + 1, dtype=np.int32), mask, "f"))
-    return make_batch(samples, rows, LENGTH)
+            samples.append(Sample(draw.integers(14, TINY.vocab_size, n + 1, dtype=np.int32), mask, "f"))
+    return make_batch(samples, rows, length)
 
 
 @pytest.mark.gpu
@@ -127,8 +166,9 @@ def batch_of(lengths: list[list[int]], draw: np.random.Generator | None = None) 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("n_micro", [1, 2])
 @pytest.mark.parametrize("decode_ahead", [False, True])
+@pytest.mark.parametrize("length", [LENGTH, LENGTH + 1])
 def test_a_run_by_graphs_is_the_run_without(
-    adapted: Callable[[], Mistral], checkpointing: bool, n_micro: int, decode_ahead: bool
+    adapted: Callable[[], Mistral], checkpointing: bool, n_micro: int, decode_ahead: bool, length: int
 ) -> None:
     """Sums of FlashAttention's backward have no fixed order, so bits may differ: in bfloat16 2^-8 a number, and
     Adam's first steps are of the learning rate's size whatever the gradient is. So gradients are compared in norm,
@@ -143,7 +183,7 @@ def test_a_run_by_graphs_is_the_run_without(
         assert StepGraphs.can_record(model)
         ahead = Ahead(model.device) if decode_ahead else None
         backward = StepGraphs(model, optimizer, ahead) if by_graphs else backward_of(model, optimizer)
-        found, data = [], batches(12)
+        found, data = [], batches(12, length=length)
         for start in range(0, len(data), n_micro):
             step = data[start : start + n_micro]
             found.append(step_of(model, optimizer, step, 1e-3, 1.0, backward=backward).loss)
