@@ -151,6 +151,7 @@ def _add(data: Data, part: str, record: Record, config: DataConfig) -> list[Find
         lost = {"messages": max(sample.dropped for sample in samples), "answers": n_left_out}
         if parts := [f"{n} {what}" for what, n in lost.items() if n]:
             data.findings.append(found("shortened", f"too long, {' and '.join(parts)} are left out", False))
+        data.findings += [found("template's limit", text, False) for text in _unseen(record, data.tokenizer)]
         data.records[part].append(record)
         data.samples[part] += samples
     return wrong
@@ -180,13 +181,32 @@ def _written_template(record: Record, tokenizer: Tokenizer) -> Iterator[str]:
     """What is wrong with a text that begins or ends like a rendered prompt. In the middle, one may just talk of it."""
     raw = isinstance(record, TextRecord)
     texts = [record.text] if isinstance(record, TextRecord) else [str(m["content"]) for m in record.messages]
-    if re.match(r"\s*<s>\s*(\[INST\]|(?!.*</s>.*\S))", texts[0], re.DOTALL):
+    bare = [text.lstrip().removeprefix("<s>").lstrip() for text in texts]
+    if texts[0].lstrip().startswith("<s>") and (
+        bare[0].startswith("[INST]") or not bare[0].partition("</s>")[2].strip()
+    ):
         yield 'the text begins with a written "<s>", and one is put there anyway: two bos; drop it'
-    elif any(re.match(r"\s*(<s>)?\s*\[INST\]", text) for text in texts) and not (raw and tokenizer.version == "v1"):
+    elif any(text.startswith("[INST]") for text in bare) and not (raw and tokenizer.version == "v1"):
         hint = 'give "messages"' if raw else "drop it"
         yield f'a written "[INST]": the {tokenizer.version} template puts one there by itself; {hint}'
-    elif re.search(r"</s>\s*$", texts[-1]):
+    elif texts[-1].rstrip().endswith("</s>"):
         yield 'the text ends with a written "</s>", which is not the token that ends an answer; drop it'
+
+
+def _unseen(record: Record, tokenizer: Tokenizer) -> Iterator[str]:
+    """What of a conversation the template does not show, or not to all answers."""
+    if not isinstance(record, ChatRecord):
+        return
+    if record.tools and tokenizer.version == "v1":
+        yield "the v1 template shows no tools; they are left out"
+    n_answers = sum(m["role"] == "assistant" and m.get("weight") != 0 for m in record.messages)
+    if (
+        tokenizer.version in ("v2", "v3")
+        and record.messages[0]["role"] == "system"
+        and not record.tools
+        and n_answers > 1
+    ):
+        yield f"the {tokenizer.version} template shows the system text to the last of {n_answers} answers alone"
 
 
 def _sample_faults(sample: Sample, tokenizer: Tokenizer) -> Iterator[str]:

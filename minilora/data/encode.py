@@ -6,7 +6,8 @@
 A sample of n tokens takes n - 1 positions of a row: the last token is only ever a target.
 
 With tools a conversation becomes one sample for each assistant message, which ends there and learns that message alone:
-the template shows the tools before the last user message, so only the last answers have them in sight. Calls that end a
+the template shows the tools before the last user message, so only the last answers have them in sight (v1 shows none,
+and needs no more samples). Calls that end a
 conversation lose their ids, which nobody could predict. Both follow mistral-finetune (`finetune/data/tokenize.py`).
 
 A conversation that is too long can be shortened: system text and last exchange stay, the oldest exchanges go, whole.
@@ -108,7 +109,7 @@ def _text_samples(ids: Sequence[int], max_seq_len: int, where: str) -> Iterator[
 def _chat_samples(record: ChatRecord, tokenizer: Tokenizer, max_seq_len: int | None) -> Iterator[Sample]:
     """A conversation's samples. max_seq_len: drop the oldest exchanges until one fits, or only the last is left."""
     messages = record.messages
-    for end in _answer_ends(messages) if record.tools else [len(messages)]:
+    for end in _answer_ends(messages) if _shows_tools(record, tokenizer) else [len(messages)]:
         turns = [*messages[: end - 1], _without_call_ids(messages[end - 1])]
         sample = _chat_sample(turns, record, tokenizer)
         if max_seq_len is not None and sample.length > max_seq_len:
@@ -123,10 +124,14 @@ def _chat_samples(record: ChatRecord, tokenizer: Tokenizer, max_seq_len: int | N
 def _chat_sample(messages: Sequence[Mapping[str, Any]], record: ChatRecord, tokenizer: Tokenizer) -> Sample:
     ids, targets = tokenizer.encode_chat(messages, record.tools)
     mask = np.array(targets)
-    if record.tools:
+    if _shows_tools(record, tokenizer):
         before = ~mask | (np.array(ids) == tokenizer.eos_id)  # of the last answer, which may stand behind another
         mask[: np.flatnonzero(before[:-1])[-1] + 1] = False
     return Sample(np.array(ids, np.int32), mask, record.where)
+
+
+def _shows_tools(record: ChatRecord, tokenizer: Tokenizer) -> bool:
+    return bool(record.tools) and tokenizer.version != "v1"
 
 
 def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -94,8 +94,8 @@ def as_jsonl(records: Iterable[Record]) -> str:
 def _form_of(row: dict[str, Any]) -> tuple[str, ...]:
     """The keys that say how the row is to be read."""
     forms = [form for form in FORMS if all(key in row for key in form)]
-    if len(forms) > 1:  # a table has every column in every row
-        forms = [form for form in forms if all(row[key] is not None for key in form)] or forms[:1]
+    if len(forms) > 1:  # a table has every column in every row; but a question without its answer is no text
+        forms = [form for form in forms if row[form[0]] is not None] or forms[:1]
     forms = [form for form in forms if not any(form in HOLDS.get(other, ()) for other in forms)]
     if not forms:
         found = ", ".join(list(row)[:8]) or "none"

@@ -78,9 +78,14 @@ def data(args: list[str]) -> None:
         config = replace(config, data=replace(config.data, train=tuple(parsed.files)))
 
     from minilora.checkpoint.write import check_new, place
+    from minilora.data.files import reader
     from minilora.report.data_view import show_data
     from minilora.train.data_check import check_data, fix_data
 
+    if parsed.fix and reader(parsed.fix):
+        raise UsageError(
+            f"{parsed.fix}: --fix writes JSONL, and by that name it would be read as something else; end it in .jsonl"
+        )
     outs = [place(out) for out in (parsed.fix, parsed.html) if out]
     if len(outs) > len({*outs}):
         raise UsageError(f"{parsed.fix}: --fix and --html both name it; name two files")

@@ -117,6 +117,8 @@ def test_what_is_too_long(tmp_path: Path) -> None:
         (chat("[INST] Hi [/INST]", "Yo"), r"a written .\[INST\]."),
         (chat("Hi", "Yo</s>"), "ends with a written .</s>., which is not the token"),
         (chat("<s>Hi", "Yo"), "two bos"),
+        ({"text": " " * 10**6 + "<s>" + " " * 10**6 + "[INST]"}, "two bos"),  # in a moment, not in hours
+        ({"text": "\n" * 10**6 + "[INST]"}, r"a written .\[INST\]."),
     ],
 )
 def test_a_template_that_was_written_into_the_text(tmp_path: Path, row: dict[str, Any], says: str) -> None:
@@ -132,10 +134,34 @@ def test_a_template_that_was_written_into_the_text(tmp_path: Path, row: dict[str
         {"text": "In HTML, <s>this</s> is struck out"},
         chat("<s>old</s> new: what is struck out?", "old"),
         chat("What does Mistral's [INST] do?", "It begins [INST] a user's turn [/INST], and </s> ends yours."),
+        {"text": "<s>" + " " * 10**6 + "x </s> y" + "\n" * 10**6},
     ],
 )
 def test_to_talk_about_a_template_is_no_fault(tmp_path: Path, row: dict[str, Any]) -> None:
     assert load(tmp_path, [row]).findings == []
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *chat("a", "b", "c", "d")["messages"]]}
+
+
+@pytest.mark.parametrize(
+    ("row", "file", "says"),
+    [
+        (SYSTEM, V3, "the v3 template shows the system text to the last of 2 answers alone"),
+        (SYSTEM | {"only_last": True}, V3, None),
+        (SYSTEM | {"tools": [TOOL]}, V3, None),  # each answer is the last one of a sample
+        (SYSTEM, V1, None),
+        (SYSTEM | {"tools": [TOOL]}, V1, "the v1 template shows no tools; they are left out"),
+    ],
+)
+def test_what_a_template_does_not_show_is_told(
+    tmp_path: Path, row: dict[str, Any], file: Path, says: str | None
+) -> None:
+    train, tokens = str(write_jsonl(tmp_path / "train.jsonl", [row])), tokenizer(file)
+    data = load_data(DataConfig(train), tokens, model(tokens.vocab_size))
+    told = [f"{train}:1: {says}"] if says else []
+    assert [(found.text, found.fault) for found in data.findings] == [(text, False) for text in told]
 
 
 def test_template_and_model_of_unlike_versions(tmp_path: Path) -> None:

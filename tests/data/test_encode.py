@@ -108,6 +108,16 @@ def test_with_tools_every_answer_is_a_sample_of_its_own() -> None:
     assert [sample.n_targets for sample in without] == [sum(tokenizer().encode_chat(messages)[1])]
 
 
+def test_where_the_template_shows_no_tools_a_conversation_is_one_sample() -> None:
+    v1 = load_tokenizer(V3.with_name("tokenizer.model.v1"))
+    [sample], _ = encode_record(chat("One?", "1", "Two?", "2", tools=[TOOL]), v1, 200)
+    [without], _ = encode_record(chat("One?", "1", "Two?", "2"), v1, 200)
+    assert (sample.tokens.tolist(), sample.target_mask.tolist()) == (
+        without.tokens.tolist(),
+        without.target_mask.tolist(),
+    )
+
+
 def test_an_answer_behind_another_is_learned_alone() -> None:
     """Neighbours of unlike weights are two answers: each has its own </s>."""
     record = chat("One?", "first", tools=[TOOL])

@@ -226,6 +226,8 @@ def test_a_table_has_every_column_in_every_row() -> None:
         ({"question": "a", "answer": "b", "text": "c"}, "drop one of them"),
         ({"instruction": "a", "output": " "}, 'its "output" is empty; give it text, or drop the line'),
         ({"content": "", "summary": "b"}, 'its "content" is empty'),
+        ({"content": "a", "summary": None}, 'its "summary" is missing'),
+        ({"instruction": "a", "output": None, "text": "all of it"}, 'its "output" is missing'),
         ({"prompt": "a", "response": 7}, 'its "response" is a number'),
         ({"instruction": "a", "input": ["b"], "output": "c"}, 'its "input" is a list'),
         ({"prompt": "a", "response": "b", "history": [["c"]]}, 'its "history" is not a list of pairs'),

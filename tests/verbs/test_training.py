@@ -190,6 +190,8 @@ def test_data_check_fix(run: Run, chats: Path, tmp_path: Path) -> None:
         "20 records; left out: nothing"
         in run("data", "check", fixed, "--fix", tmp_path / "same", "--data.share", 0.5)[1]
     )
+    for ending in ("txt", "csv", "Parquet"):
+        refused(run("data", "check", chats, "--fix", tmp_path / f"x.{ending}"), 2, f"x.{ending}: --fix writes JSONL")
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"x": 1}])
     refused(run("data", "check", bad, "--fix", tmp_path / "none.jsonl"), 1, "nothing can be kept")
     assert not (tmp_path / "none.jsonl").exists()
