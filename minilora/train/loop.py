@@ -16,7 +16,7 @@ from minilora.checkpoint.provenance import versions
 from minilora.checkpoint.write import atomic_write
 from minilora.config import RunConfig
 from minilora.data.encode import Sample
-from minilora.data.pack import RowSampler, make_batch
+from minilora.data.pack import PackedBatch, make_batch
 from minilora.errors import UserError, is_out_of_memory
 from minilora.evaluate.advice import advise
 from minilora.evaluate.answers import Answer
@@ -83,9 +83,10 @@ def go_on_or_begin(run: Run, resume: bool) -> None:
         memory.private = counters.peak_private_bytes
         memory.device_allocated, memory.device_reserved = counters.peak_device_allocated, counters.peak_device_reserved
         run.reporter.say(f"going on after step {run.state.counters.step}")
-        run.before = run.folder.read_json("before.json")
+        file = run.folder.path / "before.json"
+        run.before = run.folder.read_json(file.name) if file.exists() else {}
         if not _fits(run, **run.before):
-            raise UserError(f"{run.folder.path}/before.json is not what a run writes; put it back, or add --overwrite")
+            raise UserError(f"{file} is missing, or not what a run writes; put it back, or add --overwrite")
     else:
         if resume and (run.folder.path / "summary.json").exists():
             raise UserError(f"{run.folder.path}: finished, and its checkpoints are gone; --overwrite begins anew")
@@ -166,21 +167,19 @@ def one_step(run: Run, follow: Callable[[], None]) -> tuple[dict[str, Any], dict
     follow: called before each micro-batch; where it raises, the step has changed nothing but the random state
     """
     train, counters, began = run.config.train, run.state.counters, time.perf_counter()
-
-    def rows_of(sampler: RowSampler) -> Iterator[list[list[int]]]:
-        for _ in range(train.accumulate):
-            follow()
-            yield sampler.take(train.batch_size)
-
     run.memory.start()
-    after, n_tokens, n_targets = copy(run.state.sampler), 0, 0
-    for rows in rows_of(after):  # counted first, since a target's weight in the loss depends on all; none are kept
-        n_tokens += sum(run.train[i].length for row in rows for i in row)
-        n_targets += sum(run.train[i].n_targets for row in rows for i in row)
-    length = run.config.data.max_seq_len
-    batches = (make_batch(run.train, rows, length) for rows in rows_of(copy(run.state.sampler)))
+    after = copy(run.state.sampler)
+    taken = [after.take(train.batch_size) for _ in range(train.accumulate)]
+    seen = [run.train[i] for rows in taken for row in rows for i in row]
+    n_tokens, n_targets = sum(s.length for s in seen), sum(s.n_targets for s in seen)
+
+    def batches() -> Iterator[PackedBatch]:
+        for rows in taken:
+            follow()
+            yield make_batch(run.train, rows, run.config.data.max_seq_len)
+
     lr, scale = lr_at(counters.updates, run.n_steps, train), run.state.loss_scale
-    result = train_step(run.backward, run.state.optimizer, batches, n_targets, lr, train.clip_norm, scale)
+    result = train_step(run.backward, run.state.optimizer, batches(), n_targets, lr, train.clip_norm, scale)
     run.memory.note()
     counters.step += 1
     counters.tokens += n_tokens
@@ -192,8 +191,7 @@ def one_step(run: Run, follow: Callable[[], None]) -> tuple[dict[str, Any], dict
         counters.bad_in_a_row = 0
     else:
         counters.bad_in_a_row += 1
-        rows = run.state.sampler.take(train.batch_size * train.accumulate)
-        metrics |= {"skipped": True, "samples": [run.train[i].where for row in rows for i in row]}
+        metrics |= {"skipped": True, "samples": [sample.where for sample in seen]}
     run.state.sampler = after
     seconds = time.perf_counter() - began
     timing = {"step": counters.step, "seconds": seconds, "tok_per_s": n_tokens / seconds}

@@ -737,12 +737,17 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(
     assert adapter_bytes(run) == adapter_bytes(straight)
 
 
-@pytest.mark.parametrize("damage", [{"answers": [1]}, {"answers": [1, 2]}, {"answers": []}, {"probes": ["a"]}, None])
+@pytest.mark.parametrize(
+    "damage", [{"answers": [1]}, {"answers": [1, 2]}, {"answers": []}, {"probes": ["a"]}, {}, None]
+)
 def test_a_damaged_before_json_is_named(make_config: MakeConfig, quiet: Quiet, damage: dict[str, Any] | None) -> None:
     interrupted(make_config)
     file = Path(make_config().train.output) / "before.json"
-    file.write_text(json.dumps({} if damage is None else json.loads(file.read_text()) | damage))
-    with pytest.raises(UserError, match=r"run/before\.json is not what a run writes; .*--overwrite"):
+    held = json.loads(file.read_text())
+    file.unlink()
+    if damage is not None:
+        file.write_text(json.dumps(held | damage if damage else {}))
+    with pytest.raises(UserError, match=r"run/before\.json is missing, or not what a run writes; .*--overwrite"):
         fine_tune(make_config(), quiet, resume=True)
 
 
