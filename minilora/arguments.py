@@ -233,8 +233,12 @@ def add_model(parser: ArgumentParser) -> None:
     parser.set_defaults({"model.path": UNNAMED})
 
 
-def add_adapter(parser: ArgumentParser, also: str = "") -> None:
+def add_scaling(parser: ArgumentParser) -> None:
     parser.add_argument("--adapter_scaling", type=PositiveFloat, help="of mistral-finetune, if no params.json says it")
+
+
+def add_adapter(parser: ArgumentParser, also: str = "") -> None:
+    add_scaling(parser)
     given = f"take it for another base or tokenizer, or if altered{also}"
     parser.add_argument("--force", action="store_true", help=given)
 

@@ -144,13 +144,14 @@ class Base:
         return predicted
 
     def load(self) -> Mistral:
-        """The model in eval mode, with the adapter."""
+        """The model in eval mode, with the adapter, which is read first: it is small, and soon known to be broken."""
+        adapter = self.read_adapter() if self.adapter else None
         model = load_model(
             self.checkpoint.folder, quantize=self.quantize, double_quant=self.double_quant, dtype=self.dtype,
             device=self.device,
         )  # fmt: skip
-        if self.adapter is not None:
-            self.read_adapter().attach(model)
+        if adapter is not None:
+            adapter.attach(model)
         return model.eval()
 
     def load_for(self, *works: tuple[int, int, int | None], say: Callable[[str], object]) -> Mistral:

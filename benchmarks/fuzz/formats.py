@@ -659,7 +659,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _gguf_corpus() -> dict[str, Folder]:
     sizes = replace(SIZES, vocab_size=_tokenizer().vocab_size, dim=32, sliding_window=None)
-    model, keys = tiny(sizes), gguf_keys(sizes, _tokenizer(), "F16", "tiny")
+    model, keys = tiny(sizes), gguf_keys(sizes, _tokenizer(), "F16", "tiny", eos=2)
     for name in ("tokens", "scores", "token_type"):
         keys[f"tokenizer.ggml.{name}"] = keys[f"tokenizer.ggml.{name}"][:20]
 

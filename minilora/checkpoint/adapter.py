@@ -37,9 +37,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys that change nothing about what is computed. Any other key must be empty, false or null: it is a feature that we
 # do not have, such as layers_to_transform or trainable_token_indices.
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "loftq_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "task_type",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "loftq_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
+_BEGINNINGS = (True, False, "gaussian", "eva", "mica", "orthogonal")  # of A and B, which leave the base as it is
 _NAMES: dict[str, tuple[str, tuple[type, ...], tuple[type, ...]]] = {  # ours: PEFT's, what it is, and what it holds
     "rank": ("r", (int,), ()),
     "alpha": ("lora_alpha", (int, float), ()),
@@ -179,7 +180,7 @@ def _lora_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """LoraConfig's arguments; of the right types, but not yet checked. Raises UserError."""
     if values.get("bias", "none") != "none":
         raise UserError(f"bias is {short(values['bias'])}; Mistral has no biases to adapt")
-    if values.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if values.get("init_lora_weights", True) not in _BEGINNINGS:
         # PiSSA and its like change the base too: their A and B belong to what is left of it.
         raise UserError(f"init_lora_weights {short(values['init_lora_weights'])} changes the base; not supported")
     ours = dict[str, Any]()
@@ -194,7 +195,8 @@ def _lora_values(values: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"{key} is {short(value)}; {' or '.join(kind.__name__ for kind in kinds)} was expected")
         ours[name] = tuple(value) if isinstance(value, list) else value
     if isinstance(ours["targets"], tuple):  # PEFT writes them in a set's order
-        ours["targets"] = tuple(sorted(ours["targets"], key=[*PROJECTIONS, *sorted(ours["targets"])].index))
+        place = {name: i for i, name in enumerate(PROJECTIONS)}
+        ours["targets"] = tuple(sorted(ours["targets"], key=lambda name: (place.get(name, len(place)), name)))
     return ours
 
 

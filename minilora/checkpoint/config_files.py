@@ -225,8 +225,9 @@ def _hf_window(values: Values, file: Path, n_layers: int, by_layer: bool) -> Win
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UserError(f"layer_types names {short(kind)}; supported are full_attention, sliding_attention")
-    if not by_layer and len(set(kinds)) > 1:  # where transformers and vLLM disagree
-        raise UserError("layer_types has layers of different kinds, which only model_type ministral may have")
+    if not by_layer and "full_attention" in kinds and values.get("sliding_window", 4096) is not None:
+        only = "only model_type ministral may have beside a sliding_window"  # transformers and vLLM disagree
+        raise UserError(f"layer_types has layers of full_attention, which {only}; set that to null if no layer has one")
     if "sliding_attention" not in kinds:
         return None
     if "sliding_window" not in values:

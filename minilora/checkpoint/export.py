@@ -97,7 +97,7 @@ def export_checkpoint(
     checkpoint.check_tied_head()
     base_path = {"base_path": checkpoint.name} if hub_name(source) else {}
     origin = {"license": license_of(home), "versions": versions(), **base_path, **origin}
-    origin["export"] = {"to": to, "from": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
+    origin["export"] = checkpoint.made_of(to)
     own = [] if tokenizer else tokenizer_files(home)
     job = _Job(checkpoint, origin, Path(out), to, dtype, found, own, overwrite, progress)
     return FORMATS[to](job), _notes(job)
@@ -143,7 +143,7 @@ def _write_gguf(kind: GGUFKind, job: _Job) -> str:
         needs = "holds no tokenizer.model, which GGUF needs; name one with --model.tokenizer"
         raise UserError(f"{job.source.folder}: {needs}")
     config, name = job.source.config, job.out.resolve().name
-    keys = gguf_keys(config, job.tokenizer, kind, name)
+    keys = gguf_keys(config, job.tokenizer, kind, name, read_eos(job.source.folder, config))
     n_bytes = int(config.n_parameters * {"F16": 2, "Q8_0": 34 / 32}[kind]) + SPARE_BYTES
     with atomic_folder(job.out, overwrite=job.overwrite, needed_bytes=n_bytes) as folder:
         write_gguf(folder / f"model-{kind.lower()}.gguf", keys, config, job.weights(), kind)
@@ -170,8 +170,6 @@ def _write_beside(job: _Job, layout: Layout | None, folder: Path) -> None:
     tokenizer, name = job.tokenizer, job.out.resolve().name
     template = tokenizer.template if tokenizer else None
     write_card(folder, name, job.to, job.source.config, job.origin, tokenizer=template, notes=_notes(job))
-    for copied in tokenizer_files(folder):  # the source's, which another may have been named for
-        copied.unlink()
     if tokenizer and layout == "mistral":  # mistral-common takes the version from the name, and wants one such file
         copy_file(tokenizer.path, folder / f"tokenizer.model.{tokenizer.version}")
     elif layout:

@@ -12,7 +12,7 @@ Source: `convert_hf_to_gguf.py` in https://github.com/ggml-org/llama.cpp, whose 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,17 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from minilora.checkpoint.chat_template import TEMPLATES, chat_template
+from minilora.checkpoint.config_files import EndIds
 from minilora.checkpoint.finite import refuse_not_finite
 from minilora.checkpoint.gguf_header import read_gguf_header
-from minilora.checkpoint.json_file import short
+from minilora.checkpoint.json_file import read_json, short
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import ModelConfig
 from minilora.errors import UserError, need_library
 from minilora.tokenizer import Tokenizer
 
 GGUFKind = Literal["F16", "Q8_0"]
+Piece = tuple[str, float, int]  # text, score, and GGUF's kind
 Weights = Iterable[tuple[TensorSpec, Tensor]]  # in the order of `tensor_specs`, rows in our order
 _TABLE = json.loads((TEMPLATES / "gguf.json").read_text("utf-8"))  # names of tensors and sizes, fixed keys
 _FILE_TYPES = {"F16": 1, "Q8_0": 7}  # ggml's numbers of files that are mostly of the type
@@ -44,14 +46,14 @@ def gguf_name(spec: TensorSpec) -> str:
     return f"{layer}{_TABLE['tensors'][part]}.weight"
 
 
-def gguf_keys(config: ModelConfig, tokenizer: Tokenizer, kind: GGUFKind, name: str) -> dict[str, Any]:
-    """All that the file says beside the tensors. name: of the model, for people."""
-    pieces = list(sentencepiece_pieces(tokenizer.path))
-    pieces += [(f"[PAD{i}]", -1e4, _UNUSED) for i in range(len(pieces), config.vocab_size)]
+def gguf_keys(config: ModelConfig, tokenizer: Tokenizer, kind: GGUFKind, name: str, eos: EndIds) -> dict[str, Any]:
+    """All that the file says beside the tensors. name: of the model, for people; eos: as `read_eos` has it"""
+    pieces, added = list(sentencepiece_pieces(tokenizer.path)), _added_pieces(tokenizer.path.parent)
+    pieces += [added.get(i, (f"[PAD{i}]", -1e4, _UNUSED)) for i in range(len(pieces), config.vocab_size)]
     tokens, scores, kinds = map(list, zip(*pieces, strict=True))
     keys = {key: getattr(config, field) for key, field in _TABLE["sizes"].items()} | _TABLE["fixed"]
     of_tokenizer: dict[str, Any] = {"tokens": tokens, "scores": scores, "token_type": kinds}
-    of_tokenizer |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    of_tokenizer |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if isinstance(eos, int) else eos[0]}
     return {
         "general.name": name,
         "general.file_type": _FILE_TYPES[kind],
@@ -62,12 +64,26 @@ def gguf_keys(config: ModelConfig, tokenizer: Tokenizer, kind: GGUFKind, name: s
     }
 
 
-def sentencepiece_pieces(file: Path) -> Iterator[tuple[str, float, int]]:
-    """Text, score and GGUF's kind of each piece in a tokenizer.model, as llama.cpp's converter has them."""
+def sentencepiece_pieces(file: Path) -> Iterator[Piece]:
+    """Each piece of a tokenizer.model, as llama.cpp's converter has them."""
     model = SentencePieceProcessor(model_file=str(file))
     kinds = ((2, model.is_unknown), (3, model.is_control), (_UNUSED, model.is_unused), (6, model.is_byte))
     for i in range(model.vocab_size()):
         yield model.id_to_piece(i), model.get_score(i), next((kind for kind, is_it in kinds if is_it(i)), 1)
+
+
+def _added_pieces(folder: Path) -> dict[int, Piece]:
+    """Those that Hugging Face's file beside tokenizer.model adds to it, by id. What is not as it should be is none."""
+    added: Any = {}
+    with suppress(UserError):
+        added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    pieces = added.items() if isinstance(added, dict) else ()
+    known = ((i, piece) for i, piece in pieces if re.fullmatch("[0-9]{1,9}", i) and isinstance(piece, dict))
+    return {int(i): (_text(piece.get("content")), -1e3, 3 if piece.get("special") else 4) for i, piece in known}
+
+
+def _text(content: object) -> str:
+    return str(content).encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written
 
 
 def write_gguf(file: Path, keys: dict[str, Any], config: ModelConfig, weights: Weights, kind: GGUFKind) -> None:

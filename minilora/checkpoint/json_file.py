@@ -11,6 +11,7 @@ from minilora.errors import UserError
 # Python's objects take thirty times the bytes of the text that they are read from. The longest header that is meant
 # seriously, of a 22B in NF4 in one file, has 0.3 MB.
 MAX_BYTES = 2_000_000
+MAX_DEPTH = 100  # so that whoever goes through what was read cannot run out of stack either
 
 
 def read_json(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -36,7 +37,12 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"a JSON object was expected, not a {type(value).__name__}")
-    return value
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (part for held in level for part in (held.values() if isinstance(held, dict) else held))
+        if not (level := [part for part in parts if isinstance(part, dict | list)]):
+            return value
+    raise ValueError("nested too deeply")
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def read_entries(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
     """All tensors of the checkpoint by the key they have in the files, from the headers alone. Raises UserError."""
     index = _index(folder, layout)
     if not index.exists():
-        return read_header(_inside(folder, WEIGHTS_NAMES[layout], index))
+        return read_header(_weights(folder, WEIGHTS_NAMES[layout], index))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map must be an object of tensor: file, and not empty")
@@ -67,7 +67,7 @@ def read_entries(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
         shards[name].add(key)
     entries: dict[str, TensorEntry] = {}
     for name, keys in sorted(shards.items()):
-        held = read_header(file := _inside(folder, name, index))
+        held = read_header(file := _weights(folder, name, index))
         for key in sorted(keys ^ held.keys()):
             has, says = ("lacks", "says") if key in keys else ("holds", "does not say")
             raise UserError(f"{file}: {has} the tensor {short(key)}, which {index.name} {says} is there")
@@ -80,13 +80,18 @@ def _is_plain_name(name: str) -> bool:
     return plain and name.isprintable() and len(name.encode()) <= 255
 
 
-def _inside(folder: Path, name: str, index: Path) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """folder / name, if that is where it leads. Hugging Face's cache links from snapshots/X to blobs beside it."""
     file, root = folder / name, Path(os.path.realpath(folder))
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(Path(os.path.realpath(file)).is_relative_to(home) for home in homes):
         raise UserError(f"{file}: a link out of the folder is not followed; put the file itself there")
-    if not file.is_file() and index.exists():
+    return file
+
+
+def _weights(folder: Path, name: str, index: Path) -> Path:
+    """The same of a file with weights, which must be there if an index names it."""
+    if not (file := inside(folder, name)).is_file() and index.exists():
         raise UserError(f"{file}: no such file, but {index.name} names it; the checkpoint is not complete")
     return file
 

@@ -101,9 +101,13 @@ class Checkpoint:
         return digest.hexdigest()
 
     def converted_from(self) -> str | None:
-        """The fingerprint of what `minilora quantize` or `export` made it of, None where it is the original."""
+        """The fingerprint of what `minilora quantize` or `export`, once or in turn, made it of; None of an original."""
         fingerprint = (read_provenance(self.folder).get("export") or {}).get("fingerprint")
         return fingerprint if isinstance(fingerprint, str) else None
+
+    def made_of(self, to: str) -> dict[str, str]:
+        """What minilora.json tells, by the key "export", of a model that is made of this one in the form `to`."""
+        return {"to": to, "from": self.name, "fingerprint": self.converted_from() or self.fingerprint()}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minilora.checkpoint.config_files import read_eos
 from minilora.checkpoint.finite import cast_finite
+from minilora.checkpoint.layout import inside
 from minilora.checkpoint.load import Progress, quantize_weight, unheard
 from minilora.checkpoint.names import TensorSpec
 from minilora.checkpoint.nf4_file import nf4_tensors
@@ -62,9 +63,8 @@ def quantize_checkpoint(
     specs = list(checkpoint.tensors())
     dtypes = {spec.name: dtype or checkpoint.dtype_of(spec) for spec in specs}
     plan = plan_hf(checkpoint.config, dtypes, double_quant, eos=read_eos(checkpoint.folder, checkpoint.config))
-    tokenizers = tokenizer_files(checkpoint.folder)
-    made_of = {"to": "bnb-4bit", "from": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
-    told = {"versions": versions(), **read_provenance(checkpoint.folder), "export": made_of}
+    tokenizers = [] if finish else tokenizer_files(checkpoint.folder)
+    told = {"versions": versions(), **read_provenance(checkpoint.folder), "export": checkpoint.made_of("bnb-4bit")}
     finish = finish or partial(write_provenance, told=told)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as quantizer:
         read = _ahead(reader, ((spec, checkpoint.read(spec)) for spec in specs))
@@ -73,11 +73,12 @@ def quantize_checkpoint(
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of all tokenizers in `folder`. Raises UserError for a broken link and what else is no file."""
+    """The files of all tokenizers in `folder`. Raises UserError for what is no file, and for a link out of it."""
     found = sorted(f for f in folder.iterdir() if any(map(f.match, TOKENIZER_FILES)))
     for file in found:
         if not os.path.isfile(file):
             raise UserError(f"{file}: a broken link or no file; put the tokenizer's own file there, or remove it")
+        inside(folder, file.name)
     return found
 
 

@@ -113,14 +113,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         header, data_begin = _parse_header(file, size=stamp[1])
         tensors = {key: _entry(file, stamp, data_begin, key, line) for key, line in header.items()}
         _check_cover(tensors.values(), data_begin, end=stamp[1])
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"corrupt safetensors: {file}: {error}") from None
     return tensors
 
 
 def _parse_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
     """The lines of the header of `file`, of so many bytes, by key, and where it ends. Raises ValueError."""
-    with file.open("rb") as opened:
+    with reading(file) as opened:
         if size < 8:
             raise ValueError(f"truncated: {size} bytes, fewer than the 8 of the header's length")
         (length,) = struct.unpack("<Q", opened.read(8))

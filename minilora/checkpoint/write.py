@@ -77,7 +77,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needed_bytes: in
     manifest.json that has each file's sha256 and size (`verify_manifest`). What killed processes left of an earlier one
     is swept first.
 
-    overwrite: replace what is at `path`; without it, anything but an empty folder there is refused
+    overwrite: replace what we wrote at `path`; without it, anything but an empty folder there is refused
     needed_bytes: checked against the free space beforehand
 
     Raises UserError if the target stands, the space is short, or writing fails, in the block as well. One that the
@@ -109,7 +109,7 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
     """Raise UserError if a folder of ours must not be written at `path`, before any work goes into it.
 
     It must not hold one of the `sources` that it is made from. With overwrite it may stand, but only if its manifest
-    knows all that lies in it: then we wrote it.
+    knows all that lies in it, as it is: then we wrote it.
     """
     if not os.fspath(path):
         raise UserError("the name of the folder to write is empty; give it one")
@@ -119,12 +119,8 @@ def check_target(path: str | Path, overwrite: bool, sources: Iterable[str | Path
             raise UserError(f"{path}: holds {source}, which it would be made from; choose another folder")
     with _explained(path):
         _refuse_standing(path, overwrite)
-    if not os.path.exists(target):
-        return
     if os.path.isfile(target / MANIFEST):
-        verify_manifest(target)
-    if others := not_ours(target):
-        raise UserError(f"{path}: holds {others[0]}, which minilora did not write; choose another folder")
+        verify_manifest(target, "move it away, or choose another folder")
 
 
 def check_new(path: str | Path) -> None:
@@ -170,8 +166,8 @@ def sweep_stale(folder: str | Path, name: str | None = None) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def verify_manifest(folder: Path) -> dict[str, Any]:
-    """Hold the files of `folder` against its manifest.json; returns the manifest.
+def verify_manifest(folder: Path, remedy: str = f"if that was intended, delete {MANIFEST} beside it") -> dict[str, Any]:
+    """Hold the files of `folder` against its manifest.json; returns the manifest. remedy: for a file that is altered
 
     Raises UserError that names the file which is missing or altered. Files that are not listed are not looked at.
     """
@@ -183,10 +179,10 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{own}: files must be an object")
     for name, facts in listed.items():
         file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not os.path.isfile(file):
+        if {"..", ""} & set(name.split("/")) or Path(name).as_posix() != name or not os.path.isfile(file):
             raise UserError(f"{file}: missing, but {MANIFEST} lists it; the folder is not complete")
         if facts != _facts(file):
-            raise UserError(f"{file}: altered since it was written; if that was intended, delete {MANIFEST} beside it")
+            raise UserError(f"{file}: altered since it was written; {remedy}")
     return manifest
 
 
@@ -196,6 +192,7 @@ def _facts(file: Path) -> dict[str, Any]:
 
 def _swap(temp: Path, path: Path, overwrite: bool) -> None:
     """Rename `temp` to `path`. With overwrite, a folder that is there is set aside first and deleted last."""
+    _refuse_standing(path, overwrite)  # what came while we wrote
     old = _beside(path, "old")
     replaces = overwrite and path.is_dir() and not path.is_symlink() and bool(os.listdir(path))
     if replaces:
@@ -206,7 +203,7 @@ def _swap(temp: Path, path: Path, overwrite: bool) -> None:
         if replaces:
             old.rename(path)
         if isinstance(error, OSError):
-            _refuse_standing(path, overwrite)  # it came while we wrote
+            _refuse_standing(path, overwrite)  # or just now
         raise
     _fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -250,6 +247,8 @@ def _refuse_standing(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: is a link or a file; choose another name for the folder")
     if not overwrite and stands and os.listdir(path):
         raise UserError(f"{path}: exists already; choose another name, or add --overwrite")
+    if stands and (others := not_ours(path)):
+        raise UserError(f"{path}: holds {others[0]}, which minilora did not write; choose another folder")
     if stands and Path.cwd().is_relative_to(os.path.realpath(path)):
         raise UserError(f"{path}: the current folder lies in it, and it would be replaced; choose another name")
 

@@ -10,12 +10,13 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import filter as matching
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minilora.backend import dtype_name
 from minilora.base import Base
-from minilora.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
+from minilora.checkpoint.adapter import CONFIG, WEIGHTS, adapter_folder
 from minilora.checkpoint.config_files import read_config
 from minilora.checkpoint.files import sha256_of
 from minilora.checkpoint.gguf_file import read_gguf
@@ -33,20 +34,27 @@ from minilora.memory_at_rest import predict, storage_of
 from minilora.tokenizer import load_tokenizer
 
 Facts = dict[str, Any]
+Find = Callable[[str], Base]  # the base of an adapter
 Listed = tuple[str, tuple[int, ...], str, int]  # of a tensor: name, shape, dtype, bytes
+ON = BaseConfig(path=UNNAMED)
 
 
-def gather(path: str | Path, *, base: str = UNNAMED, checksum: bool = False) -> Facts:
+def gather(path: str | Path, *, base: BaseConfig = ON, scaling: float | None = None, checksum: bool = False) -> Facts:
     """All that can be said of `path`, as what JSON can hold. "reason" is None if it would load, else one line why not.
 
-    base: of an adapter, where it does not say itself where that lies
+    base: of an adapter, where it does not say itself where that and its tokenizer lie; scaling: as in `read_adapter`
     checksum: also take the sha256 of every file, and hold them against the manifest
 
     Raises UserError if there is nothing at `path`, OSError if that may not be read.
     """
+    return _gather(path, partial(Base.find, base, scaling=scaling), checksum)
+
+
+def _gather(path: str | Path, find: Find, checksum: bool = False) -> Facts:
     found = base_folder(path)
     if not found.exists():
         raise UserError(f"{path}: no such file or folder")
+    found = adapter_folder(found) if found.is_file() else found
     folder = found.parent if found.is_file() else found
     if found.is_dir():
         next(found.iterdir(), None)  # raises where it may not be read, where a search finds nothing
@@ -61,7 +69,7 @@ def gather(path: str | Path, *, base: str = UNNAMED, checksum: bool = False) -> 
         if checksum:
             facts["sha256"] = {name: sha256_of(folder / name) for name in facts["files"]}
         look = _other if found.is_file() and look in (_run, _state) else look
-        look(found, facts, base)
+        look(found, facts, find)
         if checksum and MANIFEST in names:
             facts["manifest"] = f"{len(verify_manifest(folder)['files'])} files are as they were written"
     except (UserError, OSError) as error:
@@ -89,7 +97,11 @@ def _listed(tensors: list[Listed]) -> Facts:
     return {"dtypes": dtypes, "tensors": list(fold(tensors))}
 
 
-def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
+def _model(path: Path, facts: Facts, find: Find) -> None:
+    if path.is_file() and path.suffix == ".safetensors" and any(".lora_A." in key for key in read_header(path)):
+        facts["kind"] = "adapter"
+        _adapter(path, facts, find)
+        return
     facts["layout"] = layout = find_layout(path)
     config, _ = read_config(path, layout)
     facts["architecture"] = to_dict(config) | {"parameters": config.n_parameters}
@@ -108,10 +120,10 @@ def _model(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
     facts["fingerprint"] = checkpoint.fingerprint()
     checkpoint.check_tied_head()
     if any(matching(facts["files"], pattern) for pattern in TOKENIZER_FILES):
-        _tokenizer(path, facts)
+        _tokenizer(path, facts, find)
 
 
-def _adapter(path: Path, facts: Facts, base: str) -> None:
+def _adapter(path: Path, facts: Facts, find: Find) -> None:
     """The facts of an adapter in either layout. What is known without the base comes first."""
     mistral = is_mistral(path)
     facts["layout"] = "mistral-finetune" if mistral else "PEFT"
@@ -119,8 +131,8 @@ def _adapter(path: Path, facts: Facts, base: str) -> None:
         facts["adapter"] = read_json(path / CONFIG)
     file = path if path.is_file() else path / (MISTRAL_WEIGHTS if mistral else WEIGHTS)
     facts |= _listed([(key, e.shape, e.dtype, e.nbytes) for key, e in read_header(file).items()])
-    on = Base.find(BaseConfig(path=base), str(path))
-    adapter = read_adapter(path, on.checkpoint.config)
+    on = find(str(path))
+    adapter = on.read_adapter()
     kind = "LoRA" if isinstance(adapter.config, LoraConfig) else "prefix"
     facts["adapter"] = {"type": kind} | to_dict(adapter.config)
     facts["vllm"] = _in_vllm(adapter.config) if not mistral else "reads PEFT's layout only"
@@ -139,7 +151,7 @@ def _in_vllm(config: LoraConfig | PrefixConfig) -> str:
     return f"serves it with --enable-lora --max-lora-rank {config.rank} or more"
 
 
-def _run(path: Path, facts: Facts, base: str) -> None:
+def _run(path: Path, facts: Facts, find: Find) -> None:
     try:
         facts["config"] = tomllib.loads((path / "config.toml").read_text("utf-8"))
     except ValueError as error:
@@ -154,11 +166,11 @@ def _run(path: Path, facts: Facts, base: str) -> None:
     learnt = next((path / name for name in ("adapter", "model") if (path / name).is_dir()), None)
     if learnt is None:
         raise UserError(f"{path}: the run has neither adapter nor model yet; minilora train --resume goes on")
-    facts["result"] = gather(learnt, base=base)
+    facts["result"] = _gather(learnt, find)
     facts["reason"] = facts["result"]["reason"]
 
 
-def _state(path: Path, facts: Facts, _base: str) -> None:
+def _state(path: Path, facts: Facts, _: Find) -> None:
     verify_manifest(path)
     state = read_json(path / "state.json")
     why = ", at its end, for the weights that validated best" if path.name.startswith("best-") else " --resume"
@@ -166,7 +178,7 @@ def _state(path: Path, facts: Facts, _base: str) -> None:
     facts |= _listed([(key, e.shape, e.dtype, e.nbytes) for key, e in read_header(path / "state.safetensors").items()])
 
 
-def _tokenizer(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
+def _tokenizer(path: Path, facts: Facts, _: Find) -> None:
     tokenizer = load_tokenizer(path)
     own = {"version": tokenizer.version, "vocabulary": tokenizer.vocab_size, "sha256": sha256_of(tokenizer.path)}
     facts["tokenizer"] = {"file": tokenizer.path.name} | own
@@ -175,7 +187,7 @@ def _tokenizer(path: Path, facts: Facts, _base: str = UNNAMED) -> None:
         raise UserError(mismatch)
 
 
-def _other(path: Path, facts: Facts, _base: str) -> None:
+def _other(path: Path, facts: Facts, find: Find) -> None:
     """Raises UserError, which says what else it is."""
     if runs := [name.removesuffix("/config.toml") for name in facts["files"] if name.endswith("/config.toml")]:
         facts["kind"] = "runs"
@@ -183,16 +195,16 @@ def _other(path: Path, facts: Facts, _base: str) -> None:
     if path.is_file():
         facts["kind"] = "file"
         raise UserError(f"{path}: no file that tells all; name its folder, or if it holds data: minilora data check")
-    _model(path, facts)
+    _model(path, facts, find)
 
 
-def _gguf(path: Path, facts: Facts, _base: str) -> None:
+def _gguf(path: Path, facts: Facts, _: Find) -> None:
     keys, tensors = read_gguf(min(path.glob("*.gguf"), default=path))
     facts["keys"] = {key: f"{len(value)} values" if isinstance(value, list) else value for key, value in keys.items()}
     facts |= _listed(tensors) | {"read_by": "llama.cpp; minilora only compares what it wrote"}
 
 
-_KINDS: tuple[tuple[str, tuple[str, ...], Callable[[Path, Facts, str], None]], ...] = (
+_KINDS: tuple[tuple[str, tuple[str, ...], Callable[[Path, Facts, Find], None]], ...] = (
     # what one file of each is called, and who looks closer; the last one says why it is none of them
     ("adapter", (CONFIG, MISTRAL_WEIGHTS), _adapter),
     ("run", ("config.toml",), _run),

@@ -82,7 +82,9 @@ def export(args: list[str]) -> None:
     parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument("--to", required=True, choices=of_model + of_adapter, help="the last two: FROM is an adapter")
     arguments.add_dtype(parser, "of the weights, for hf and mistral; for bnb-4bit as in quantize; auto is FROM's own")
-    parser.add_argument("--model.tokenizer", help="file or folder of the tokenizer, where it does not lie with FROM")
+    parser.add_argument(
+        "--model.tokenizer", help="file or folder of the tokenizer, where it does not lie with FROM, or its base"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--model.path", default=UNNAMED, help="of an adapter that does not say where its base lies")
     arguments.add_adapter(parser)
@@ -105,12 +107,13 @@ def export(args: list[str]) -> None:
 
 
 def _export_adapter(parsed: Namespace) -> None:
-    refuse_idle(parsed, {"dtype": "auto", "model.tokenizer": None}, f"with --to {parsed.to}")
+    refuse_idle(parsed, {"dtype": "auto"}, f"with --to {parsed.to}")
 
     from minilora.base import Base
     from minilora.checkpoint import adapter, mistral_adapter, write
 
-    base = Base.find(BaseConfig(parsed.model.path), parsed["from"], scaling=parsed.adapter_scaling, force=parsed.force)
+    on = BaseConfig(parsed.model.path, parsed.model.tokenizer)
+    base = Base.find(on, parsed["from"], scaling=parsed.adapter_scaling, force=parsed.force)
     assert base.adapter is not None
     write.check_target(parsed.out, parsed.overwrite, [base.adapter, base.checkpoint.folder])
     save = adapter.save_peft_adapter if parsed.to == "peft" else mistral_adapter.save_mistral_adapter
@@ -126,6 +129,8 @@ def inspect(args: list[str]) -> None:
     parser.add_argument("path", metavar="PATH", help="a folder or a file, or demo")
     parser.add_argument("--checksum", action="store_true", help="sha256 of every file, held against manifest.json")
     parser.add_argument("--model.path", default=UNNAMED, help="of an adapter that does not say where its base lies")
+    parser.add_argument("--model.tokenizer", help="of an adapter, where its base has none")
+    arguments.add_scaling(parser)
     parser.add_argument("--json", action="store_true", help="print one object of JSON")
     parsed = arguments.parse(parser, args)
 
@@ -133,7 +138,8 @@ def inspect(args: list[str]) -> None:
     from minilora.report.facts import gather
     from minilora.report.inspect import show_facts
 
-    facts = gather(parsed.path, base=parsed.model.path, checksum=parsed.checksum)
+    base = BaseConfig(parsed.model.path, parsed.model.tokenizer)
+    facts = gather(parsed.path, base=base, scaling=parsed.adapter_scaling, checksum=parsed.checksum)
     if parsed.json:
         print(to_json(facts, indent=1))
     else:

@@ -77,6 +77,18 @@ def test_we_load_pefts(originals: Path, tmp_path: Path, rslora: bool, dora: bool
     assert trainable == {name for name, _ in ours.named_parameters() if "lora_" in name}
 
 
+def test_one_that_began_otherwise_on_the_same_base(originals: Path, tmp_path: Path) -> None:
+    """From A and B whose product is zero, so the base is as it was."""
+    settings = PeftLoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal", task_type="CAUSAL_LM")
+    theirs = get_peft_model(hf_model(), settings).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    base = load_model(originals / "hf", dtype=F32)
+    for beginning in ("orthogonal", "mica", "eva"):
+        edit_json(tmp_path / "adapter_config.json", init_lora_weights=beginning, eva_config={"rho": 2.0})
+        assert_same_logits(load_adapter(load_model(originals / "hf", dtype=F32), tmp_path), theirs, base)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_on_nf4_equals_pefts_on_the_dequantized_base(originals: Path, tmp_path: Path, dora: bool) -> None:
     base = load_model(originals / "hf", quantize="nf4", dtype=F32)
@@ -254,6 +266,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": None}, "target_modules is missing"),
     ({"target_modules": 3}, "target_modules is 3; list or str was expected"),
     ({"target_modules": []}, "target_modules is empty"),
+    ({"target_modules": [f"x{i}" for i in range(100_000)]}, "target_modules"),  # in a moment, not in minutes
     ({"target_modules": ["q_proj", "c_attn"]}, "target_modules names 'c_attn'"),
     ({"target_modules": ["lm_head"]}, "target_modules names 'lm_head'"),
     ({"target_modules": ["model.layers.2.self_attn.q_proj"]}, "target_modules names 'model.layers.2"),

@@ -20,6 +20,7 @@ from tiny_runs import TINY, TOKENIZER, Run, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from minilora.checkpoint.adapter import save_adapter
 from minilora.checkpoint.export import FORMATS, export_checkpoint
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open import open_checkpoint
@@ -28,7 +29,9 @@ from minilora.checkpoint.safetensors_file import TensorEntry
 from minilora.checkpoint.save import save_hf, save_mistral
 from minilora.checkpoint.write import verify_manifest
 from minilora.cli import main
+from minilora.config import LoraConfig
 from minilora.errors import UserError
+from minilora.lora import add_lora
 from minilora.tokenizer import load_tokenizer
 
 transformers_logging.disable_progress_bar()
@@ -273,8 +276,10 @@ def test_the_verb_s_remedy_is_a_flag_that_it_has(run: Any, base: Path, tmp_path:
     to_gguf = ["export", source, tmp_path / "out", "--to", "gguf-f16"]
     assert "name one with --model.tokenizer" in run(*to_gguf)[2]
     assert run(*to_gguf, "--model.tokenizer", TOKENIZER)[0] == 0
-    unused = run("export", base, tmp_path / "x", "--to", "peft", "--model.tokenizer", TOKENIZER)
-    assert "--model.tokenizer does nothing with --to peft" in unused[2]
+    save_adapter(add_lora(load_model(source), LoraConfig(rank=2)), adapter := tmp_path / "adapter")
+    to_peft = ["export", adapter, tmp_path / "peft", "--to", "peft", "--model.path", source]
+    assert "name one with --model.tokenizer" in run(*to_peft)[2]
+    assert run(*to_peft, "--model.tokenizer", TOKENIZER)[0] == 0
 
 
 def test_without_a_tokenizer(base: Path, tmp_path: Path) -> None:

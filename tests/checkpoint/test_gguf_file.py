@@ -1,5 +1,6 @@
 """GGUF files, in the eyes of the package that owns the format, of transformers, and of the format's own arithmetic."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from disks import largest_file
 from numpy.typing import NDArray
+from tiny_checkpoints import edit_json
 from tiny_runs import TINY, TOKENIZER, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -134,7 +136,7 @@ def test_the_tokenizer_is_as_llama_cpps_converter_writes_it(tmp_path: Path, vers
     tokenizer = load_tokenizer(file)
     theirs = list(gguf.vocab.SentencePieceVocab(tmp_path).all_tokens())
     config = replace(MISTRAL_7B, vocab_size=len(theirs) + 3)
-    keys = gguf_keys(config, tokenizer, "F16", "x")
+    keys = gguf_keys(config, tokenizer, "F16", "x", eos=2)
     held = {key: keys[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")}
     assert held["tokens"] == [text.decode() for text, _, _ in theirs] + [f"[PAD{len(theirs) + i}]" for i in range(3)]
     assert held["scores"] == [score for _, score, _ in theirs] + [-10000.0] * 3
@@ -146,9 +148,27 @@ def test_the_tokenizer_is_as_llama_cpps_converter_writes_it(tmp_path: Path, vers
     assert "[INST]" in keys[constants.CHAT_TEMPLATE]
 
 
+def test_tokens_that_were_added_and_the_end_that_was_set(tmp_path: Path) -> None:
+    """As ChatML's, beside a tokenizer that does not know them."""
+    base, n = saved(tmp_path / "base", replace(SIZES, vocab_size=SIZES.vocab_size + 3)), SIZES.vocab_size
+    added = {"<|im_start|>": n, "<|im_end|>": n + 1}
+    (base / "added_tokens.json").write_text(json.dumps(added))
+    decoder = {str(i): {"content": text, "special": text == "<|im_end|>"} for text, i in added.items()}
+    decoder |= {"1" * 5000: {"content": "x"}, "-1": {}, "no number": {}, str(n + 2): []}
+    (base / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    edit_json(base / "generation_config.json", eos_token_id=[n + 1, 2])
+    keys, _ = read_gguf(exported(base, tmp_path / "out", "gguf-f16"))
+    theirs = list(gguf.vocab.SentencePieceVocab(base).all_tokens())
+    assert keys["tokenizer.ggml.tokens"] == [*(text.decode() for text, _, _ in theirs), f"[PAD{n + 2}]"]
+    assert keys["tokenizer.ggml.scores"] == [*(score for _, score, _ in theirs), -10000.0]
+    kinds = [*[int(kind) for _, _, kind in theirs][:-1], int(gguf.TokenType.CONTROL), int(gguf.TokenType.UNUSED)]
+    assert keys["tokenizer.ggml.token_type"] == kinds
+    assert keys["tokenizer.ggml.eos_token_id"] == n + 1
+
+
 def test_the_sizes_of_a_7b() -> None:
     """By the names that the package has for them."""
-    keys = gguf_keys(MISTRAL_7B, load_tokenizer(FILES["v3"]), "Q8_0", "seven")
+    keys = gguf_keys(MISTRAL_7B, load_tokenizer(FILES["v3"]), "Q8_0", "seven", eos=2)
     of_llm, of_attention, of_rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
     expected: dict[str, Any] = {
         of_llm.VOCAB_SIZE: 32768, of_llm.CONTEXT_LENGTH: 32768, of_llm.EMBEDDING_LENGTH: 4096, of_llm.BLOCK_COUNT: 32,

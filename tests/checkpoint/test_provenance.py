@@ -12,6 +12,7 @@ from adapters import lora_layers
 from tiny_checkpoints import edit_json, hf_model, tokens
 
 from minilora.checkpoint.adapter import load_adapter, read_adapter, save_adapter
+from minilora.checkpoint.export import export_checkpoint
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.mistral_adapter import save_mistral_adapter
 from minilora.checkpoint.provenance import base_of, check_origin, quantization, read_provenance
@@ -37,9 +38,13 @@ def test_a_quantization_is_the_models(originals: Path) -> None:
 
 
 def test_a_base_that_was_converted_is_the_same_base(originals: Path, tmp_path: Path) -> None:
-    """Trained on the original stored in NF4, or on its NF4 checkpoint: each serves the other, another NF4 neither."""
+    """Trained on the original stored in NF4, or on its NF4 checkpoint: each serves the other, another NF4 neither.
+
+    Nor does it matter through how many other forms the one came from the other.
+    """
     original, converted, another = originals / "hf", tmp_path / "nf4", tmp_path / "another"
-    quantize_checkpoint(original, converted)
+    export_checkpoint(original, tmp_path / "between", "mistral", dtype=torch.float16)
+    quantize_checkpoint(tmp_path / "between", converted, dtype=F32)
     hf_model(99).save_pretrained(tmp_path / "hf")
     quantize_checkpoint(tmp_path / "hf", another)
     on = {"of original": trained_on(originals, tmp_path / "a", quantize="nf4"), "of converted": tmp_path / "b"}

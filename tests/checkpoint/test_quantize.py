@@ -175,9 +175,13 @@ def test_a_tokenizer_that_is_no_file(hf_folder: Path, tmp_path: Path, name: str,
 
 
 def test_a_tokenizer_that_cannot_be_read(hf_folder: Path, tmp_path: Path) -> None:
-    """Is no fault of the folder that is written."""
-    (hf_folder / "tokenizer.model").symlink_to("/proc/self/mem")  # which opens for root, too, and cannot be read
-    refused(r"^.*hf/tokenizer\.model: cannot be read: Input/output error$", hf_folder, tmp_path / "x")
+    """Is no fault of the folder that is written. One elsewhere, as somebody's key, is no part of the model."""
+    unreadable = "/proc/self/mem"  # which opens for root, too, and cannot be read
+    with pytest.raises(UserError, match=f"^{unreadable}: cannot be read: Input/output error$"):
+        save.save_hf(load_model(hf_folder), tmp_path / "x", tokenizer=unreadable)
+    (tmp_path / "key").write_text("secret")
+    (hf_folder / "special_tokens_map.json").symlink_to(tmp_path / "key")
+    refused(r"special_tokens_map\.json: a link out of the folder is not followed", hf_folder, tmp_path / "x")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import raw_safetensors
 
+from minilora.checkpoint import files
 from minilora.checkpoint.safetensors_file import checksum, read_header, write_safetensors, write_tensors
 from minilora.errors import UserError
 
@@ -62,6 +63,19 @@ def test_corrupt_files_are_refused(tmp_path: Path, case: str) -> None:
     file = tmp_path / "model-00001-of-00002.safetensors"
     file.write_bytes(content)
     with pytest.raises(UserError, match=f"^corrupt safetensors: {file}: .*{reason}"):
+        read_header(file)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may read everything, so the system is told to refuse."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(100))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(UserError, match=rf"^{file}: cannot be read: Permission denied$"):
         read_header(file)
 
 

@@ -107,10 +107,16 @@ def test_every_file_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     assert events[4:] == ["rename", f"sync {tmp_path.name}"]
 
 
+def written(folder: Path) -> list[str]:
+    """The names in a folder that we wrote."""
+    with atomic_folder(folder) as temp:
+        (temp / "old").touch()
+    return os.listdir(folder)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), UserError("bad tensor")])
 def test_an_error_inside_leaves_nothing_and_passes_through(tmp_path: Path, error: BaseException) -> None:
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "old").touch()
+    before = written(tmp_path / "new")
 
     def fail_half_way() -> None:
         with atomic_folder(tmp_path / "new", overwrite=True) as folder:
@@ -121,7 +127,7 @@ def test_an_error_inside_leaves_nothing_and_passes_through(tmp_path: Path, error
         fail_half_way()
     assert caught.value is error
     assert os.listdir(tmp_path) == ["new"]
-    assert os.listdir(tmp_path / "new") == ["old"]
+    assert os.listdir(tmp_path / "new") == before
 
 
 def test_an_existing_target_is_refused_unless_asked(tmp_path: Path) -> None:
@@ -136,6 +142,21 @@ def test_an_existing_target_is_refused_unless_asked(tmp_path: Path) -> None:
         assert set(os.listdir(target)) == {"one", "manifest.json"}
     assert set(os.listdir(target)) == {"two", "manifest.json"}
     assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_what_others_put_there_is_not_replaced(tmp_path: Path) -> None:
+    """Neither what was there, nor what comes while we write."""
+    before = written(tmp_path / "x")
+
+    def comes_late() -> None:
+        with atomic_folder(tmp_path / "x", overwrite=True):
+            (tmp_path / "x" / "thesis").touch()
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="x: holds thesis, which minilora did not write; choose another folder"):
+            comes_late()
+        assert sorted(os.listdir(tmp_path / "x")) == sorted([*before, "thesis"])
+    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_a_file_or_link_as_target_is_refused(tmp_path: Path) -> None:
@@ -192,9 +213,7 @@ def test_an_empty_name_is_no_target() -> None:
 
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "x"
-    target.mkdir()
-    (target / "old").touch()
-    real_rename = Path.rename
+    before, real_rename = written(target), Path.rename
 
     def fail(self: Path, to: Path) -> Path:
         if ".minilora-tmp-" in self.name:
@@ -208,7 +227,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
     ):
         pass
     assert os.listdir(tmp_path) == ["x"]
-    assert os.listdir(target) == ["old"]
+    assert os.listdir(target) == before
 
 
 def test_size_limit_inside_the_folder(tmp_path: Path) -> None:
@@ -294,7 +313,7 @@ def test_manifest_finds_what_was_altered_or_lost(tmp_path: Path) -> None:
     (target / "extra").touch()
     verify_manifest(target)
     (target / "sub" / "weights").write_bytes(b"0124")  # one bit
-    with pytest.raises(UserError, match=r"sub/weights: altered since it was written"):
+    with pytest.raises(UserError, match=r"sub/weights: altered since it was written; if that was intended, delete"):
         verify_manifest(target)
     (target / "sub" / "weights").unlink()
     with pytest.raises(UserError, match=r"sub/weights: missing, but manifest\.json lists it"):
@@ -309,6 +328,7 @@ def test_manifest_finds_what_was_altered_or_lost(tmp_path: Path) -> None:
         ({"format_version": 1}, "files must be an object"),
         ({"format_version": 1, "files": {"../secret": {}}}, "secret: missing"),
         ({"format_version": 1, "files": {"/etc/passwd": {}}}, "passwd: missing"),
+        ({"format_version": 1, "files": {"./manifest.json": {}}}, "manifest.json: missing"),  # a name has one form
         ({"format_version": 1, "files": {"x" * 300: {}}}, "xxx: missing"),
     ],
 )
@@ -341,13 +361,11 @@ def test_sweep_removes_the_dead_and_keeps_the_living(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_of_our_number_set_aside_comes_back(tmp_path: Path) -> None:
     """Killed between its renames: the new one goes on, and an error of it leaves the old folder."""
-    old = tmp_path / f".x.minilora-old-{os.getpid()}"
-    old.mkdir()
-    (old / "precious").touch()
+    before = written(tmp_path / f".x.minilora-old-{os.getpid()}")
     with pytest.raises(KeyError), atomic_folder(tmp_path / "x", overwrite=True):
         raise KeyError
     assert os.listdir(tmp_path) == ["x"]
-    assert os.listdir(tmp_path / "x") == ["precious"]
+    assert os.listdir(tmp_path / "x") == before
 
 
 def test_a_file_s_leftovers_are_swept_too(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from minilora.checkpoint.mistral_adapter import save_mistral_adapter
 from minilora.checkpoint.open import open_checkpoint
 from minilora.checkpoint.quantize import quantize_checkpoint
 from minilora.checkpoint.save import save_hf, save_mistral
-from minilora.config import LoraConfig, PrefixConfig
+from minilora.config import BaseConfig, LoraConfig, PrefixConfig
 from minilora.errors import UserError
 from minilora.lora import add_lora
 from minilora.memory_at_rest import predict
@@ -141,6 +141,7 @@ def test_a_lora(tmp_path: Path, tiny_base: Path) -> None:
     assert facts["adapter"].items() >= {"type": "LoRA", "rank": 4, "alpha": 8.0, "dora": True}.items()
     assert facts["dtypes"]["F32"]["tensors"] == 42
     assert facts["base"] == str(tiny_base)
+    assert gather(tmp_path / "adapter" / "adapter_model.safetensors") == facts
     assert facts["provenance"]["quantization"]["double_quant"] is True
     name = "base_model.model.model.layers.0-1.mlp.up_proj.lora_magnitude_vector (48,) F32"
     assert name in facts["tensors"]
@@ -164,9 +165,15 @@ def test_an_adapter_of_mistral_finetune(tmp_path: Path, tiny_base: Path) -> None
     (tmp_path / "ft" / "minilora.json").unlink()
     (tmp_path / "ft" / "manifest.json").unlink()
     assert "does not say where its base lies; give it with --model.path" in gather(tmp_path / "ft")["reason"]
-    assert gather(tmp_path / "ft", base=str(tiny_base))["reason"] is None
+    assert gather(tmp_path / "ft", base=BaseConfig(path=str(tiny_base)))["reason"] is None
     (tmp_path / "ft" / "params.json").unlink()
-    assert "no params.json beside it says its scale" in gather(tmp_path / "ft", base=str(tiny_base))["reason"]
+    base = BaseConfig(path=str(tiny_base))
+    assert "no params.json beside it says its scale" in gather(tmp_path / "ft", base=base)["reason"]
+    shutil.copy(tmp_path / "ft" / "lora.safetensors", tmp_path / "mine.safetensors")
+    for path in ("ft", "ft/lora.safetensors", "mine.safetensors"):  # as `--adapter` takes each
+        facts = gather(tmp_path / path, base=base, scaling=2.0)
+        assert (facts["kind"], facts["layout"], facts["reason"]) == ("adapter", "mistral-finetune", None)
+        assert facts["adapter"]["alpha"] == 8.0
 
 
 def flip_a_number(folder: Path) -> None:
@@ -343,6 +350,29 @@ def test_markup_and_line_ends_in_a_file_stay_text(run: Run, tmp_path: Path, tiny
     )
     _, out, _ = run("inspect", folder)
     assert "[red]x[/nope] would load: yes" in out
+
+
+def test_what_a_stranger_wrote_commands_no_terminal(run: Run, tmp_path: Path, tiny_base: Path) -> None:
+    """Such as to write to the clipboard."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    told = {"format_version": 2, "base_path": "\x1b]52;c;ZXZpbA==\x07", "\x1b[31m": {"\x1b[1m": {"\x1b[2m": "\x1b"}}}
+    (folder / "minilora.json").write_text(json.dumps(told))
+    (folder / "\x1b[41m.txt").touch()
+    _, out, _ = run("inspect", folder)
+    assert "\x1b" not in out
+    assert r"\x1b]52;c;ZXZpbA==\x07" in out
+    assert r"\x1b[41m.txt" in out
+    (tmp_path / "\x1b[5m").mkdir()
+    assert "\x1b" not in "".join(map(str, run("inspect", tmp_path / "\x1b[5m")))
+
+
+def test_what_is_nested_too_deeply_is_not_read(run: Run, tmp_path: Path, tiny_base: Path) -> None:
+    """What json's own parser still takes is too much for those who go through it."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    for depth, status in ((99, 0), (100, 1), (700, 1)):
+        (folder / "minilora.json").write_text(f'{{"format_version": 2, "data": {"[" * depth}{"]" * depth}}}')
+        found, _, err = run("inspect", folder)
+        assert (found, "nested too deeply" in err) == (status, bool(status))
 
 
 def test_checksums_find_what_was_altered(run: Run, tmp_path: Path, tiny_base: Path) -> None:
