@@ -89,10 +89,13 @@ def test_the_two_lines_are_two() -> None:
     assert "pytest" in commands[1]
 
 
-def test_the_chinese_readme_has_the_same_two_lines() -> None:
+def test_the_chinese_readme_has_the_same_two_lines_and_options() -> None:
     [two] = TWO_LINES.findall(README)
     [block] = re.findall(r"```sh\n(.*?)```", two, re.DOTALL)
-    assert block in (ROOT / "README.zh.md").read_text()
+    chinese = (ROOT / "README.zh.md").read_text()
+    assert block in chinese
+    options, known = (set(re.findall(r"--[a-z][\w.]+", text)) for text in (chinese, README))
+    assert options <= known
 
 
 def test_every_verb_stands_in_the_readme() -> None:
