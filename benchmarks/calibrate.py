@@ -65,16 +65,16 @@ def as_text(table: Sequence[Mapping[str, Any]]) -> str:
     return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in table) + "\n]\n"
 
 
-def measure(device: torch.device, shuffle: bool, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[int, Grid]:
-    """Grids by the number of weights."""
+def measure(device: torch.device, shuffle: bool, shapes: Sequence[tuple[int, int]] = SHAPES) -> Mapping[int, Grid]:
+    """Grids by the number of weights, which is all that a limit knows of one; of shapes with as many, the sums."""
     from minilora.kernels.nf4_matmul import matmul
     from minilora.kernels.nf4_matvec import MAX_VECTORS, matvec
 
-    grids: dict[int, Grid] = {}
+    grids: dict[int, dict[str, dict[int, float]]] = {}
     for n, k in shapes:
         dense = dense_weight(n, k, device)
         sets, scratch = nf4_sets(dense), torch.empty_like(dense)
-        grid: dict[str, dict[int, float]] = {"matvec": {}, "matmul": {}, "dequantize": {}}
+        grid = grids.setdefault(n * k, {"matvec": {}, "matmul": {}, "dequantize": {}})
         for m in ROWS:
             x = torch.randn(m, k, device=device).to(dense.dtype)
             ways = {
@@ -84,8 +84,7 @@ def measure(device: torch.device, shuffle: bool, shapes: Sequence[tuple[int, int
             if m <= MAX_VECTORS:
                 ways["matvec"] = [partial(matvec, x, weight, shuffle) for weight in sets]
             for way, timing in in_turns(ways, device, rounds=30).items():
-                grid[way][m] = timing.median_us
-        grids[n * k] = grid
+                grid[way][m] = grid[way].get(m, 0.0) + timing.median_us
     return grids
 
 

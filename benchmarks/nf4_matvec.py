@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.gpu_harness import dense_weight, in_turns, nf4_sets, peer_sets, report, run_part
 from minilora.nf4 import NF4Tensor
 
-# Mistral 7B's, with projections of one input as one weight: qkv, o, gate and up, down
-SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+# (out, in) of Mistral 7B's layers, which are multiplied one by one: k and v, q and o, gate and up, down
+SHAPES = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336))
 DRY_SHAPES = ((48, 128),)
 ROWS = (1, 2)
 

@@ -11,6 +11,7 @@ from marks import interpreted
 import minilora.dispatch as dispatch
 from benchmarks import calibrate
 from benchmarks.calibrate import as_text, entry, limits, measure, with_entry
+from benchmarks.gpu_harness import Timing
 from minilora.dispatch import TABLE
 
 
@@ -65,6 +66,23 @@ def test_a_damaged_table_is_found_before_measuring(
     err = capsys.readouterr().err
     assert err.startswith(f"calibrate: {tmp_path / 'dispatch.json'} is damaged")
     assert err.count("\n") == 1
+
+
+def test_weights_of_one_size_have_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(N, K) and (K, N) are the same to `Limits`, so what both take counts, way by way."""
+    us = {(64, 128): 1.0, (128, 64): 10.0, (64, 64): 100.0}
+
+    def timed(ways: dict[str, list[Any]], *_: Any, **__: Any) -> dict[str, Timing]:
+        x, weight = ways["matmul"][0].args[:2]
+        return {way: Timing((i + len(x) * us[weight.shape],)) for i, way in enumerate(ways)}
+
+    monkeypatch.setattr(calibrate, "in_turns", timed)
+    monkeypatch.setattr(calibrate, "ROWS", (1, 3))
+    grids = measure(torch.device("cpu"), False, list(us))
+    assert grids == {
+        64 * 128: {"matmul": {1: 11, 3: 33}, "dequantize": {1: 11 + 2, 3: 33 + 2}, "matvec": {1: 11 + 4}},
+        64 * 64: {"matmul": {1: 100, 3: 300}, "dequantize": {1: 101, 3: 301}, "matvec": {1: 102}},
+    }
 
 
 @interpreted
