@@ -1,8 +1,9 @@
 """From how many rows on which way is faster, measured on this GPU: python -m benchmarks.calibrate
 
 Times matvec, matmul, and decoding with torch's product, in turns, over a grid of rows for the 7B's weights, and writes
-the entry of this architecture in minilora/dispatch.json, card's name and all. The look-up by lane exchange is switched
-on if the card has it right and it is faster in the sum over the grid. `minilora verify kernels` prints the table.
+the entry of this architecture in minilora/dispatch.json, card's name and all; with --out FILE, the whole table with it
+there. The look-up by lane exchange is switched on if the card has it right and it is faster in the sum over the grid.
+`minilora verify kernels` prints the table that is in use.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_harness import dense_weight, in_turns, nf4_sets
+from benchmarks.harness import check_result
 from benchmarks.nf4_matvec import SHAPES, decoded_product
+from minilora.checkpoint.write import atomic_write
 from minilora.dispatch import TABLE
 from minilora.dispatch import table as dispatch_table
 from minilora.errors import UserError
@@ -91,12 +94,14 @@ def measure(device: torch.device, shuffle: bool, shapes: Sequence[tuple[int, int
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibrate", description=__doc__.split("\n")[0])
-    parser.parse_args(argv)
+    parser.add_argument("--out", metavar="FILE", help="instead of minilora/dispatch.json, which stays as it is")
+    out = parser.parse_args(argv).out or TABLE
     if not torch.cuda.is_available():
         print("calibrate: there is no GPU to measure", file=sys.stderr)
         return 1
     try:
-        dispatch_table()  # a file that cannot be used is found before measuring
+        dispatch_table()  # files that cannot be used are found before measuring
+        check_result("calibrate", out, parts=False)
     except UserError as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 1
@@ -105,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda")
     shuffled = measure(device, True) if shuffle_is_right(device) else None
     new = entry(architecture(device), torch.cuda.get_device_name(device), measure(device, False), shuffled)
-    TABLE.write_text(as_text(with_entry(json.loads(TABLE.read_text("utf-8")), new)), "utf-8")
-    print(new)
+    text = as_text(with_entry(json.loads(TABLE.read_text("utf-8")), new))
+    atomic_write(out, text)
+    print(text, end="")
     return 0
 
 

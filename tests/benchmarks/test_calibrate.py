@@ -68,6 +68,33 @@ def test_a_damaged_table_is_found_before_measuring(
     assert err.count("\n") == 1
 
 
+def test_a_table_in_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the new entry; what is printed is the file's text, and the package's own stays."""
+    before, out = TABLE.read_text(), tmp_path / "a folder" / "table.json"
+    made = grid(matvec=[1, 2], matmul=[3, 3, 3, 4], dequantize=[5, 5, 5, 5])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr("minilora.kernels.nf4_matvec.architecture", lambda _: 86)
+    monkeypatch.setattr("minilora.kernels.nf4_matvec.shuffle_is_right", lambda _: False)
+    monkeypatch.setattr(calibrate, "measure", lambda *_: {100: made})
+    assert calibrate.main(["--out", str(out)]) == 0
+    table = with_entry(json.loads(before), entry(86, "a card", {100: made}, None))
+    assert capsys.readouterr().out == out.read_text() == as_text(table)
+    assert TABLE.read_text() == before
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(calibrate, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    assert calibrate.main(["--out", str(tmp_path / "file" / "x.json")]) == 1
+    assert capsys.readouterr().err.startswith(f"calibrate: {tmp_path}/file/x.json: ")
+
+
 def test_weights_of_one_size_have_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """(N, K) and (K, N) are the same to `Limits`, so what both take counts, way by way."""
     us = {(64, 128): 1.0, (128, 64): 10.0, (64, 64): 100.0}
