@@ -3,6 +3,10 @@
     sleep on the GPU | start A end | start B end | ... | start A end | ...
 
 The sleep lets the CPU get ahead, so that an interval between two events holds the kernel and no waiting for its launch.
+Where the GPU comes to an interval before the CPU is through with launching it, that is not so: then the batch is halved
+and measured again. A contestant that is overtaken even in a batch of one round, as its calls wait for the GPU or keep
+the CPU busy for longer than the sleep, has `host_bound` in its figures and in its rows: they are no kernel's.
+
 Each contestant has several sets of data, more than the L2 holds, and takes the next one each time: what it reads comes
 from memory. A ratio is of medians, with the 20th and 80th percentile beside each.
 
@@ -37,9 +41,10 @@ CACHE_BYTES = 200 << 20  # four times the L2 of an H100
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of each call."""
+    """Microseconds of each call. host_bound: some of them with waiting for a launch"""
 
     us: tuple[float, ...]
+    host_bound: bool = False
 
     @property
     def median_us(self) -> float:
@@ -48,7 +53,8 @@ class Timing:
     def figures(self) -> dict[str, float]:
         """For the JSON."""
         cuts = quantiles(self.us, n=5, method="inclusive") if len(self.us) > 1 else [self.us[0]] * 4
-        return {"median_us": self.median_us, "p20_us": cuts[0], "p80_us": cuts[3], "n": len(self.us)}
+        figures = {"median_us": self.median_us, "p20_us": cuts[0], "p80_us": cuts[3], "n": len(self.us)}
+        return figures | ({"host_bound": True} if self.host_bound else {})
 
 
 def in_turns(contestants: Mapping[str, Sequence[Call]], device: torch.device, rounds: int = 60) -> dict[str, Timing]:
@@ -58,15 +64,22 @@ def in_turns(contestants: Mapping[str, Sequence[Call]], device: torch.device, ro
             call()
     rounds = rounds if device.type == "cuda" else 2
     found: dict[str, list[float]] = {name: [] for name in contestants}
-    for first in range(0, rounds, BATCH):
-        turns = range(first, min(first + BATCH, rounds))
-        batch = _on_gpu(contestants, turns) if device.type == "cuda" else _on_cpu(contestants, turns)
+    done, size, host_bound = 0, BATCH, set[str]()
+    while done < rounds:
+        turns = range(done, min(done + size, rounds))
+        batch, overtaken = _on_gpu(contestants, turns) if device.type == "cuda" else _on_cpu(contestants, turns)
+        if overtaken and len(turns) > 1:
+            size = len(turns) // 2
+            continue
         for name, us in batch.items():
             found[name] += us
-    return {name: Timing(tuple(us)) for name, us in found.items()}
+        done, host_bound = turns.stop, host_bound | overtaken
+    return {name: Timing(tuple(us), name in host_bound) for name, us in found.items()}
 
 
-def _on_gpu(contestants: Mapping[str, Sequence[Call]], turns: range) -> dict[str, list[float]]:
+def _on_gpu(contestants: Mapping[str, Sequence[Call]], turns: range) -> tuple[dict[str, list[float]], set[str]]:
+    """(microseconds of each call, the names of those whose launching the GPU has overtaken)."""
+    overtaken = set[str]()
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contestants}
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP_CYCLES)
@@ -76,19 +89,22 @@ def _on_gpu(contestants: Mapping[str, Sequence[Call]], turns: range) -> dict[str
             start.record()
             calls[turn % len(calls)]()
             end.record()
+            if start.query():  # the GPU is there, and may have waited
+                overtaken.add(name)
             events[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: [1e3 * start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+    us = {name: [1e3 * start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+    return us, overtaken
 
 
-def _on_cpu(contestants: Mapping[str, Sequence[Call]], turns: range) -> dict[str, list[float]]:
+def _on_cpu(contestants: Mapping[str, Sequence[Call]], turns: range) -> tuple[dict[str, list[float]], set[str]]:
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in turns:
         for name, calls in contestants.items():
             start = time.perf_counter()
             calls[turn % len(calls)]()
             found[name].append(1e6 * (time.perf_counter() - start))
-    return found
+    return found, set()
 
 
 def matmul_tflop_per_s(device: torch.device) -> float:
@@ -178,7 +194,8 @@ def report(
     if ran:
         best = min(ran, key=lambda name: timings[name].median_us)
         peer_us = timings[best].median_us
-        case["rows"].append(row(what, f"{ours:.1f} us", f"{peer_us:.1f} us ({best})", f"{peer_us / ours:.2f}"))
+        ratio = f"{peer_us / ours:.2f}" + ", host-bound" * (timings["minilora"].host_bound or timings[best].host_bound)
+        case["rows"].append(row(what, f"{ours:.1f} us", f"{peer_us:.1f} us ({best})", ratio))
     return case
 
 

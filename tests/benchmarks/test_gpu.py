@@ -267,6 +267,65 @@ def test_every_set_of_data_has_its_turn() -> None:
     assert len(timings["a"].us) == 2
 
 
+class Queue:
+    """A GPU that does work in order, and the CPU's clock beside it; both in ms."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.busy_until = 0.0
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda _: self.launch(20.0))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event(self))
+
+    def launch(self, ms: float, host_ms: float = 0.0) -> None:
+        self.now += host_ms
+        self.busy_until = max(self.now, self.busy_until) + ms
+
+    def wait(self) -> None:
+        self.now = max(self.now, self.busy_until)
+
+
+class Event:
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.at = queue, 0.0
+
+    def record(self) -> None:
+        self.at = max(self.queue.now, self.queue.busy_until)
+
+    def query(self) -> bool:
+        return self.at <= self.queue.now
+
+    def elapsed_time(self, end: "Event") -> float:
+        return end.at - self.at
+
+
+@pytest.mark.parametrize("host_ms", [0.01, 1.0, 8.0])
+def test_a_gpu_s_times_hold_no_launching(host_ms: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU cannot keep ahead for a batch, it can for a smaller one."""
+    queue = Queue(monkeypatch)
+    calls = {name: [lambda ms=ms: queue.launch(ms, host_ms)] for name, ms in (("a", 0.25), ("b", 0.5))}
+    found = in_turns(calls, torch.device("cuda"), rounds=15)
+    assert [timing.us for timing in found.values()] == [pytest.approx((250.0,) * 15), pytest.approx((500.0,) * 15)]
+    assert not any(timing.host_bound for timing in found.values())
+
+
+def test_who_has_the_gpu_wait_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose calls wait for it or are long in launching; not who comes before them, right behind the sleep."""
+    queue = Queue(monkeypatch)
+
+    def waits() -> None:
+        queue.launch(1.0, 0.1)
+        queue.wait()
+
+    calls = {"short": [lambda: queue.launch(1.0, 0.1)], "long": [lambda: queue.launch(1.0, 30.0)], "waits": [waits]}
+    found = in_turns(calls, torch.device("cuda"), rounds=3)
+    assert {name: timing.host_bound for name, timing in found.items()} == {"short": False, "long": True, "waits": True}
+    assert found["short"].us == pytest.approx((1000.0,) * 3)
+    case = report("a", {"minilora": found["short"], "peft": found["waits"]}, 1.0, peers=("peft",))
+    assert "host_bound" not in case["timings"]["minilora"]
+    assert case["timings"]["peft"]["host_bound"] is True
+    assert [line["ratio"] for line in case["rows"]] == ["1.00, host-bound"]
+
+
 def test_a_peer_that_cannot_run_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
