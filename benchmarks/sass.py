@@ -1,9 +1,9 @@
 """Instructions a weight, counted in machine code without a GPU: python -m benchmarks.sass
 
-Our kernels are compiled ahead of time, bitsandbytes' are taken out of its wheel; both are disassembled with the tools
-that Triton brings, and counted by the same rule: every instruction of the function but NOP and what pads its end, or
-those of its longest loop, over the weights that a thread has done by then (of what is elementwise, the numbers of one
-of its tensors). Rarely taken branches count too, for both.
+Our kernels are compiled ahead of time, as their own launchers launch them, bitsandbytes' are taken out of its wheel;
+both are disassembled with the tools that Triton brings, and counted by the same rule: every instruction of the function
+but NOP and what pads its end, or those of its longest loop, over the weights that a thread has done by then (of what is
+elementwise, the numbers of one of its tensors). Rarely taken branches count too, for both.
 
 It is no time: what a kernel waits for does not show. But a GPU issues one instruction a lane and cycle, so that
 instructions a weight times weights is a floor under the time, and a change for the worse is seen where no GPU is.
@@ -14,22 +14,36 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import torch
+import triton
 from rich.console import Console
 from rich.table import Table
+from triton.backends.compiler import GPUTarget
 
 from benchmarks.harness import check_result, row, write_result
+from minilora.adamw import Update
+from minilora.dynamic_8bit import DYNAMIC_BLOCK_SIZE
 from minilora.errors import UserError
+from minilora.kernels import adamw, nf4_matmul, nf4_matvec, nf4_quantize, nf4_table, norm, rope, swiglu
+from minilora.kernels.nf4_dequantize import TILES, WORDS, dequantize
+from minilora.kernels.softmax_gradient import BLOCK, softmax_gradient_
+from minilora.loss import IGNORE
+from minilora.nf4 import NF4Tensor, quantize_nf4
 
 ARCHITECTURES = (75, 80, 90, 100)
 OTHERS = (86, 89, 120)  # that can be asked for: with less shared memory
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
+N, K = 128, 4096  # a weight, of rows as long as the 7B's
 NARROW = re.compile(r"(LDG|STG)(?!.*\.(128|256))")
 
 
@@ -79,8 +93,6 @@ def listing_of(lines: Sequence[str]) -> Listing:
 @cache
 def tool(name: str) -> str:
     """nvdisasm or cuobjdump, as Triton's wheel has them."""
-    import triton
-
     return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
@@ -129,241 +141,144 @@ def _output(*command: str) -> str:
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
+class Launched(Exception):  # noqa: N818 - it is none
+    """Takes what a launch is compiled to out of a launcher, which shall do nothing more."""
+
+
+@contextmanager
+def as_if_on(arch: int) -> Iterator[None]:
+    """A launch raises Launched: compiled by Triton itself for what the launcher hands it, as on such a GPU, which need
+    not be here. Tensors are on the CPU."""
+    run = triton.JITFunction.run
+
+    def compiled(function: Any, *args: Any, **given: Any) -> None:
+        raise Launched(run(function, *args, **given | {"warmup": True}))
+
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,  # by which Triton keeps apart what it has compiled
+        get_current_stream=lambda _: 0,
+    )
+    with (
+        patch.object(triton.JITFunction, "run", compiled),
+        patch.object(triton.runtime.driver, "_active", driver),
+        patch.object(nf4_matmul, "architecture", lambda _: arch),
+        # What launchers refuse: a CPU without the interpreter, a shuffle there, float32 that Triton rounds.
+        patch.object(nf4_table, "decode_kernel", None),
+        patch.object(nf4_matvec, "check_product"),
+        patch.object(nf4_matmul, "check_product"),
+        patch.object(nf4_matmul, "is_exact"),
+    ):
+        yield
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as a launcher calls it. signature: type by argument, pointers ("*bf16") and ints of 16 bytes' alignment.
+    """A kernel as a call of its launcher, `launch`, has it compiled.
 
-    weights: that a thread does in the whole function, or in one turn of its longest loop (`in_loop`)
+    weights: that a program does in all, or in one turn of its longest loop (`in_loop`)
     """
 
     name: str
-    module: str
-    function: str
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    weights: float
+    launch: Callable[[], object]
+    weights: int
     in_loop: bool = False
-    warps: int = 4
-    stages: int = 3
-    fusion: bool = False  # of products and sums, where bits need not be equal
 
     def compile(self, arch: int) -> Any:
         """Raises UserError where the interpreter is on: what it decorates cannot be compiled."""
-        from importlib import import_module
-
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        function = getattr(import_module(self.module), self.function)
-        if not isinstance(function, triton.JITFunction):
+        if not isinstance(nf4_table.decode_kernel, triton.JITFunction):
             raise UserError("TRITON_INTERPRET is set; kernels can be compiled without it only")
-        signature = {name: self.signature.get(name, "constexpr") for name in function.arg_names}
-        whole = [name for name, kind in self.signature.items() if kind != "fp32"]
-        aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in whole}
-        constants = {name: self.constants.get(name) for name in function.arg_names if name not in self.signature}
-        source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fusion}
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        try:
+            with as_if_on(arch):
+                self.launch()
+        except Launched as launched:
+            return launched.args[0]
+        raise AssertionError(f"{self.name} has launched nothing")
 
 
 @dataclass(frozen=True)
 class Compiled:
     kernel: Kernel
     arch: int
+    threads: int  # of a program
     listing: Listing
     resources: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
     def each(kernels: Sequence[Kernel], arch: int) -> list["Compiled"]:
         made = [kernel.compile(arch) for kernel in kernels]
-        cubins = [compiled.asm["cubin"] for compiled in made]
+        cubins, told = [compiled.asm["cubin"] for compiled in made], [compiled.metadata for compiled in made]
         return [
             # The cubin has none of the shared memory that a launch adds.
-            Compiled(kernel, arch, listing, resources(cubin) | {"shared": compiled.metadata.shared})
-            for kernel, compiled, cubin, listing in zip(kernels, made, cubins, disassemble_each(cubins), strict=True)
+            Compiled(kernel, arch, 32 * of.num_warps, listing, resources(cubin) | {"shared": of.shared})
+            for kernel, of, cubin, listing in zip(kernels, told, cubins, disassemble_each(cubins), strict=True)
         ]
 
     @property
     def per_weight(self) -> float:
         listing = self.listing.longest_loop if self.kernel.in_loop else self.listing
-        return len(listing.opcodes) / self.kernel.weights
+        return len(listing.opcodes) * self.threads / self.kernel.weights
 
 
 def kernels(arch: int) -> list[Kernel]:
     """All that we run there, in the 16-bit dtype that the architecture computes in; matmul in float32, too."""
-    sixteen = "*fp16" if arch < 80 else "*bf16"
-    found = [quantize_kernel(sixteen)]
-    for nested in (False, True):
-        found.append(dequantize_kernel(sixteen, nested))
-        for shuffle in (False, True):
-            found += [matvec_kernel(sixteen, nested, shuffle, m) for m in (1, 2)]
-            if arch >= 80:  # Triton has no way to the tensor cores of Turing
-                found += [matmul_kernel(arch, nested, shuffle, m) for m in (16, 64, 256)]
-                found.append(matmul_kernel(arch, nested, shuffle, 32, "*fp32"))
-    found.append(dequantize_kernel(sixteen, True, 16))
-    found += [*norm_kernels(sixteen), rotate_kernel(sixteen), *swiglu_kernels(sixteen)]
-    return [*found, softmax_gradient_kernel(sixteen), *adamw_kernels()]
+    dtype = torch.float16 if arch < 80 else torch.bfloat16
+    dense, columns = torch.zeros(N, K, dtype=dtype), torch.zeros(N, 16, dtype=dtype)
+    out, weight = torch.zeros(N, K + 16, dtype=dtype), nf4_weight(True)
+    return [
+        Kernel("quantize", lambda: nf4_quantize.quantize_nf4(dense), nf4_quantize.TILES * nf4_quantize.TILE),
+        *nf4_kernels(arch, dtype, False),
+        *nf4_kernels(arch, dtype, True),
+        Kernel("dequantize, nested, columns", lambda: dequantize(weight, out=out, columns=columns), 8 * WORDS * TILES),
+        *elementwise_kernels(dtype),
+        *adamw_kernels(),
+    ]
 
 
-def quantize_kernel(sixteen: str) -> Kernel:
-    from minilora.kernels.nf4_quantize import TILE, TILES
-
-    return Kernel(
-        "quantize",
-        "minilora.kernels.nf4_quantize",
-        "quantize_kernel",
-        {"weight": sixteen, "thresholds": "*fp32", "packed": "*u8", "absmax": "*fp32", "n": "i32", "n_bytes": "i32"},
-        {"block_size": 64, "blocks": TILE // 64, "TILES": TILES},
-        weights=TILES * TILE / 128,
-    )
+@cache
+def nf4_weight(nested: bool) -> NF4Tensor:
+    return quantize_nf4(torch.zeros(N, K), double_quant=nested)
 
 
-def dequantize_kernel(sixteen: str, nested: bool, rank: int = 0) -> Kernel:
-    """Of rows of 4096, which a rank's columns may follow."""
-    from minilora.kernels.nf4_dequantize import TILES, WORDS
-
-    behind = {"columns": sixteen, "n_columns": "i32"} if rank else {}
-    return Kernel(
-        "dequantize" + ", nested" * nested + ", columns" * bool(rank),
-        "minilora.kernels.nf4_dequantize",
-        "dequantize_kernel",
-        _weight_signature(nested) | {"out": sixteen, "n": "i32"} | behind,
-        _weight_constants(nested)
-        | {"is_whole": True, "WORDS": WORDS, "TILES": TILES, "row": 4096, "rank": rank, "SHARE": 2 * rank},
-        weights=TILES * WORDS * 8 / 128,
-    )
+def nf4_kernels(arch: int, dtype: torch.dtype, nested: bool) -> Iterator[Kernel]:
+    weight, end = nf4_weight(nested), ", nested" * nested
+    yield Kernel(f"dequantize{end}", partial(dequantize, weight, dtype), 8 * WORDS * TILES)
+    for shuffle, way in ((False, end), (True, f", shuffle{end}")):
+        for m in (1, 2):
+            launch = partial(nf4_matvec.matvec, torch.zeros(m, K, dtype=dtype), weight, shuffle, warps=4)
+            yield Kernel(f"matvec M={m}{way}", launch, 128 * nf4_matvec.ROWS * nf4_matvec.WORDS * 8, in_loop=True)
+        sizes = [(16, dtype), (64, dtype), (256, dtype), (32, torch.float32)]
+        for m, of_x in sizes if arch >= 80 else ():  # Triton has no way to the tensor cores of Turing
+            launch = partial(nf4_matmul.matmul, torch.zeros(m, K, dtype=of_x), weight, shuffle, splits=1)
+            name = f"matmul M={m}" + ", float32" * (of_x == torch.float32) + way
+            yield Kernel(name, launch, nf4_matmul.BN * 64, in_loop=True)
 
 
-def softmax_gradient_kernel(sixteen: str) -> Kernel:
-    """For a weight, a logit: the longest loop is one of the two passes."""
-    from minilora.kernels.softmax_gradient import BLOCK, WARPS
-
-    return Kernel(
-        "softmax gradient",
-        "minilora.kernels.softmax_gradient",
-        "softmax_gradient_kernel",
-        {"logits": sixteen, "labels": "*i64", "losses": "*fp32", "n_columns": "i32"},
-        {"ignore": -100, "BLOCK": BLOCK},
-        weights=BLOCK / (32 * WARPS),
-        in_loop=True,
-        warps=WARPS,
-        fusion=True,
-    )
+def elementwise_kernels(dtype: torch.dtype) -> list[Kernel]:
+    """Over a row of a 7B, as 32 heads where they are rotated. For a weight, a number; of the softmax, whose longest
+    loop is one of its two passes, a logit."""
+    x, wide, inverse = torch.zeros(1, K, dtype=dtype), torch.zeros(1, K), torch.zeros(1, 1)
+    heads, cos, label = x.view(1, 32, 128), torch.zeros(1, 64, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    return [
+        Kernel("rms_norm", lambda: norm.rms_norm(x, x[0], 1e-5, dtype), K),
+        Kernel("add_rms_norm", lambda: norm.add_rms_norm(x, x, x[0], 1e-5, dtype), K),
+        Kernel("rms_norm_backward", lambda: norm.rms_norm_backward(x, x, x[0], inverse, x), K),
+        Kernel("rms_norm, float32 to 16 bits", lambda: norm.rms_norm(wide, x[0], 1e-5, dtype), K),
+        Kernel("rotate", lambda: rope.rotate(heads, cos, cos), K),
+        Kernel("swiglu", lambda: swiglu.swiglu(x, x), swiglu.BLOCK),
+        Kernel("swiglu_backward", lambda: swiglu.swiglu_backward(x, x, x), swiglu.BLOCK),
+        Kernel("softmax gradient", lambda: softmax_gradient_(x, label, IGNORE), BLOCK, in_loop=True),
+    ]
 
 
 def adamw_kernels() -> list[Kernel]:
     """With moments in 32 and in 8 bits."""
-    from minilora.kernels.adamw import BLOCK, BLOCKS
-
-    numbers = ("grad_scale", "weight_m", "beta2", "weight_v", "eps", "kept", "step_size")
-    module, shape = "minilora.kernels.adamw", dict[str, Any](weights=BLOCK / 128, fusion=True)
-    of = dict.fromkeys(("p", "grad", "m", "v"), "*fp32") | {"n": "i32"} | dict.fromkeys(numbers, "fp32")
-    tables = ("m_absmax", "v_absmax", "m_map", "v_map", "m_thresholds", "v_thresholds")
-    in_8_bits = of | {"m": "*u8", "v": "*u8"} | dict.fromkeys(tables, "*fp32")
-    constants = {"block_size": 256, "BLOCKS": BLOCKS}
+    p, codes, absmax = torch.zeros(K), torch.zeros(K, dtype=torch.uint8), torch.zeros(K // DYNAMIC_BLOCK_SIZE)
+    update = Update(1e-4, 0.9, 0.999, 1e-8, 0.0, 10, 0.5)
     return [
-        Kernel("adamw", module, "adamw_kernel", of, {"BLOCK": BLOCK}, **shape),
-        Kernel("adamw_8bit", module, "adamw_8bit_kernel", in_8_bits, constants, **shape),
+        Kernel("adamw", lambda: adamw.adamw_(p, p, p, p, update), adamw.BLOCK),
+        Kernel("adamw_8bit", lambda: adamw.adamw_8bit_(p, p, codes, codes, absmax, absmax, update), adamw.BLOCK),
     ]
-
-
-def matvec_kernel(sixteen: str, nested: bool, shuffle: bool, m: int) -> Kernel:
-    from minilora.kernels.nf4_matvec import ROWS, WORDS
-
-    return Kernel(
-        f"matvec M={m}" + ", shuffle" * shuffle + ", nested" * nested,
-        "minilora.kernels.nf4_matvec",
-        "matvec_kernel",
-        _weight_signature(nested) | {"x": sixteen, "y": sixteen, "n_rows": "i32", "n_words": "i32"},
-        _weight_constants(nested) | {"M": m, "LANES": 128, "EVEN": True, "SHUFFLE": shuffle},
-        weights=ROWS * WORDS * 8,
-        in_loop=True,
-        fusion=True,
-    )
-
-
-def matmul_kernel(arch: int, nested: bool, shuffle: bool, m: int, dtype: str = "*bf16") -> Kernel:
-    from minilora.kernels.nf4_matmul import BN, tile
-
-    in_float32 = dtype == "*fp32"
-    bm, warps = tile(m, arch, 4 if in_float32 else 2)
-    return Kernel(
-        f"matmul M={m}" + ", float32" * in_float32 + ", shuffle" * shuffle + ", nested" * nested,
-        "minilora.kernels.nf4_matmul",
-        "matmul_kernel",
-        _weight_signature(nested)
-        | {"x": dtype, "sums": dtype, "m": "i32", "n": "i32", "n_words": "i32", "part": "i32"},
-        _weight_constants(nested) | {"BM": bm, "BN": BN, "WORDS": 8, "SHUFFLE": shuffle},
-        weights=BN * 64 / (32 * warps),
-        in_loop=True,
-        warps=warps,
-    )
-
-
-def norm_kernels(sixteen: str, d: int = 4096) -> list[Kernel]:
-    """Over rows of a 7B; the last with a residual stream in float32."""
-    from minilora.kernels.norm import A_THREAD, warps
-
-    module, known = "minilora.kernels.norm", {"inverse": "*fp32", "d": "i32"}
-    shape: dict[str, Any] = {"weights": A_THREAD, "warps": warps(d), "fusion": True}
-    of = dict.fromkeys(("x", "weight", "total", "normed"), sixteen) | known | {"pitch": "i32", "eps": "fp32"}
-    back = dict.fromkeys(("dn", "x", "weight", "residual_grad", "dx", "normed"), sixteen) | known
-    back |= {"pitch": "i32", "residual_pitch": "i32"}
-    constants = {"IS_KNOWN": False, "BLOCK": d}
-    return [
-        Kernel("rms_norm", module, "normalize_kernel", of, constants, **shape),
-        Kernel("add_rms_norm", module, "normalize_kernel", of | {"y": sixteen}, constants, **shape),
-        Kernel("rms_norm_backward", module, "normalize_back_kernel", back, constants, **shape),
-        Kernel("rms_norm, float32 to 16 bits", module, "normalize_kernel", of | {"x": "*fp32"}, constants, **shape),
-    ]
-
-
-def rotate_kernel(sixteen: str) -> Kernel:
-    """Of 32 heads of 128."""
-    from minilora.kernels.norm import A_THREAD, warps
-
-    integers = dict.fromkeys(("heads", "row_stride", "head_stride", "pitch"), "i32")
-    return Kernel(
-        "rotate",
-        "minilora.kernels.rope",
-        "rotate_kernel",
-        dict.fromkeys(("x", "cos", "sin", "out"), sixteen) | integers | {"turn": "fp32"},
-        {"HALF": 64, "HEADS": 32, "BLOCK": 64},
-        weights=A_THREAD,
-        warps=warps(4096),
-        fusion=True,
-    )
-
-
-def swiglu_kernels(sixteen: str) -> list[Kernel]:
-    from minilora.kernels.swiglu import BLOCK, WARPS
-
-    module, wide = "minilora.kernels.swiglu", dict.fromkeys(("gate", "up"), sixteen)
-    integers = {"f": "i32", "pitch": "i32"}
-    shape: dict[str, Any] = {"weights": BLOCK / (32 * WARPS), "warps": WARPS, "fusion": True}
-    return [
-        Kernel("swiglu", module, "swiglu_kernel", wide | {"h": sixteen} | integers, {"BLOCK": BLOCK}, **shape),
-        Kernel(
-            "swiglu_backward",
-            module,
-            "swiglu_back_kernel",
-            wide | {"dh": sixteen} | integers,
-            {"BLOCK": BLOCK},
-            **shape,
-        ),
-    ]
-
-
-def _weight_signature(nested: bool) -> dict[str, str]:
-    """What an NF4Tensor hands to a kernel."""
-    signature = {"packed": "*i32", "levels": "*fp32", "absmax": "*u8" if nested else "*fp32"}
-    stored = {"dynamic_map": "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32"}
-    return signature | stored if nested else signature
-
-
-def _weight_constants(nested: bool) -> dict[str, Any]:
-    return {"block_words": 8, "nested_block": 256, "is_nested": nested}
 
 
 # -- bitsandbytes' -----------------------------------------------------------------------------------------------------

@@ -70,10 +70,10 @@ def test_code_without_a_cubin_around_it_jumps_to_addresses(end: str) -> None:
 
 
 def test_instructions_a_weight() -> None:
-    kernel = Kernel("", "", "", {}, {}, weights=4.0)
-    assert Compiled(kernel, 90, parse(LISTING)["first"]).per_weight == 12 / 4
-    in_loop = Kernel("", "", "", {}, {}, weights=4.0, in_loop=True)
-    assert Compiled(in_loop, 90, parse(LISTING)["first"]).per_weight == 6 / 4
+    kernel = Kernel("", print, weights=128)
+    assert Compiled(kernel, 90, 32, parse(LISTING)["first"]).per_weight == 12 / 4
+    in_loop = Kernel("", print, weights=128, in_loop=True)
+    assert Compiled(in_loop, 90, 32, parse(LISTING)["first"]).per_weight == 6 / 4
 
 
 @interpreted
