@@ -36,8 +36,8 @@ _SECTIONS = {f"--{section.name}" for section in fields(RunConfig)}  # each may h
 _TOML_BYTES = 1 << 20  # a larger file is no configuration, and need not be read to know it
 
 # What a value must be, by what jsonargparse calls its type.
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "a table"}
-_KINDS |= dict.fromkeys(("tuple", "list"), "a list such as [a,b]")
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+_KINDS |= dict.fromkeys(("tuple", "list"), "a list such as [a,b]") | {"dict": 'a table such as {"a":1}'}
 
 # Of files and folders that verbs name. Those of data may have weights, and are looked at in data/sources.py.
 PATHS = (
