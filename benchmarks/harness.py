@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import isclose
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -305,6 +306,12 @@ class Record:
         """The most private memory in any step."""
         return max(step.private_bytes for step in self.steps)
 
+    @property
+    def losses(self) -> list[float]:
+        """Of all its steps, the warm-ups' first one too; none if no step counts."""
+        steps = [step for step in self.steps if step is not self.first]
+        return [float(step.result["loss"]) for step in (self.first, *steps) if step and self.steps]
+
     def step(self, worker: Worker, counts: bool, step_cap_s: float, watch: bool = True, **arguments: Any) -> bool:
         """Let `worker` do a step and take it down; whether it could."""
         try:
@@ -413,6 +420,13 @@ def ratio(ours: Record, peer: Record) -> dict[str, Any]:
         "of_pairs": {"min": min(pairs), "quarter": low, "three_quarters": high, "max": max(pairs)},
         "n_pairs": len(pairs),
     }
+
+
+def same_losses(ours: Sequence[float], theirs: Sequence[float], first_rtol: float, rtol: float) -> bool:
+    """Step by step, of the steps that both have, one at least. rtol: after updates, which rounding drives apart"""
+    pairs = list(zip(ours, theirs, strict=False))
+    rtols = [first_rtol, *[rtol] * len(pairs)]
+    return bool(pairs) and all(isclose(*pair, rel_tol=rtol) for pair, rtol in zip(pairs, rtols, strict=False))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import inf, isclose
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ from benchmarks.harness import (
     ratio,
     ratio_text,
     row,
+    same_losses,
     screen,
     show,
     started,
@@ -240,21 +241,12 @@ def _agreeing(
     cell: Cell, records: Mapping[str, Record], ours: Mapping[str, Any], peers: Mapping[str, Any]
 ) -> list[str]:
     """Those of `peers` that can be compared: they ran, with the losses, step by step, of our first that ran."""
-    of_ours = next((losses for name in ours if (losses := _losses(records[name]))), [])
-    return [name for name in peers if _are_equal(cell, of_ours, _losses(records[name]))]
+    of_ours = next((losses for name in ours if (losses := records[name].losses)), [])
+    return [name for name in peers if _are_equal(cell, of_ours, records[name].losses)]
 
 
 def _are_equal(cell: Cell, ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Of the steps that both have, one at least."""
-    pairs = list(zip(ours, theirs, strict=False))
-    rtols = [FIRST_RTOL[cell.dtype], *[RTOL[cell.dtype]] * len(pairs)]
-    return bool(pairs) and all(isclose(*pair, rel_tol=rtol) for pair, rtol in zip(pairs, rtols, strict=False))
-
-
-def _losses(record: Record) -> list[float]:
-    """Of all its steps, the warm-ups' first one too; none if no step counts."""
-    steps = [step for step in record.steps if step is not record.first]
-    return [float(step.result["loss"]) for step in (record.first, *steps) if step and record.steps]
+    return same_losses(ours, theirs, FIRST_RTOL[cell.dtype], RTOL[cell.dtype])
 
 
 def _is_plain(name: str) -> bool:
@@ -297,7 +289,7 @@ def _report(
         failed = [f"{record.name}: {record.error}" for record in fastest if record.error]
         return report | {"error": "; ".join(failed) or "no pair of equal losses to compare"}
     mine, peer, *others = fastest
-    if not _are_equal(cell, _losses(mine), _losses(peer)):
+    if not _are_equal(cell, mine.losses, peer.losses):
         return report | {"error": f"{mine.name} and {peer.name} came to other losses in the race"}
     shared = others.pop(0) if others and not cell.samples else None
     report["speed"] = _speed(cell, mine, peer, shared) | {"not_compiled": _not_compiled([mine, peer, *others], ours)}
