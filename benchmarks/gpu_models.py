@@ -7,7 +7,7 @@ must be equal. Linear layers of the blocks are NF4 with double quantization. A p
     generate   some tokens after a random prompt, greedily, with a KV cache
 
 A new setting begins with fresh adapters and an empty cache of memory; its first step is a warm-up. A result says which
-way ours went: the backend, and whether the step was replayed as a graph; and of both sides what warnings there were.
+way ours went: the backend, and whether what it did was replayed as a graph; and of both sides what warnings there were.
 """
 
 import gc
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +26,17 @@ from benchmarks.feeds import packed_batches, peer_batches
 from benchmarks.gpu_harness import sixteen_bits
 from benchmarks.harness import Record, Step, without_folders
 from benchmarks.shapes import shape
+from minilora import generation
 from minilora.ahead import Ahead
 from minilora.backend import backend_for
 from minilora.checkpoint.config_files import config_to_hf
 from minilora.checkpoint.names import TensorSpec, tensor_specs
 from minilora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
-from minilora.decode_graph import FEWEST, Steps
+from minilora.decode_graph import Steps
 from minilora.dispatch import quantize
 from minilora.errors import UserError
 from minilora.fast_block import FusedBlock
 from minilora.fused import Keep
-from minilora.generation import generate
 from minilora.linear import NF4Linear
 from minilora.memory_of_step import StepPlan
 from minilora.model import Mistral
@@ -62,8 +63,10 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
     weights = trainable(model) if adapters else {}
     state: dict[str, Any] = {}
 
-    def begin(ahead: bool = False, **_: Any) -> None:
+    def begin(ahead: bool = False, limit_bytes: int | None = None, **_: Any) -> None:
         state.clear()
+        if limit_bytes:
+            _limit(limit_bytes)
         same_adapters(weights.items())
         state["optimizer"] = optimizer = optimizer_for(weights, run) if weights else None
         if optimizer is not None:
@@ -71,7 +74,7 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
             graphs = StepGraphs.can_record(model)
             state["backward"] = (StepGraphs if graphs else backward_of)(model, optimizer, ahead=decodes)
 
-    def train(rows: int, length: int, keep: str, ahead: bool = False) -> dict[str, Any]:
+    def train(rows: int, length: int, keep: str, ahead: bool = False, **_: Any) -> dict[str, Any]:
         for block in model.layers:
             assert isinstance(block, FusedBlock)
             block.keep = Keep[keep]
@@ -88,34 +91,57 @@ def ours(shape_name: str, device: str, adapters: bool) -> Step:
         plan = StepPlan(config, compute_dtype(where), True, run.lora, rows, length, device=where, keep=kept)
         return sum(replace(plan, ahead=ahead).predict().values())
 
-    def continue_(prompt: int, new: int) -> dict[str, Any]:
-        tokens = generate(model, random_prompt(config, prompt, where), new)
-        # A recording that fails is a warning.
-        way = {"backend": backend.name, "graph": new > FEWEST and Steps.can_record(model.device)}
+    def continue_(prompt: int, new: int, **_: Any) -> dict[str, Any]:
+        with patch.object(generation, "Steps", ToldSteps):
+            tokens = generation.generate(model, random_prompt(config, prompt, where), new)
+        way = {"backend": backend.name, "graph": ToldSteps.had_graph}
         return {"tokens": tokens[0, prompt:].tolist(), **way}
 
     return steps(where, begin, {"train": train, "generate": continue_})
 
 
-def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False, autocast: bool = False) -> Step:
+class ToldSteps(Steps):
+    """One that remembers whether the last text ended with a graph."""
+
+    had_graph = False
+
+    def release(self) -> None:
+        ToldSteps.had_graph = self._graph is not None
+        super().release()
+
+
+def peer(
+    shape_name: str,
+    device: str,
+    adapters: bool,
+    prepared: bool = False,
+    autocast: bool = False,
+    compiled: bool = False,
+) -> Step:
     """The usual stack; prepared: by `prepare_model_for_kbit_training`; autocast: as transformers' Trainer does with
-    `bf16`, without which PEFT multiplies with adapters in float32. Attention by sdpa."""
+    `bf16`, without which PEFT multiplies with adapters in float32; compiled: each decoder layer by torch.compile.
+    Attention by sdpa."""
     config, where = shape(shape_name), torch.device(device)
     model = peer_model(config, where)
     model = peft_model(model, checkpointing=False, prepared=prepared) if adapters else model.eval()
     weights = [(name, p) for name, p in model.named_parameters() if p.requires_grad] if adapters else []
     state: dict[str, Any] = {}
+    if compiled:
+        for layer in model.base_model.model.model.layers:
+            layer.compile()
 
-    def begin(**_: Any) -> None:
+    def begin(keep: str = "", **_: Any) -> None:
+        if not weights:
+            return
         same_adapters(weights)
-        state["optimizer"] = adamw(p for _, p in weights) if weights else None
-
-    def train(rows: int, length: int, keep: str) -> dict[str, Any]:
-        base = model.base_model.model
+        state["optimizer"] = adamw(p for _, p in weights)
         if keep == Keep.INPUT.name:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            how = {"use_reentrant": False}
+            model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         else:
-            base.gradient_checkpointing_disable()
+            model.base_model.model.gradient_checkpointing_disable()
+
+    def train(rows: int, length: int, keep: str) -> dict[str, Any]:  # noqa: ARG001 - begin has seen to it
         [batch] = peer_batches({"rows": rows, "length": length, "vocab_size": config.vocab_size}, "rows")
         state["optimizer"].zero_grad()
         with torch.autocast(where.type, compute_dtype(where), enabled=autocast):
@@ -124,8 +150,8 @@ def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False, a
         state["optimizer"].step()
         return {"loss": float(loss)}
 
-    def continue_(prompt: int, new: int) -> dict[str, Any]:
-        tokens = random_prompt(config, prompt, where)
+    def continue_(prompt: int, peer_new: int, **_: Any) -> dict[str, Any]:
+        new, tokens = peer_new, random_prompt(config, prompt, where)
         ids = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=new, max_new_tokens=new
         )
@@ -135,8 +161,8 @@ def peer(shape_name: str, device: str, adapters: bool, prepared: bool = False, a
 
 
 def steps(device: torch.device, begin: Callable[..., None], works: Mapping[str, Work]) -> Step:
-    """Each step ends when the device has done it; its result holds the device's memory at its peak, and the texts of
-    all warnings since its setting began."""
+    """Each step ends when the device has done it; its result holds the device's memory at its peak, where there is a
+    `limit_bytes` the whole card's as well, and the texts of all warnings since its setting began."""
     last, said = list[object](), dict[str, None]()
 
     def step(work: str, **setting: Any) -> dict[str, Any]:
@@ -159,12 +185,24 @@ def steps(device: torch.device, begin: Callable[..., None], works: Mapping[str, 
         torch.cuda.reset_peak_memory_stats(device)
         result = works[work](**setting)
         torch.cuda.synchronize(device)
-        return result | {
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        }
+        peak = torch.cuda.max_memory_reserved(device)
+        whole = {"card_bytes": _beside() + peak} if "limit_bytes" in setting else {}
+        allocated = torch.cuda.max_memory_allocated(device)
+        return result | whole | {"peak_allocated_bytes": allocated, "peak_reserved_bytes": peak}
 
     return step
+
+
+def _beside() -> int:
+    """What the card lacks and torch has not reserved here: others' memory, and the driver's own."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def _limit(n_bytes: int) -> None:
+    """Refuse to torch what would make the card's use, by all, more."""
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (n_bytes - _beside()) / total))  # of the current device
 
 
 def way_of(*records: Record) -> dict[str, Any]:

@@ -6,7 +6,8 @@ but keeps their absmax in other 8 bits, which the first loss hardly shows.
 """
 
 import re
-from importlib.util import find_spec
+import sys
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,10 +27,18 @@ RENAMED = {
     **{f"attention.w{letter}": f"attn.{letter}_proj" for letter in "qkv"},
     "attention.wo": "attn.output_proj", "feed_forward": "mlp", "attention_norm": "sa_norm", "ffn_norm": "mlp_norm",
 }  # fmt: skip
+NEEDED = ("torchtune.models.mistral", "torchtune.modules.loss", "torchao.dtypes.nf4tensor")
 
 
 def is_there() -> bool:
-    return find_spec("torchtune") is not None and find_spec("torchao") is not None
+    """Whether what it needs can be imported; says why not. Its 0.6.1 needs an older torchao than the newest."""
+    try:
+        for module in NEEDED:
+            import_module(module)
+    except Exception as error:  # whatever a library may raise that was built for another
+        print(f"torchtune is left out: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def torchtune(shape_name: str, device: str, adapters: bool) -> Step:

@@ -4,6 +4,9 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from math import isnan, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +16,11 @@ import torch
 from marks import interpreted
 
 import benchmarks.gpu as gpu
-from benchmarks import gpu_decode, gpu_harness, gpu_models, gpu_torchtune
+from benchmarks import gpu_decode, gpu_harness, gpu_models, gpu_torchtune, gpu_train
 from benchmarks.gpu_harness import Timing, in_turns, peer_sets, report, run_part
-from benchmarks.gpu_train import _ahead, _cases, agreeing
-from benchmarks.harness import Measured, Record, rows_of
-from benchmarks.shapes import SHAPES
+from benchmarks.gpu_train import COMPARED, POLICIES, _cases, agreeing
+from benchmarks.harness import Entrant, Measured, Record, row, rows_of
+from benchmarks.shapes import SHAPES, qlora_step_flops
 from minilora.backend import Backend
 from minilora.config import ModelConfig
 from minilora.errors import UserError
@@ -90,10 +93,10 @@ def test_a_dry_run_of_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixt
     out = tmp_path / "gpu.json"
     assert gpu.main(["--dry", "--only", "train_512", "train_memory", "decode", "--out", str(out)]) == 0
     parts = json.loads(out.read_text())["parts"]
-    *raced, ahead = parts["train_512"]["cases"].values()
+    *raced, of_ceiling = parts["train_512"]["cases"].values()
     memory = parts["train_memory"]["cases"].values()
-    assert [len(case["sides"]) for case in raced] == [2, 2, 1]  # the decoded weights are kept by ours alone
-    assert len({tuple(side["losses"]) for side in ahead["sides"].values()}) == 1
+    assert [len(case["sides"]) for case in raced] == [2, 2, 1, 1]  # ours alone: decoded ahead, and decoded
+    assert of_ceiling["share_of_matmul"] > 0
     assert len(memory) == len(Keep) + 1
     assert all(case["predicted"] > 0 for case in memory)
     for case in raced:
@@ -105,9 +108,10 @@ def test_a_dry_run_of_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixt
     [decoding] = parts["decode"]["cases"].values()
     assert decoding["share_of_equal_tokens"] == 1
     assert (decoding["minilora"]["backend"], decoding["minilora"]["graph"]) == ("torch", False)
-    assert len(parts["train_512"]["rows"]) == 5
+    assert len(parts["train_512"]["rows"]) == 6
     assert len(parts["decode"]["rows"]) == 1
-    assert "failed" not in capsys.readouterr().out
+    assert "failed" not in (said := capsys.readouterr().out)
+    assert len(re.findall(r"^16 tokens, activations .*: minilora \d+ tokens/s", said, re.M)) == 4  # as each race ends
 
 
 def test_a_result_says_what_was_warned_of_in_its_setting() -> None:
@@ -136,9 +140,60 @@ def test_who_has_another_loss_is_out() -> None:
     """Mean losses of random weights are alike whatever was computed: 2e-3 is another one, 2e-4 what 16 bits round."""
     ours, same, other = (record(loss) for loss in (10.0, 10.002, 10.02))
     assert agreeing(ours, same, other, Record("failed", error="out of memory")) == [same]
-    theirs = [record(loss, "torchtune") for loss in (10.005, 10.02)]
+    theirs = [record(loss, name="torchtune") for loss in (10.005, 10.02)]
     assert agreeing(ours, record(10.005), *theirs) == theirs[:1]
     assert agreeing(Record("failed"), same) == []
+
+
+RACED = (0, 2)  # by the peers
+RIGHT, LATER_WRONG = (10.0, 9.9, 9.8), (10.0, 9.9, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "losses"),
+    [
+        ((), RIGHT),
+        ((0,), (10.02, 9.92, 9.82)),
+        ((0,), LATER_WRONG),  # a replay, or a backward, that does not what it should
+        ((0,), (nan, nan, nan)),
+        ((1,), LATER_WRONG),
+        ((2,), LATER_WRONG),
+        ((3,), (10.0, nan, nan)),
+        ((0, 1, 2, 3), LATER_WRONG),
+    ],
+)
+@pytest.mark.parametrize("has_peers", [True, False])
+def test_wrong_steps_of_ours_have_no_ratio(wrong: tuple[int, ...], losses: tuple[float, ...], has_peers: bool) -> None:
+    """By the place of their policy: all activations, decoded ahead, checkpointed, decoded weights."""
+    if not has_peers and (wrong == (0, 1, 2, 3) or (wrong == (0,) and not isnan(losses[0]))):
+        return  # nobody could tell
+    records = {
+        policy: [
+            record(*(losses if i in wrong else RIGHT)),
+            *[record(*RIGHT, name="peft")] * (has_peers and i in RACED),
+        ]
+        for i, policy in enumerate(POLICIES)
+    }
+    cases = [*_cases("tiny", 16, records, 1.0).values()]
+    failed = [i for i, case in enumerate(cases[:4]) if gpu._failed({"cases": {"": case}})]
+    assert failed == [*wrong]
+    for i, case in enumerate(cases[:4]):
+        assert bool(case["rows"]) == (has_peers and i not in wrong)
+        assert ("peft" in case.get("ratios", ())) == (has_peers and i in RACED and i not in wrong)
+    assert len(cases) == (4 if len(wrong) == 4 else 5)  # with the share of the ceiling, where one is right
+
+
+def test_a_peer_s_wrong_steps_are_left_out_by_name() -> None:
+    kept = [record(*RIGHT), record(*RIGHT, name="peft"), record(*LATER_WRONG, name="peft, compiled")]
+    case, _ = _cases("tiny", 16, {"kept": kept}, 1.0).values()
+    assert case["left_out_for_other_losses"] == ["peft, compiled"]
+    assert case["ratios"].keys() == {"peft"}
+
+
+def test_later_losses_drift_apart() -> None:
+    """What rounding makes of them after many updates says nothing."""
+    ours, peer = (record(*[10.0] * COMPARED, late) for late in (10.0, 9.0))
+    assert agreeing(ours, peer) == [peer]
 
 
 @pytest.mark.parametrize(
@@ -156,40 +211,76 @@ def test_a_part_has_failed_if_ours_has_in_any_case(part: dict[str, Any], failed:
 
 
 def test_a_policy_that_ours_fails_at_loses_no_other() -> None:
-    kept = [Record("minilora", error="out of memory"), record(10.0)]
-    cases = _cases("tiny", 16, {"kept": kept, "checkpointed": [record(10.0), record(10.0)]}, 1.0)
-    lost, told = cases.values()
+    kept = [Record("minilora", error="out of memory"), record(10.0, name="peft")]
+    both = [record(10.0), record(10.0, name="peft")]
+    lost, told, _ = _cases("tiny", 16, {"kept": kept, "checkpointed": both}, 1.0).values()
     assert lost["sides"]["minilora"] == {"error": "out of memory"}
     assert not lost["rows"]
     assert len(told["rows"]) == 1
 
 
 def test_each_stack_has_ratios_of_its_own() -> None:
-    """Of the stack's fastest variant with the same loss; where ours alone keeps weights, of its fastest of all."""
-    kept = [record(10.0), record(10.0, "peft, prepared", 2.0), record(10.0, "peft, plain", 3.0)]
-    records = {"kept": [*kept, record(10.0, "torchtune", 4.0)], "kept with the decoded weights": [record(10.0)]}
-    both, alone = _cases("tiny", 16, records, 1.0).values()
-    assert both["ratio to the same of peft"]["peer"] == "peft, prepared"
-    assert both["ratio to the same of peft"]["of_medians"] == 2.0
-    assert both["ratio to the same of torchtune"]["of_medians"] == 4.0
+    """Of the stack's fastest variant with the same losses; where ours runs alone, of its fastest of all."""
+    kept = [record(10.0), *(record(10.0, name=f"peft, {how}", seconds=s) for how, s in (("prepared", 2.0), ("b", 3.0)))]
+    kept += [Record("peft, c", error="out of memory"), record(10.0, name="torchtune", seconds=4.0)]
+    records = {"kept": kept, "kept with the decoded weights": [record(10.0)]}
+    both, alone, of_ceiling = _cases("tiny", 16, records, 1e-12).values()
+    assert {name: found["of_medians"] for name, found in both["ratios"].items()} == {
+        "peft, prepared": 2.0, "peft, b": 3.0, "torchtune": 4.0,
+    }  # fmt: skip
     assert len({line["what"] for line in both["rows"]}) == 4
     assert [line["ratio"] for line in alone["rows"]] == ["2.00", "4.00"]
+    assert [line["peer"] for line in alone["rows"]] == [
+        "8 tokens/s (peft, prepared; incomplete, without peft, c)",
+        "4 tokens/s (torchtune)",
+    ]
+    assert of_ceiling["share_of_matmul"] == qlora_step_flops(SHAPES["tiny"], 1, 16)
 
 
-def test_weights_decoded_ahead_wrongly_are_no_gain() -> None:
-    """The first step, which decodes nothing ahead, may be right."""
-    for later, rows in ((10.0, 1), (10.02, 0)):
-        plain, ahead = record(10.0), record(10.0, "minilora", 0.5)
-        ahead.steps.append(Measured(0.5, 0, 0, {"loss": later}))
-        plain.steps.append(plain.steps[0])
-        [case] = _ahead("tiny", 16, plain, ahead, 1.0).values()
-        assert len(case["rows"]) == rows
-        assert gpu._failed({"cases": {"a": case}}) == (rows == 0)
+def test_memory_is_that_of_all_steps() -> None:
+    """Of a replayed one nothing is allocated, and the one before may have reserved more."""
+    steps = [
+        Measured(1.0, 0, 0, {"loss": 10.0, "peak_allocated_bytes": a << 30, "peak_reserved_bytes": r << 30})
+        for a, r in ((5, 6), (2, 7), (2, 3))
+    ]
+    ours, peer = Record("minilora", steps[1:], steps[0]), Record("peft", steps[:1], steps[0])
+    case, _ = _cases("tiny", 16, {"kept": [ours, peer]}, 1.0).values()
+    assert case["sides"]["minilora"]["peak_allocated_bytes"] == 5 << 30
+    line = next(line for line in case["rows"] if line["what"].endswith("peak memory"))
+    assert (line["ours"], line["peer"], line["ratio"]) == ("7.00 GiB", "6.00 GiB (peft)", "0.86")
 
 
-def record(loss: float, name: str = "a side", seconds: float = 1.0) -> Record:
-    step = Measured(seconds, 0, 0, {"loss": loss})
-    return Record(name, [step], step)
+@pytest.mark.parametrize(("last_gib", "error"), [(23, None), (25, "took more"), (None, "out of memory")])
+def test_whether_a_card_of_24_gib_holds_it(
+    last_gib: int | None, error: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step took of the card that others had not taken before, in any of its three."""
+    peaks = {f"peak_{kind}_bytes": 20 << 30 for kind in ("allocated", "reserved")} | {"predicted_bytes": 19 << 30}
+    steps = [Measured(1.0, 0, 0, peaks | {"card_bytes": (gib or 0) + 1 << 30}) for gib in (22, last_gib, 21)]
+    found = Record("minilora", steps[1:], steps[0]) if last_gib else Record("minilora", error="out of memory")
+    monkeypatch.setattr(gpu_train, "race", lambda *_, **__: [found])
+    setting: dict[str, Any] = {"length": 32, "keep": "INPUT", "limit_bytes": 25 << 30}
+    [case] = gpu_train._memory([], "tiny", 1 << 30, **setting).values()
+    [line] = case["rows"]
+    assert line["what"].endswith("on a card of 24.00 GiB")
+    assert case.get("error", "").startswith(error or "")
+    assert ("error" in case) == bool(error)
+    assert line["ours"].endswith("out of memory" if last_gib is None else f"{max(22, last_gib)}.00 GiB on the card")
+
+
+def test_a_limit_is_the_whole_card_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 bytes 60 are free, 15 are torch's here and 25 others' or the driver's: of 50 it may have 25."""
+    fractions = list[float]()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 15)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    gpu_models._limit(50)
+    assert fractions == [0.25]
+
+
+def record(*losses: float, name: str = "minilora", seconds: float = 1.0) -> Record:
+    steps = [Measured(seconds, 0, 0, {"loss": loss}) for loss in losses]
+    return Record(name, steps, steps[0])
 
 
 @pytest.mark.skipif(not gpu_torchtune.is_there(), reason="torchtune is not installed: it pins other versions")
@@ -203,6 +294,36 @@ def test_torchtune_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             ours, theirs = (step(work="train", rows=1, length=48, keep=keep)["loss"] for step in steps)
             assert ours == pytest.approx(theirs, rel=3e-4)
+
+
+def test_what_was_measured_before_a_part_failed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: torch.device) -> Iterator[dict[str, Any]]:
+        yield {"cases": {"first": {"x": 1}}, "rows": [row("first", "1 s", "2 s", "2.00")]}
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "PARTS", {"train_512": ("train", fails)})
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--dry", "--out", str(out)]) == 1
+    part = json.loads(out.read_text())["parts"]["train_512"]
+    assert part["cases"] == {"first": {"x": 1}}
+    assert len(part["rows"]) == 1
+
+
+def test_no_race_begins_when_the_part_s_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_train, "PART_S", 0.0)
+    monkeypatch.setattr(gpu_train, "started", lambda some, **_: nullcontext([Entrant(one.name) for one in some]))
+    *_, cases = gpu_train.measure(torch.device("cpu"), 512)
+    assert len(cases) == len(POLICIES)
+    assert {side["error"] for case in cases.values() for side in case["sides"].values()} == {
+        "not run: the part's time was over"
+    }
+
+
+@pytest.mark.parametrize(
+    ("card", "file"), [("NVIDIA H200", "gpu_h200"), ("NVIDIA GeForce RTX 4090", "gpu_geforce_rtx_4090")]
+)
+def test_each_card_has_a_file_of_its_own(card: str, file: str) -> None:
+    assert gpu.file_of(card) == file
 
 
 def test_a_part_that_fails_does_not_stop_the_others(
@@ -350,12 +471,13 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["copy"]["median_us"] == 5.0
 
 
-def test_a_token_takes_what_the_longer_answer_takes_longer() -> None:
-    def answer(*seconds: float, tokens: int, **said: Any) -> Record:
-        result = {"tokens": [7] * tokens, "peak_reserved_bytes": 9, "backend": "triton", **said}
-        steps = [Measured(s, 0, 0, result) for s in seconds]
-        return Record("minilora", steps, steps[0])
+def answer(*seconds: float, tokens: int, **said: Any) -> Record:
+    result = {"tokens": [7] * tokens, "peak_reserved_bytes": 9, "backend": "triton", **said}
+    steps = [Measured(s, 0, 0, result) for s in seconds]
+    return Record("minilora", steps, steps[0])
 
+
+def test_a_token_takes_what_the_longer_answer_takes_longer() -> None:
     one = answer(0.1, 0.3, 0.2, tokens=1, graph=False)
     short = answer(0.5, 0.6, 0.7, tokens=16, graph=True, warnings=["once"])
     long = answer(1.0, 1.4, 1.2, tokens=80, graph=True, warnings=["once", "later"])
@@ -373,6 +495,31 @@ def test_a_token_takes_what_the_longer_answer_takes_longer() -> None:
     }
     failed = Record("minilora", error="out of memory")
     assert gpu_decode._figures(64, one, failed, long) == {"error": "out of memory"}
+
+
+def test_a_difference_within_the_jitter_is_no_rate() -> None:
+    figures = gpu_decode._figures(64, answer(0.1, tokens=1), answer(0.5, 0.6, 0.9, tokens=16), answer(0.9, tokens=80))
+    assert "tok_per_s" not in figures
+    assert figures["error"] == "64 tokens more take 0.300 s more, and answers vary by 0.400 s"
+
+
+def test_who_begins_with_another_token_has_no_ratio() -> None:
+    sides = [{"tokens": [first, 2, 3, 4][:n], "tok_per_s": 5.0} for first, n in ((1, 4), (1, 3), (7, 3))]
+    ours, same, other = sides
+    case = gpu_decode._case("decoding", dict(ours), same)
+    assert (case["share_of_equal_tokens"], len(case["rows"])) == (1.0, 1)
+    assert not gpu._failed({"cases": {"a": case}})
+    case = gpu_decode._case("decoding", dict(ours), other)
+    assert not case["rows"]
+    assert gpu._failed({"cases": {"a": case}})
+
+
+def test_a_result_says_whether_a_text_ended_with_a_graph() -> None:
+    steps = object.__new__(gpu_models.ToldSteps)
+    for graph in (object(), None):
+        vars(steps).update(_graph=graph, _casts=[])
+        steps.release()
+        assert gpu_models.ToldSteps.had_graph == (graph is not None)
 
 
 def test_figures() -> None:
