@@ -111,12 +111,7 @@ class ToldSteps(Steps):
 
 
 def peer(
-    shape_name: str,
-    device: str,
-    adapters: bool,
-    prepared: bool = False,
-    autocast: bool = False,
-    compiled: bool = False,
+    shape_name: str, device: str, adapters: bool, prepared: bool = False, autocast: bool = False, compiled: bool = False
 ) -> Step:
     """The usual stack; prepared: by `prepare_model_for_kbit_training`; autocast: as transformers' Trainer does with
     `bf16`, without which PEFT multiplies with adapters in float32; compiled: each decoder layer by torch.compile.

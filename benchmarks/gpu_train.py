@@ -99,9 +99,8 @@ def _ours(device: torch.device) -> tuple[Contestant, dict[str, Any]]:
 
 
 def _memory(ours: Sequence[Entrant], name: str, others: int, **setting: Any) -> dict[str, Any]:
-    """Three steps: one runs as it comes, one is recorded, one is replayed. others: bytes of the card that are not
-    ours"""
-    [record] = _race(ours, 2, 1, **setting)
+    """Of three steps: one runs as it comes, one is recorded, one replayed. others: bytes of the card not ours"""
+    [record] = _race(ours, 2, 1, STEP_CAP_S, **setting)
     what = f"memory of a QLoRA step, {name}, 1 x {setting['length']} tokens, keeping {setting['keep'].lower()}"
     what += f", on a card of {_gib(CARD_BYTES)}" if setting["limit_bytes"] else ""
     if record.first is None or len(record.steps) < 2:
