@@ -93,7 +93,7 @@ NO_KEY = "there is no key"
         (["train", "--train.strategy", "lra"], "train.strategy is lra, but must be one of 'qlora', 'lora',"),
         (["train", "--train.paged", "maybe"], "train.paged is maybe, but must be true or false"),
         (["train", "--eval.metrics", "f1"], f"eval.metrics is f1, {LIST}"),
-        (["train", "--lora.rank_pattern", "3"], "lora.rank_pattern is 3, but must be a table such as {\"a\":1}"),
+        (["train", "--lora.rank_pattern", "3"], 'lora.rank_pattern is 3, but must be a table such as {"a":1}'),
         (["train", "--model", "x"], "model is a section, and 'x' no TOML file of it; name a key, as in --model.KEY"),
         (["generate", "hi", "--max_new_tokens", "0"], "max_new_tokens is 0, but must be >0"),
         (["generate", "hi", "--max_new_tokens", "x"], f"max_new_tokens is 'x', {NUMBER}"),

@@ -503,15 +503,13 @@ def test_a_difference_within_the_jitter_is_no_rate() -> None:
     assert figures["error"] == "64 tokens more take 0.300 s more, and answers vary by 0.400 s"
 
 
-def test_who_begins_with_another_token_has_no_ratio() -> None:
+def test_of_answers_that_begin_with_unlike_tokens_the_row_says_so() -> None:
     sides = [{"tokens": [first, 2, 3, 4][:n], "tok_per_s": 5.0} for first, n in ((1, 4), (1, 3), (7, 3))]
     ours, same, other = sides
     case = gpu_decode._case("decoding", dict(ours), same)
-    assert (case["share_of_equal_tokens"], len(case["rows"])) == (1.0, 1)
-    assert not gpu._failed({"cases": {"a": case}})
-    case = gpu_decode._case("decoding", dict(ours), other)
-    assert not case["rows"]
-    assert gpu._failed({"cases": {"a": case}})
+    assert (case["share_of_equal_tokens"], [line["what"] for line in case["rows"]]) == (1.0, ["decoding"])
+    [line] = gpu_decode._case("decoding", dict(ours), other)["rows"]
+    assert line["what"] == "decoding, but the answers begin with unlike tokens"
 
 
 def test_a_result_says_whether_a_text_ended_with_a_graph() -> None:
