@@ -57,7 +57,7 @@ def encode_dynamic(values: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]
     return codes.view(-1)[: values.numel()].clone(), absmax
 
 
-def decode_dynamic(codes: Tensor, absmax: Tensor, signed: bool = True) -> Tensor:
+def decode_dynamic(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """The numbers (n,) float32 of whole blocks: codes (n,) uint8, absmax (n/256,)."""
     levels = dynamic_map(codes.device, signed)[codes.int()]
     return (levels.view(-1, DYNAMIC_BLOCK_SIZE) * absmax[:, None]).view(-1)

@@ -200,6 +200,11 @@ def test_an_unpacked_row_is_one_piece() -> None:
     assert [(p.start, p.stop, p.first) for p in made.pieces] == [(0, 70, 0)]
 
 
+def test_short_runs_share_a_piece_of_128_tokens_wherever_they_lie() -> None:
+    pieces = Pieces.of((200, 40, 40, 40, 40, 65, 64, 64, 1)).pieces
+    assert [(p.start, p.stop) for p in pieces] == [(0, 200), (200, 320), (320, 360), (360, 425), (425, 553), (553, 554)]
+
+
 @pytest.mark.parametrize(("device", "heads"), [("cpu", 2), ("meta", 4)])
 def test_keys_are_repeated_where_no_fast_kernel_takes_fewer(
     device: str, heads: int, monkeypatch: pytest.MonkeyPatch

@@ -109,6 +109,19 @@ def test_loss_and_every_gradient_equal_the_plain_blocks(config: ModelConfig, pac
     assert distance(grads, expected) < 1e-5
 
 
+def test_gradients_are_added_to_those_that_are_there_already() -> None:
+    """All of them, or some: where only the first block's A have one."""
+    plain = adapted(SHAPES[1])
+    fast = copy.deepcopy(plain)
+    assert fuse(fast)
+    for model in (plain, fast):
+        for name, p in model.named_parameters():
+            if name.startswith("layers.0.") and name.endswith("lora_A"):
+                p.grad = torch.ones_like(p)
+    for _ in range(2):
+        assert distance(gradients(fast)[1], gradients(plain)[1]) < 1e-5
+
+
 @pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("keep", [keep for keep in Keep if keep != Keep.ALL])

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tiny_runs import TINY, tiny_model
 from torch import Tensor
 
 from benchmarks.count_gpu import PretendedGPU
-from minilora import decode_graph
+from minilora import decode_graph, generation
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.save import save_hf
 from minilora.config import LoraConfig
@@ -91,6 +93,19 @@ def test_answers_in_batches_are_answers_one_by_one(model: Mistral) -> None:
         row = naive(model, torch.tensor([p]), 12)[0, len(p) :].tolist()
         assert got == (row[: row.index(eos)] if eos in row else row)
     assert answer(model, [], 12, eos) == []
+
+
+def test_no_token_is_made_once_every_answer_of_a_batch_has_ended(model: Mistral) -> None:
+    first = generate(model, prompt(3), 1)[0].tolist()
+    with patch.object(generation, "choose", wraps=choose) as chosen:
+        assert answer(model, [first[:-1]] * 2, 12, eos_id=first[-1]) == [[], []]
+    assert chosen.call_count == 1
+
+
+@pytest.mark.parametrize("likeliest_alone", [{"top_k": 1}, {"top_p": 0.0}])
+def test_a_draw_from_the_likeliest_token_alone_is_greedy(model: Mistral, likeliest_alone: dict[str, Any]) -> None:
+    drawn = generate(model, prompt(5), 20, temperature=1.0, **likeliest_alone)
+    assert drawn.equal(generate(model, prompt(5), 20))
 
 
 @pytest.mark.parametrize("training", [False, True])

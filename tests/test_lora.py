@@ -219,9 +219,10 @@ def test_a_row_of_zeros_stays_one_under_dora() -> None:
     assert layer.merged(base.weight).isfinite().all()
 
 
-def test_half_precision_activations_meet_float32_adapters() -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_half_precision_activations_meet_float32_adapters(dora: bool) -> None:
     """A and B stay float32 and get float32 gradients; the layer's output has its input's dtype."""
-    layer = LoRALinear(quantized(Chain())[0].block["q_proj"], LoraConfig(rank=RANK))
+    layer = LoRALinear(quantized(Chain())[0].block["q_proj"], LoraConfig(rank=RANK, dora=dora))
     fill(layer)
     y = layer(random(6, IN).bfloat16())
     y.float().pow(2).sum().backward()

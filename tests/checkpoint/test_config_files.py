@@ -151,6 +151,7 @@ HF_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
     ({"attention_bias": True}, "attention_bias is True"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, but must be a whole number above 0"),
     ({"num_local_experts": 8}, "num_local_experts is 8"),
     ({"moe": {"num_experts": 8}}, "moe is"),
     ({"yarn": {"beta": 32}}, "yarn is"),

@@ -325,7 +325,8 @@ def test_where_answers_end_is_what_the_source_says(
     quantize_checkpoint(source, tmp_path / "nf4")
     for name in ("hf", "nf4"):
         for file in ("config.json", "generation_config.json"):
-            assert json.loads((tmp_path / name / file).read_text())["eos_token_id"] == expected
+            written = json.loads((tmp_path / name / file).read_text())
+            assert (written["bos_token_id"], written["eos_token_id"]) == (1, expected)
     assert MistralForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == expected
 
 

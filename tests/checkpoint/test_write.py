@@ -206,6 +206,15 @@ def test_an_empty_folder_that_appears_meanwhile_becomes_ours(tmp_path: Path) -> 
     assert set(os.listdir(tmp_path / "x")) == {"ours", "manifest.json"}
 
 
+def test_a_folder_whose_files_are_altered_is_no_target(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "x") as folder:
+        (folder / "notes").write_text("ours")
+    check_target(tmp_path / "x", True, [])
+    (tmp_path / "x" / "notes").write_text("theirs")
+    with pytest.raises(UserError, match=r"x/notes: altered since it was written; move it away, or choose another"):
+        check_target(tmp_path / "x", True, [])
+
+
 def test_an_empty_name_is_no_target() -> None:
     with pytest.raises(UserError, match=r"^the name of the folder to write is empty; give it one$"):
         check_target("", False, ["."])

@@ -294,6 +294,7 @@ def test_weights_and_replay_become_a_mix(tmp_path: Path) -> None:
     assert data.mix == check.Mix((10, 5, n_pieces), (1.0, 3.0), 0.2)
     assert [s.where.rpartition("/")[2][:1] for s in data.learnt] == [*"a" * 10, *"b" * 5, *"g" * n_pieces]
     assert load(tmp_path, [], train=(a, b)).mix is None
+    assert load(tmp_path, [], train=(a, f"{b}:3")).mix == check.Mix((10, 5), (1.0, 3.0))
     twice = load(tmp_path, [], train=(a, b), replay=0.2, replay_from=(general, general))
     assert twice.mix == check.Mix((10, 5, 2 * n_pieces), None, 0.2)
 

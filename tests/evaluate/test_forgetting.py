@@ -76,6 +76,7 @@ def test_kl_is_that_of_a_naive_loop_and_0_of_the_base_itself(samples: list[Sampl
     glance = measured.glance(tiny_model(1).train())
     assert glance["kl"] == report["kl"]
     assert glance["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5), "all of the text is looked at here"
+    assert glance["perplexity"] == pytest.approx(math.exp(glance["loss"]))
     assert report["before"]["loss"] == mean_loss(tiny_model(0), samples, 2048)
     assert report["after"]["loss"] == mean_loss(tiny_model(1), samples, 2048)
     assert report["after"]["perplexity"] == pytest.approx(math.exp(report["after"]["loss"]))

@@ -29,7 +29,7 @@ def answers(pairs: list[tuple[str, str]]) -> list[Answer]:
     return [Answer("?", expected, given) for given, expected in pairs]
 
 
-@pytest.mark.parametrize(("pairs", "tokenize"), [(ENGLISH, "13a"), (CHINESE, "zh")])
+@pytest.mark.parametrize(("pairs", "tokenize"), [(ENGLISH, "13a"), (CHINESE, "zh"), ([("?", "!")], "13a")])
 def test_bleu_is_sacrebleu_s(pairs: list[tuple[str, str]], tokenize: str) -> None:
     given, expected = zip(*pairs, strict=True)
     figures, each = score(answers(pairs), ["bleu"])

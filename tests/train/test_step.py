@@ -120,15 +120,16 @@ def test_activation_checkpointing_changes_nothing() -> None:
     assert all(results[0][1][name].equal(results[1][1][name]) for name in results[0][1])
 
 
-def test_clipping_scales_the_whole_gradient() -> None:
+@pytest.mark.parametrize(("longest", "factor"), [(1 / 3, 1 / 3), (2.0, 1.0), (0.0, 1.0)])
+def test_clipping_scales_the_whole_gradient_where_it_is_longer(longest: float, factor: float) -> None:
     model = with_lora()
     _, free = gradients(with_lora(), rows(8))
     norm = math.sqrt(sum(float((g**2).sum()) for g in free.values()))
     optimizer = adamw(model)
-    result = step_of(model, optimizer, rows(8), 1e-3, norm / 3)
+    result = step_of(model, optimizer, rows(8), 1e-3, norm * longest)
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
     for name, p in trainable(model).items():  # Adam's first moment is a tenth of its first gradient
-        torch.testing.assert_close(10 * optimizer.state[p]["exp_avg"], free[name] / 3, atol=1e-7, rtol=1e-4)
+        torch.testing.assert_close(10 * optimizer.state[p]["exp_avg"], free[name] * factor, atol=1e-7, rtol=1e-4)
 
 
 def test_the_learning_rate_is_the_step_s() -> None:
