@@ -4,13 +4,14 @@ A 7B's step on a few hundred tokens is over on a fast GPU before its host has ma
 one shape, so the launches of one step are those of the next: they are recorded once and replayed, on other numbers in
 the same memory.
 
-    first batch of so many rows, so long    run as it comes: kernels are compiled, libraries choose theirs
-    the next, and the first of a shape      recorded, and replayed
-    all others                              copied to where the recorded kernels read, and replayed
+    first batch of such rows and runs    run as it comes: kernels are compiled, libraries choose theirs
+    the next, and the first of a shape   recorded, and replayed
+    all others                           copied to where the recorded kernels read, and replayed
 
-A shape is rows, length, the longest run, to the next power of two, and how many runs there is space for. Attention is
-launched for so many runs as long as the longest: were that the row's length, short samples would cost as much as long
-ones. Which kernels run follows from all but the space.
+A shape is rows, their length, the longest run, to the next power of two, and how many runs there is space for. Which
+kernels run follows from all but the space. Attention is launched for each run as if it were the longest: were that the
+row's length, short samples would cost as much as long ones.
+
 Nothing in between may depend on a number that only the GPU knows: the loss goes over all rows, not over those with a
 target.
 
@@ -35,8 +36,6 @@ from minilora.train.step import Backward, backward_of
 from minilora.visible import Runs
 
 MOST_GRAPHS = 12  # each holds its launches in the GPU's memory; the oldest goes first
-
-
 SHORTEST = 128  # tokens; of shorter runs FlashAttention works on no less
 
 

@@ -65,14 +65,15 @@ def test_a_step_runs_as_it_comes_only_beside_no_graph(monkeypatch: pytest.Monkey
     assert done == [*first, "as it comes", "record", "replay", "record", "replay"]
 
 
+# (length, number) of runs in a row of 4096: (longest run, space for stops) of what records it
+SHAPES = {(4096, 1): (4096, 4), (2048, 2): (2048, 4), (128, 32): (128, 64), (129, 31): (256, 64), (5, 800): (128, 1024)}
+
+
 def test_a_recording_is_of_runs_about_as_long_as_the_longest() -> None:
     """Rows, length, longest run, space for the runs' stops, the tail's among them."""
     shapes = {(lengths, n): graph._shape(batch_of([[lengths] * n], length=4096)) for lengths, n in SHAPES}
     assert shapes == {(lengths, n): (1, 4096, longest, space) for (lengths, n), (longest, space) in SHAPES.items()}
     assert graph._shape(batch_of([[60]] * 3)) == (3, LENGTH, LENGTH, 8), "never longer than a row"
-
-
-SHAPES = {(4096, 1): (4096, 4), (2048, 2): (2048, 4), (128, 32): (128, 64), (129, 31): (256, 64), (5, 800): (128, 1024)}
 
 
 def test_a_recording_s_inputs_begin_where_a_batch_s_do(monkeypatch: pytest.MonkeyPatch) -> None:
