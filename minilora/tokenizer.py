@@ -62,6 +62,7 @@ class Tokenizer:
         self.bos_id: int = model.bos_id()
         self.eos_id: int = model.eos_id()
         self.space_id: int = model.piece_to_id("▁")
+        self.shows_tools = version != "v1"
 
     def encode(self, text: str) -> list[int]:
         """The text's ids, without <s> and </s>. "" has none. Raises UserError for half of a surrogate pair."""
@@ -135,7 +136,7 @@ class Tokenizer:
             if self.version == "v2" and i < last_user and (turn.calls or turn.role == "tool"):
                 continue
             new = self._encode_v1(turn) if self.version == "v1" else self._encode_turn(turn)
-            if functions and i == last_user and self.version != "v1":
+            if functions and i == last_user and self.shows_tools:
                 new = [TOOLS, *self.encode(_to_json(functions)), END_TOOLS, *new]
             ids += new
             targets += [turn.role == "assistant" and turn.weight != 0] * len(new)

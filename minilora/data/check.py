@@ -197,8 +197,8 @@ def _unseen(record: Record, tokenizer: Tokenizer) -> Iterator[str]:
     """What of a conversation the template does not show, or not to all answers."""
     if not isinstance(record, ChatRecord):
         return
-    if record.tools and tokenizer.version == "v1":
-        yield "the v1 template shows no tools; they are left out"
+    if record.tools and not tokenizer.shows_tools:
+        yield f"the {tokenizer.version} template shows no tools; they are left out"
     n_answers = sum(m["role"] == "assistant" and m.get("weight") != 0 for m in record.messages)
     if (
         tokenizer.version in ("v2", "v3")

@@ -109,7 +109,7 @@ def _text_samples(ids: Sequence[int], max_seq_len: int, where: str) -> Iterator[
 def _chat_samples(record: ChatRecord, tokenizer: Tokenizer, max_seq_len: int | None) -> Iterator[Sample]:
     """A conversation's samples. max_seq_len: drop the oldest exchanges until one fits, or only the last is left."""
     messages = record.messages
-    for end in _answer_ends(messages) if _shows_tools(record, tokenizer) else [len(messages)]:
+    for end in _answer_ends(messages) if record.tools and tokenizer.shows_tools else [len(messages)]:
         turns = [*messages[: end - 1], _without_call_ids(messages[end - 1])]
         sample = _chat_sample(turns, record, tokenizer)
         if max_seq_len is not None and sample.length > max_seq_len:
@@ -124,14 +124,10 @@ def _chat_samples(record: ChatRecord, tokenizer: Tokenizer, max_seq_len: int | N
 def _chat_sample(messages: Sequence[Mapping[str, Any]], record: ChatRecord, tokenizer: Tokenizer) -> Sample:
     ids, targets = tokenizer.encode_chat(messages, record.tools)
     mask = np.array(targets)
-    if _shows_tools(record, tokenizer):
+    if record.tools and tokenizer.shows_tools:
         before = ~mask | (np.array(ids) == tokenizer.eos_id)  # of the last answer, which may stand behind another
         mask[: np.flatnonzero(before[:-1])[-1] + 1] = False
     return Sample(np.array(ids, np.int32), mask, record.where)
-
-
-def _shows_tools(record: ChatRecord, tokenizer: Tokenizer) -> bool:
-    return bool(record.tools) and tokenizer.version != "v1"
 
 
 def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
