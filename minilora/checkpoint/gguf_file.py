@@ -36,7 +36,7 @@ Piece = tuple[str, float, int]  # text, score, and GGUF's kind
 Weights = Iterable[tuple[TensorSpec, Tensor]]  # in the order of `tensor_specs`, rows in our order
 _TABLE = json.loads((TEMPLATES / "gguf.json").read_text("utf-8"))  # names of tensors and sizes, fixed keys
 _FILE_TYPES = {"F16": 1, "Q8_0": 7}  # ggml's numbers of files that are mostly of the type
-_UNUSED = 5  # a kind of piece
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6  # kinds of pieces; 1 is a plain one
 _Q8_BLOCK = 32
 
 
@@ -67,7 +67,9 @@ def gguf_keys(config: ModelConfig, tokenizer: Tokenizer, kind: GGUFKind, name: s
 def sentencepiece_pieces(file: Path) -> Iterator[Piece]:
     """Each piece of a tokenizer.model, as llama.cpp's converter has them."""
     model = SentencePieceProcessor(model_file=str(file))
-    kinds = ((2, model.is_unknown), (3, model.is_control), (_UNUSED, model.is_unused), (6, model.is_byte))
+    kinds = (
+        (_UNKNOWN, model.is_unknown), (_CONTROL, model.is_control), (_UNUSED, model.is_unused), (_BYTE, model.is_byte)
+    )  # fmt: skip
     for i in range(model.vocab_size()):
         yield model.id_to_piece(i), model.get_score(i), next((kind for kind, is_it in kinds if is_it(i)), 1)
 
@@ -78,8 +80,8 @@ def _added_pieces(folder: Path) -> dict[int, Piece]:
     with suppress(UserError):
         added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
     pieces = added.items() if isinstance(added, dict) else ()
-    known = ((i, piece) for i, piece in pieces if re.fullmatch("[0-9]{1,9}", i) and isinstance(piece, dict))
-    return {int(i): (_text(piece.get("content")), -1e3, 3 if piece.get("special") else 4) for i, piece in known}
+    known = ((int(i), p) for i, p in pieces if re.fullmatch("[0-9]{1,9}", i) and isinstance(p, dict))
+    return {i: (_text(p.get("content")), -1e3, _CONTROL if p.get("special") else _USER_DEFINED) for i, p in known}
 
 
 def _text(content: object) -> str:
