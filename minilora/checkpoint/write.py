@@ -248,7 +248,9 @@ def _refuse_standing(path: Path, overwrite: bool) -> None:
     if not overwrite and stands and os.listdir(path):
         raise UserError(f"{path}: exists already; choose another name, or add --overwrite")
     if stands and (others := not_ours(path)):
-        raise UserError(f"{path}: holds {others[0]}, which minilora did not write; choose another folder")
+        raise UserError(
+            f"{path}: holds {others[0]}, which minilora did not write; move it away, or choose another folder"
+        )
     if stands and Path.cwd().is_relative_to(os.path.realpath(path)):
         raise UserError(f"{path}: the current folder lies in it, and it would be replaced; choose another name")
 

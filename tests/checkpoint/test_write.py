@@ -153,7 +153,7 @@ def test_what_others_put_there_is_not_replaced(tmp_path: Path) -> None:
             (tmp_path / "x" / "thesis").touch()
 
     for _ in range(2):
-        with pytest.raises(UserError, match="x: holds thesis, which minilora did not write; choose another folder"):
+        with pytest.raises(UserError, match="x: holds thesis, which minilora did not write; move it away, or ch"):
             comes_late()
         assert sorted(os.listdir(tmp_path / "x")) == sorted([*before, "thesis"])
     assert os.listdir(tmp_path) == ["x"]
