@@ -34,12 +34,14 @@ from minilora.memory_at_rest import predict, storage_of
 from minilora.tokenizer import load_tokenizer
 
 Facts = dict[str, Any]
-Find = Callable[[str], Base]  # the base of an adapter
+Find = Callable[[str], Base]  # the base of the adapter in a folder
 Listed = tuple[str, tuple[int, ...], str, int]  # of a tensor: name, shape, dtype, bytes
-ON = BaseConfig(path=UNNAMED)
+ITS_OWN = BaseConfig(path=UNNAMED)  # the base that an adapter names itself
 
 
-def gather(path: str | Path, *, base: BaseConfig = ON, scaling: float | None = None, checksum: bool = False) -> Facts:
+def gather(
+    path: str | Path, *, base: BaseConfig = ITS_OWN, scaling: float | None = None, checksum: bool = False
+) -> Facts:
     """All that can be said of `path`, as what JSON can hold. "reason" is None if it would load, else one line why not.
 
     base: of an adapter, where it does not say itself where that and its tokenizer lie; scaling: as in `read_adapter`
